@@ -1,0 +1,1 @@
+"""Configuration: YAML files and dotted overrides → frozen, validated sections."""

@@ -1,0 +1,161 @@
+"""The sections of a run's configuration. Frozen; unknown keys are refused; every value is required or has a default."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+class ModelConfig(Section):
+    """A Llama-style bidirectional transformer: RMSNorm, rotary positions, SwiGLU, no biases."""
+
+    num_layers: int = Field(gt=0)
+    hidden_size: int = Field(gt=0)
+    num_heads: int = Field(gt=0)
+    num_kv_heads: int = Field(gt=0)
+    ffn_hidden_size: int = Field(gt=0)
+    max_sequence_length: int = Field(gt=0)
+    vocab_size: int | Literal["tokenizer"] = "tokenizer"  # "tokenizer": as many rows as the tokenizer has ids
+    vocab_divisor: int = Field(default=128, gt=0)  # rows per tensor-parallel rank are padded to a multiple of this
+    rope_theta: float = Field(default=10000.0, gt=0)
+    norm_eps: float = Field(default=1e-5, gt=0)
+    init_std: float = Field(default=0.02, gt=0)
+    tie_embeddings: bool = False
+
+    @field_validator("vocab_size")
+    @classmethod
+    def _positive(cls, value: int | str) -> int | str:
+        if isinstance(value, int) and value <= 0:
+            raise ValueError("must be positive, or 'tokenizer'")
+        return value
+
+
+class DataConfig(Section):
+    """Supervised fine-tuning data: JSON lines with a prompt and a response. See megatron_mdm/data/README.md."""
+
+    train: str
+    validation: str = ""  # empty: cut validation_fraction off the training file
+    validation_fraction: float = Field(default=0.0, ge=0.0, lt=1.0)
+    tokenizer: str = ""  # sentencepiece .model or Hugging Face tokenizer.json; empty: the data are token ids
+    mask_token: int | str = "<mask>"  # a token's text, or its id; a text the tokenizer lacks gets a new id
+    pad_token: int | str = "<pad>"
+    eos_token: int | str = "</s>"
+    max_length: int = Field(gt=1)
+    too_long: Literal["drop", "error"] = "drop"
+
+
+class CalibrationConfig(Section):
+    """P-POTS calibration (method: Section 3 of the paper)."""
+
+    artifact: str = ""  # empty: calibrate before training; else the JSON file of an earlier calibration
+    num_samples: int = Field(default=15, ge=2)  # a: clean samples
+    num_times: int = Field(default=70, ge=8)  # b: grid points t_j = j/b
+    num_masks: int = Field(default=15, ge=2)  # c: masks per sample and grid point
+    estimator: Literal["token_moments", "naive"] = "token_moments"
+    target: Literal["second_moment", "paper"] = "second_moment"
+    uniform_floor: float = Field(default=0.02, gt=0.0, le=1.0)  # lambda: p <- (1 - lambda) p + lambda
+    num_restarts: int = Field(default=20, gt=0)
+
+    @model_validator(mode="after")
+    def _target_needs_naive(self) -> CalibrationConfig:
+        if self.target == "paper" and self.estimator != "naive":
+            raise ValueError("target 'paper' needs g and v apart, which only estimator 'naive' gives")
+        return self
+
+
+class DiffusionConfig(Section):
+    epsilon: float = Field(default=1e-3, gt=0.0, lt=1.0)  # p_mask(t) = (1 - epsilon) t + epsilon
+    sampler: Literal["uniform", "ppots"] = "uniform"
+    views: Literal[1, 2] = 1  # 2: MIRROR, two complementary masks of each sample
+    strata: int | Literal["none", "sqrt", "full"] = "none"  # stratified t over the global batch; K or a rule
+    masking: Literal["bernoulli"] = "bernoulli"
+    normalization: Literal["sample", "token", "unweighted"] = "sample"
+    calibration: CalibrationConfig = CalibrationConfig()
+
+    @field_validator("strata")
+    @classmethod
+    def _at_least_two(cls, value: int | str) -> int | str:
+        if isinstance(value, int) and value < 2:
+            raise ValueError("must be at least 2 strata, or one of 'none', 'sqrt', 'full'")
+        return value
+
+
+class ParallelConfig(Section):
+    tensor: int = Field(default=1, gt=0)
+    pipeline: int = Field(default=1, gt=0)
+    zero: Literal[0, 1, 2, 3] = 1
+
+
+class BatchConfig(Section):
+    global_size: int = Field(gt=0)  # samples per optimizer step, over all ranks and accumulation steps
+    micro_size: int = Field(gt=0)  # samples per forward pass and data-parallel rank (MIRROR: 2 rows a sample)
+
+
+class OptimizerConfig(Section):
+    lr: float = Field(gt=0)
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = Field(default=1e-8, gt=0)
+    weight_decay: float = Field(default=0.1, ge=0)  # matrices only; norms are not decayed
+    gradient_clipping: float = Field(default=1.0, ge=0)  # global norm; 0 switches it off
+
+
+class ScheduleConfig(Section):
+    """Length of training and learning rate. Exactly one of steps and epochs is set."""
+
+    name: Literal["linear", "cosine", "constant", "wsd"] = "linear"
+    steps: int = Field(default=0, ge=0)
+    epochs: float = Field(default=0.0, ge=0)
+    warmup_steps: int = Field(default=0, ge=0)
+    min_lr_ratio: float = Field(default=0.0, ge=0, le=1)  # final lr / peak lr
+    decay_fraction: float = Field(default=0.2, gt=0, le=1)  # wsd: share of the steps that decay
+
+    @model_validator(mode="after")
+    def _one_length(self) -> ScheduleConfig:
+        if (self.steps > 0) == (self.epochs > 0):
+            raise ValueError("set exactly one of steps and epochs")
+        return self
+
+
+class PrecisionConfig(Section):
+    dtype: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 where the hardware multiplies it natively
+
+
+class CheckpointConfig(Section):
+    directory: str  # the run's folder; everything it writes is below it
+    save_every: int = Field(default=500, ge=0)  # steps; 0: only at the end
+    keep_last: int = Field(default=2, gt=0)
+
+
+class LoggingConfig(Section):
+    every: int = Field(default=10, gt=0)  # steps between lines of metrics.jsonl and tensorboard points
+    tensorboard: bool = True
+
+
+class EvaluationConfig(Section):
+    """Validation loss on a fixed stratified grid of t with fixed masks, the same for every method."""
+
+    every: int = Field(default=0, ge=0)  # steps; 0: no validation
+    num_samples: int = Field(default=256, gt=0)  # the first N of the validation set
+    num_times: int = Field(default=4, gt=0)  # values of t per sample
+    patience: int = Field(default=0, ge=0)  # validations without a new best before stopping; 0: never
+
+
+class RunConfig(Section):
+    model: ModelConfig
+    data: DataConfig
+    diffusion: DiffusionConfig = DiffusionConfig()
+    parallel: ParallelConfig = ParallelConfig()
+    batch: BatchConfig
+    optimizer: OptimizerConfig
+    schedule: ScheduleConfig
+    precision: PrecisionConfig = PrecisionConfig()
+    checkpoint: CheckpointConfig
+    logging: LoggingConfig = LoggingConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    seed: int = Field(default=42, ge=0)
+    deepspeed: dict[str, Any] = {}  # further DeepSpeed keys; those the stack owns are refused

@@ -1,0 +1,104 @@
+"""Rules that span sections, checked before anything is loaded."""
+
+from __future__ import annotations
+
+from megatron_mdm.config.errors import UserError
+from megatron_mdm.config.schema import RunConfig
+
+# DeepSpeed keys that follow from other sections: setting them raw would let the two disagree.
+OWNED_DEEPSPEED_KEYS = {
+    "train_batch_size": "batch.global_size",
+    "train_micro_batch_size_per_gpu": "batch.micro_size",
+    "gradient_accumulation_steps": "batch",
+    "optimizer": "optimizer",
+    "scheduler": "schedule",
+    "gradient_clipping": "optimizer.gradient_clipping",
+    "zero_optimization.stage": "parallel.zero",
+    "bf16": "precision",
+    "fp16": "precision",
+    "pipeline": "parallel",
+    "tensorboard": "logging",
+}
+
+
+def validate(config: RunConfig, world_size: int) -> None:
+    """Check a configuration against itself and the number of ranks. Raises UserError with the remedy."""
+    _check_parallel(config, world_size)
+    _check_model(config)
+    _check_batch(config, world_size)
+    _check_data(config)
+    for key, section in OWNED_DEEPSPEED_KEYS.items():
+        tree, *rest = key.split(".")
+        value = config.deepspeed.get(tree)
+        if value is not None and (not rest or (isinstance(value, dict) and rest[0] in value)):
+            raise UserError(f"'deepspeed.{key}' is set by the section '{section}'; remove it from 'deepspeed'")
+
+
+def data_parallel_size(config: RunConfig, world_size: int) -> int:
+    """Data-parallel ranks: what tensor and pipeline parallelism leave of the world."""
+    return world_size // (config.parallel.tensor * config.parallel.pipeline)
+
+
+def accumulation_steps(config: RunConfig, world_size: int) -> int:
+    """Micro-batches per optimizer step on each data-parallel rank."""
+    return config.batch.global_size // (config.batch.micro_size * data_parallel_size(config, world_size))
+
+
+def _check_parallel(config: RunConfig, world_size: int) -> None:
+    parallel = config.parallel
+    if parallel.pipeline > 1:
+        raise UserError("'parallel.pipeline': pipeline parallelism is not supported yet; set it to 1")
+    if world_size % (parallel.tensor * parallel.pipeline):
+        raise UserError(
+            f"'parallel.tensor' × 'parallel.pipeline' = {parallel.tensor * parallel.pipeline} does not divide the "
+            f"{world_size} ranks that were started"
+        )
+
+
+def _check_model(config: RunConfig) -> None:
+    model, tensor = config.model, config.parallel.tensor
+    if model.hidden_size % model.num_heads:
+        raise UserError(
+            f"'model.hidden_size' {model.hidden_size} is not a multiple of 'model.num_heads' {model.num_heads}"
+        )
+    if (model.hidden_size // model.num_heads) % 2:
+        raise UserError("'model.hidden_size' / 'model.num_heads' must be even for rotary positions")
+    if model.num_heads % model.num_kv_heads:
+        raise UserError(
+            f"'model.num_heads' {model.num_heads} is not a multiple of 'model.num_kv_heads' {model.num_kv_heads}"
+        )
+    for name in ("num_heads", "num_kv_heads", "ffn_hidden_size"):
+        if getattr(model, name) % tensor:
+            raise UserError(f"'model.{name}' {getattr(model, name)} is not a multiple of 'parallel.tensor' {tensor}")
+
+
+def _check_batch(config: RunConfig, world_size: int) -> None:
+    batch, ranks = config.batch, data_parallel_size(config, world_size)
+    if batch.global_size % (batch.micro_size * ranks):
+        raise UserError(
+            f"'batch.global_size' {batch.global_size} is not a multiple of 'batch.micro_size' {batch.micro_size} × "
+            f"{ranks} data-parallel ranks = {batch.micro_size * ranks}; change one of them"
+        )
+    strata = config.diffusion.strata
+    if isinstance(strata, int) and strata > batch.global_size:
+        raise UserError(f"'diffusion.strata' {strata} exceeds 'batch.global_size' {batch.global_size}")
+
+
+def _check_data(config: RunConfig) -> None:
+    data, model = config.data, config.model
+    if data.max_length > model.max_sequence_length:
+        raise UserError(
+            f"'data.max_length' {data.max_length} exceeds 'model.max_sequence_length' {model.max_sequence_length}"
+        )
+    if not data.tokenizer:
+        if model.vocab_size == "tokenizer":
+            raise UserError("'data.tokenizer' is empty, so 'model.vocab_size' must be a number")
+        for name in ("mask_token", "pad_token", "eos_token"):
+            if isinstance(getattr(data, name), str):
+                raise UserError(f"'data.tokenizer' is empty, so 'data.{name}' must be a token id")
+    if config.evaluation.every and not data.validation and not data.validation_fraction:
+        raise UserError("'evaluation.every' is set, but neither 'data.validation' nor 'data.validation_fraction' is")
+    if config.evaluation.patience and not config.evaluation.every:
+        raise UserError("'evaluation.patience' needs 'evaluation.every'")
+    if data.validation and data.validation_fraction:
+        raise UserError("set either 'data.validation' or 'data.validation_fraction', not both")

@@ -1,0 +1,1 @@
+"""From files to clean micro-batches of token ids."""

@@ -1,0 +1,115 @@
+"""From clean micro-batches to noised ones. Pure functions of (seed, step, position in the global batch, view)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megatron_mdm.diffusion.mask_schedule import Floats, MaskSchedule
+from megatron_mdm.diffusion.masking import MaskingRule
+from megatron_mdm.diffusion.randomness import Purpose, stream
+from megatron_mdm.diffusion.t_samplers import TSampler, stratified_quantiles
+
+
+@dataclass(frozen=True)
+class CleanBatch:
+    """A micro-batch of clean samples, on the host."""
+
+    tokens: Tensor  # [B, S] int64, right-padded
+    eligible: Tensor  # [B, S] bool: positions that may be masked and are learnt
+    lengths: Tensor  # [B] int64, without padding
+    positions: Tensor  # [B] int64: places in the global batch, 0 … n−1
+    sample_ids: Tensor  # [B] int64: rows of the data set
+
+    @property
+    def num_eligible(self) -> Tensor:
+        """P [B] int64."""
+        return self.eligible.sum(1)
+
+
+@dataclass(frozen=True)
+class NoisedBatch:
+    """A noised micro-batch. Row v·B + b is view v of sample b."""
+
+    clean: CleanBatch
+    noisy: Tensor  # [V·B, S] int64
+    masked: Tensor  # [V·B, S] bool
+    token_weight: Tensor  # [V·B, S] float32: 1/q at masked positions, 0 elsewhere
+    sample_weight: Tensor  # [B] float64: importance weight 1/p(t)
+    t: Tensor  # [B] float64
+    views: int
+
+
+def noise(
+    batch: CleanBatch,
+    t: Floats,
+    sample_weight: Floats,
+    generators: Sequence[np.random.Generator],
+    *,
+    schedule: MaskSchedule,
+    rule: MaskingRule,
+    views: int,
+    mask_id: int,
+) -> NoisedBatch:
+    """Mask each sample b at rate t[b], drawing its uniforms, one per eligible position, from generators[b]."""
+    eligible = batch.eligible.numpy()
+    size, length = eligible.shape
+    masked = np.zeros((views, size, length), dtype=bool)
+    token_weight = np.zeros((views, size, length), dtype=np.float32)
+    for b, generator in enumerate(generators):
+        places = np.flatnonzero(eligible[b])
+        result = rule(generator.random(len(places)), float(t[b]), schedule, views)
+        masked[:, b, places] = result.masked
+        token_weight[:, b, places] = np.where(result.masked, result.token_weight, 0.0)
+    masked_rows = torch.from_numpy(masked.reshape(views * size, length))
+    return NoisedBatch(
+        clean=batch,
+        noisy=batch.tokens.repeat(views, 1).masked_fill(masked_rows, mask_id),
+        masked=masked_rows,
+        token_weight=torch.from_numpy(token_weight.reshape(views * size, length)),
+        sample_weight=torch.from_numpy(np.asarray(sample_weight, dtype=np.float64)),
+        t=torch.from_numpy(np.asarray(t, dtype=np.float64)),
+        views=views,
+    )
+
+
+class Noiser:
+    """Training noise: t stratified over the global batch, masks by counter, one or two views."""
+
+    def __init__(
+        self,
+        *,
+        schedule: MaskSchedule,
+        sampler: TSampler,
+        rule: MaskingRule,
+        views: int,
+        num_strata: int,
+        global_size: int,
+        mask_id: int,
+        seed: int,
+    ) -> None:
+        self.schedule, self.sampler, self.rule = schedule, sampler, rule
+        self.views, self.num_strata, self.global_size = views, num_strata, global_size
+        self.mask_id, self.seed = mask_id, seed
+
+    def times(self, step: int) -> tuple[Floats, Floats]:
+        """t [n] and importance weight 1/p(t) [n] of the whole global batch at a step, by position."""
+        return self.sampler.quantile(stratified_quantiles(self.seed, step, self.global_size, self.num_strata))
+
+    def __call__(self, batch: CleanBatch, step: int) -> NoisedBatch:
+        t, weight = self.times(step)
+        positions = batch.positions.numpy()
+        return noise(
+            batch,
+            t[positions],
+            weight[positions],
+            [stream(self.seed, Purpose.MASKS, step, int(position)) for position in positions],
+            schedule=self.schedule,
+            rule=self.rule,
+            views=self.views,
+            mask_id=self.mask_id,
+        )

@@ -1,0 +1,1 @@
+"""What runs a training step: DeepSpeed behind one small interface."""

@@ -1,0 +1,36 @@
+"""The interface that training, calibration, evaluation and generation use."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+from torch import Tensor
+
+from megatron_mdm.models.stages import Packet, RowStatistics
+
+
+class TrainOutput(NamedTuple):
+    statistics: list[RowStatistics]  # one per micro-batch of this data-parallel rank
+    grad_norm: float  # of the global batch's gradient, before clipping
+
+
+class Engine(Protocol):
+    """A model with its optimizer on this rank. All calls are collective: every rank makes them in the same order."""
+
+    def train_batch(self, packets: Sequence[Packet], lr: float) -> TrainOutput:
+        """One optimizer step on the sum of the packets' totals over all data-parallel ranks."""
+        ...
+
+    def evaluate(self, packet: Packet) -> RowStatistics:
+        """Forward only."""
+        ...
+
+    def logits(self, packet: Packet) -> Tensor:
+        """Logits [N, V] of the selected positions, in the order of packet.selected.nonzero()."""
+        ...
+
+    def save(self, directory: Path) -> None: ...
+
+    def load(self, directory: Path) -> None: ...

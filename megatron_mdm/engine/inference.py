@@ -1,0 +1,24 @@
+"""Forward passes without an optimizer: calibration, evaluation and generation from a checkpoint."""
+
+import torch
+from torch import Tensor
+
+from megatron_mdm.models.stages import MaskedDiffusionModel, Packet, RowStatistics
+from megatron_mdm.parallel import platform
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+class InferenceEngine:
+    """The forward half of engine.base.Engine, with the model whole on every data-parallel rank."""
+
+    def __init__(self, model: MaskedDiffusionModel, dtype: str) -> None:
+        self.model = model.to(device=platform.device(), dtype=DTYPES[dtype]).eval()
+
+    @torch.no_grad()
+    def evaluate(self, packet: Packet) -> RowStatistics:
+        return self.model(packet.to_device())[1]
+
+    @torch.no_grad()
+    def logits(self, packet: Packet) -> Tensor:
+        return self.model(packet.to_device(), want_logits=True)

@@ -1,0 +1,106 @@
+"""Weighted cross-entropy of selected rows against a vocabulary-parallel head, chunk by chunk.
+
+Logits exist for one chunk of rows at a time. As the rows' weights are known before the forward pass, each chunk's
+gradient is taken while its logits are there, so nothing of size rows × vocabulary is kept for the backward pass and
+nothing is computed twice.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+CHUNK_ELEMENTS = 8 * 1024 * 1024  # logits held at a time
+
+
+class RowLosses(NamedTuple):
+    total: Tensor  # scalar float32: Σ_r weight_r · CE_r; carries the gradient
+    cross_entropy: Tensor  # [R] float32, detached
+
+
+def weighted_cross_entropy(
+    rows: Tensor,
+    head: Tensor,
+    labels: Tensor,
+    weights: Tensor,
+    vocab_size: int,
+    group: dist.ProcessGroup | None = None,
+    chunk_elements: int = CHUNK_ELEMENTS,
+) -> RowLosses:
+    """Cross-entropy of `rows @ head.T` with the vocabulary split over a tensor-parallel group.
+
+    rows [R, H], the same on every rank of the group; head [V_local, H], this rank's slice, all of one size; rows of the
+    whole head from vocab_size on are padding and take no probability; labels [R] int64, global ids; weights [R] float32.
+    The softmax is in float32 whatever the inputs. The gradient of rows is already summed over the group.
+    """
+    needs_grad = torch.is_grad_enabled() and (rows.requires_grad or head.requires_grad)
+    shard = _Shard.of(head, vocab_size, group)
+    return RowLosses(*_WeightedCrossEntropy.apply(rows, head, labels, weights, shard, chunk_elements, needs_grad))
+
+
+class _Shard(NamedTuple):
+    """This rank's part of the vocabulary."""
+
+    first_id: int
+    num_valid: int  # rows that are not padding
+    group: dist.ProcessGroup | None  # None: the whole vocabulary is here
+
+    @classmethod
+    def of(cls, head: Tensor, vocab_size: int, group: dist.ProcessGroup | None) -> "_Shard":
+        parallel = group is not None and dist.get_world_size(group) > 1
+        first_id = dist.get_rank(group) * len(head) if parallel else 0
+        return cls(first_id, min(max(vocab_size - first_id, 0), len(head)), group if parallel else None)
+
+
+class _WeightedCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, rows, head, labels, weights, shard, chunk_elements, needs_grad):
+        cross_entropy = torch.empty(len(rows), dtype=torch.float32, device=rows.device)
+        grad_rows = torch.empty_like(rows) if needs_grad else None
+        grad_head = torch.zeros_like(head) if needs_grad else None
+        chunk = max(1, chunk_elements // len(head))
+        for start in range(0, len(rows), chunk):
+            part = slice(start, start + chunk)
+            logits = (rows[part] @ head.t()).float()
+            cross_entropy[part], gradient = _softmax(logits, labels[part], weights[part], shard, needs_grad)
+            if needs_grad:
+                gradient = gradient.to(head.dtype)
+                torch.mm(gradient, head, out=grad_rows[part])
+                grad_head.addmm_(gradient.t(), rows[part])
+        if needs_grad and shard.group is not None:
+            dist.all_reduce(grad_rows, group=shard.group)
+        ctx.grad_rows, ctx.grad_head = grad_rows, grad_head
+        ctx.mark_non_differentiable(cross_entropy)
+        return (weights * cross_entropy).sum(), cross_entropy
+
+    @staticmethod
+    def backward(ctx, grad_total, _):
+        grad_rows, grad_head = ctx.grad_rows, ctx.grad_head
+        ctx.grad_rows = ctx.grad_head = None
+        return grad_rows.mul_(grad_total), grad_head.mul_(grad_total), None, None, None, None, None
+
+
+def _softmax(logits, labels, weights, shard, needs_grad):
+    """Cross-entropy [r] of float32 logits [r, V_local], which are overwritten with weights · (softmax − one-hot)."""
+    logits[:, shard.num_valid :] = float("-inf")
+    local = labels - shard.first_id
+    here = (local >= 0) & (local < shard.num_valid)
+    local = local.clamp(0, logits.shape[1] - 1)[:, None]
+
+    maximum = logits.amax(1)
+    if shard.group is not None:
+        dist.all_reduce(maximum, dist.ReduceOp.MAX, group=shard.group)
+    logits.sub_(maximum[:, None])
+    label_logit = logits.gather(1, local).squeeze(1).masked_fill(~here, 0.0)
+    normalizer = logits.exp_().sum(1)
+    if shard.group is not None:
+        sums = torch.stack([label_logit, normalizer])
+        dist.all_reduce(sums, group=shard.group)
+        label_logit, normalizer = sums
+    cross_entropy = normalizer.log() - label_logit
+    if not needs_grad:
+        return cross_entropy, None
+    gradient = logits.mul_((weights / normalizer)[:, None])
+    gradient.scatter_add_(1, local, torch.where(here, -weights, 0.0)[:, None])
+    return cross_entropy, gradient

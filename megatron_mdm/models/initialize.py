@@ -1,0 +1,34 @@
+"""Initial weights that do not depend on the layout: drawn whole from (seed, parameter name), then cut."""
+
+import zlib
+
+import torch
+
+from megatron_mdm.config.schema import ModelConfig
+from megatron_mdm.diffusion.randomness import Purpose, stream
+from megatron_mdm.models.sharding import sharding_of
+
+
+def initialize_weights(model: torch.nn.Module, config: ModelConfig, seed: int, tensor_rank: int, degree: int) -> None:
+    """Megatron's scheme: N(0, σ²) matrices, σ / √(2 · layers) for the projections into the residual stream, norms 1."""
+    for name, parameter in model.named_parameters():
+        with torch.no_grad():
+            if name.endswith("norm.weight"):
+                parameter.fill_(1.0)
+                continue
+            sharding = sharding_of(name)
+            residual = name.endswith(("linear_proj.weight", "linear_fc2.weight"))
+            std = config.init_std / ((2 * config.num_layers) ** 0.5 if residual else 1.0)
+            shape = sharding.full_shape(parameter.shape, degree)
+            if sharding.dim == 0 and name.endswith(("word_embeddings.weight", "vocabulary_weight")):
+                full = torch.zeros(shape)  # rows of padding stay zero: their number depends on the layout
+                full[: config.vocab_size] = _normal((config.vocab_size, *shape[1:]), std, seed, name)
+            else:
+                full = _normal(shape, std, seed, name)
+            parameter.copy_(sharding.shard(full, tensor_rank, degree))
+
+
+def _normal(shape: tuple[int, ...], std: float, seed: int, name: str) -> torch.Tensor:
+    key = zlib.crc32(name.encode())
+    torch_seed = int(stream(seed, Purpose.INITIAL_WEIGHTS, index=key).integers(2**63))
+    return torch.empty(shape).normal_(0.0, std, generator=torch.Generator().manual_seed(torch_seed))

@@ -1,0 +1,58 @@
+"""How each parameter is split over tensor-parallel ranks: one table for initialisation, checkpoints and conversion."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+import torch
+from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Sharding:
+    """dim: the split dimension, −1 where every rank holds the whole; interleave: equal parts along dim that are split
+    each for itself, so that a gated MLP's shard is [gate_r; up_r]."""
+
+    dim: int
+    interleave: int = 1
+
+    def full_shape(self, local: torch.Size, degree: int) -> torch.Size:
+        shape = list(local)
+        if self.dim >= 0:
+            shape[self.dim] *= degree
+        return torch.Size(shape)
+
+    def shard(self, full: Tensor, rank: int, degree: int) -> Tensor:
+        """The slice of the full tensor that a rank holds."""
+        if self.dim < 0 or degree == 1:
+            return full
+        parts = full.chunk(self.interleave, self.dim)
+        return torch.cat([part.chunk(degree, self.dim)[rank] for part in parts], self.dim)
+
+
+_SHARDINGS = (
+    (r"\.word_embeddings\.weight$", Sharding(0)),
+    (r"\.vocabulary_weight$", Sharding(0)),
+    (r"\.linear_qkv\.(weight|bias)$", Sharding(0)),  # per kv group [q…q, k, v]: splits by group
+    (r"\.linear_fc1\.weight$", Sharding(0, interleave=2)),  # [gate; up]
+    (r"\.linear_(proj|fc2)\.weight$", Sharding(1)),
+    (r"norm\.weight$", Sharding(-1)),
+)
+
+
+def sharding_of(name: str) -> Sharding:
+    """The sharding of a parameter of models/stages.py, by its name."""
+    for pattern, sharding in _SHARDINGS:
+        if re.search(pattern, name):
+            return sharding
+    raise KeyError(f"no sharding rule for parameter {name}")
+
+
+def mark_shards(model: torch.nn.Module) -> None:
+    """Set megatron-core's attributes, by which gradient norms count a replicated parameter once per TP group."""
+    for name, parameter in model.named_parameters():
+        sharding = sharding_of(name)
+        if sharding.dim >= 0 and not hasattr(parameter, "tensor_model_parallel"):
+            set_tensor_model_parallel_attributes(parameter, True, sharding.dim, sharding.interleave)

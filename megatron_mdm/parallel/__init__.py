@@ -1,0 +1,1 @@
+"""Ranks: layout, process groups, collectives, and everything that differs between CPU and CUDA."""

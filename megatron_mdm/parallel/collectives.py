@@ -1,0 +1,34 @@
+"""The few collectives that the stack itself calls."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+
+from megatron_mdm.parallel import platform
+from megatron_mdm.parallel.groups import ParallelContext
+
+
+def fill_from_data_ranks(values: NDArray[np.float64], context: ParallelContext) -> NDArray[np.float64]:
+    """Combine an array of which every data-parallel rank has filled in its own entries, zeros elsewhere.
+
+    The sum x + 0 + … + 0 is exact, so the result is bit-identical for every number of ranks.
+    """
+    if context.layout.data == 1:
+        return values
+    tensor = torch.from_numpy(np.ascontiguousarray(values, dtype=np.float64)).to(platform.device())
+    dist.all_reduce(tensor, group=context.data_group)
+    return tensor.cpu().numpy()
+
+
+def gather_objects(value: object, context: ParallelContext) -> list[object]:
+    """One JSON-like object of every rank, in rank order, on every rank."""
+    gathered: list[object] = [None] * context.layout.world_size
+    dist.all_gather_object(gathered, value)
+    return gathered
+
+
+def barrier() -> None:
+    dist.barrier()

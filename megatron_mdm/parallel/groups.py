@@ -1,0 +1,116 @@
+"""Process groups: torch.distributed, megatron-core's parallel state, and the mpu that DeepSpeed asks for."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch.distributed as dist
+
+from megatron_mdm.parallel import platform
+from megatron_mdm.parallel.layout import Layout
+
+
+@dataclass(frozen=True)
+class ParallelContext:
+    """This rank's place, and the groups it communicates in. Built once by initialize() and passed as an argument."""
+
+    rank: int
+    layout: Layout
+    tensor_group: dist.ProcessGroup
+    data_group: dist.ProcessGroup
+    mpu: Any  # for deepspeed.initialize
+
+    @property
+    def tensor_rank(self) -> int:
+        return self.layout.tensor_rank(self.rank)
+
+    @property
+    def data_rank(self) -> int:
+        return self.layout.data_rank(self.rank)
+
+    @property
+    def is_main(self) -> bool:
+        """The rank that prints and writes files for all."""
+        return self.rank == 0
+
+
+def world_size_from_environment() -> int:
+    """Ranks that the launcher started (1 without a launcher); known before any process group exists."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def rank_from_environment() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+def initialize(tensor: int, pipeline: int, timeout_minutes: float = 30.0) -> ParallelContext:
+    """Join the job and build the groups of a layout. Without a launcher, the job is this one process."""
+    import deepspeed
+    from megatron.core import parallel_state
+
+    platform.prepare()
+    if "RANK" not in os.environ:
+        os.environ.update({"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"})
+        os.environ.setdefault("MASTER_PORT", _free_port())
+    if not dist.is_initialized():
+        deepspeed.init_distributed(
+            platform.communication_backend(), timeout=timedelta(minutes=timeout_minutes), auto_mpi_discovery=False
+        )
+    layout = Layout.of(dist.get_world_size(), tensor, pipeline)
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=tensor, pipeline_model_parallel_size=pipeline, create_gloo_process_groups=False
+    )
+    context = ParallelContext(
+        rank=dist.get_rank(),
+        layout=layout,
+        tensor_group=parallel_state.get_tensor_model_parallel_group(),
+        data_group=parallel_state.get_data_parallel_group(),
+        mpu=_ModelParallelUnit(),
+    )
+    assert context.tensor_rank == parallel_state.get_tensor_model_parallel_rank()
+    assert context.data_rank == parallel_state.get_data_parallel_rank()
+    return context
+
+
+def shut_down() -> None:
+    """Leave the job in order."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+class _ModelParallelUnit:
+    """The accessors deepspeed.initialize(mpu=…) calls, answered by megatron.core.parallel_state."""
+
+    _NAMES = {
+        "get_model_parallel_rank": "get_tensor_model_parallel_rank",
+        "get_model_parallel_world_size": "get_tensor_model_parallel_world_size",
+        "get_model_parallel_group": "get_tensor_model_parallel_group",
+    }
+    _SAME = (
+        "get_tensor_model_parallel_rank",
+        "get_tensor_model_parallel_world_size",
+        "get_tensor_model_parallel_group",
+        "get_pipeline_model_parallel_world_size",
+        "get_data_parallel_rank",
+        "get_data_parallel_world_size",
+        "get_data_parallel_group",
+    )
+
+    def __init__(self) -> None:
+        from megatron.core import parallel_state
+
+        for name in self._SAME:
+            setattr(self, name, getattr(parallel_state, name))
+        for name, source in self._NAMES.items():
+            setattr(self, name, getattr(parallel_state, source))
+
+
+def _free_port() -> str:
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
