@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -103,7 +103,8 @@ def split_validation(data: SftDataset, fraction: float, seed: int) -> tuple[SftD
     num_validation = max(1, round(len(data) * fraction))
     if num_validation >= len(data):
         raise UserError(f"'data.validation_fraction' {fraction} leaves no training sample of {len(data)}")
-    return data.subset(np.sort(order[num_validation:])), data.subset(np.sort(order[:num_validation]))
+    train = data.subset(np.sort(order[num_validation:]))
+    return replace(train, num_too_long=data.num_too_long), data.subset(np.sort(order[:num_validation]))
 
 
 def prompt_and_response(record: dict[str, Any], where: str) -> tuple[str, str]:

@@ -1,0 +1,45 @@
+"""Train a masked diffusion model: torchrun --nproc-per-node N launch/train.py --config FILE [section.key=value …]"""
+
+import argparse
+
+from megatron_mdm.parallel import platform
+
+platform.quiet_libraries()
+
+from megatron_mdm.config.load import load_config  # noqa: E402
+from megatron_mdm.config.validate import validate  # noqa: E402
+from megatron_mdm.parallel.groups import initialize, world_size_from_environment  # noqa: E402
+from megatron_mdm.parallel.program import run_program  # noqa: E402
+from megatron_mdm.training.dry_run import describe  # noqa: E402
+from megatron_mdm.training.inputs import describe_data, resolve, total_steps  # noqa: E402
+from megatron_mdm.training.run import StartMode, train_run  # noqa: E402
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--config", required=True, help="YAML file; see configs/")
+    parser.add_argument("--resume", action="store_true", help="go on where the run in checkpoint.directory stopped")
+    parser.add_argument("--overwrite", action="store_true", help="remove the run in checkpoint.directory first")
+    parser.add_argument("--dry-run", action="store_true", help="print layout, batches and memory, and exit")
+    parser.add_argument("--world-size", type=int, default=world_size_from_environment(), help="ranks, for --dry-run")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    arguments = parser.parse_intermixed_args()
+
+    config = load_config(arguments.config, arguments.overrides)
+    validate(config, arguments.world_size)
+    config, data = resolve(config)
+    description = describe(config, arguments.world_size, total_steps(config, len(data.train)))
+    if arguments.dry_run:
+        print(f"{description}\n{describe_data(data, config)}")
+        return
+    context = initialize(config.parallel.tensor, config.parallel.pipeline)
+    if context.is_main:
+        print(f"{description}\n{describe_data(data, config)}", flush=True)
+    summary = train_run(config, data, context, StartMode(arguments.resume, arguments.overwrite))
+    if context.is_main:
+        reason = f" ({summary['stopped_early']})" if summary["stopped_early"] else ""
+        print(f"trained {summary['steps']} steps{reason}; run folder: {config.checkpoint.directory}", flush=True)
+
+
+if __name__ == "__main__":
+    run_program(main)

@@ -1,0 +1,87 @@
+"""Validation loss on a fixed stratified grid of t with common random numbers.
+
+The same (sample, t, mask) triples at every validation, in every run and for every training method: curves of different
+samplers can be compared, and the noise of t and of the masks cancels from their differences.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import numpy as np
+from torch import Tensor
+
+from megatron_mdm.data.collate import collate
+from megatron_mdm.data.sft import SftDataset
+from megatron_mdm.diffusion.mask_schedule import Floats, MaskSchedule
+from megatron_mdm.diffusion.masking import bernoulli
+from megatron_mdm.diffusion.noiser import NoisedBatch, noise
+from megatron_mdm.diffusion.objective import NORMALIZATIONS, GlobalBatch
+from megatron_mdm.diffusion.randomness import Purpose, stream
+from megatron_mdm.engine.packets import loss_packet
+from megatron_mdm.models.stages import Packet, RowStatistics
+from megatron_mdm.parallel.collectives import fill_from_data_ranks
+from megatron_mdm.parallel.groups import ParallelContext
+
+_VALIDATION_SEED = 0  # of masks and grid: not the run's seed, so that runs can be compared
+
+
+class Forward(Protocol):
+    def evaluate(self, packet: Packet) -> RowStatistics: ...
+
+
+class FixedGridValidation:
+    """The bound −log p(x0)/P per sample (method, Section 1), averaged over uniform t and over the samples."""
+
+    def __init__(
+        self,
+        data: SftDataset,
+        *,
+        num_samples: int,
+        num_times: int,
+        micro_size: int,
+        schedule: MaskSchedule,
+        mask_id: int,
+        pad_id: int,
+        context: ParallelContext,
+    ) -> None:
+        self.data, self.micro_size, self.schedule = data, micro_size, schedule
+        self.mask_id, self.pad_id, self.context = mask_id, pad_id, context
+        rows = np.tile(np.arange(min(num_samples, len(data))), num_times)
+        self.rows = rows[np.argsort(data.lengths()[rows], kind="stable")]  # like lengths share a micro-batch
+        strata = stream(_VALIDATION_SEED, Purpose.VALIDATION).permutation(len(self.rows))
+        self.t = (strata + 0.5) / len(self.rows)
+
+    def __call__(self, engine: Forward) -> float:
+        """Mean loss over the grid, nats per eligible token. Collective; the same on every rank."""
+        losses = np.zeros(len(self.rows))
+        for places, noised in self._micro_batches():
+            weights = NORMALIZATIONS["sample"](noised, GlobalBatch(1, 1))
+            loss: Tensor = engine.evaluate(loss_packet(noised, weights)).loss
+            if places is not None:
+                losses[places] = loss.double().cpu().numpy()
+        return float(fill_from_data_ranks(losses, self.context).mean())
+
+    def _micro_batches(self) -> list[tuple[slice | None, NoisedBatch]]:
+        """This data-parallel rank's share; every rank has as many, some only to keep step (places None)."""
+        starts = range(0, len(self.rows), self.micro_size)
+        ranks, rank = self.context.layout.data, self.context.data_rank
+        turns = -(-len(starts) // ranks)
+        batches = []
+        for turn in range(turns):
+            index = turn * ranks + rank
+            places = slice(starts[min(index, len(starts) - 1)], starts[min(index, len(starts) - 1)] + self.micro_size)
+            batches.append((places if index < len(starts) else None, self._noise(places)))
+        return batches
+
+    def _noise(self, places: slice) -> NoisedBatch:
+        rows, t = self.rows[places], self.t[places]
+        batch = collate([self.data.samples[row] for row in rows], range(len(rows)), rows, self.pad_id)
+        first = places.start
+        generators = [
+            stream(_VALIDATION_SEED, Purpose.VALIDATION, 1, first + offset) for offset in range(len(rows))
+        ]
+        weight: Floats = np.ones(len(rows))
+        return noise(
+            batch, t, weight, generators, schedule=self.schedule, rule=bernoulli, views=1, mask_id=self.mask_id
+        )

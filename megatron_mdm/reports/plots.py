@@ -1,0 +1,82 @@
+"""Pictures of a run. Matplotlib figures; save_figure writes them as PNG."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import numpy as np
+from matplotlib.figure import Figure
+
+from megatron_mdm.config.files import write_atomically
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=120, bbox_inches="tight")
+    write_atomically(path, buffer.getvalue())
+
+
+def calibration_figure(artifact: dict[str, Any]) -> Figure:
+    """Calibration points, the fitted EPR and the density that is sampled."""
+    figure = Figure(figsize=(7, 4.5))
+    axes = figure.add_subplot()
+    points = artifact["points"]
+    density = np.array(artifact["cell_density"])
+    centres = (np.arange(len(density)) + 0.5) / len(density)
+    axes.plot(points["t"], points["optimal_density"], "o", markersize=3, label="calibrated optimum")
+    axes.plot(centres, density, label=f"sampled p(t) (EPR, uniform floor {artifact['uniform_floor']:g})")
+    axes.axhline(1.0, color="grey", linewidth=0.8, linestyle="--", label="uniform")
+    axes.set(xlabel="mask rate t", ylabel="density p(t)", xlim=(0, 1), ylim=(0, None))
+    axes.set_title(
+        f"P-POTS calibration: efficiency {artifact['efficiency']:.3f}, uniform {artifact['efficiency_of_uniform']:.3f}"
+    )
+    axes.legend()
+    return figure
+
+
+def training_figure(records: Sequence[dict[str, Any]]) -> Figure:
+    """Loss, validation loss, variances and losses by t over the steps of metrics.jsonl."""
+    figure = Figure(figsize=(12, 8))
+    train = [record for record in records if "loss" in record]
+    validated = [record for record in records if "validation_loss" in record]
+    step = [record["step"] for record in train]
+
+    axes = figure.add_subplot(2, 2, 1)
+    axes.plot(step, [record["loss"] for record in train], linewidth=0.8, label="training (importance-weighted)")
+    axes.plot(
+        [record["step"] for record in validated],
+        [record["validation_loss"] for record in validated],
+        "o-",
+        markersize=3,
+        label="validation (fixed grid of t)",
+    )
+    axes.set(xlabel="step", ylabel="loss per token, nats", yscale="log")
+    axes.legend()
+
+    axes = figure.add_subplot(2, 2, 2)
+    for key, label in (("variance_of_loss", "loss under uniform t"), ("variance_of_estimator", "estimator w·l")):
+        axes.plot(step, [record[key] for record in train], label=label)
+    axes.set(xlabel="step", ylabel="variance in the window", yscale="log")
+    axes.legend()
+
+    axes = figure.add_subplot(2, 2, 3)
+    bins = np.array([record["loss_by_t"] for record in train], dtype=float).T  # null → nan
+    if bins.size:
+        image = axes.imshow(bins, origin="lower", aspect="auto", extent=(step[0], step[-1] + 1, 0, 1), cmap="viridis")
+        figure.colorbar(image, ax=axes, label="loss")
+    axes.set(xlabel="step", ylabel="mask rate t")
+
+    axes = figure.add_subplot(2, 2, 4)
+    axes.plot(step, [record["grad_norm"] for record in train], linewidth=0.8, label="gradient norm")
+    axes.set(xlabel="step", ylabel="gradient norm", yscale="log")
+    rate = axes.twinx()
+    rate.plot(step, [record["lr"] for record in train], color="tab:orange")
+    rate.set_ylabel("learning rate", color="tab:orange")
+    figure.tight_layout()
+    return figure

@@ -1,0 +1,1 @@
+"""A run: set up, calibrate, train, watch, save, resume."""

@@ -1,0 +1,124 @@
+"""What watches a run: log, validate, stop early, save."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from megatron_mdm.checkpoint.store import CheckpointStore
+from megatron_mdm.config.schema import RunConfig
+from megatron_mdm.diffusion.variance import OnlineVariance
+from megatron_mdm.engine.base import Engine
+from megatron_mdm.training.loop import StepResult
+from megatron_mdm.training.metrics import MetricsLog
+from megatron_mdm.training.state import TrainState
+
+NUM_T_BINS = 10
+
+
+class Log:
+    """Progress bar on the main rank; every `logging.every` steps a line, a JSON record and tensorboard points."""
+
+    def __init__(self, config: RunConfig, metrics: MetricsLog, state: TrainState, num_steps: int, is_main: bool) -> None:
+        self.every, self.metrics = config.logging.every, metrics
+        self.bar = tqdm(
+            total=num_steps, initial=state.step, desc="train", unit="step", disable=not is_main, dynamic_ncols=True
+        )
+        self._reset()
+
+    def after_step(self, state: TrainState, result: StepResult) -> None:
+        state.run_variance.update(result.weight, result.sample_loss)
+        state.window_variance.update(result.weight, result.sample_loss)
+        bins = np.minimum((result.t * NUM_T_BINS).astype(int), NUM_T_BINS - 1)
+        for index, count in enumerate(np.bincount(bins, minlength=NUM_T_BINS)):
+            state.t_histogram[index] += int(count)
+        self.bin_loss += np.bincount(bins, weights=result.sample_loss, minlength=NUM_T_BINS)
+        self.bin_count += np.bincount(bins, minlength=NUM_T_BINS)
+        self.num_tokens += result.num_tokens
+        self.seconds += result.seconds
+        rate = self.num_tokens / self.seconds
+        self.bar.set_postfix_str(f"loss {result.loss:.4f}, {rate:,.0f} tokens/s", refresh=False)
+        self.bar.update()
+        if state.step % self.every == 0:
+            self.metrics.write(state.step, self._record(state, result, rate))
+            state.window_variance = OnlineVariance()
+            self._reset()
+
+    def after_run(self, _: TrainState) -> None:
+        self.bar.close()
+
+    def _record(self, state: TrainState, result: StepResult, rate: float) -> dict[str, Any]:
+        by_t = [
+            float(loss / count) if count else None for loss, count in zip(self.bin_loss, self.bin_count)
+        ]
+        return {
+            "loss": result.loss,
+            "lr": result.lr,
+            "grad_norm": result.grad_norm,
+            "tokens_per_second": rate,
+            "variance_of_loss": state.window_variance.of_loss(),
+            "variance_of_estimator": state.window_variance.of_estimator(),
+            "run_variance_of_loss": state.run_variance.of_loss(),
+            "run_variance_of_estimator": state.run_variance.of_estimator(),
+            "loss_by_t": by_t,
+        }
+
+    def _reset(self) -> None:
+        self.bin_loss, self.bin_count = np.zeros(NUM_T_BINS), np.zeros(NUM_T_BINS)
+        self.num_tokens, self.seconds = 0, 0.0
+
+
+class Validate:
+    """Validation loss every `evaluation.every` steps and at the end; stops a run that no longer improves."""
+
+    def __init__(
+        self, config: RunConfig, validation: Callable[[Engine], float], engine: Engine, metrics: MetricsLog
+    ) -> None:
+        self.every, self.patience = config.evaluation.every, config.evaluation.patience
+        self.validation, self.engine, self.metrics = validation, engine, metrics
+        self.last_step = -1
+
+    def after_step(self, state: TrainState, _: StepResult) -> None:
+        if state.step % self.every == 0:
+            self._validate(state)
+
+    def after_run(self, state: TrainState) -> None:
+        if self.last_step != state.step and state.step % self.every:
+            self._validate(state)
+
+    def _validate(self, state: TrainState) -> None:
+        loss = self.validation(self.engine)
+        self.last_step = state.step
+        if loss < state.best_validation:
+            state.best_validation, state.validations_without_best = loss, 0
+        else:
+            state.validations_without_best += 1
+        self.metrics.write(state.step, {"validation_loss": loss, "best_validation_loss": state.best_validation})
+        if self.patience and state.validations_without_best >= self.patience:
+            state.stop_reason = f"no better validation loss in {self.patience} validations"
+
+
+class Save:
+    """A checkpoint every `checkpoint.save_every` steps and at the end. Runs after the hooks whose state it saves."""
+
+    def __init__(
+        self, config: RunConfig, store: CheckpointStore, engine: Engine, describe: Callable[[], dict[str, Any]]
+    ) -> None:
+        """describe: what a resumed run is checked against."""
+        self.every, self.store, self.engine, self.describe = config.checkpoint.save_every, store, engine, describe
+        self.last_step = -1
+
+    def after_step(self, state: TrainState, _: StepResult) -> None:
+        if self.every and state.step % self.every == 0:
+            self._save(state)
+
+    def after_run(self, state: TrainState) -> None:
+        if self.last_step != state.step:
+            self._save(state)
+
+    def _save(self, state: TrainState) -> None:
+        self.store.save(state.step, self.engine, {**self.describe(), "train": state.to_json()})
+        self.last_step = state.step

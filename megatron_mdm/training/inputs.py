@@ -1,0 +1,72 @@
+"""A run's inputs, read and checked on every rank before anything is trained."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from megatron_mdm.config.errors import UserError
+from megatron_mdm.config.schema import PrecisionConfig, RunConfig
+from megatron_mdm.data.sft import SftDataset, read_sft, split_validation
+from megatron_mdm.data.tokenizer import Tokenizer, load_tokenizer, resolve_vocabulary
+from megatron_mdm.parallel import platform
+from megatron_mdm.training.calibrate import SpecialIds
+
+
+@dataclass(frozen=True)
+class RunData:
+    tokenizer: Tokenizer
+    train: SftDataset
+    validation: SftDataset | None
+
+    @property
+    def special_ids(self) -> SpecialIds:
+        return SpecialIds(self.tokenizer.mask_id, self.tokenizer.pad_id)
+
+
+def resolve(config: RunConfig) -> tuple[RunConfig, RunData]:
+    """Read tokenizer and data; return them with the configuration in which every 'auto' has its value."""
+    tokenizer = load_tokenizer(config.data)
+    model = resolve_vocabulary(config.model, tokenizer)
+    precision = resolve_precision(config)
+    config = config.model_copy(update={"model": model, "precision": precision})
+    data = config.data
+
+    def read(path: str) -> SftDataset:
+        return read_sft(path, tokenizer, data.max_length, data.too_long, model.vocab_size)
+
+    train, validation = read(data.train), None
+    if data.validation:
+        validation = read(data.validation)
+    elif data.validation_fraction:
+        train, validation = split_validation(train, data.validation_fraction, config.seed)
+    if config.diffusion.sampler == "ppots" and len(train) < 2:
+        raise UserError(f"{data.train}: calibration needs at least 2 training samples")
+    return config, RunData(tokenizer, train, validation)
+
+
+def resolve_precision(config: RunConfig) -> PrecisionConfig:
+    """'auto' becomes bf16 where the hardware multiplies it natively, fp32 elsewhere."""
+    if config.precision.dtype != "auto":
+        return config.precision
+    dtype = "bf16" if platform.multiplies_bf16() else "fp32"
+    return config.precision.model_copy(update={"dtype": dtype})
+
+
+def total_steps(config: RunConfig, num_samples: int) -> int:
+    """Optimizer steps of the run; epochs are rounded up to whole global batches."""
+    if config.schedule.steps:
+        return config.schedule.steps
+    return math.ceil(config.schedule.epochs * num_samples / config.batch.global_size)
+
+
+def describe_data(data: RunData, config: RunConfig) -> str:
+    """One line: what was read and what was left out."""
+    lengths = data.train.lengths()
+    left_out = data.train.num_too_long + (data.validation.num_too_long if data.validation else 0)
+    validation = f", {len(data.validation):,} for validation" if data.validation else ""
+    dropped = f"; {left_out:,} longer than {config.data.max_length} tokens left out" if left_out else ""
+    return (
+        f"data: {len(data.train):,} samples{validation}, {lengths.mean():.1f} tokens on average "
+        f"(longest {lengths.max()}), {data.train.num_eligible().mean():.1f} eligible{dropped}"
+    )

@@ -1,0 +1,74 @@
+"""A run's numbers: metrics.jsonl, tensorboard, and a line on the screen."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+from tqdm import tqdm
+
+
+class MetricsLog:
+    """Writes on the main rank only; elsewhere every call does nothing."""
+
+    def __init__(self, folder: Path, tensorboard: bool, is_main: bool, first_step: int) -> None:
+        self.path, self.is_main, self.writer = folder / "metrics.jsonl", is_main, None
+        if is_main:
+            folder.mkdir(parents=True, exist_ok=True)
+            truncate_records(self.path, first_step)
+            if tensorboard:
+                from torch.utils.tensorboard import SummaryWriter
+
+                # purge_step hides points of steps that a resumed run does again.
+                self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1)
+
+    def write(self, step: int, values: dict[str, Any]) -> None:
+        """One record; not-a-number becomes null, so that every line is JSON."""
+        if not self.is_main:
+            return
+        values = {key: None if _is_nan(value) else value for key, value in values.items()}
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, **values}) + "\n")
+        shown = {key: values[key] for key in ("loss", "validation_loss", "lr", "grad_norm") if key in values}
+        tqdm.write(f"step {step:>6}  " + "  ".join(f"{key} {value:.6g}" for key, value in shown.items()))
+        if self.writer:
+            for key, value in values.items():
+                if isinstance(value, list):
+                    for index, item in enumerate(value):
+                        if item is not None:
+                            self.writer.add_scalar(f"{key}/bin_{index}", item, step)
+                elif value is not None:
+                    self.writer.add_scalar(key, value, step)
+
+    def figure(self, name: str, figure: Figure, step: int) -> None:
+        if self.writer:
+            self.writer.add_figure(name, figure, step)
+
+    def records(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in self.path.read_text(encoding="utf-8").splitlines()]
+
+    def close(self) -> None:
+        if self.writer:
+            self.writer.close()
+
+
+def truncate_records(path: Path, last_step: int) -> None:
+    """Drop the records of steps that a resumed run will do again."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            record = json.loads(line)
+        except ValueError:  # the line that was being written when the run died
+            continue
+        if record["step"] <= last_step:
+            kept.append(line + "\n")
+    path.write_text("".join(kept), encoding="utf-8")
+
+
+def _is_nan(value: Any) -> bool:
+    return isinstance(value, float) and not math.isfinite(value)

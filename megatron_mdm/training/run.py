@@ -1,0 +1,191 @@
+"""From a configuration to a finished run: what is built, in which order, and what it leaves in its folder."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_mdm.checkpoint.store import CheckpointStore, read_state
+from megatron_mdm.config.errors import UserError
+from megatron_mdm.config.files import write_atomically, write_json
+from megatron_mdm.config.load import dump_config
+from megatron_mdm.config.schema import RunConfig
+from megatron_mdm.data.loader import TrainLoader
+from megatron_mdm.diffusion.mask_schedule import MaskSchedule
+from megatron_mdm.diffusion.masking import MASKING_RULES
+from megatron_mdm.diffusion.noiser import Noiser
+from megatron_mdm.diffusion.t_samplers import CALIBRATED_SAMPLERS, T_SAMPLERS, number_of_strata
+from megatron_mdm.engine.zero import ZeroEngine
+from megatron_mdm.evaluation.validation import FixedGridValidation
+from megatron_mdm.models.stages import build_model
+from megatron_mdm.parallel.collectives import barrier
+from megatron_mdm.parallel.groups import ParallelContext
+from megatron_mdm.reports.plots import calibration_figure, save_figure, training_figure
+from megatron_mdm.training.calibrate import calibrate, load_artifact, save_artifact
+from megatron_mdm.training.hooks import Log, Save, Validate
+from megatron_mdm.training.inputs import RunData, total_steps
+from megatron_mdm.training.loop import Hook, Trainer
+from megatron_mdm.training.metrics import MetricsLog
+from megatron_mdm.training.resume import check_same_run
+from megatron_mdm.training.state import TrainState
+
+CONFIG, CALIBRATION, CHECKPOINTS = "config.yaml", "calibration.json", "checkpoints"
+_ARTIFACTS = (CONFIG, CALIBRATION, "calibration.png", "metrics.jsonl", "summary.json", "curves.png")
+
+
+@dataclass(frozen=True)
+class StartMode:
+    """resume: go on where the folder's run stopped; overwrite: remove what it left and start anew."""
+
+    resume: bool = False
+    overwrite: bool = False
+
+
+def train_run(config: RunConfig, data: RunData, context: ParallelContext, mode: StartMode) -> dict[str, Any]:
+    """Train (or finish training) one run. Collective. Returns the summary that is also written to summary.json."""
+    folder = Path(config.checkpoint.directory)
+    _prepare_folder(folder, config, mode, context)
+    engine = ZeroEngine(build_model(config.model, context, config.seed), config, context)
+    store = CheckpointStore(folder / CHECKPOINTS, config.checkpoint.keep_last, context)
+    state = _restore(store, engine, config, data, context) if mode.resume else TrainState()
+    artifact = _calibration(folder, engine, config, data, context)
+    trainer = _trainer(config, data, engine, artifact, context)
+    metrics = MetricsLog(folder, config.logging.tensorboard, context.is_main, state.step)
+    if artifact:
+        metrics.figure("calibration", calibration_figure(artifact), state.step)
+    trainer.train(state, _hooks(trainer, data, store, metrics, state))
+    summary = _summary(config, state, artifact, trainer)
+    if context.is_main:
+        write_json(folder / "summary.json", summary)
+        records = metrics.records()
+        if any("loss" in record for record in records):
+            save_figure(training_figure(records), folder / "curves.png")
+    metrics.close()
+    return summary
+
+
+def _prepare_folder(folder: Path, config: RunConfig, mode: StartMode, context: ParallelContext) -> None:
+    """Refuse to mix two runs in one folder; write the resolved configuration."""
+    used = (folder / "metrics.jsonl").exists() or (folder / CHECKPOINTS).exists()
+    if used and not (mode.resume or mode.overwrite):
+        raise UserError(f"{folder}: holds a run already; go on with --resume, or start anew with --overwrite")
+    if mode.resume and (folder / CONFIG).exists():
+        check_same_run(folder / CONFIG, config)
+    barrier()
+    if context.is_main:
+        if mode.overwrite:
+            for name in (*_ARTIFACTS, CHECKPOINTS, "tensorboard"):
+                path = folder / name
+                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        try:
+            write_atomically(folder / CONFIG, dump_config(config))
+        except OSError as error:
+            raise UserError(f"{folder}: cannot be written ({error.strerror}); set 'checkpoint.directory'") from None
+    barrier()
+
+
+def _restore(
+    store: CheckpointStore, engine: ZeroEngine, config: RunConfig, data: RunData, context: ParallelContext
+) -> TrainState:
+    checkpoint = store.newest_intact()
+    if checkpoint is None:
+        if context.is_main:
+            print(f"{store.folder}: no checkpoint yet; starting at step 0", flush=True)
+        return TrainState()
+    saved = read_state(checkpoint)
+    if saved["data"] != data.train.fingerprint:
+        raise UserError(f"{config.data.train}: the file has changed since {checkpoint} was written")
+    engine.load(checkpoint)
+    state = TrainState.from_json(saved["train"])
+    state.stop_reason = ""
+    if context.is_main:
+        print(f"resumed from {checkpoint} at step {state.step}", flush=True)
+    return state
+
+
+def _calibration(
+    folder: Path, engine: ZeroEngine, config: RunConfig, data: RunData, context: ParallelContext
+) -> dict[str, Any] | None:
+    """The artifact that the configuration names, that the folder holds, or a new one."""
+    diffusion = config.diffusion
+    if diffusion.sampler not in CALIBRATED_SAMPLERS:
+        return None
+    if diffusion.calibration.artifact:
+        return load_artifact(Path(diffusion.calibration.artifact))
+    if (folder / CALIBRATION).exists():
+        return load_artifact(folder / CALIBRATION)
+    rows = config.batch.micro_size * diffusion.views
+    artifact = calibrate(engine, data.train, diffusion, data.special_ids, rows, config.seed, context)
+    if context.is_main:
+        save_artifact(artifact, folder / CALIBRATION)
+    return artifact
+
+
+def _trainer(
+    config: RunConfig, data: RunData, engine: ZeroEngine, artifact: dict[str, Any] | None, context: ParallelContext
+) -> Trainer:
+    diffusion, global_size = config.diffusion, config.batch.global_size
+    density = np.array(artifact["cell_density"]) if artifact else None
+    noiser = Noiser(
+        schedule=MaskSchedule(diffusion.epsilon),
+        sampler=T_SAMPLERS[diffusion.sampler](density),
+        rule=MASKING_RULES[diffusion.masking],
+        views=diffusion.views,
+        num_strata=number_of_strata(diffusion.strata, global_size),
+        global_size=global_size,
+        mask_id=data.tokenizer.mask_id,
+        seed=config.seed,
+    )
+    loader = TrainLoader(
+        data.train,
+        global_size=global_size,
+        micro_size=config.batch.micro_size,
+        data_rank=context.data_rank,
+        data_size=context.layout.data,
+        pad_id=data.tokenizer.pad_id,
+        seed=config.seed,
+    )
+    return Trainer(config, context, loader, noiser, engine, total_steps(config, len(data.train)))
+
+
+def _hooks(
+    trainer: Trainer, data: RunData, store: CheckpointStore, metrics: MetricsLog, state: TrainState
+) -> list[Hook]:
+    config, context = trainer.config, trainer.context
+    hooks: list[Hook] = [Log(config, metrics, state, trainer.num_steps, context.is_main)]
+    if config.evaluation.every and data.validation is not None:
+        validation = FixedGridValidation(
+            data.validation,
+            num_samples=config.evaluation.num_samples,
+            num_times=config.evaluation.num_times,
+            micro_size=config.batch.micro_size * config.diffusion.views,
+            schedule=MaskSchedule(config.diffusion.epsilon),
+            mask_id=data.tokenizer.mask_id,
+            pad_id=data.tokenizer.pad_id,
+            context=context,
+        )
+        hooks.append(Validate(config, validation, trainer.engine, metrics))
+    hooks.append(Save(config, store, trainer.engine, lambda: {"data": data.train.fingerprint}))
+    return hooks
+
+
+def _summary(
+    config: RunConfig, state: TrainState, artifact: dict[str, Any] | None, trainer: Trainer
+) -> dict[str, Any]:
+    drawn = np.array(state.t_histogram) / max(1, sum(state.t_histogram))
+    t, _ = trainer.noiser.times(max(0, state.step - 1))
+    return {
+        "steps": state.step,
+        "stopped_early": state.stop_reason,
+        "best_validation_loss": state.best_validation if np.isfinite(state.best_validation) else None,
+        "variance_of_loss": state.run_variance.of_loss(),
+        "variance_of_estimator": state.run_variance.of_estimator(),
+        "t_share_by_decile": drawn.round(4).tolist(),
+        "t_last_step": {"min": float(t.min()), "mean": float(t.mean()), "max": float(t.max()), "std": float(t.std())},
+        "calibration": artifact
+        and {key: artifact[key] for key in ("efficiency", "efficiency_of_uniform", "forwards", "seconds")},
+    }
