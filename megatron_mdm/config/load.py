@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -14,6 +14,7 @@ from megatron_mdm.config.errors import UserError
 from megatron_mdm.config.schema import RunConfig
 
 Tree = dict[str, Any]
+Model = TypeVar("Model", bound=BaseModel)
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -24,20 +25,16 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """
     origins: dict[str, str] = {}
     tree = _read(Path(path), origins, ())
-    for override in overrides:
-        key, separator, text = override.partition("=")
-        if not separator or not key:
-            raise UserError(f"override '{override}': write it as section.key=value")
-        try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise UserError(f"override '{override}': the value is not YAML ({_one_line(error)})") from None
-        _set(tree, key.split("."), value, override)
-        origins[key] = f"override '{override}'"
-    try:
-        return RunConfig.model_validate(tree)
-    except ValidationError as error:
-        raise UserError(_describe(error, origins, str(path))) from None
+    _override(tree, overrides, origins)
+    return _validated(RunConfig, tree, origins, str(path))
+
+
+def load_section(model: type[Model], overrides: Sequence[str]) -> Model:
+    """A section that no file holds, from its defaults and `key=value` arguments."""
+    origins: dict[str, str] = {}
+    tree: Tree = {}
+    _override(tree, overrides, origins)
+    return _validated(model, tree, origins, "arguments")
 
 
 def dump_config(config: RunConfig) -> str:
@@ -86,6 +83,26 @@ def _merge(into: Tree, other: Tree) -> None:
             into[key] = value
 
 
+def _override(tree: Tree, overrides: Sequence[str], origins: dict[str, str]) -> None:
+    for override in overrides:
+        key, separator, text = override.partition("=")
+        if not separator or not key:
+            raise UserError(f"override '{override}': write it as section.key=value")
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise UserError(f"override '{override}': the value is not YAML ({_one_line(error)})") from None
+        _set(tree, key.split("."), value, override)
+        origins[key] = f"override '{override}'"
+
+
+def _validated(model: type[Model], tree: Tree, origins: dict[str, str], where: str) -> Model:
+    try:
+        return model.model_validate(tree)
+    except ValidationError as error:
+        raise UserError(_describe(error, model, origins, where)) from None
+
+
 def _set(tree: Tree, keys: list[str], value: Any, override: str) -> None:
     for key in keys[:-1]:
         tree = tree.setdefault(key, {})
@@ -94,7 +111,7 @@ def _set(tree: Tree, keys: list[str], value: Any, override: str) -> None:
     tree[keys[-1]] = value
 
 
-def _describe(error: ValidationError, origins: dict[str, str], path: str) -> str:
+def _describe(error: ValidationError, root: type[BaseModel], origins: dict[str, str], path: str) -> str:
     """The first problem of a ValidationError in one line: where, what, and for unknown keys the nearest known one."""
     details = error.errors()
     unknown = [detail for detail in details if detail["type"] == "extra_forbidden"]  # often the cause of the others
@@ -103,7 +120,7 @@ def _describe(error: ValidationError, origins: dict[str, str], path: str) -> str
     key = ".".join(location)
     where = next((origins[known] for known in origins if known == key or known.startswith(f"{key}.")), path)
     if detail["type"] == "extra_forbidden":
-        return f"{where}: unknown key '{key}'{_suggestion(location)}"
+        return f"{where}: unknown key '{key}'{_suggestion(root, location)}"
     if detail["type"] == "missing":
         return f"{where}: key '{key}' is missing"
     union_tags = {"int", "str"} | {part for part in location if part.startswith("literal[")}
@@ -113,8 +130,8 @@ def _describe(error: ValidationError, origins: dict[str, str], path: str) -> str
     return f"{where}: '{key}': {message[0].lower()}{message[1:]}{given}"
 
 
-def _suggestion(location: list[str]) -> str:
-    model: Any = RunConfig
+def _suggestion(root: type[BaseModel], location: list[str]) -> str:
+    model: Any = root
     for part in location[:-1]:
         field = model.model_fields.get(part)
         model = field.annotation if field else None

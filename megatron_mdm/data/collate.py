@@ -8,9 +8,7 @@ from megatron_mdm.data.sft import Sample
 from megatron_mdm.diffusion.noiser import CleanBatch
 
 
-def collate(
-    samples: Sequence[Sample], positions: Sequence[int], sample_ids: Sequence[int], pad_id: int
-) -> CleanBatch:
+def collate(samples: Sequence[Sample], positions: Sequence[int], sample_ids: Sequence[int], pad_id: int) -> CleanBatch:
     """Pad to the longest of the samples. positions: places in the global batch; sample_ids: rows of the data set."""
     lengths = torch.tensor([len(sample.tokens) for sample in samples])
     tokens = torch.full((len(samples), int(lengths.max())), pad_id, dtype=torch.int64)

@@ -121,6 +121,19 @@ def prompt_and_response(record: dict[str, Any], where: str) -> tuple[str, str]:
     )
 
 
+def read_prompts(path: str) -> list[str]:
+    """The field 'prompt' or 'question' of every record."""
+    prompts = []
+    for where, record in read_records(path):
+        prompt = record.get("prompt", record.get("question"))
+        if not isinstance(prompt, str):
+            raise UserError(f"{where}: expected a string in the field 'prompt' or 'question'")
+        prompts.append(prompt)
+    if not prompts:
+        raise UserError(f"{path}: no prompts")
+    return prompts
+
+
 def encode_prompt(prompt: str, tokenizer: Tokenizer) -> list[int]:
     return tokenizer.encode(plain_prompt(prompt))
 

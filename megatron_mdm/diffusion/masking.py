@@ -23,7 +23,7 @@ MaskingRule = Callable[[Floats, float, MaskSchedule, int], Masking]
 def bernoulli(uniforms: Floats, t: float, schedule: MaskSchedule, views: int) -> Masking:
     """Each position is masked independently with probability q = p_mask(t) (paper, Section 2).
 
-    MIRROR (paper, Section 4.2): view 1 masks U < q, view 2 masks U > 1 − q: the same marginal, and disjoint for q < 1/2.
+    MIRROR (paper, Section 4.2): view 1 masks U < q, view 2 masks U > 1 − q: the same marginal, disjoint for q < 1/2.
     """
     q = schedule.mask_probability(np.full_like(uniforms, t))
     masked = np.stack([uniforms < q, uniforms > 1.0 - q][:views])

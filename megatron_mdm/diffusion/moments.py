@@ -54,9 +54,7 @@ def naive_moments(samples: CalibrationSamples, _: MaskSchedule, target: str) -> 
     second_moment = np.square(loss).mean((0, 2))
     masking_variance = loss.var(2, ddof=1).mean(0)
     target_curve = second_moment if target == "second_moment" else mean_loss**2 + masking_variance
-    return MomentCurves(
-        samples.t, mean_loss, target_curve, lambda t: np.interp(t, samples.t, second_moment)
-    )
+    return MomentCurves(samples.t, mean_loss, target_curve, lambda t: np.interp(t, samples.t, second_moment))
 
 
 def token_moments(samples: CalibrationSamples, schedule: MaskSchedule, target: str) -> MomentCurves:

@@ -93,8 +93,8 @@ def number_of_strata(rule: int | str, global_size: int) -> int:
 def stratified_quantiles(seed: int, step: int, global_size: int, num_strata: int) -> Floats:
     """The global batch's quantiles u [n] in [0, 1) for one optimizer step (StraTS, paper Section 4.3).
 
-    ⌊n/K⌋ draws in each of K equal strata, the leftovers in distinct random strata, assigned to the batch's positions by a
-    random permutation. Each u is marginally uniform; a pure function of (seed, step).
+    ⌊n/K⌋ draws in each of K equal strata, the leftovers in distinct random strata, assigned to the batch's positions
+    by a random permutation. Each u is marginally uniform; a pure function of (seed, step).
     """
     generator = stream(seed, Purpose.TIMES, step)
     strata = np.tile(np.arange(num_strata), global_size // num_strata)

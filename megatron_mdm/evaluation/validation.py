@@ -78,9 +78,7 @@ class FixedGridValidation:
         rows, t = self.rows[places], self.t[places]
         batch = collate([self.data.samples[row] for row in rows], range(len(rows)), rows, self.pad_id)
         first = places.start
-        generators = [
-            stream(_VALIDATION_SEED, Purpose.VALIDATION, 1, first + offset) for offset in range(len(rows))
-        ]
+        generators = [stream(_VALIDATION_SEED, Purpose.VALIDATION, 1, first + offset) for offset in range(len(rows))]
         weight: Floats = np.ones(len(rows))
         return noise(
             batch, t, weight, generators, schedule=self.schedule, rule=bernoulli, views=1, mask_id=self.mask_id

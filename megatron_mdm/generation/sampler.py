@@ -8,7 +8,6 @@ from typing import NamedTuple, Protocol
 import torch
 from pydantic import model_validator
 from torch import Tensor
-from tqdm import tqdm
 
 from megatron_mdm.config.schema import Section
 from megatron_mdm.diffusion.randomness import Purpose, stream
@@ -17,6 +16,7 @@ from megatron_mdm.generation.remask import REMASKING, gumbel_argmax, tokens_per_
 from megatron_mdm.models.stages import Packet
 from megatron_mdm.parallel.collectives import gather_objects
 from megatron_mdm.parallel.groups import ParallelContext
+from megatron_mdm.parallel.progress import progress_bar
 
 
 class LogitsEngine(Protocol):
@@ -37,7 +37,9 @@ class GenerationConfig(Section):
         if self.gen_length <= 0 or self.block_length <= 0 or self.gen_length % self.block_length:
             raise ValueError(f"gen_length {self.gen_length} must be a multiple of block_length {self.block_length}")
         if self.steps <= 0 or self.steps % (self.gen_length // self.block_length):
-            raise ValueError(f"steps {self.steps} must be a multiple of the {self.gen_length // self.block_length} blocks")
+            raise ValueError(
+                f"steps {self.steps} must be a multiple of the {self.gen_length // self.block_length} blocks"
+            )
         if self.remasking not in REMASKING:
             raise ValueError(f"remasking must be one of {', '.join(REMASKING)}")
         return self
@@ -64,8 +66,8 @@ def generate(
     batches = [order[start : start + config.batch_size] for start in range(0, len(order), config.batch_size)]
     ranks = context.layout.data
     mine: dict[int, list[int]] = {}
-    progress = tqdm(range(-(-len(batches) // ranks)), desc="generate", unit="batch", disable=not context.is_main)
-    for turn in progress:
+    turns = range(-(-len(batches) // ranks))
+    for turn in progress_bar(turns, desc="generate", unit="batch", enabled=context.is_main):
         index = turn * ranks + context.data_rank
         batch = batches[min(index, len(batches) - 1)]  # ranks without work repeat the last batch, to keep step
         responses = denoise(engine, [prompts[row] for row in batch], batch, config, special)
@@ -102,7 +104,7 @@ def denoise(
     return tokens.gather(1, starts[:, None] + torch.arange(config.gen_length))
 
 
-def _commit(engine, tokens, lengths, places, num_commit, step, prompt_ids, config, special):  # noqa: ANN001, ANN202
+def _commit(engine, tokens, lengths, places, num_commit, step, prompt_ids, config, special):
     """Unmask the num_commit most confident positions of the block in each row. Every row has as many masked ones."""
     still_masked = tokens.gather(1, places) == special.mask  # [R, block]
     num_rows, num_masked = len(tokens), int(still_masked[0].sum())

@@ -16,8 +16,8 @@ class BidirectionalAttention(MegatronModule):
         self.softmax_scale = softmax_scale
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **_: Any) -> Tensor:
-        """query [S, B, heads, D]; key, value [S, B, kv heads, D]; attention_mask bool, broadcastable to [B, heads, S, S],
-        True where a query may look, or None. Returns [S, B, heads · D]."""
+        """query [S, B, heads, D]; key, value [S, B, kv heads, D]; attention_mask bool, broadcastable to
+        [B, heads, S, S], True where a query may look, or None. Returns [S, B, heads · D]."""
         query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))  # [B, heads, S, D]
         context = F.scaled_dot_product_attention(
             query,

@@ -30,9 +30,9 @@ def weighted_cross_entropy(
 ) -> RowLosses:
     """Cross-entropy of `rows @ head.T` with the vocabulary split over a tensor-parallel group.
 
-    rows [R, H], the same on every rank of the group; head [V_local, H], this rank's slice, all of one size; rows of the
-    whole head from vocab_size on are padding and take no probability; labels [R] int64, global ids; weights [R] float32.
-    The softmax is in float32 whatever the inputs. The gradient of rows is already summed over the group.
+    rows [R, H], the same on every rank of the group; head [V_local, H], this rank's slice, all of one size; rows of
+    the whole head from vocab_size on are padding and take no probability; labels [R] int64, global ids; weights [R]
+    float32. The softmax is in float32 whatever the inputs. The gradient of rows is already summed over the group.
     """
     needs_grad = torch.is_grad_enabled() and (rows.requires_grad or head.requires_grad)
     shard = _Shard.of(head, vocab_size, group)

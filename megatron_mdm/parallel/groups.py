@@ -84,11 +84,11 @@ def shut_down() -> None:
 class _ModelParallelUnit:
     """The accessors deepspeed.initialize(mpu=…) calls, answered by megatron.core.parallel_state."""
 
-    _NAMES = {
-        "get_model_parallel_rank": "get_tensor_model_parallel_rank",
-        "get_model_parallel_world_size": "get_tensor_model_parallel_world_size",
-        "get_model_parallel_group": "get_tensor_model_parallel_group",
-    }
+    _OTHER_NAMES = (  # DeepSpeed's, megatron-core's
+        ("get_model_parallel_rank", "get_tensor_model_parallel_rank"),
+        ("get_model_parallel_world_size", "get_tensor_model_parallel_world_size"),
+        ("get_model_parallel_group", "get_tensor_model_parallel_group"),
+    )
     _SAME = (
         "get_tensor_model_parallel_rank",
         "get_tensor_model_parallel_world_size",
@@ -104,7 +104,7 @@ class _ModelParallelUnit:
 
         for name in self._SAME:
             setattr(self, name, getattr(parallel_state, name))
-        for name, source in self._NAMES.items():
+        for name, source in self._OTHER_NAMES:
             setattr(self, name, getattr(parallel_state, source))
 
 

@@ -45,7 +45,7 @@ def prepare() -> None:
     else:
         # megatron-core allocates its communication buffers on torch.cuda.current_device().
         torch.cuda.current_device = lambda: torch.device("cpu")  # type: ignore[assignment,return-value]
-        # DeepSpeed would compile a shared-memory all-reduce for inference at every first start; training never calls it.
+        # DeepSpeed would compile a shared-memory all-reduce, which only its inference calls, at the first start.
         import deepspeed
 
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

@@ -19,8 +19,8 @@ _SECOND_RANK_WAITS = 3.0  # seconds; the launcher ends the other ranks as soon a
 def run_program(main: Callable[[], None]) -> None:
     """Call main; on a UserError print `error: …` and exit with code 1, without waiting for ranks that still compute.
 
-    Most mistakes are found by every rank at once. The main rank speaks at once; another speaks, with its number, only if
-    it is still alive some seconds later, that is, if it alone failed.
+    Most mistakes are found by every rank at once. The main rank speaks at once; another speaks, with its number, only
+    if it is still alive some seconds later, that is, if it alone failed.
     """
     try:
         main()

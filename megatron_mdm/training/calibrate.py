@@ -1,6 +1,6 @@
 """The P-POTS pre-pass: losses on a grid of t, sharded over data-parallel ranks, and the density fitted to them.
 
-The result does not depend on the layout: micro-batches are cut once, dealt out to the ranks, and their losses collected.
+The result does not depend on the layout: micro-batches are cut once, dealt out to the ranks, their losses collected.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from megatron_mdm.config.errors import UserError
 from megatron_mdm.config.files import write_json
@@ -31,6 +30,7 @@ from megatron_mdm.engine.packets import loss_packet
 from megatron_mdm.models.stages import Packet, RowStatistics
 from megatron_mdm.parallel.collectives import fill_from_data_ranks
 from megatron_mdm.parallel.groups import ParallelContext
+from megatron_mdm.parallel.progress import progress_bar
 from megatron_mdm.reports.plots import calibration_figure, save_figure
 
 ARTIFACT_VERSION = 1
@@ -87,7 +87,8 @@ def measure(
     ]
     statistics = np.zeros((4, num_samples, per_sample))
     ranks = context.layout.data
-    for turn in tqdm(range(-(-len(batches) // ranks)), desc="calibrate", unit="batch", disable=not context.is_main):
+    turns = range(-(-len(batches) // ranks))
+    for turn in progress_bar(turns, desc="calibrate", unit="batch", enabled=context.is_main):
         index = turn * ranks + context.data_rank
         sample, places = batches[min(index, len(batches) - 1)]  # ranks without work repeat the last, to keep step
         noised = _noise_one_sample(data, rows[sample], sample, places, t, diffusion, special, seed)
@@ -99,9 +100,7 @@ def measure(
     return CalibrationSamples(t, data.num_eligible()[rows], loss, ce_sum, ce_square_sum, num_masked)
 
 
-def fit(
-    samples: CalibrationSamples, settings: CalibrationConfig, schedule: MaskSchedule, seed: int
-) -> dict[str, Any]:
+def fit(samples: CalibrationSamples, settings: CalibrationConfig, schedule: MaskSchedule, seed: int) -> dict[str, Any]:
     """Moments → EPR → the density table that training samples."""
     curves = MOMENT_ESTIMATORS[settings.estimator](samples, schedule, settings.target)
     optimal = curves.optimal_density()

@@ -6,12 +6,12 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from megatron_mdm.checkpoint.store import CheckpointStore
 from megatron_mdm.config.schema import RunConfig
 from megatron_mdm.diffusion.variance import OnlineVariance
 from megatron_mdm.engine.base import Engine
+from megatron_mdm.parallel.progress import progress_bar
 from megatron_mdm.training.loop import StepResult
 from megatron_mdm.training.metrics import MetricsLog
 from megatron_mdm.training.state import TrainState
@@ -22,11 +22,11 @@ NUM_T_BINS = 10
 class Log:
     """Progress bar on the main rank; every `logging.every` steps a line, a JSON record and tensorboard points."""
 
-    def __init__(self, config: RunConfig, metrics: MetricsLog, state: TrainState, num_steps: int, is_main: bool) -> None:
+    def __init__(
+        self, config: RunConfig, metrics: MetricsLog, state: TrainState, num_steps: int, is_main: bool
+    ) -> None:
         self.every, self.metrics = config.logging.every, metrics
-        self.bar = tqdm(
-            total=num_steps, initial=state.step, desc="train", unit="step", disable=not is_main, dynamic_ncols=True
-        )
+        self.bar = progress_bar(total=num_steps, initial=state.step, desc="train", unit="step", enabled=is_main)
         self._reset()
 
     def after_step(self, state: TrainState, result: StepResult) -> None:
@@ -51,9 +51,7 @@ class Log:
         self.bar.close()
 
     def _record(self, state: TrainState, result: StepResult, rate: float) -> dict[str, Any]:
-        by_t = [
-            float(loss / count) if count else None for loss, count in zip(self.bin_loss, self.bin_count)
-        ]
+        by_t = [float(loss / count) if count else None for loss, count in zip(self.bin_loss, self.bin_count)]
         return {
             "loss": result.loss,
             "lr": result.lr,

@@ -173,9 +173,7 @@ def _hooks(
     return hooks
 
 
-def _summary(
-    config: RunConfig, state: TrainState, artifact: dict[str, Any] | None, trainer: Trainer
-) -> dict[str, Any]:
+def _summary(config: RunConfig, state: TrainState, artifact: dict[str, Any] | None, trainer: Trainer) -> dict[str, Any]:
     drawn = np.array(state.t_histogram) / max(1, sum(state.t_histogram))
     t, _ = trainer.noiser.times(max(0, state.step - 1))
     return {

@@ -35,7 +35,7 @@ SCHEDULES: dict[str, Callable[[float, ScheduleConfig], float]] = {
 
 
 def learning_rate(step: int, num_steps: int, peak: float, schedule: ScheduleConfig) -> float:
-    """The rate of optimizer step `step` (from 0): linear warm-up to the peak, then the schedule down to min_lr_ratio."""
+    """The rate of optimizer step `step` (from 0): linear warm-up to the peak, then the schedule to min_lr_ratio."""
     if step < schedule.warmup_steps:
         return peak * (step + 1) / schedule.warmup_steps
     progress = (step - schedule.warmup_steps) / max(1, num_steps - schedule.warmup_steps)

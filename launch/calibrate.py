@@ -1,0 +1,49 @@
+"""Calibrate P-POTS alone, with a run's weights or a configuration's initial ones; training takes the artifact with
+diffusion.calibration.artifact=FILE: torchrun … launch/calibrate.py --config FILE --output calibration.json"""
+
+import argparse
+from pathlib import Path
+
+from megatron_mdm.parallel import platform
+
+platform.quiet_libraries()
+
+from megatron_mdm.checkpoint.load import load_for_inference  # noqa: E402
+from megatron_mdm.config.load import load_config  # noqa: E402
+from megatron_mdm.config.validate import validate  # noqa: E402
+from megatron_mdm.engine.inference import InferenceEngine  # noqa: E402
+from megatron_mdm.models.stages import build_model  # noqa: E402
+from megatron_mdm.parallel.groups import initialize, world_size_from_environment  # noqa: E402
+from megatron_mdm.parallel.program import run_program  # noqa: E402
+from megatron_mdm.training.calibrate import calibrate, save_artifact  # noqa: E402
+from megatron_mdm.training.inputs import resolve  # noqa: E402
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--config", required=True, help="YAML file; see configs/")
+    parser.add_argument("--output", required=True, type=Path, help="the JSON file to write; a PNG goes beside it")
+    parser.add_argument("--run-dir", type=Path, help="take the weights of this run's newest checkpoint")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    arguments = parser.parse_intermixed_args()
+
+    config = load_config(arguments.config, arguments.overrides)
+    validate(config, world_size_from_environment())
+    config, data = resolve(config)
+    context = initialize(config.parallel.tensor, config.parallel.pipeline)
+    if arguments.run_dir:
+        engine = load_for_inference(arguments.run_dir, config, context)
+    else:
+        engine = InferenceEngine(build_model(config.model, context, config.seed), config.precision.dtype)
+    rows = config.batch.micro_size * config.diffusion.views
+    artifact = calibrate(engine, data.train, config.diffusion, data.special_ids, rows, config.seed, context)
+    if context.is_main:
+        save_artifact(artifact, arguments.output)
+        print(
+            f"calibration efficiency: {artifact['efficiency']:.3f} (uniform: {artifact['efficiency_of_uniform']:.3f})"
+        )
+        print(f"{arguments.output}, {arguments.output.with_suffix('.png')}", flush=True)
+
+
+if __name__ == "__main__":
+    run_program(main)
