@@ -15,6 +15,9 @@ from megatron_mdm.diffusion.mask_schedule import Floats, MaskSchedule
 from megatron_mdm.diffusion.t_samplers import TSampler
 
 BANDWIDTH = 0.05  # of the smoothing of token-level moments over t
+# Curves are rounded far below their statistical error: losses differ between layouts in the last bits, and a fit of
+# seven parameters would enlarge that until t itself differed.
+SIGNIFICANT_DIGITS = 4
 
 
 @dataclass(frozen=True)
@@ -50,9 +53,9 @@ def naive_moments(samples: CalibrationSamples, _: MaskSchedule, target: str) -> 
     of g over samples and is the exact optimum.
     """
     loss = samples.loss
-    mean_loss = loss.mean((0, 2))
-    second_moment = np.square(loss).mean((0, 2))
-    masking_variance = loss.var(2, ddof=1).mean(0)
+    mean_loss = _rounded(loss.mean((0, 2)))
+    second_moment = _rounded(np.square(loss).mean((0, 2)))
+    masking_variance = _rounded(loss.var(2, ddof=1).mean(0))
     target_curve = second_moment if target == "second_moment" else mean_loss**2 + masking_variance
     return MomentCurves(samples.t, mean_loss, target_curve, lambda t: np.interp(t, samples.t, second_moment))
 
@@ -74,7 +77,7 @@ def token_moments(samples: CalibrationSamples, schedule: MaskSchedule, target: s
     kernel = np.exp(-0.5 * np.square((samples.t[:, None] - samples.t[None, :]) / BANDWIDTH))  # [b, b]
 
     def ratio(numerator: Floats, denominator: Floats) -> Floats:
-        return (kernel @ numerator.sum((0, 2))) / np.maximum(kernel @ denominator.sum((0, 2)), 1e-300)
+        return _rounded((kernel @ numerator.sum((0, 2))) / np.maximum(kernel @ denominator.sum((0, 2)), 1e-300))
 
     squares = ratio(samples.ce_square_sum / p**2, masked_share)
     products = np.maximum(ratio(pairs / p**2, pair_share), 0.0)
@@ -85,6 +88,12 @@ def token_moments(samples: CalibrationSamples, schedule: MaskSchedule, target: s
         return smooth_squares / schedule.mask_probability(t) + smooth_products
 
     return MomentCurves(samples.t, mean_loss, second_moment(samples.t), second_moment)
+
+
+def _rounded(values: Floats) -> Floats:
+    exponent = np.floor(np.log10(np.maximum(np.abs(values), 1e-300)))
+    scale = 10.0 ** (SIGNIFICANT_DIGITS - 1 - exponent)
+    return np.round(values * scale) / scale
 
 
 MOMENT_ESTIMATORS: dict[str, Callable[[CalibrationSamples, MaskSchedule, str], MomentCurves]] = {

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from megatron_mdm.config.errors import UserError
 from megatron_mdm.parallel.groups import rank_from_environment, shut_down
 
-_SECOND_RANK_WAITS = 3.0  # seconds; the launcher ends the other ranks as soon as the first has failed
+_SECOND_RANK_WAITS = 1.5  # seconds; the launcher ends the other ranks as soon as the first has failed
 
 
 def run_program(main: Callable[[], None]) -> None:

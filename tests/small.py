@@ -1,0 +1,64 @@
+"""A small model and small data that tests share."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_mdm.config.schema import ModelConfig, RunConfig
+
+VOCAB, MASK, PAD, EOS = 61, 60, 0, 1
+
+
+def small_model(**changes: Any) -> ModelConfig:
+    values = dict(
+        num_layers=2,
+        hidden_size=32,
+        num_heads=4,
+        num_kv_heads=2,
+        ffn_hidden_size=64,
+        max_sequence_length=64,
+        vocab_size=VOCAB,
+        vocab_divisor=8,
+    )
+    return ModelConfig(**{**values, **changes})
+
+
+def write_ids(path: Path, num_samples: int, seed: int = 0, length: tuple[int, int] = (8, 24)) -> Path:
+    """A JSONL file of token ids with a learnable pattern: each response token repeats one of the prompt."""
+    generator = np.random.default_rng(seed)
+    lines = []
+    for _ in range(num_samples):
+        size = int(generator.integers(*length))
+        prompt = int(generator.integers(2, size - 2))
+        ids = generator.integers(2, MASK, size)
+        ids[prompt:] = ids[np.arange(size - prompt) % prompt]
+        lines.append(json.dumps({"input_ids": ids.tolist(), "prompt_length": prompt}))
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+def small_config(folder: Path, **sections: dict[str, Any]) -> RunConfig:
+    """A run on write_ids data in folder/train.jsonl, in fp32; sections override the defaults key by key."""
+    values: dict[str, Any] = {
+        "model": small_model().model_dump(),
+        "data": {
+            "train": str(folder / "train.jsonl"),
+            "mask_token": MASK,
+            "pad_token": PAD,
+            "eos_token": EOS,
+            "max_length": 64,
+        },
+        "batch": {"global_size": 8, "micro_size": 2},
+        "optimizer": {"lr": 3e-3},
+        "schedule": {"steps": 10},
+        "precision": {"dtype": "fp32"},
+        "checkpoint": {"directory": str(folder / "run")},
+        "logging": {"every": 1, "tensorboard": False},
+    }
+    for name, changes in sections.items():
+        values[name] = {**values.get(name, {}), **changes} if isinstance(changes, dict) else changes
+    return RunConfig.model_validate(values)

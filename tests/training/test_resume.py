@@ -1,0 +1,105 @@
+"""A run that is killed and resumed equals the run that was not, bit for bit."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_mdm.config.load import dump_config
+from tests.ranks import ProgramRanks, run_program_ranks
+from tests.small import small_config, write_ids
+from tests.training.test_layouts import METHOD
+
+VARIANTS = {
+    "zero0": ({"zero": 0}, "fp32"),
+    "zero1_bf16": ({"zero": 1}, "bf16"),
+    "zero2": ({"zero": 2}, "fp32"),
+    "zero3": ({"zero": 3}, "fp32"),
+    "tp2": ({"tensor": 2, "zero": 1}, "fp32"),
+}
+
+
+def losses(folder: Path) -> list[dict[str, Any]]:
+    """The records of a run less what depends on the clock."""
+    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    records = [json.loads(line) for line in lines]
+    for record in records:
+        record.pop("tokens_per_second", None)
+    return records
+
+
+def write_config(folder: Path, parallel: dict[str, Any], dtype: str) -> Path:
+    config = small_config(
+        folder,
+        data={"validation": str(folder / "validation.jsonl")},
+        diffusion=METHOD,
+        parallel=parallel,
+        precision={"dtype": dtype},
+        schedule={"steps": 12, "warmup_steps": 2, "name": "cosine"},
+        evaluation={"every": 3, "num_samples": 4, "num_times": 2},
+    )
+    path = folder / "config.yaml"
+    path.write_text(dump_config(config), encoding="utf-8")
+    write_ids(folder / "train.jsonl", 30)
+    write_ids(folder / "validation.jsonl", 6, seed=1)
+    return path
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_killed_and_resumed_run_equals_uninterrupted(name: str, tmp_path: Path) -> None:
+    config = write_config(tmp_path, *VARIANTS[name])
+
+    def arguments(run: str, *more: str) -> list[str]:
+        return ["--config", str(config), f"checkpoint.directory={tmp_path / run}", "checkpoint.save_every=4", *more]
+
+    whole = run_program_ranks("launch/train.py", arguments("whole"), 2)
+    assert [rank.exit_code for rank in whole] == [0, 0], whole[0].stderr
+    ranks = ProgramRanks("launch/train.py", arguments("killed"), 2)
+    metrics = tmp_path / "killed" / "metrics.jsonl"
+    while ranks.is_running() and not (metrics.exists() and '"step": 6,' in metrics.read_text(encoding="utf-8")):
+        time.sleep(0.005)
+    ranks.kill()
+    saved = sorted(os.listdir(tmp_path / "killed" / "checkpoints"))
+    assert "step-00000004" in saved
+    assert "step-00000012" not in saved, "killed too late to show anything"
+
+    resumed = run_program_ranks("launch/train.py", arguments("killed", "--resume"), 2)
+    assert [rank.exit_code for rank in resumed] == [0, 0], resumed[0].stderr
+    assert "resumed from" in resumed[0].stdout
+    assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
+    assert (tmp_path / "killed/calibration.json").exists()
+
+
+def test_damaged_checkpoint_falls_back_to_the_one_before(tmp_path: Path) -> None:
+    config = write_config(tmp_path, {"zero": 1}, "fp32")
+    arguments = ["--config", str(config), "checkpoint.save_every=4", "checkpoint.keep_last=3"]
+    first = run_program_ranks("launch/train.py", arguments, 1)
+    assert first[0].exit_code == 0, first[0].stderr
+    before = losses(tmp_path / "run")
+    state = next((tmp_path / "run/checkpoints/step-00000012").rglob("*model_states.pt"))
+    damaged = bytearray(state.read_bytes())
+    damaged[len(damaged) // 2] ^= 0xFF
+    state.write_bytes(damaged)
+    resumed = run_program_ranks("launch/train.py", [*arguments, "--resume"], 1)
+    assert resumed[0].exit_code == 0, resumed[0].stderr
+    assert "step-00000012 is damaged" in resumed[0].stdout
+    assert "resumed from" in resumed[0].stdout
+    assert losses(tmp_path / "run") == before
+
+
+def test_retention_and_a_second_run_in_the_same_folder(tmp_path: Path) -> None:
+    config = write_config(tmp_path, {"zero": 1}, "fp32")
+    arguments = ["--config", str(config), "checkpoint.save_every=3", "checkpoint.keep_last=2"]
+    assert run_program_ranks("launch/train.py", arguments)[0].exit_code == 0
+    assert sorted(os.listdir(tmp_path / "run/checkpoints")) == ["step-00000009", "step-00000012"]
+    again = run_program_ranks("launch/train.py", arguments)[0]
+    assert again.exit_code == 1
+    assert "holds a run already" in again.stderr
+    before = losses(tmp_path / "run")
+    assert run_program_ranks("launch/train.py", [*arguments, "--overwrite"])[0].exit_code == 0
+    assert losses(tmp_path / "run") == before  # same seed, same losses

@@ -1,0 +1,160 @@
+"""What tools/benchmark.py trains: models, sample lengths, batches, and this stack's trainer for them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from megatron_mdm.config.schema import DataConfig, RunConfig
+from megatron_mdm.data.loader import TrainLoader
+from megatron_mdm.data.sft import Sample, SftDataset, encode_prompt, prompt_and_response, read_records
+from megatron_mdm.data.tokenizer import load_tokenizer
+from megatron_mdm.diffusion.mask_schedule import MaskSchedule
+from megatron_mdm.diffusion.masking import MASKING_RULES
+from megatron_mdm.diffusion.noiser import Noiser
+from megatron_mdm.diffusion.t_samplers import CALIBRATED_SAMPLERS, NUM_CELLS, T_SAMPLERS, number_of_strata
+from megatron_mdm.engine.zero import ZeroEngine
+from megatron_mdm.parallel.groups import ParallelContext
+from megatron_mdm.training.loop import Trainer
+
+NUM_SAMPLES = 1024  # in a benchmark's data set
+NUM_SPECIAL = 5  # ids 0 (padding) … 4 (mask) never occur in clean samples
+MASK_ID, PAD_ID = 4, 0
+SEED = 42
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model with its data: everything but the method."""
+
+    name: str
+    vocab_size: int
+    dtype: str  # fp32 or bf16
+    lengths: str  # "gsm8k", "short" (about 48 tokens), or "equal" (128 tokens, 64 of them the response)
+    global_size: int
+    micro_size: int
+    num_layers: int = 4
+    hidden_size: int = 256
+    ffn_hidden_size: int = 688
+    num_heads: int = 4
+
+    def small(self) -> Case:
+        """The same case at a size for a smoke test."""
+        vocab_size, size = min(self.vocab_size, 16_384), min(self.global_size, 16)
+        micro_size = min(self.micro_size, size)
+        return replace(self, vocab_size=vocab_size, global_size=size, micro_size=micro_size, num_layers=2)
+
+    def config(self, zero: int) -> RunConfig:
+        """The run configuration, with the standard method."""
+        model = {
+            name: getattr(self, name)
+            for name in ("vocab_size", "num_layers", "hidden_size", "ffn_hidden_size", "num_heads")
+        }
+        sections: dict[str, Any] = {
+            "model": {**model, "num_kv_heads": self.num_heads, "max_sequence_length": 512},
+            "data": {"train": self.lengths, "mask_token": MASK_ID, "pad_token": PAD_ID, "max_length": 512},
+            "parallel": {"zero": zero},
+            "batch": {"global_size": self.global_size, "micro_size": self.micro_size},
+            "optimizer": {"lr": 1e-4},
+            "schedule": {"name": "constant", "steps": 10**6},
+            "precision": {"dtype": self.dtype},
+            "checkpoint": {"directory": "unused"},
+            "seed": SEED,
+        }
+        return RunConfig.model_validate(sections)
+
+
+@dataclass(frozen=True)
+class Method:
+    """How t and the masks are drawn."""
+
+    sampler: str = "uniform"
+    views: int = 1
+    strata: str = "none"
+
+
+@dataclass(frozen=True)
+class LengthSource:
+    """Where GSM8K's lengths come from; `used` says what was found."""
+
+    data: Path
+    tokenizer: Path
+
+    @property
+    def used(self) -> str:
+        if self.data.is_file() and self.tokenizer.is_file():
+            return f"the first {NUM_SAMPLES} samples of {self.data}, tokens of {self.tokenizer}"
+        return f"a log-normal with median 140 and 99th percentile 315, as {self.data} or {self.tokenizer} is missing"
+
+    def gsm8k(self) -> NDArray[np.int64]:
+        """[N, 2]: tokens of prompt and response (eos included)."""
+        if not (self.data.is_file() and self.tokenizer.is_file()):
+            total = np.random.default_rng(SEED).lognormal(np.log(140.0), np.log(315 / 140) / 2.326, NUM_SAMPLES)
+            total = total.clip(16, 433).astype(np.int64)
+            prompt = (0.45 * total).astype(np.int64)
+            return np.stack([prompt, total - prompt], 1)
+        section = DataConfig(train="", tokenizer=str(self.tokenizer), eos_token="<|endoftext|>", max_length=512)
+        tokenizer = load_tokenizer(section)
+        lengths = []
+        for _, (where, record) in zip(range(NUM_SAMPLES), read_records(str(self.data))):
+            prompt, response = prompt_and_response(record, where)
+            lengths.append((len(encode_prompt(prompt, tokenizer)), len(tokenizer.encode(response)) + 1))
+        return np.array(lengths, dtype=np.int64)
+
+
+def dataset(case: Case, source: LengthSource) -> SftDataset:
+    """Samples of random tokens with the case's lengths: the time of a step does not depend on what they are."""
+    generator = np.random.default_rng(SEED)
+    if case.lengths == "gsm8k":
+        lengths = source.gsm8k()
+    elif case.lengths == "short":
+        lengths = generator.integers((16, 12), (33, 33), size=(NUM_SAMPLES, 2))
+    else:
+        lengths = np.full((NUM_SAMPLES, 2), 64)
+    samples = [
+        Sample(generator.integers(NUM_SPECIAL, case.vocab_size, prompt + response, dtype=np.int32), int(prompt))
+        for prompt, response in lengths
+    ]
+    return SftDataset(samples, 0, case.lengths)
+
+
+def trainer(
+    method: Method, data: SftDataset, engine: ZeroEngine, config: RunConfig, context: ParallelContext
+) -> Trainer:
+    """The stack's own trainer, as training/run.py builds it. Trainers of several methods may share an engine."""
+    batch = config.batch
+    loader = TrainLoader(
+        data,
+        global_size=batch.global_size,
+        micro_size=batch.micro_size,
+        data_rank=context.data_rank,
+        data_size=context.layout.data,
+        pad_id=PAD_ID,
+        seed=config.seed,
+    )
+    noiser = Noiser(
+        schedule=MaskSchedule(config.diffusion.epsilon),
+        sampler=T_SAMPLERS[method.sampler](_symmetric_density() if method.sampler in CALIBRATED_SAMPLERS else None),
+        rule=MASKING_RULES[config.diffusion.masking],
+        views=method.views,
+        num_strata=number_of_strata(method.strata, batch.global_size),
+        global_size=batch.global_size,
+        mask_id=MASK_ID,
+        seed=config.seed,
+    )
+    return Trainer(config, context, loader, noiser, engine, config.schedule.steps)
+
+
+def _symmetric_density() -> NDArray[np.float64]:
+    """1 + 0.5 cos(2πt): not uniform, but of mean 1/2, so that as many rows reach the head as under uniform t."""
+    t = (np.arange(NUM_CELLS) + 0.5) / NUM_CELLS
+    return 1.0 + 0.5 * np.cos(2.0 * np.pi * t)
+
+
+def num_parameters(model: torch.nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
