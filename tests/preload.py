@@ -7,9 +7,3 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 from megatron_mdm.parallel import platform
 
 platform.quiet_libraries()
-
-import matplotlib.figure
-import scipy.optimize
-import torch.utils.tensorboard
-
-import megatron_mdm.training.run

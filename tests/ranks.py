@@ -24,7 +24,7 @@ _TIMEOUT = 240.0  # seconds for one group of ranks
 def run_ranks(function: Callable[..., Any], world_size: int, *arguments: Any) -> list[Any]:
     """Call function(*arguments) on world_size ranks of one job; return what each returned, in rank order.
 
-    function is a module-level function; it finds RANK, WORLD_SIZE and MASTER_PORT in the environment, as under torchrun.
+    function stands at module level; it finds RANK, WORLD_SIZE and MASTER_PORT in the environment, as under torchrun.
     """
     context = _server()
     port = _free_port()
@@ -124,7 +124,7 @@ def _join_job(rank: int, world_size: int, port: int) -> None:
     )
 
 
-def _rank_main(connection, function, arguments, rank, world_size, port, log) -> None:  # noqa: ANN001
+def _rank_main(connection, function, arguments, rank, world_size, port, log) -> None:
     _join_job(rank, world_size, port)
     with open(log, "w", encoding="utf-8") as file, redirect_stdout(file), redirect_stderr(file):
         try:
@@ -135,7 +135,7 @@ def _rank_main(connection, function, arguments, rank, world_size, port, log) -> 
     os._exit(0)  # a rank whose peer failed must not wait for it
 
 
-def _program_main(path, arguments, rank, world_size, port, folder) -> None:  # noqa: ANN001
+def _program_main(path, arguments, rank, world_size, port, folder) -> None:
     import runpy
 
     _join_job(rank, world_size, port)

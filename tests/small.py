@@ -14,16 +14,16 @@ VOCAB, MASK, PAD, EOS = 61, 60, 0, 1
 
 
 def small_model(**changes: Any) -> ModelConfig:
-    values = dict(
-        num_layers=2,
-        hidden_size=32,
-        num_heads=4,
-        num_kv_heads=2,
-        ffn_hidden_size=64,
-        max_sequence_length=64,
-        vocab_size=VOCAB,
-        vocab_divisor=8,
-    )
+    values: dict[str, Any] = {
+        "num_layers": 2,
+        "hidden_size": 32,
+        "num_heads": 4,
+        "num_kv_heads": 2,
+        "ffn_hidden_size": 64,
+        "max_sequence_length": 64,
+        "vocab_size": VOCAB,
+        "vocab_divisor": 8,
+    }
     return ModelConfig(**{**values, **changes})
 
 

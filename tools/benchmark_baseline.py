@@ -10,9 +10,9 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from benchmark_cases import MASK_ID, PAD_ID, Case
 from torch import Tensor
 
-from benchmark_cases import MASK_ID, PAD_ID, Case
 from megatron_mdm.diffusion.noiser import NoisedBatch
 from megatron_mdm.training.loop import Trainer
 

@@ -24,7 +24,8 @@ def texts(path: str) -> Iterator[str]:
 
 def train(arguments: argparse.Namespace) -> None:
     """Ids: pad 0, unk 1, bos 2, eos 3, mask 4, then the whole numbers, then learnt pieces."""
-    symbols = ["<mask>", *(str(number) for number in range(arguments.whole_numbers + 1))]
+    # "▁" is sentencepiece's space: with it inside, a number is one token and "24." stays two.
+    symbols = ["<mask>", *(f"▁{number}" for number in range(arguments.whole_numbers + 1))]
     with tempfile.TemporaryDirectory() as folder:
         prefix = str(Path(folder) / "tokenizer")
         try:
@@ -39,7 +40,9 @@ def train(arguments: argparse.Namespace) -> None:
                 bos_id=2,
                 eos_id=3,
                 pad_piece="<pad>",
-                user_defined_symbols=symbols if arguments.whole_numbers >= 0 else symbols[:1],
+                user_defined_symbols=symbols,
+                character_coverage=1.0,
+                normalization_rule_name="identity",
                 byte_fallback=arguments.byte_fallback,
                 num_threads=1,  # several make the result depend on timing
                 minloglevel=2,

@@ -43,11 +43,15 @@ def append(folder: Path, line: str) -> None:
 def test_unknown_key(folder: Path) -> None:
     path = config_file(folder)
     path.write_text(path.read_text().replace("lr: 0.003", "lr: 0.003\n  weight_decya: 0.1"))
-    assert_refused(["--config", str(path)], str(path), "optimizer.weight_decya", "did you mean 'optimizer.weight_decay'")
+    assert_refused(
+        ["--config", str(path)], str(path), "optimizer.weight_decya", "did you mean 'optimizer.weight_decay'"
+    )
 
 
 def test_unknown_override(folder: Path) -> None:
-    assert_refused(["--config", str(config_file(folder)), "optimizer.lrr=1"], "override 'optimizer.lrr=1'", "optimizer.lr")
+    assert_refused(
+        ["--config", str(config_file(folder)), "optimizer.lrr=1"], "override 'optimizer.lrr=1'", "optimizer.lr"
+    )
 
 
 def test_value_of_wrong_type(folder: Path) -> None:
@@ -83,7 +87,9 @@ def test_missing_data_file(folder: Path) -> None:
 
 
 def test_missing_tokenizer(folder: Path) -> None:
-    assert_refused(["--config", str(config_file(folder)), "data.tokenizer=absent.model"], "absent.model: no such tokenizer")
+    assert_refused(
+        ["--config", str(config_file(folder)), "data.tokenizer=absent.model"], "absent.model: no such tokenizer"
+    )
 
 
 def test_malformed_json_line(folder: Path) -> None:

@@ -46,7 +46,7 @@ def train_and_watch(config: RunConfig) -> dict[str, Any]:
     masks: dict[tuple[int, int], str] = {}
     noiser = trainer.noiser
 
-    def watched(batch, step):  # noqa: ANN001, ANN202
+    def watched(batch, step):
         noised = noiser(batch, step)
         for row in range(len(batch.positions)):
             place = (step, int(batch.positions[row]))

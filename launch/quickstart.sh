@@ -1,0 +1,32 @@
+#!/usr/bin/env bash
+# The main job, end to end, on two CPU cores: generated word problems → tokenizer → P-POTS calibration → training on two
+# data-parallel ranks → answers → score. About 5 minutes after installation.
+#   bash launch/quickstart.sh            start anew
+#   bash launch/quickstart.sh --resume   go on after an interruption
+# Other arguments are overrides of configs/quickstart.yaml: bash launch/quickstart.sh seed=7 optimizer.lr=5e-4
+set -euo pipefail
+source "$(dirname "$0")/environment.sh"
+prepare_environment ""
+
+data=runs/quickstart_data
+run=runs/quickstart
+mode=--overwrite
+overrides=()
+for argument in "$@"; do
+    case "$argument" in
+        --resume) mode=--resume ;;
+        checkpoint.directory=*) run=${argument#*=} && overrides+=("$argument") ;;
+        *) overrides+=("$argument") ;;
+    esac
+done
+
+if [ ! -e "$data/tokenizer.model" ]; then
+    python tools/prepare_data.py arithmetic --output "$data" --train 90000 --validation 500 --test 500
+    python tools/train_tokenizer.py --data "$data/train.jsonl" --output "$data/tokenizer.model" \
+        --model-type bpe --vocab-size 384 --whole-numbers 24
+fi
+python launch/torchrun.py --nproc-per-node 2 launch/train.py --config configs/quickstart.yaml $mode \
+    ${overrides[@]+"${overrides[@]}"}
+python launch/torchrun.py --nproc-per-node 2 launch/evaluate.py --run-dir "$run" --data "$data/test.jsonl" \
+    --task gsm8k gen_length=16 block_length=8 steps=16 batch_size=64
+python tools/report.py run "$run"

@@ -1,0 +1,59 @@
+"""Look at finished runs.
+
+    python tools/report.py run FOLDER    what a run was and reached, with the paths of its pictures
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from megatron_mdm.config.errors import UserError
+from megatron_mdm.parallel.program import run_program
+
+
+def report_run(folder: Path) -> None:
+    summary = _read(folder / "summary.json")
+    last, spread = summary["t_last_step"], summary["t_share_by_decile"]
+    print(f"steps: {summary['steps']}")
+    if summary["best_validation_loss"] is not None:
+        print(f"best validation loss: {summary['best_validation_loss']:.4f} nats per token")
+    print(
+        f"spread of t: {last['min']:.3f} to {last['max']:.3f} in one global batch (mean {last['mean']:.3f}, standard "
+        f"deviation {last['std']:.3f}); share of all draws by decile {' '.join(f'{share:.3f}' for share in spread)}"
+    )
+    print(f"variance: loss {summary['variance_of_loss']:.3f}, estimator w·l {summary['variance_of_estimator']:.3f}")
+    calibration = summary["calibration"]
+    if calibration:
+        print(
+            f"calibration efficiency: {calibration['efficiency']:.3f} (uniform: {calibration['efficiency_of_uniform']:.3f}) "
+            f"from {calibration['forwards']:,} forwards in {calibration['seconds']:.1f} s"
+        )
+    for name in ("calibration.png", "curves.png", "metrics.jsonl", "tensorboard", "samples.jsonl"):
+        if (folder / name).exists():
+            print(f"{name.partition('.')[0]}: {folder / name}")
+    if (folder / "evaluation.json").exists():
+        result = _read(folder / "evaluation.json")
+        low, high = result["interval"]
+        print(f"answers: {result['num_right']} of {result['num_questions']} right, 95 % interval {low:.3f} to {high:.3f}")
+        print(f"exact match: {result['exact_match']:.2f}")
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; is {path.parent} the folder of a finished run?") from None
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    command = commands.add_parser("run", help="one run")
+    command.add_argument("folder", type=Path)
+    arguments = parser.parse_args()
+    report_run(arguments.folder)
+
+
+if __name__ == "__main__":
+    run_program(main)
