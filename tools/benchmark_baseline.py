@@ -25,7 +25,7 @@ class PlainBatch(NamedTuple):
     masked: Tensor  # [B, S] bool
     mask_probability: Tensor  # [B, 1] float32
     num_eligible: Tensor  # [B] int64
-    visible: Tensor  # [B, 1, S, S] bool: all but padding
+    visible: Tensor  # [B, 1, 1, S] bool, of every query: all but padding (the form torch's kernel is fastest with)
 
 
 class StepOutput(NamedTuple):
@@ -34,7 +34,7 @@ class StepOutput(NamedTuple):
 
 
 class PlainLoop:
-    """Model and AdamW. In bf16: autocast around fp32 weights."""
+    """Model and AdamW. In bf16: bf16 weights beside fp32 ones that AdamW updates (faster here than autocast)."""
 
     def __init__(self, case: Case, lr: float, epsilon: float) -> None:
         from transformers import LlamaConfig, LlamaForCausalLM
@@ -53,7 +53,12 @@ class PlainLoop:
             use_cache=False,
         )
         self.model = LlamaForCausalLM(config).train()
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=lr, weight_decay=0.1, fused=True)
+        self.weights = list(self.model.parameters())
+        self.master = self.weights
+        if case.dtype == "bf16":
+            self.master = [torch.nn.Parameter(weight.detach().clone()) for weight in self.weights]
+            self.model.bfloat16()
+        self.optimizer = torch.optim.AdamW(self.master, lr=lr, weight_decay=0.1, fused=True)
 
     def step(self, trainer: Trainer, views: int, step: int) -> StepOutput:
         """One optimizer step on the samples and mask rates of the trainer's step; the masks are drawn here."""
@@ -76,16 +81,25 @@ class PlainLoop:
             loss = self._loss_sum(batch) / (views * num_samples)
             loss.backward()
             total += loss.item()
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        if self.master is not self.weights:
+            for master, weight in zip(self.master, self.weights):
+                master.grad, weight.grad = weight.grad.float(), None
+        norm = torch.nn.utils.clip_grad_norm_(self.master, 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad()
+        self._round_weights()
         return StepOutput(total, float(norm))
+
+    @torch.no_grad()
+    def _round_weights(self) -> None:
+        """bf16 weights from the fp32 ones, where there are two."""
+        if self.master is not self.weights:
+            torch._foreach_copy_(self.weights, self.master)
 
     def _loss_sum(self, batch: PlainBatch) -> Tensor:
         """Σ over samples of (1/P) Σ_i 1[i masked] · CE_i / p_mask (method: Section 1)."""
-        with torch.autocast("cpu", torch.bfloat16, enabled=self.case.dtype == "bf16"):
-            logits = self.model(batch.noisy, attention_mask=batch.visible).logits  # [B, S, V]
-            token_loss = F.cross_entropy(logits[batch.masked], batch.tokens[batch.masked], reduction="none")
+        logits = self.model(batch.noisy, attention_mask=batch.visible).logits  # [B, S, V]
+        token_loss = F.cross_entropy(logits[batch.masked].float(), batch.tokens[batch.masked], reduction="none")
         shape = batch.masked.shape
         token_loss = token_loss / batch.mask_probability.expand(shape)[batch.masked]
         return (token_loss / batch.num_eligible[:, None].expand(shape)[batch.masked]).sum()
@@ -121,7 +135,10 @@ class PlainLoop:
             state[f"{theirs}.self_attn.o_proj.weight"] = weights[f"{ours}.self_attention.linear_proj.weight"]
             state[f"{theirs}.input_layernorm.weight"] = weights[f"{ours}.input_layernorm.weight"]
             state[f"{theirs}.post_attention_layernorm.weight"] = weights[f"{ours}.pre_mlp_layernorm.weight"]
-        self.model.load_state_dict(state)
+        names = [name for name, _ in self.model.named_parameters()]
+        with torch.no_grad():
+            torch._foreach_copy_(self.master, [state[name] for name in names])
+        self._round_weights()
 
 
 def as_plain(noised: NoisedBatch, trainer: Trainer) -> list[PlainBatch]:
@@ -137,6 +154,5 @@ def as_plain(noised: NoisedBatch, trainer: Trainer) -> list[PlainBatch]:
 def _plain_batch(
     tokens: Tensor, masked: Tensor, probability: Tensor, num_eligible: Tensor, lengths: Tensor
 ) -> PlainBatch:
-    size, width = tokens.shape
-    visible = (torch.arange(width) < lengths[:, None])[:, None, None, :].expand(size, 1, width, width)
+    visible = (torch.arange(tokens.shape[1]) < lengths[:, None])[:, None, None, :]
     return PlainBatch(tokens, tokens.masked_fill(masked, MASK_ID), masked, probability, num_eligible, visible)

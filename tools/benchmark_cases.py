@@ -45,9 +45,15 @@ class Case:
 
     def small(self) -> Case:
         """The same case at a size for a smoke test."""
-        vocab_size, size = min(self.vocab_size, 16_384), min(self.global_size, 16)
-        micro_size = min(self.micro_size, size)
-        return replace(self, vocab_size=vocab_size, global_size=size, micro_size=micro_size, num_layers=2)
+        return replace(
+            self,
+            vocab_size=min(self.vocab_size, 4096),
+            global_size=8,
+            micro_size=8,
+            num_layers=2,
+            hidden_size=64,
+            ffn_hidden_size=128,
+        )
 
     def config(self, zero: int) -> RunConfig:
         """The run configuration, with the standard method."""

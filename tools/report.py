@@ -1,6 +1,6 @@
 """Look at finished runs.
 
-    python tools/report.py run FOLDER    what a run was and reached, with the paths of its pictures
+python tools/report.py run FOLDER    what a run was and reached, with the paths of its pictures
 """
 
 import argparse
@@ -25,8 +25,9 @@ def report_run(folder: Path) -> None:
     print(f"variance: loss {summary['variance_of_loss']:.3f}, estimator w·l {summary['variance_of_estimator']:.3f}")
     calibration = summary["calibration"]
     if calibration:
+        uniform = calibration["efficiency_of_uniform"]
         print(
-            f"calibration efficiency: {calibration['efficiency']:.3f} (uniform: {calibration['efficiency_of_uniform']:.3f}) "
+            f"calibration efficiency: {calibration['efficiency']:.3f} (uniform: {uniform:.3f}) "
             f"from {calibration['forwards']:,} forwards in {calibration['seconds']:.1f} s"
         )
     for name in ("calibration.png", "curves.png", "metrics.jsonl", "tensorboard", "samples.jsonl"):
@@ -35,7 +36,9 @@ def report_run(folder: Path) -> None:
     if (folder / "evaluation.json").exists():
         result = _read(folder / "evaluation.json")
         low, high = result["interval"]
-        print(f"answers: {result['num_right']} of {result['num_questions']} right, 95 % interval {low:.3f} to {high:.3f}")
+        print(
+            f"answers: {result['num_right']} of {result['num_questions']} right, 95 % interval {low:.3f} to {high:.3f}"
+        )
         print(f"exact match: {result['exact_match']:.2f}")
 
 

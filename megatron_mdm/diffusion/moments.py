@@ -64,7 +64,7 @@ def token_moments(samples: CalibrationSamples, schedule: MaskSchedule, target: s
     """E[l² | t] = A(t)/q + B(t), with the noise of the mask count integrated out.
 
     A = E[μ₂/P], B = E[κ (P−1)/P], where μ₂ = E[c_i² | i masked] and κ = E[c_i c_j | i ≠ j masked]; both are smooth in t
-    and are estimated as ratios of sums over rows in a neighbourhood of t.
+    and are estimated as ratios of sums over rows, by a local straight line in t.
     """
     assert target == "second_moment"
     p = samples.num_eligible[:, None, None].astype(np.float64)
@@ -74,13 +74,12 @@ def token_moments(samples: CalibrationSamples, schedule: MaskSchedule, target: s
     pair_share = np.where(  # M(M−1)/(P(P−1)), of mean q²; rows with P = 1 have no pairs and stand at the mean
         p > 1, samples.num_masked * (samples.num_masked - 1) / np.maximum(p * (p - 1), 1.0), q[:, None] ** 2
     )
-    kernel = np.exp(-0.5 * np.square((samples.t[:, None] - samples.t[None, :]) / BANDWIDTH))  # [b, b]
 
     def ratio(numerator: Floats, denominator: Floats) -> Floats:
-        return _rounded((kernel @ numerator.sum((0, 2))) / np.maximum(kernel @ denominator.sum((0, 2)), 1e-300))
+        return _rounded(_local_ratio(samples.t, numerator.sum((0, 2)), denominator.sum((0, 2))))
 
     squares = ratio(samples.ce_square_sum / p**2, masked_share)
-    products = np.maximum(ratio(pairs / p**2, pair_share), 0.0)
+    products = ratio(pairs / p**2, pair_share)
     mean_loss = ratio(samples.ce_sum / p, masked_share)
 
     def second_moment(t: Floats) -> Floats:
@@ -88,6 +87,20 @@ def token_moments(samples: CalibrationSamples, schedule: MaskSchedule, target: s
         return smooth_squares / schedule.mask_probability(t) + smooth_products
 
     return MomentCurves(samples.t, mean_loss, second_moment(samples.t), second_moment)
+
+
+def _local_ratio(t: Floats, numerator: Floats, denominator: Floats) -> Floats:
+    """A smooth, non-negative curve [b] through numerator/denominator, each point weighing as its denominator.
+
+    Local-linear regression (Fan 1993) with a Gaussian kernel: unlike a local mean it has no bias of first order where
+    weights or points lie on one side, as they do near t = 0.
+    """
+    distance = t[None, :] - t[:, None]
+    kernel = np.exp(-0.5 * np.square(distance / BANDWIDTH))
+    weight = kernel * denominator
+    s0, s1, s2 = (np.sum(weight * distance**power, axis=1) for power in (0, 1, 2))
+    n0, n1 = (np.sum(kernel * numerator * distance**power, axis=1) for power in (0, 1))
+    return np.maximum((s2 * n0 - s1 * n1) / np.maximum(s0 * s2 - s1**2, 1e-300), 0.0)
 
 
 def _rounded(values: Floats) -> Floats:

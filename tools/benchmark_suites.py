@@ -1,0 +1,211 @@
+"""The suites of tools/benchmark.py: what is compared with what."""
+
+from __future__ import annotations
+
+import argparse
+import gc
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+from benchmark_baseline import PlainLoop, as_plain
+from benchmark_cases import Case, LengthSource, Method, dataset, num_parameters, trainer
+from benchmark_measure import compare, interleaved, peak_memory, report_memory, resident_mib
+
+from megatron_mdm.config.errors import UserError
+from megatron_mdm.engine.zero import ZeroEngine
+from megatron_mdm.models.stages import build_model
+from megatron_mdm.parallel import platform
+from megatron_mdm.parallel.groups import ParallelContext
+from megatron_mdm.training.loop import Trainer
+
+LOSS_TOLERANCE = 1e-5  # relative, fp32
+NUM_MEMORY_STEPS = 3
+T = TypeVar("T")
+VIEWS = {1: "single view", 2: "MIRROR"}
+
+
+def vocab_cases() -> list[tuple[Case, float, float | None]]:
+    """(case, least speed ratio, largest memory ratio or None)"""
+    small = [(Case(f"vocab-8192-{dtype}", 8192, dtype, "equal", 32, 32), 1.0, None) for dtype in ("fp32", "bf16")]
+    large = [(Case(f"vocab-126464-{dtype}", 126_464, dtype, "gsm8k", 8, 8), 3.0, 0.5) for dtype in ("fp32", "bf16")]
+    return small + large
+
+
+def quickstart_case(dtype: str) -> Case:
+    return Case(f"quickstart-{dtype}", 400, dtype, "short", 128, 128, hidden_size=192, ffn_hidden_size=512)
+
+
+PRECISION_CASES: tuple[Callable[[str], Case], ...] = (
+    quickstart_case,
+    lambda dtype: Case(f"gsm8k-8192-{dtype}", 8192, dtype, "gsm8k", 32, 32),
+    lambda dtype: Case(f"gsm8k-126464-{dtype}", 126_464, dtype, "gsm8k", 8, 8),
+)
+METHODS = {
+    "standard": (Method(), 0.0),
+    "P-POTS": (Method(sampler="ppots"), 1.02),
+    "P-POTS + MIRROR": (Method(sampler="ppots", views=2), 2.05),
+    "MIRROR": (Method(views=2), 2.05),
+    "strata": (Method(strata="sqrt"), 1.02),
+}
+
+
+class Bench:
+    """The command line's settings and what builds a case from them."""
+
+    def __init__(self, arguments: argparse.Namespace, context: ParallelContext) -> None:
+        self.arguments, self.context = arguments, context
+        self.source = LengthSource(Path(arguments.gsm8k), Path(arguments.tokenizer))
+
+    def repeats(self, default: int) -> int:
+        return self.arguments.repeats or (3 if self.arguments.quick else default)
+
+    def some(self, cases: Sequence[T]) -> Sequence[T]:
+        """All; in a smoke test, the first."""
+        return cases[:1] if self.arguments.quick else cases
+
+    def size(self, case: Case) -> Case:
+        return case.small() if self.arguments.quick else case
+
+    def ours(self, case: Case, plain: PlainLoop | None, methods: list[Method]) -> list[Trainer]:
+        """A trainer per method, over one engine; a plain loop gets the initial weights."""
+        config = case.config(self.arguments.zero)
+        model = build_model(config.model, self.context, config.seed)
+        if plain:
+            plain.load(model.state_dict())
+        engine, data = ZeroEngine(model, config, self.context), dataset(case, self.source)
+        return [trainer(method, data, engine, config, self.context) for method in methods]
+
+    def plain(self, case: Case) -> PlainLoop:
+        config = case.config(self.arguments.zero)
+        return PlainLoop(case, config.optimizer.lr, config.diffusion.epsilon)
+
+
+def vocab(bench: Bench) -> Iterator[dict[str, Any]]:
+    """Ours against the plain loop at two vocabularies, one view and MIRROR. Both draw t from strata (K = n) and take
+    each step's samples and t alike, so that as many tokens are masked; each draws its own masks."""
+    for case, speed_target, memory_target in bench.some(vocab_cases()):
+        case = bench.size(case)
+        plain = bench.plain(case)
+        trainers = dict(zip(VIEWS, bench.ours(case, plain, [Method(views=v, strata="full") for v in VIEWS])))
+        check = check_same_loss(case, trainers[2], plain)
+        variants: dict[str, Callable[[int], Any]] = {}
+        for views, name in VIEWS.items():
+            variants[f"ours, {name}"] = trainers[views].train_step
+            variants[f"plain, {name}"] = partial(plain.step, trainers[views], views)
+        seconds = interleaved(variants, bench.repeats(7), case.name)
+        result = record(case, seconds)
+        result["comparison"] = check
+        del variants, trainers, plain
+        gc.collect()
+        for views, name in VIEWS.items():
+            pair = seconds[f"plain, {name}"], seconds[f"ours, {name}"]
+            result["ratios"].append(compare(f"speed, ours / plain, {name}", *pair, ">=", speed_target))
+            if views == 2 or not bench.arguments.quick:
+                result["ratios"].append(_memory(bench, case, views, result, memory_target))
+        yield result
+
+
+def _memory(bench: Bench, case: Case, views: int, result: dict[str, Any], target: float | None) -> dict[str, Any]:
+    """Peak memory of both, each in a process of its own."""
+    arguments = bench.arguments
+    common = ["--threads", arguments.threads, "--gsm8k", arguments.gsm8k, "--tokenizer", arguments.tokenizer]
+    common += ["--zero", arguments.zero, "--memory-case", case.name, "--memory-views", views]
+    common += ["--quick"] if arguments.quick else []
+    peaks = {}
+    for variant in ("ours", "plain"):
+        values = peak_memory([str(value) for value in ["--memory-of", variant, *common]])
+        result["memory_mib"][f"{variant}, {VIEWS[views]}"] = values
+        peaks[variant] = [values["peak"]]
+    return compare(f"peak memory, ours / plain, {VIEWS[views]}", peaks["ours"], peaks["plain"], "<=", target)
+
+
+def measure_memory(bench: Bench) -> None:
+    """The inside of a memory measurement: a few steps of one variant in this process."""
+    arguments = bench.arguments
+    case = bench.size({case.name: case for case, _, _ in vocab_cases()}[arguments.memory_case])
+    method = Method(views=arguments.memory_views, strata="full")
+    if arguments.memory_of == "plain":
+        import transformers.models.llama.modeling_llama  # noqa: F401  counted with the libraries
+    libraries = resident_mib()
+    if arguments.memory_of == "ours":
+        (ours,) = bench.ours(case, None, [method])
+        step, model = ours.train_step, ours.engine.engine.module
+    else:
+        plain = bench.plain(case)
+        config = case.config(arguments.zero)
+        samples = trainer(method, dataset(case, bench.source), None, config, bench.context)
+        step, model = partial(plain.step, samples, arguments.memory_views), plain.model
+    for index in range(NUM_MEMORY_STEPS):
+        step(index)
+    report_memory(libraries, num_parameters(model))
+
+
+def check_same_loss(case: Case, ours: Trainer, plain: PlainLoop) -> dict[str, float]:
+    """Train step 0 of both on the same weights and masks; refuse to time two loops that compute different things."""
+    micro_batches = ours.loader.batch(0).micro_batches
+    batches = [view for micro in micro_batches for view in as_plain(ours.noiser(micro, 0), ours)]
+    theirs, mine = plain.optimize(batches, ours.noiser.views), ours.train_step(0)
+    loss = abs(mine.loss / theirs.loss - 1.0)
+    norm = abs(mine.grad_norm / theirs.grad_norm - 1.0)
+    print(
+        f"{case.name}: first batch, MIRROR: loss {mine.loss:.6f} (plain {theirs.loss:.6f}, relative difference "
+        f"{loss:.1e}), gradient norm {mine.grad_norm:.5f} (plain {theirs.grad_norm:.5f}, {norm:.1e})"
+    )
+    if case.dtype == "fp32" and loss > LOSS_TOLERANCE:
+        raise UserError(
+            f"{case.name}: the two losses differ by more than {LOSS_TOLERANCE}; the timings would not compare"
+        )
+    return {"ours": mine.loss, "plain": theirs.loss, "loss_difference": loss, "grad_norm_difference": norm}
+
+
+def precision(bench: Bench) -> Iterator[dict[str, Any]]:
+    """Our step in bf16 against fp32, same model, samples and masks."""
+    for make in bench.some(PRECISION_CASES):
+        cases = {dtype: bench.size(make(dtype)) for dtype in ("fp32", "bf16")}
+        trainers = {dtype: bench.ours(case, None, [Method(strata="full")])[0] for dtype, case in cases.items()}
+        variants = {dtype: ours.train_step for dtype, ours in trainers.items()}
+        seconds = interleaved(variants, bench.repeats(15), cases["bf16"].name.removesuffix("-bf16"))
+        result = record(cases["bf16"], seconds)
+        result["ratios"].append(compare("speed, bf16 / fp32", seconds["fp32"], seconds["bf16"], ">=", 1.5))
+        del variants, trainers
+        gc.collect()
+        yield result
+
+
+def method(bench: Bench) -> Iterator[dict[str, Any]]:
+    """Every method over one engine, with the standard step. P-POTS draws t from p(t) = 1 + 0.5 cos(2πt), which is not
+    uniform but has mean 1/2, so that as many masked rows reach the head; methods share each step's quantiles."""
+    case = bench.size(quickstart_case("bf16" if platform.multiplies_bf16() else "fp32"))
+    trainers = dict(zip(METHODS, bench.ours(case, None, [method for method, _ in METHODS.values()])))
+    variants = {name: ours.train_step for name, ours in trainers.items()}
+    seconds = interleaved(variants, bench.repeats(15), "method")
+    result = record(case, seconds)
+    result["note"] = "P-POTS with p(t) = 1 + 0.5 cos(2 pi t): mean t 1/2, as many masked rows as the standard method"
+    result["ratios"] = [
+        compare(f"step time, {name} / standard", seconds[name], seconds["standard"], "<=", target)
+        for name, (_, target) in METHODS.items()
+        if name != "standard"
+    ]
+    yield result
+
+
+def record(case: Case, seconds: dict[str, list[float]]) -> dict[str, Any]:
+    medians = {name: float(np.median(values)) for name, values in seconds.items()}
+    return {
+        "case": {**vars(case)},
+        "seconds": seconds,
+        "median_seconds": medians,
+        "samples_per_second": {name: case.global_size / median for name, median in medians.items()},
+        "memory_mib": {},
+        "ratios": [],
+    }
+
+
+SUITES: dict[str, Callable[[Bench], Iterator[dict[str, Any]]]] = {
+    "vocab": vocab,
+    "precision": precision,
+    "method": method,
+}
