@@ -24,7 +24,8 @@ _TIMEOUT = 240.0  # seconds for one group of ranks
 def run_ranks(function: Callable[..., Any], world_size: int, *arguments: Any) -> list[Any]:
     """Call function(*arguments) on world_size ranks of one job; return what each returned, in rank order.
 
-    function stands at module level; it finds RANK, WORLD_SIZE and MASTER_PORT in the environment, as under torchrun.
+    function stands at module level and finds RANK, WORLD_SIZE and MASTER_PORT in the environment, as under torchrun. It
+    returns numpy arrays, not tensors, whose shared memory would end with the rank.
     """
     context = _server()
     port = _free_port()

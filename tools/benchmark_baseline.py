@@ -120,9 +120,9 @@ class PlainLoop:
         """Take over the weights of a models.stages.MaskedDiffusionModel (its state_dict)."""
         case, last = self.case, self.case.num_layers + 1
         state = {
-            "model.embed_tokens.weight": weights["0.word_embeddings.weight"],
+            "model.embed_tokens.weight": weights["0.word_embeddings.weight"][: case.vocab_size],
             "model.norm.weight": weights[f"{last}.final_norm.weight"],
-            "lm_head.weight": weights[f"{last}.vocabulary_weight"],
+            "lm_head.weight": weights[f"{last}.vocabulary_weight"][: case.vocab_size],
         }
         for index in range(case.num_layers):
             ours, theirs = f"{index + 1}.layer", f"model.layers.{index}"

@@ -23,9 +23,9 @@ def texts(path: str) -> Iterator[str]:
 
 
 def train(arguments: argparse.Namespace) -> None:
-    """Ids: pad 0, unk 1, bos 2, eos 3, mask 4, then the whole numbers, then learnt pieces."""
+    """Ids: pad 0, unk 1, bos 2, eos 3, mask 4, line break 5, then the whole numbers, then learnt pieces."""
     # "▁" is sentencepiece's space: with it inside, a number is one token and "24." stays two.
-    symbols = ["<mask>", *(f"▁{number}" for number in range(arguments.whole_numbers + 1))]
+    symbols = ["<mask>", "\n", *(f"▁{number}" for number in range(arguments.whole_numbers + 1))]
     with tempfile.TemporaryDirectory() as folder:
         prefix = str(Path(folder) / "tokenizer")
         try:

@@ -110,16 +110,18 @@ def _restore(
 def _calibration(
     folder: Path, engine: ZeroEngine, config: RunConfig, data: RunData, context: ParallelContext
 ) -> dict[str, Any] | None:
-    """The artifact that the configuration names, that the folder holds, or a new one."""
+    """The artifact that the folder holds, or the configuration names, or a new one; the folder holds it from then on."""
     diffusion = config.diffusion
     if diffusion.sampler not in CALIBRATED_SAMPLERS:
         return None
-    if diffusion.calibration.artifact:
-        return load_artifact(Path(diffusion.calibration.artifact))
-    if (folder / CALIBRATION).exists():
+    if (folder / CALIBRATION).exists():  # of this run, before it was interrupted
         return load_artifact(folder / CALIBRATION)
-    rows = config.batch.micro_size * diffusion.views
-    artifact = calibrate(engine, data.train, diffusion, data.special_ids, rows, config.seed, context)
+    if diffusion.calibration.artifact:
+        artifact = load_artifact(Path(diffusion.calibration.artifact))
+    else:
+        rows = config.batch.micro_size * diffusion.views
+        artifact = calibrate(engine, data.train, diffusion, data.special_ids, rows, config.seed, context)
+    barrier()  # every rank has looked for the file before it appears
     if context.is_main:
         save_artifact(artifact, folder / CALIBRATION)
     return artifact

@@ -1,0 +1,91 @@
+"""Denoising: counts, blocks, independence from the batch and from the ranks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_mdm.generation.remask import REMASKING, gumbel_argmax, tokens_per_step
+from megatron_mdm.generation.sampler import GenerationConfig, SpecialIds, denoise
+from megatron_mdm.models.stages import Packet
+from tests.ranks import run_ranks
+from tests.small import MASK, PAD, VOCAB, small_model
+
+SPECIAL = SpecialIds(MASK, PAD)
+PROMPTS = [[5, 6, 7], [8, 9], [10, 11, 12, 13, 14], [15]]
+
+
+class Recorder:
+    """An engine whose logits favour token position + 2, most strongly at later positions; keeps what it saw."""
+
+    def __init__(self) -> None:
+        self.packets: list[Packet] = []
+
+    def logits(self, packet: Packet) -> torch.Tensor:
+        self.packets.append(packet._replace(hidden=packet.hidden.clone()))
+        position = packet.selected.nonzero()[:, 1]
+        logits = torch.zeros(len(position), VOCAB)
+        return logits.scatter_(1, (2 + position)[:, None], 1.0 + position[:, None].float())
+
+
+def test_blocks_are_finished_left_to_right_and_the_most_confident_first() -> None:
+    engine = Recorder()
+    config = GenerationConfig(gen_length=8, block_length=4, steps=4)
+    responses = denoise(engine, PROMPTS[:2], [0, 1], config, SPECIAL)
+    starts = [3, 2]
+    assert responses.tolist() == [[2 + start + i for i in range(8)] for start in starts]
+    masked = [packet.selected.sum(1).tolist() for packet in engine.packets]
+    assert masked == [[4, 4], [2, 2], [4, 4], [2, 2]]
+    second = engine.packets[1].hidden[0, 3:7] == MASK  # the later, more confident positions were committed first
+    assert second.tolist() == [True, True, False, False]
+    assert (engine.packets[1].hidden[0, 7:11] == MASK).all()
+
+
+@pytest.mark.parametrize(("masked", "steps"), [(32, 32), (8, 3), (4, 8), (7, 7)])
+def test_tokens_per_step(masked: int, steps: int) -> None:
+    counts = tokens_per_step(masked, steps)
+    assert sum(counts) == masked
+    assert len(counts) == steps
+    assert sorted(counts, reverse=True) == counts
+    assert max(counts) - min(counts) <= 1
+
+
+def test_gumbel_rule_samples_the_softmax() -> None:
+    logits = torch.tensor([0.0, 1.0, 2.0])
+    uniforms = torch.from_numpy(np.random.default_rng(0).random((40_000, 3)))
+    shares = gumbel_argmax(logits.expand(40_000, 3), 1.0, uniforms).bincount(minlength=3) / 40_000
+    torch.testing.assert_close(shares, logits.softmax(0), atol=0.01, rtol=0.0)
+    assert gumbel_argmax(logits, 0.0, torch.empty(0)) == 2
+
+
+def generated(config: GenerationConfig) -> list[list[int]]:
+    from megatron_mdm.engine.inference import InferenceEngine
+    from megatron_mdm.generation.sampler import generate
+    from megatron_mdm.models.stages import build_model
+    from megatron_mdm.parallel.groups import initialize, world_size_from_environment
+
+    context = initialize(2 if world_size_from_environment() == 4 else 1, 1)
+    engine = InferenceEngine(build_model(small_model(init_std=0.3), context, 3), "fp32")
+    return generate(engine, PROMPTS, config, SPECIAL, context)
+
+
+@pytest.mark.parametrize("changes", [{}, {"temperature": 0.7}, {"remasking": "random"}])
+def test_responses_depend_neither_on_batch_nor_on_ranks(changes: dict[str, Any]) -> None:
+    def config(batch_size: int) -> GenerationConfig:
+        return GenerationConfig(gen_length=8, block_length=4, steps=8, batch_size=batch_size, **changes)
+
+    alone = run_ranks(generated, 1, config(1))[0]
+    assert all(len(response) == 8 and MASK not in response for response in alone)
+    assert run_ranks(generated, 1, config(4))[0] == alone
+    for responses in run_ranks(generated, 2, config(1)):
+        assert responses == alone
+    for responses in run_ranks(generated, 4, config(3)):  # tensor 2 × data 2, one batch more than ranks have
+        assert responses == alone
+
+
+def test_every_remasking_rule_is_known() -> None:
+    for name in REMASKING:
+        GenerationConfig(gen_length=4, block_length=4, steps=4, remasking=name)

@@ -1,0 +1,159 @@
+"""The main job, small: data → tokenizer → calibration → training → answers → report, by the programs a user runs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.ranks import run_program_ranks
+
+CONFIG = {
+    "model": {
+        "num_layers": 1,
+        "hidden_size": 32,
+        "num_heads": 2,
+        "num_kv_heads": 2,
+        "ffn_hidden_size": 64,
+        "max_sequence_length": 64,
+    },
+    "diffusion": {"sampler": "ppots", "views": 2, "strata": "full", "calibration": {"num_times": 10, "num_masks": 3}},
+    "batch": {"global_size": 16, "micro_size": 4},
+    "optimizer": {"lr": 0.003},
+    "schedule": {"epochs": 0.5, "name": "wsd"},
+    "evaluation": {"every": 8, "num_samples": 8, "num_times": 2},
+    "logging": {"every": 4},
+}
+
+
+def run(path: str, *arguments: str, ranks: int = 1) -> str:
+    results = run_program_ranks(path, list(arguments), ranks)
+    assert [result.exit_code for result in results] == [0] * ranks, results[0].stderr
+    return results[0].stdout
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("pipeline")
+    sizes = ["--train", "512", "--validation", "16", "--test", "12"]
+    run("tools/prepare_data.py", "arithmetic", "--output", str(folder), *sizes)
+    tokenizer = ["--output", str(folder / "tokenizer.model"), "--vocab-size", "320", "--model-type", "bpe"]
+    run("tools/train_tokenizer.py", "--data", str(folder / "train.jsonl"), *tokenizer, "--whole-numbers", "24")
+    data = {name: str(folder / f"{name}.jsonl") for name in ("train", "validation")}
+    data |= {"tokenizer": str(folder / "tokenizer.model"), "max_length": 64}
+    config = {**CONFIG, "data": data, "checkpoint": {"directory": str(folder / "run")}}
+    (folder / "config.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained(folder: Path) -> Path:
+    output = run("launch/train.py", "--config", str(folder / "config.yaml"), ranks=2)
+    assert "512 samples, 16 for validation" in output
+    assert "trained 16 steps" in output
+    return folder / "run"
+
+
+def test_run_folder(trained: Path) -> None:
+    for name in ("config.yaml", "calibration.json", "calibration.png", "curves.png", "summary.json", "metrics.jsonl"):
+        assert (trained / name).stat().st_size > 0, name
+    assert list((trained / "tensorboard").iterdir())
+    records = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in records if "loss" in record] == [4, 8, 12, 16]
+    assert [record["step"] for record in records if "validation_loss" in record] == [8, 16]
+    last = next(record for record in reversed(records) if "loss" in record)
+    assert {"lr", "grad_norm", "tokens_per_second", "variance_of_loss", "variance_of_estimator"} <= last.keys()
+    assert len(last["loss_by_t"]) == 10
+    artifact = json.loads((trained / "calibration.json").read_text())
+    assert artifact["forwards"] == 15 * 10 * 3
+    assert 0.0 < artifact["efficiency"] <= 1.0 + 1e-9
+
+
+def test_tensorboard_has_the_curves(trained: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(trained / "tensorboard"))
+    events.Reload()
+    scalars = set(events.Tags()["scalars"])
+    assert {"loss", "lr", "grad_norm", "tokens_per_second", "validation_loss", "variance_of_loss"} <= scalars
+    assert "loss_by_t/bin_0" in scalars
+    assert events.Tags()["images"] == ["calibration"]
+
+
+def test_evaluate_and_report(folder: Path, trained: Path) -> None:
+    arguments = ["--run-dir", str(trained), "--data", str(folder / "test.jsonl"), "gen_length=16", "steps=8"]
+    output = run("launch/evaluate.py", *arguments, "block_length=8", "batch_size=4", ranks=2)
+    assert "exact match: 0." in output
+    samples = [json.loads(line) for line in (trained / "samples.jsonl").read_text().splitlines()]
+    result = json.loads((trained / "evaluation.json").read_text())
+    assert len(samples) == result["num_questions"] == 12
+    assert result["num_right"] == sum(sample["right"] for sample in samples)
+    report = run("tools/report.py", "run", str(trained))
+    assert "calibration efficiency:" in report
+    assert "spread of t:" in report
+    assert f"exact match: {result['exact_match']:.2f}" in report
+
+
+def test_generate(folder: Path, trained: Path) -> None:
+    output = folder / "out.jsonl"
+    arguments = ["--run-dir", str(trained), "--prompts", str(folder / "test.jsonl"), "--output", str(output)]
+    run("launch/generate.py", *arguments, "gen_length=16", "steps=4", "block_length=8", ranks=2)
+    records = [json.loads(line) for line in output.read_text().splitlines()]
+    assert len(records) == 12
+    assert all(record.keys() == {"prompt", "response"} for record in records)
+
+
+def test_calibration_alone_equals_that_of_training(folder: Path, trained: Path) -> None:
+    output = folder / "alone.json"
+    run("launch/calibrate.py", "--config", str(folder / "config.yaml"), "--output", str(output), "precision.dtype=fp32")
+    alone = json.loads(output.read_text())
+    assert output.with_suffix(".png").exists()
+    again = folder / "again.json"
+    arguments = ["--config", str(folder / "config.yaml"), "--output", str(again), "precision.dtype=fp32"]
+    run("launch/calibrate.py", *arguments, "batch.micro_size=8", ranks=2)
+    assert json.loads(again.read_text())["cell_density"] == alone["cell_density"]
+    after = ["--config", str(folder / "config.yaml"), "--output", str(folder / "after.json"), "--run-dir", str(trained)]
+    run("launch/calibrate.py", *after)
+    assert json.loads((folder / "after.json").read_text())["cell_density"] != alone["cell_density"]
+
+
+def test_training_with_a_named_artifact(folder: Path, trained: Path) -> None:
+    overrides = [
+        f"diffusion.calibration.artifact={trained / 'calibration.json'}",
+        "schedule.steps=2",
+        "schedule.epochs=0",
+    ]
+    target = f"checkpoint.directory={folder / 'named'}"
+    run("launch/train.py", "--config", str(folder / "config.yaml"), target, *overrides)
+    # The run's folder holds all that resuming needs, the artifact too.
+    assert (folder / "named" / "calibration.json").read_text() == (trained / "calibration.json").read_text()
+
+
+def test_dry_run(folder: Path) -> None:
+    output = run("launch/train.py", "--config", str(folder / "config.yaml"), "--dry-run", "--world-size", "4")
+    assert "tensor 1 × pipeline 1 × data 4 = 4 ranks" in output
+    assert "16 samples a step = 4 × 4 ranks × 1 micro-batches, 2 views each; 16 steps" in output
+    assert "memory per rank" in output
+
+
+def test_early_stopping(folder: Path) -> None:
+    """With a learning rate that cannot learn, the first validation stays the best."""
+    overrides = ["optimizer.lr=1e-12", "evaluation.every=1", "evaluation.patience=2", "schedule.steps=50"]
+    overrides += ["schedule.epochs=0", "diffusion.sampler=uniform", "precision.dtype=bf16"]
+    target = f"checkpoint.directory={folder / 'early'}"
+    output = run("launch/train.py", "--config", str(folder / "config.yaml"), target, *overrides)
+    assert "no better validation loss in 2 validations" in output
+    assert json.loads((folder / "early" / "summary.json").read_text())["steps"] < 50
+
+
+def test_not_a_run_folder(folder: Path) -> None:
+    for arguments, message in (
+        (["--run-dir", str(folder / "none"), "--data", str(folder / "test.jsonl")], "not a run's folder"),
+        (["--run-dir", str(folder), "--data", str(folder / "test.jsonl")], "the run has no checkpoint yet"),
+        (["--run-dir", str(folder), "--data", str(folder / "absent.jsonl")], "no such data file"),
+    ):
+        result = run_program_ranks("launch/evaluate.py", arguments)[0]
+        assert result.exit_code == 1
+        assert message in result.stderr

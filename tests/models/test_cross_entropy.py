@@ -1,0 +1,90 @@
+"""The chunked, fused cross-entropy against torch's own, in value and gradient."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from megatron_mdm.models.cross_entropy import weighted_cross_entropy
+from tests.ranks import run_ranks
+
+ROWS, HIDDEN, VOCAB, PADDED = 37, 16, 50, 56
+
+
+def inputs(dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, ...]:
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(ROWS, HIDDEN, generator=generator).to(dtype)
+    head = torch.randn(PADDED, HIDDEN, generator=generator).to(dtype)
+    labels = torch.randint(0, VOCAB, (ROWS,), generator=generator)
+    return rows, head, labels, torch.rand(ROWS, generator=generator)
+
+
+def reference(dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, ...]:
+    rows, head, labels, weights = inputs(dtype)
+    rows.requires_grad_(), head.requires_grad_()
+    cross_entropy = F.cross_entropy((rows @ head[:VOCAB].t()).float(), labels, reduction="none")
+    (3.0 * (weights * cross_entropy).sum()).backward()
+    return cross_entropy.detach(), rows.grad, head.grad
+
+
+@pytest.mark.parametrize("chunk", [1, 5 * PADDED, 10**9])
+def test_equals_torch(chunk: int) -> None:
+    rows, head, labels, weights = inputs()
+    rows.requires_grad_(), head.requires_grad_()
+    total, cross_entropy = weighted_cross_entropy(rows, head, labels, weights, VOCAB, chunk_elements=chunk)
+    (3.0 * total).backward()
+    expected, grad_rows, grad_head = reference()
+    torch.testing.assert_close(cross_entropy, expected)
+    torch.testing.assert_close(total, (weights * expected).sum())
+    torch.testing.assert_close(rows.grad, grad_rows)
+    torch.testing.assert_close(head.grad, grad_head)
+
+
+def test_bf16_is_close_to_fp32() -> None:
+    rows, head, labels, weights = inputs(torch.bfloat16)
+    rows.requires_grad_(), head.requires_grad_()
+    total, cross_entropy = weighted_cross_entropy(rows, head, labels, weights, VOCAB)
+    (3.0 * total).backward()
+    expected, grad_rows, grad_head = reference(torch.bfloat16)
+    torch.testing.assert_close(cross_entropy, expected, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(rows.grad, grad_rows, rtol=0.05, atol=0.05)
+    torch.testing.assert_close(head.grad, grad_head, rtol=0.05, atol=0.05)
+
+
+def test_no_rows_and_no_gradient() -> None:
+    rows, head, labels, weights = inputs()
+    head.requires_grad_()
+    total, cross_entropy = weighted_cross_entropy(rows[:0], head, labels[:0], weights[:0], VOCAB)
+    total.backward()
+    assert total == 0.0
+    assert len(cross_entropy) == 0
+    assert (head.grad == 0).all()
+    with torch.no_grad():
+        assert not weighted_cross_entropy(rows, head, labels, weights, VOCAB).total.requires_grad
+
+
+def sharded() -> list[Any]:
+    """On a tensor-parallel rank: its slice of the head."""
+    from megatron_mdm.parallel.groups import initialize
+
+    context = initialize(2, 1)
+    rows, head, labels, weights = inputs()
+    mine = head.chunk(2)[context.tensor_rank].clone().requires_grad_()
+    rows.requires_grad_()
+    total, cross_entropy = weighted_cross_entropy(
+        rows, mine, labels, weights, VOCAB, context.tensor_group, chunk_elements=5 * PADDED
+    )
+    (3.0 * total).backward()
+    return [value.numpy() for value in (cross_entropy, rows.grad, mine.grad)]
+
+
+def test_vocabulary_parallel_equals_torch() -> None:
+    expected, grad_rows, grad_head = reference()
+    for rank, result in enumerate(run_ranks(sharded, 2)):
+        cross_entropy, rows, head = (torch.from_numpy(value) for value in result)
+        torch.testing.assert_close(cross_entropy, expected)
+        torch.testing.assert_close(rows, grad_rows)
+        torch.testing.assert_close(head, grad_head.chunk(2)[rank])

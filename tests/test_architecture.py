@@ -1,0 +1,88 @@
+"""The house rules: imports point down, files and functions stay readable."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "megatron_mdm"
+ROWS = [  # lowest first; packages of one row do not import each other
+    {"config"},
+    {"diffusion", "parallel"},
+    {"models", "data"},
+    {"engine"},
+    {"checkpoint"},
+    {"generation", "reports"},
+    {"evaluation"},
+    {"training"},
+]
+ROW_OF = {package: row for row, packages in enumerate(ROWS) for package in packages}
+MODULES = sorted(PACKAGE.rglob("*.py"))
+SOURCES = [*MODULES, *sorted((ROOT / "launch").glob("*.py")), *sorted((ROOT / "tools").glob("*.py"))]
+
+
+def imports(path: Path) -> set[str]:
+    """Dotted names of every module that a file imports, wherever in it."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            names.add(str(node.module))
+    return names
+
+
+def package_of(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0]
+
+
+@pytest.mark.parametrize("path", [path for path in MODULES if path.parent != PACKAGE], ids=lambda path: str(path))
+def test_imports_point_down(path: Path) -> None:
+    own = package_of(path)
+    for name in imports(path):
+        parts = name.split(".")
+        if parts[0] == "megatron_mdm" and len(parts) > 1 and parts[1] != own:
+            assert ROW_OF[parts[1]] < ROW_OF[own], f"{own} imports {name}"
+        assert parts[0] not in ("tests", "launch", "tools"), name
+
+
+def test_diffusion_knows_no_ranks_and_no_models() -> None:
+    for path in (PACKAGE / "diffusion").glob("*.py"):
+        for name in imports(path):
+            assert name.split(".")[0] in {"megatron_mdm", "numpy", "scipy", "torch", *STANDARD}, f"{path}: {name}"
+            assert not name.startswith("torch.distributed")
+
+
+def test_only_engine_and_parallel_import_deepspeed() -> None:
+    for path in MODULES:
+        if any(name.split(".")[0] == "deepspeed" for name in imports(path)):
+            assert package_of(path) in ("engine", "parallel"), path
+
+
+def test_models_do_not_noise_weight_or_log() -> None:
+    for path in (PACKAGE / "models").rglob("*.py"):
+        allowed = {"megatron_mdm.diffusion.randomness"}  # initial weights are drawn from the same counters
+        used = {name for name in imports(path) if name.startswith("megatron_mdm.diffusion")}
+        assert used <= allowed, path
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_files_and_functions_stay_short(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= (60 if path.parent.name == "launch" else 320)
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef):
+            length = (node.end_lineno or 0) - node.lineno + 1
+            assert length <= 55, f"{node.name} has {length} lines"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_module_says_what_it_is_for(path: Path) -> None:
+    assert ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
+
+
+STANDARD = {"__future__", "collections", "dataclasses", "enum", "typing"}
