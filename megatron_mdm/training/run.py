@@ -53,7 +53,7 @@ def train_run(config: RunConfig, data: RunData, context: ParallelContext, mode: 
     store = CheckpointStore(folder / CHECKPOINTS, config.checkpoint.keep_last, context)
     state = _restore(store, engine, config, data, context) if mode.resume else TrainState()
     artifact = _calibration(folder, engine, config, data, context)
-    trainer = _trainer(config, data, engine, artifact, context)
+    trainer = build_trainer(config, data, engine, artifact, context)
     metrics = MetricsLog(folder, config.logging.tensorboard, context.is_main, state.step)
     if artifact:
         metrics.figure("calibration", calibration_figure(artifact), state.step)
@@ -110,7 +110,7 @@ def _restore(
 def _calibration(
     folder: Path, engine: ZeroEngine, config: RunConfig, data: RunData, context: ParallelContext
 ) -> dict[str, Any] | None:
-    """The artifact that the folder holds, or the configuration names, or a new one; the folder holds it from then on."""
+    """The artifact in the folder, else the one that is named, else a new one; the folder holds it from then on."""
     diffusion = config.diffusion
     if diffusion.sampler not in CALIBRATED_SAMPLERS:
         return None
@@ -127,9 +127,10 @@ def _calibration(
     return artifact
 
 
-def _trainer(
+def build_trainer(
     config: RunConfig, data: RunData, engine: ZeroEngine, artifact: dict[str, Any] | None, context: ParallelContext
 ) -> Trainer:
+    """Loader, noise and engine put together; artifact: the calibration, where the sampler needs one."""
     diffusion, global_size = config.diffusion, config.batch.global_size
     density = np.array(artifact["cell_density"]) if artifact else None
     noiser = Noiser(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,7 @@ def train_and_watch(config: RunConfig) -> dict[str, Any]:
     context = initialize(config.parallel.tensor, config.parallel.pipeline)
     engine = run.ZeroEngine(run.build_model(config.model, context, config.seed), config, context)
     artifact = calibrate(engine, data.train, config.diffusion, data.special_ids, 4, config.seed, context)
-    trainer = run._trainer(config, data, engine, artifact, context)
+    trainer = run.build_trainer(config, data, engine, artifact, context)
     masks: dict[tuple[int, int], str] = {}
     noiser = trainer.noiser
 
@@ -56,7 +57,7 @@ def train_and_watch(config: RunConfig) -> dict[str, Any]:
         return noised
 
     watched.times, watched.views = noiser.times, noiser.views  # type: ignore[attr-defined]
-    object.__setattr__(trainer, "noiser", watched)
+    trainer = dataclasses.replace(trainer, noiser=watched)  # type: ignore[arg-type]
     steps = [trainer.train_step(step) for step in range(10)]
     return {
         "losses": [step.loss for step in steps],
