@@ -11,8 +11,7 @@ platform.quiet_libraries()
 from megatron_mdm.checkpoint.load import load_for_inference  # noqa: E402
 from megatron_mdm.config.load import load_config  # noqa: E402
 from megatron_mdm.config.validate import validate  # noqa: E402
-from megatron_mdm.engine.inference import InferenceEngine  # noqa: E402
-from megatron_mdm.models.stages import build_model  # noqa: E402
+from megatron_mdm.engine.build import build_engine, from_scratch  # noqa: E402
 from megatron_mdm.parallel.groups import initialize, world_size_from_environment  # noqa: E402
 from megatron_mdm.parallel.program import run_program  # noqa: E402
 from megatron_mdm.training.calibrate import calibrate, save_artifact  # noqa: E402
@@ -34,7 +33,7 @@ def main() -> None:
     if arguments.run_dir:
         engine = load_for_inference(arguments.run_dir, config, context)
     else:
-        engine = InferenceEngine(build_model(config.model, context, config.seed), config.precision.dtype)
+        engine = build_engine(config, context, from_scratch)
     rows = config.batch.micro_size * config.diffusion.views
     artifact = calibrate(engine, data.train, config.diffusion, data.special_ids, rows, config.seed, context)
     if context.is_main:

@@ -25,14 +25,15 @@ def main() -> None:
     parser.add_argument("--data", required=True, help="JSONL with question/answer or prompt/response")
     parser.add_argument("--task", choices=sorted(TASKS), default="gsm8k")
     parser.add_argument("--limit", type=int, default=0, help="questions to ask; 0: all")
+    parser.add_argument("--tensor", type=int, default=0, help="tensor-parallel degree; 0: the run's")
     parser.add_argument("generation", nargs="*", metavar="key=value", help=", ".join(GenerationConfig.model_fields))
     arguments = parser.parse_intermixed_args()
 
     generation = load_section(GenerationConfig, arguments.generation)
     questions = read_questions(arguments.data, TASKS[arguments.task], arguments.limit)
-    config = run_config(arguments.run_dir)
+    config = run_config(arguments.run_dir, arguments.tensor)
     tokenizer = load_tokenizer(config.data)
-    context = initialize(config.parallel.tensor, config.parallel.pipeline)
+    context = initialize(config.parallel.tensor)
     engine = load_for_inference(arguments.run_dir, config, context)
     result = evaluate_exact_match(engine, questions, TASKS[arguments.task], tokenizer, generation, context)
     if context.is_main:

@@ -41,13 +41,13 @@ def run_ranks(function: Callable[..., Any], world_size: int, *arguments: Any) ->
             connections.append(ours)
             processes.append(process)
         results = [_receive(connection, rank, folder) for rank, connection in enumerate(connections)]
-        failed = next((result for result in results if isinstance(result, _Failure)), None)
+        failed = [result.text for result in results if isinstance(result, _Failure)]
         for process in processes:
             if failed:
                 process.terminate()
             process.join(30)
     if failed:
-        raise AssertionError(failed.text)
+        raise AssertionError("\n".join(failed))
     return results
 
 

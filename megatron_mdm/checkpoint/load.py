@@ -1,33 +1,73 @@
-"""Open a run's folder for something other than training it."""
+"""From a checkpoint to an engine, on any layout."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from megatron_mdm.checkpoint.store import CheckpointStore
+import torch
+from torch import nn
+
+from megatron_mdm.checkpoint.store import TENSORS, CheckpointStore
+from megatron_mdm.checkpoint.tensors import TensorReader
 from megatron_mdm.config.errors import UserError
 from megatron_mdm.config.load import load_config
-from megatron_mdm.config.schema import RunConfig
+from megatron_mdm.config.schema import ModelConfig, RunConfig
+from megatron_mdm.engine.base import Engine
+from megatron_mdm.engine.build import build_engine, from_scratch
 from megatron_mdm.engine.inference import InferenceEngine
-from megatron_mdm.engine.weights import load_weights
+from megatron_mdm.engine.master import MOMENTS, WEIGHT, canonical_name
 from megatron_mdm.models.stages import build_model
 from megatron_mdm.parallel.groups import ParallelContext
 
 
-def run_config(folder: Path) -> RunConfig:
-    """The resolved configuration of a run."""
+def run_config(folder: Path, tensor: int = 0) -> RunConfig:
+    """The resolved configuration of a run, for reading its model, which needs no pipeline.
+
+    tensor: another tensor-parallel degree than it was trained with; 0: the same.
+    """
     path = folder / "config.yaml"
     if not path.is_file():
         raise UserError(f"{folder}: not a run's folder (it has no config.yaml)")
-    return load_config(path)
+    config = load_config(path)
+    parallel = {"pipeline": 1, "tensor": tensor or config.parallel.tensor, "sequence": False}
+    return config.model_copy(update={"parallel": config.parallel.model_copy(update=parallel)})
+
+
+def restored_engine(checkpoint: Path | None, config: RunConfig, context: ParallelContext, steps: int) -> Engine:
+    """A training engine with a checkpoint's weights, moments and step count; None: initial weights. Collective."""
+    if checkpoint is None:
+        return build_engine(config, context, from_scratch)
+    reader = TensorReader(checkpoint / TENSORS, config.model)
+    shapes: dict[str, torch.Size] = {}
+
+    def load(module: nn.Module) -> None:
+        shapes.update({name: parameter.shape for name, parameter in module.named_parameters()})
+        read_weights(module, reader, config.model, context)
+
+    engine = build_engine(config, context, load)
+    for name, shape in shapes.items():
+        for kind in (WEIGHT, *MOMENTS):
+            source = canonical_name(name, config.model)
+            value = reader.read(source, kind, shape, context.tensor_rank, context.layout.tensor)
+            engine.master.load(name, kind, value)
+    engine.master.set_steps(steps)
+    return engine
 
 
 def load_for_inference(folder: Path, config: RunConfig, context: ParallelContext) -> InferenceEngine:
-    """The model of the newest intact checkpoint, on the run's tensor-parallel degree and any number of data ranks."""
-    store = CheckpointStore(folder / "checkpoints", config.checkpoint.keep_last, context)
-    checkpoint = store.newest_intact()
+    """The model of the newest intact checkpoint, whole on every data-parallel rank."""
+    checkpoint = CheckpointStore(folder / "checkpoints", config.checkpoint.keep_last, context).newest_intact()
     if checkpoint is None:
         raise UserError(f"{folder}: the run has no checkpoint yet")
-    model = build_model(config.model, context, config.seed)
-    load_weights(model, checkpoint / "weights", context)
+    model = build_model(config.model, config.parallel, context, config.seed)
+    read_weights(model, TensorReader(checkpoint / TENSORS, config.model), config.model, context)
     return InferenceEngine(model, config.precision.dtype)
+
+
+def read_weights(module: nn.Module, reader: TensorReader, model: ModelConfig, context: ParallelContext) -> None:
+    """Fill this rank's parameters from a checkpoint of any layout."""
+    for name, parameter in module.named_parameters():
+        source = canonical_name(name, model)
+        value = reader.read(source, WEIGHT, parameter.shape, context.tensor_rank, context.layout.tensor)
+        with torch.no_grad():
+            parameter.copy_(value)

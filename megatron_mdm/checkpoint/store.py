@@ -8,13 +8,14 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from megatron_mdm.checkpoint.tensors import write_tensors
 from megatron_mdm.config.errors import UserError
 from megatron_mdm.config.files import write_json
 from megatron_mdm.engine.base import Engine
 from megatron_mdm.parallel.collectives import barrier, gather_objects
 from megatron_mdm.parallel.groups import ParallelContext
 
-MANIFEST, STATE = "manifest.json", "state.json"
+MANIFEST, STATE, TENSORS = "manifest.json", "state.json", "tensors"
 
 
 class CheckpointStore:
@@ -31,7 +32,7 @@ class CheckpointStore:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
         barrier()
-        engine.save(temporary)
+        write_tensors(engine.master.tensors(), temporary / TENSORS, self.context)
         barrier()
         if self.context.is_main:
             write_json(temporary / STATE, state)

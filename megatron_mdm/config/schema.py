@@ -26,6 +26,7 @@ class ModelConfig(Section):
     norm_eps: float = Field(default=1e-5, gt=0)
     init_std: float = Field(default=0.02, gt=0)
     tie_embeddings: bool = False
+    z_loss: float = Field(default=0.0, ge=0)  # weight of (log Σ exp logits)² beside each cross-entropy
 
     @field_validator("vocab_size")
     @classmethod
@@ -87,8 +88,12 @@ class DiffusionConfig(Section):
 
 class ParallelConfig(Section):
     tensor: int = Field(default=1, gt=0)
+    sequence: bool = False  # split activations along the sequence over the tensor-parallel ranks, between matrices
     pipeline: int = Field(default=1, gt=0)
     zero: Literal[0, 1, 2, 3] = 1
+    offload: Literal["none", "optimizer", "all"] = "none"  # ZeRO's states in host memory; all: parameters too
+    recompute: Literal["none", "selective", "full"] = "none"  # activations: selective recomputes attention only
+    recompute_interval: int = Field(default=1, gt=0)  # full: every n-th layer
 
 
 class BatchConfig(Section):
@@ -122,7 +127,9 @@ class ScheduleConfig(Section):
 
 
 class PrecisionConfig(Section):
-    dtype: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 where the hardware multiplies it natively
+    # auto: bf16 where the hardware multiplies it natively, else fp32. Master weights and moments are always fp32.
+    dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    gradients: Literal["model", "fp32"] = "model"  # the type in which micro-batches' gradients are summed
 
 
 class CheckpointConfig(Section):

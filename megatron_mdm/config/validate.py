@@ -46,8 +46,23 @@ def accumulation_steps(config: RunConfig, world_size: int) -> int:
 
 def _check_parallel(config: RunConfig, world_size: int) -> None:
     parallel = config.parallel
-    if parallel.pipeline > 1:
-        raise UserError("'parallel.pipeline': pipeline parallelism is not supported yet; set it to 1")
+    if parallel.pipeline > 1 and parallel.zero > 1:
+        raise UserError(
+            f"'parallel.zero' {parallel.zero} cannot be combined with 'parallel.pipeline' {parallel.pipeline}: a "
+            "pipeline keeps gradients until its last micro-batch, so they cannot be partitioned; use ZeRO 0 or 1"
+        )
+    if parallel.pipeline > config.model.num_layers:
+        raise UserError(
+            f"'parallel.pipeline' {parallel.pipeline} exceeds the {config.model.num_layers} 'model.num_layers'"
+        )
+    if parallel.sequence and parallel.tensor == 1:
+        raise UserError("'parallel.sequence' splits over the tensor-parallel ranks; it needs 'parallel.tensor' > 1")
+    if parallel.offload != "none" and parallel.zero == 0:
+        raise UserError("'parallel.offload' moves ZeRO's states to the host; it needs 'parallel.zero' of 1 or more")
+    if parallel.offload == "all" and parallel.zero != 3:
+        raise UserError("'parallel.offload' all moves parameters to the host; it needs 'parallel.zero' 3")
+    if config.precision.gradients == "fp32" and config.precision.dtype != "fp32" and parallel.zero == 0:
+        raise UserError("'precision.gradients' fp32 needs 'parallel.zero' of 1 or more")
     if world_size % (parallel.tensor * parallel.pipeline):
         raise UserError(
             f"'parallel.tensor' × 'parallel.pipeline' = {parallel.tensor * parallel.pipeline} does not divide the "

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
+from megatron_mdm.engine.master import MasterState
 from megatron_mdm.models.stages import Packet, RowStatistics
 
 
@@ -19,18 +19,16 @@ class TrainOutput(NamedTuple):
 class Engine(Protocol):
     """A model with its optimizer on this rank. All calls are collective: every rank makes them in the same order."""
 
+    master: MasterState
+
     def train_batch(self, packets: Sequence[Packet], lr: float) -> TrainOutput:
         """One optimizer step on the sum of the packets' totals over all data-parallel ranks."""
         ...
 
-    def evaluate(self, packet: Packet) -> RowStatistics:
-        """Forward only."""
+    def evaluate(self, packets: Sequence[Packet]) -> list[RowStatistics]:
+        """Forward only. Several packets at once keep a pipeline's stages busy."""
         ...
 
     def logits(self, packet: Packet) -> Tensor:
         """Logits [N, V] of the selected positions, in the order of packet.selected.nonzero()."""
         ...
-
-    def save(self, directory: Path) -> None: ...
-
-    def load(self, directory: Path) -> None: ...

@@ -17,16 +17,30 @@ def deepspeed_config(config: RunConfig, world_size: int) -> dict[str, Any]:
         "reduce_scatter": True,
         **raw.pop("zero_optimization", {}),
     }
+    if config.parallel.offload != "none":
+        zero["offload_optimizer"] = {"device": "cpu"}
+    if config.parallel.offload == "all":
+        zero["offload_param"] = {"device": "cpu"}
     if config.parallel.zero == 3:
         # Small parameters would stay whole and be updated on every rank; one rule for all keeps layouts comparable.
         zero.setdefault("stage3_param_persistence_threshold", 0)
     return {
         "train_micro_batch_size_per_gpu": config.batch.micro_size,
         "gradient_accumulation_steps": accumulation_steps(config, world_size),
-        "gradient_clipping": config.optimizer.gradient_clipping,
+        # Where clipping is ours (engine/optimizer.py), it must always be called, as it measures the norm.
+        "gradient_clipping": config.optimizer.gradient_clipping or (1e30 if _plain(config) else 0.0),
         "bf16": {"enabled": config.precision.dtype == "bf16"},
+        "fp16": {"enabled": config.precision.dtype == "fp16", "initial_scale_power": 16},
+        "data_types": {"grad_accum_dtype": "fp32"} if config.precision.gradients == "fp32" else {},
         "zero_optimization": zero,
+        # Dynamic shapes rule out DeepSpeed's splitting of activations over the tensor-parallel ranks.
+        "pipeline": {"pipe_partitioned": False, "grad_partitioned": False},
         "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,  # torch's fused AdamW runs on the host, too
         "steps_per_print": 10**9,
         **raw,
     }
+
+
+def _plain(config: RunConfig) -> bool:
+    return config.parallel.zero == 0 and config.precision.dtype == "fp32"

@@ -1,12 +1,14 @@
 """Forward passes without an optimizer: calibration, evaluation and generation from a checkpoint."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from megatron_mdm.models.stages import MaskedDiffusionModel, Packet, RowStatistics
 from megatron_mdm.parallel import platform
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class InferenceEngine:
@@ -16,8 +18,8 @@ class InferenceEngine:
         self.model = model.to(device=platform.device(), dtype=DTYPES[dtype]).eval()
 
     @torch.no_grad()
-    def evaluate(self, packet: Packet) -> RowStatistics:
-        return self.model(packet.to_device())[1]
+    def evaluate(self, packets: Sequence[Packet]) -> list[RowStatistics]:
+        return [self.model(packet.to_device())[1] for packet in packets]
 
     @torch.no_grad()
     def logits(self, packet: Packet) -> Tensor:

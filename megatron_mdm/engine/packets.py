@@ -11,8 +11,8 @@ from megatron_mdm.models.stages import Packet
 def loss_packet(noised: NoisedBatch, weights: LossWeights) -> Packet:
     """A packet whose masked positions are scored against the clean tokens."""
     return Packet(
-        hidden=noised.noisy,
-        attention=attention_mask(noised.clean.lengths.repeat(noised.views), noised.noisy.shape[1]),
+        tokens=noised.noisy,
+        lengths=_shortened(noised.clean.lengths.repeat(noised.views), noised.noisy.shape[1]),
         selected=noised.masked,
         labels=noised.clean.tokens.repeat(noised.views, 1),
         token_weight=weights.token,
@@ -23,11 +23,22 @@ def loss_packet(noised: NoisedBatch, weights: LossWeights) -> Packet:
 def logits_packet(tokens: Tensor, lengths: Tensor, selected: Tensor) -> Packet:
     """A packet for Engine.logits: tokens [R, S], lengths [R] without padding, selected [R, S]."""
     nothing = torch.empty(0)
-    return Packet(tokens, attention_mask(lengths, tokens.shape[1]), selected, nothing, nothing, nothing)
+    return Packet(tokens, _shortened(lengths, tokens.shape[1]), selected, nothing, nothing, nothing)
 
 
-def attention_mask(lengths: Tensor, width: int) -> Tensor:
-    """[R, 1, 1, S] bool, True at the first lengths[r] positions; empty where no row is padded, so kernels skip it."""
-    if bool((lengths == width).all()):
-        return torch.empty(0, dtype=torch.bool)
-    return (torch.arange(width)[None, :] < lengths[:, None])[:, None, None, :]
+def padded_to_multiple(packet: Packet, multiple: int) -> Packet:
+    """The packet with padding on the right until S is a multiple, as sequence parallelism needs."""
+    extra = -packet.tokens.shape[1] % multiple
+    if not extra:
+        return packet
+    lengths = packet.lengths if packet.lengths.dim() else packet.lengths.expand(len(packet.tokens))
+
+    def widened(tensor: Tensor) -> Tensor:
+        return torch.nn.functional.pad(tensor, (0, extra)) if tensor.dim() == 2 else tensor
+
+    return Packet(*(widened(tensor) for tensor in packet))._replace(lengths=lengths)
+
+
+def _shortened(lengths: Tensor, width: int) -> Tensor:
+    """Without a dimension where no row is padded."""
+    return torch.tensor(width) if bool((lengths == width).all()) else lengths

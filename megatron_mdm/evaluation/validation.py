@@ -6,10 +6,10 @@ samplers can be compared, and the noise of t and of the masks cancels from their
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
-from torch import Tensor
 
 from megatron_mdm.data.collate import collate
 from megatron_mdm.data.sft import SftDataset
@@ -27,7 +27,7 @@ _VALIDATION_SEED = 0  # of masks and grid: not the run's seed, so that runs can 
 
 
 class Forward(Protocol):
-    def evaluate(self, packet: Packet) -> RowStatistics: ...
+    def evaluate(self, packets: Sequence[Packet]) -> list[RowStatistics]: ...
 
 
 class FixedGridValidation:
@@ -55,24 +55,26 @@ class FixedGridValidation:
     def __call__(self, engine: Forward) -> float:
         """Mean loss over the grid, nats per eligible token. Collective; the same on every rank."""
         losses = np.zeros(len(self.rows))
-        for places, noised in self._micro_batches():
-            weights = NORMALIZATIONS["sample"](noised, GlobalBatch(1, 1))
-            loss: Tensor = engine.evaluate(loss_packet(noised, weights)).loss
-            if places is not None:
-                losses[places] = loss.double().cpu().numpy()
+        places, packets = self._micro_batches()
+        for place, rows in zip(places, engine.evaluate(packets)):
+            if place is not None:
+                losses[place] = rows.loss.double().cpu().numpy()
         return float(fill_from_data_ranks(losses, self.context).mean())
 
-    def _micro_batches(self) -> list[tuple[slice | None, NoisedBatch]]:
+    def _micro_batches(self) -> tuple[list[slice | None], list[Packet]]:
         """This data-parallel rank's share; every rank has as many, some only to keep step (places None)."""
         starts = range(0, len(self.rows), self.micro_size)
         ranks, rank = self.context.layout.data, self.context.data_rank
         turns = -(-len(starts) // ranks)
-        batches = []
+        all_places: list[slice | None] = []
+        packets = []
         for turn in range(turns):
             index = turn * ranks + rank
             places = slice(starts[min(index, len(starts) - 1)], starts[min(index, len(starts) - 1)] + self.micro_size)
-            batches.append((places if index < len(starts) else None, self._noise(places)))
-        return batches
+            noised = self._noise(places)
+            packets.append(loss_packet(noised, NORMALIZATIONS["sample"](noised, GlobalBatch(1, 1))))
+            all_places.append(places if index < len(starts) else None)
+        return all_places, packets
 
     def _noise(self, places: slice) -> NoisedBatch:
         rows, t = self.rows[places], self.t[places]

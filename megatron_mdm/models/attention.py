@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 # In bf16 on CPUs, torch 2.13's fused kernel is up to 8 times slower, in its backward pass, than plain matrix products
 # (64 rows of 44: 28 against 6 ms; 2 of 1024: 59 against 37 ms); beyond this length the scores take too much memory.
@@ -16,13 +17,23 @@ EXPLICIT_LENGTH = 1024
 class BidirectionalAttention(MegatronModule):
     """A core_attention for megatron-core's SelfAttention (signature: megatron/core/transformer/attention.py)."""
 
-    def __init__(self, config: TransformerConfig, softmax_scale: float | None = None, **_: Any) -> None:
+    def __init__(
+        self, config: TransformerConfig, softmax_scale: float | None = None, recompute: bool = False, **_: Any
+    ) -> None:
         super().__init__(config)
         self.softmax_scale = softmax_scale
+        self.recompute = recompute  # in the backward pass, instead of keeping scores
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **_: Any) -> Tensor:
         """query [S, B, heads, D]; key, value [S, B, kv heads, D]; attention_mask bool, broadcastable to
         [B, heads, S, S], True where a query may look, or None. Returns [S, B, heads · D]."""
+        if self.recompute and torch.is_grad_enabled():
+            return checkpoint(
+                self._attend, query, key, value, attention_mask, use_reentrant=False, preserve_rng_state=False
+            )
+        return self._attend(query, key, value, attention_mask)
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None) -> Tensor:
         query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))  # [B, heads, S, D]
         if query.device.type == "cpu" and query.dtype == torch.bfloat16 and len(query[0, 0]) <= EXPLICIT_LENGTH:
             context = explicit_attention(query, key, value, attention_mask, self.softmax_scale)

@@ -27,16 +27,20 @@ def weighted_cross_entropy(
     vocab_size: int,
     group: dist.ProcessGroup | None = None,
     chunk_elements: int = CHUNK_ELEMENTS,
+    z_loss: float = 0.0,
 ) -> RowLosses:
     """Cross-entropy of `rows @ head.T` with the vocabulary split over a tensor-parallel group.
 
     rows [R, H], the same on every rank of the group; head [V_local, H], this rank's slice, all of one size; rows of
     the whole head from vocab_size on are padding and take no probability; labels [R] int64, global ids; weights [R]
     float32. The softmax is in float32 whatever the inputs. The gradient of rows is already summed over the group.
+    z_loss adds z_loss · (log Σ exp logits)² to each row's share of the total (PaLM, Section 5), not to cross_entropy.
     """
     needs_grad = torch.is_grad_enabled() and (rows.requires_grad or head.requires_grad)
     shard = _Shard.of(head, vocab_size, group)
-    return RowLosses(*_WeightedCrossEntropy.apply(rows, head, labels, weights, shard, chunk_elements, needs_grad))
+    return RowLosses(
+        *_WeightedCrossEntropy.apply(rows, head, labels, weights, shard, chunk_elements, z_loss, needs_grad)
+    )
 
 
 class _Shard(NamedTuple):
@@ -55,34 +59,39 @@ class _Shard(NamedTuple):
 
 class _WeightedCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, rows, head, labels, weights, shard, chunk_elements, needs_grad):
-        cross_entropy = torch.empty(len(rows), dtype=torch.float32, device=rows.device)
+    def forward(ctx, rows, head, labels, weights, shard, chunk_elements, z_loss, needs_grad):
+        cross_entropy, log_normalizer = torch.empty(2, len(rows), dtype=torch.float32, device=rows.device)
         grad_rows = torch.empty_like(rows) if needs_grad else None
         grad_head = torch.zeros_like(head) if needs_grad else None
+        # Gradients are kept for the greatest weight 1, so that they do not vanish in fp16, and scaled in backward.
+        scale = weights.max().clamp_min(1e-30) if len(rows) else weights.new_ones(())
         chunk = max(1, chunk_elements // len(head))
         for start in range(0, len(rows), chunk):
             part = slice(start, start + chunk)
             logits = (rows[part] @ head.t()).float()
-            cross_entropy[part], gradient = _softmax(logits, labels[part], weights[part], shard, needs_grad)
+            cross_entropy[part], log_normalizer[part], gradient = _softmax(
+                logits, labels[part], weights[part] / scale, shard, z_loss, needs_grad
+            )
             if needs_grad:
                 gradient = gradient.to(head.dtype)
                 torch.mm(gradient, head, out=grad_rows[part])
                 grad_head.addmm_(gradient.t(), rows[part])
         if needs_grad and shard.group is not None:
             dist.all_reduce(grad_rows, group=shard.group)
-        ctx.grad_rows, ctx.grad_head = grad_rows, grad_head
+        ctx.grad_rows, ctx.grad_head, ctx.scale = grad_rows, grad_head, scale
         ctx.mark_non_differentiable(cross_entropy)
-        return (weights * cross_entropy).sum(), cross_entropy
+        return (weights * (cross_entropy + z_loss * log_normalizer.square())).sum(), cross_entropy
 
     @staticmethod
     def backward(ctx, grad_total, _):
         grad_rows, grad_head = ctx.grad_rows, ctx.grad_head
         ctx.grad_rows = ctx.grad_head = None
-        return grad_rows.mul_(grad_total), grad_head.mul_(grad_total), None, None, None, None, None
+        factor = grad_total * ctx.scale
+        return grad_rows.mul_(factor), grad_head.mul_(factor), None, None, None, None, None, None
 
 
-def _softmax(logits, labels, weights, shard, needs_grad):
-    """Cross-entropy [r] of float32 logits [r, V_local], which are overwritten with weights · (softmax − one-hot)."""
+def _softmax(logits, labels, weights, shard, z_loss, needs_grad):
+    """Cross-entropy [r] and log-normalizer [r] of float32 logits [r, V_local], which become the gradient."""
     logits[:, shard.num_valid :] = float("-inf")
     local = labels - shard.first_id
     here = (local >= 0) & (local < shard.num_valid)
@@ -99,8 +108,10 @@ def _softmax(logits, labels, weights, shard, needs_grad):
         dist.all_reduce(sums, group=shard.group)
         label_logit, normalizer = sums
     cross_entropy = normalizer.log() - label_logit
+    log_normalizer = normalizer.log() + maximum
     if not needs_grad:
-        return cross_entropy, None
-    gradient = logits.mul_((weights / normalizer)[:, None])
+        return cross_entropy, log_normalizer, None
+    of_softmax = weights * (1.0 + 2.0 * z_loss * log_normalizer)
+    gradient = logits.mul_((of_softmax / normalizer)[:, None])
     gradient.scatter_add_(1, local, torch.where(here, -weights, 0.0)[:, None])
-    return cross_entropy, gradient
+    return cross_entropy, log_normalizer, gradient

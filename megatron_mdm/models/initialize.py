@@ -20,9 +20,10 @@ def initialize_weights(model: torch.nn.Module, config: ModelConfig, seed: int, t
             residual = name.endswith(("linear_proj.weight", "linear_fc2.weight"))
             std = config.init_std / ((2 * config.num_layers) ** 0.5 if residual else 1.0)
             shape = sharding.full_shape(parameter.shape, degree)
-            if sharding.dim == 0 and name.endswith(("word_embeddings.weight", "vocabulary_weight")):
+            if sharding.is_vocabulary:
                 full = torch.zeros(shape)  # rows of padding stay zero: their number depends on the layout
-                full[: config.vocab_size] = _normal((config.vocab_size, *shape[1:]), std, seed, name)
+                source = "0.word_embeddings.weight" if config.tie_embeddings else name
+                full[: config.vocab_size] = _normal((config.vocab_size, *shape[1:]), std, seed, source)
             else:
                 full = _normal(shape, std, seed, name)
             parameter.copy_(sharding.shard(full, tensor_rank, degree))

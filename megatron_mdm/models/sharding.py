@@ -17,6 +17,7 @@ class Sharding:
 
     dim: int
     interleave: int = 1
+    is_vocabulary: bool = False  # rows are padded to a multiple that depends on the degree
 
     def full_shape(self, local: torch.Size, degree: int) -> torch.Size:
         shape = list(local)
@@ -31,10 +32,17 @@ class Sharding:
         parts = full.chunk(self.interleave, self.dim)
         return torch.cat([part.chunk(degree, self.dim)[rank] for part in parts], self.dim)
 
+    def merge(self, shards: list[Tensor]) -> Tensor:
+        """The full tensor of all ranks' slices, in rank order."""
+        if self.dim < 0 or len(shards) == 1:
+            return shards[0]
+        parts = zip(*(shard.chunk(self.interleave, self.dim) for shard in shards))
+        return torch.cat([torch.cat(part, self.dim) for part in parts], self.dim)
+
 
 _SHARDINGS = (
-    (r"\.word_embeddings\.weight$", Sharding(0)),
-    (r"\.vocabulary_weight$", Sharding(0)),
+    (r"\.word_embeddings\.weight$", Sharding(0, is_vocabulary=True)),
+    (r"\.vocabulary_weight$", Sharding(0, is_vocabulary=True)),
     (r"\.linear_qkv\.(weight|bias)$", Sharding(0)),  # per kv group [q…q, k, v]: splits by group
     (r"\.linear_fc1\.weight$", Sharding(0, interleave=2)),  # [gate; up]
     (r"\.linear_(proj|fc2)\.weight$", Sharding(1)),

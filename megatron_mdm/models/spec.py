@@ -1,18 +1,20 @@
 """Our model section → megatron-core's TransformerConfig and layer spec."""
 
+from functools import partial
+
 import torch.nn.functional as F
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 
-from megatron_mdm.config.schema import ModelConfig
+from megatron_mdm.config.schema import ModelConfig, ParallelConfig
 from megatron_mdm.models.attention import BidirectionalAttention
 from megatron_mdm.models.norms import RMSNorm
 from megatron_mdm.parallel import platform
 
 
-def transformer_config(model: ModelConfig, tensor_parallel: int) -> TransformerConfig:
+def transformer_config(model: ModelConfig, parallel: ParallelConfig) -> TransformerConfig:
     """Weights are left uninitialised: models/initialize.py fills them, independent of the layout."""
     return TransformerConfig(
         num_layers=model.num_layers,
@@ -20,7 +22,8 @@ def transformer_config(model: ModelConfig, tensor_parallel: int) -> TransformerC
         ffn_hidden_size=model.ffn_hidden_size,
         num_attention_heads=model.num_heads,
         num_query_groups=model.num_kv_heads,
-        tensor_model_parallel_size=tensor_parallel,
+        tensor_model_parallel_size=parallel.tensor,
+        sequence_parallel=parallel.sequence,
         normalization="RMSNorm",
         layernorm_epsilon=model.norm_eps,
         gated_linear_unit=True,
@@ -37,10 +40,10 @@ def transformer_config(model: ModelConfig, tensor_parallel: int) -> TransformerC
     )
 
 
-def layer_spec() -> TransformerLayerSubmodules:
+def layer_spec(recompute_attention: bool) -> TransformerLayerSubmodules:
     """megatron-core's pre-norm layer with bidirectional attention on torch's kernels."""
     spec = get_gpt_layer_local_spec(normalization="RMSNorm").submodules
     spec.self_attention.params["attn_mask_type"] = AttnMaskType.padding
-    spec.self_attention.submodules.core_attention = BidirectionalAttention
+    spec.self_attention.submodules.core_attention = partial(BidirectionalAttention, recompute=recompute_attention)
     spec.input_layernorm = spec.pre_mlp_layernorm = RMSNorm
     return spec

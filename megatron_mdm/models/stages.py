@@ -1,17 +1,23 @@
-"""The model as a list of stages: Embed, Block …, Head. What runs between them is a Packet of tensors."""
+"""The model as a list of stages: Embed, Block …, Head."""
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
-from megatron.core.tensor_parallel import VocabParallelEmbedding, gather_from_tensor_model_parallel_region
+from megatron.core.tensor_parallel import (
+    VocabParallelEmbedding,
+    gather_from_sequence_parallel_region,
+    gather_from_tensor_model_parallel_region,
+)
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from megatron_mdm.config.schema import ModelConfig
+from megatron_mdm.config.schema import ModelConfig, ParallelConfig
 from megatron_mdm.models.cross_entropy import weighted_cross_entropy
 from megatron_mdm.models.initialize import initialize_weights
 from megatron_mdm.models.norms import RMSNorm
@@ -22,10 +28,11 @@ from megatron_mdm.parallel.groups import ParallelContext
 
 
 class Packet(NamedTuple):
-    """A micro-batch on its way through the stages. R rows (samples × views) of length S."""
+    """A micro-batch for the model. R rows (samples × views) of length S."""
 
-    hidden: Tensor  # before Embed: token ids [R, S]; after it: [S, R, H]
-    attention: Tensor  # [R, 1, 1, S] bool, True at real positions; empty where no row is padded
+    tokens: Tensor  # [R, S] int64
+    lengths: Tensor  # [R] int64 without padding on the right; of no dimension where no row is padded, which
+    # kernels exploit
     selected: Tensor  # [R, S] bool: the positions that reach the vocabulary (masked ones, in training)
     labels: Tensor  # [R, S] int64: clean token ids
     token_weight: Tensor  # [R, S] float32: a row's loss is Σ token_weight · CE over its selected positions
@@ -35,6 +42,11 @@ class Packet(NamedTuple):
         if not platform.is_cuda():
             return self
         return Packet(*(tensor.to(platform.device(), non_blocking=True) for tensor in self))
+
+
+# What runs from stage to stage: before Embed (tokens [R, S], lengths), after it (hidden [S, R, H], lengths). Under
+# sequence parallelism a rank holds S / tensor-parallel degree of the positions.
+StageState = tuple[Tensor, Tensor]
 
 
 class RowStatistics(NamedTuple):
@@ -54,30 +66,45 @@ class Embed(nn.Module):
             model.hidden_size,
             init_method=config.init_method,
             config=config,
+            reduce_scatter_embeddings=config.sequence_parallel,
         )
+        self.sequence_parallel = config.sequence_parallel
 
-    def forward(self, packet: Packet) -> Packet:
-        return packet._replace(hidden=self.word_embeddings(packet.hidden).transpose(0, 1).contiguous())
+    def forward(self, state: StageState) -> StageState:
+        tokens, lengths = state
+        hidden = self.word_embeddings(tokens)
+        return (hidden if self.sequence_parallel else hidden.transpose(0, 1).contiguous()), lengths
 
 
 class Block(nn.Module):
-    def __init__(self, model: ModelConfig, config: TransformerConfig, index: int) -> None:
+    """One transformer layer. With recompute it keeps only its input and runs again in the backward pass."""
+
+    def __init__(self, model: ModelConfig, config: TransformerConfig, index: int, parallel: ParallelConfig) -> None:
         super().__init__()
-        self.layer = TransformerLayer(config, layer_spec(), layer_number=index + 1)
+        spec = layer_spec(recompute_attention=parallel.recompute == "selective")
+        self.layer = TransformerLayer(config, spec, layer_number=index + 1)
         self.rotary = RotaryEmbedding(
             kv_channels=config.kv_channels,
             rotary_percent=1.0,
             rotary_base=model.rope_theta,
             use_cpu_initialization=config.use_cpu_initialization,
         )
+        self.sequence_shards = config.tensor_model_parallel_size if config.sequence_parallel else 1
+        self.recompute = parallel.recompute == "full" and index % parallel.recompute_interval == 0
 
-    def forward(self, packet: Packet) -> Packet:
-        hidden, _ = self.layer(
-            packet.hidden,
-            attention_mask=packet.attention if packet.attention.numel() else None,
-            rotary_pos_emb=self.rotary(packet.hidden.shape[0]),
-        )
-        return packet._replace(hidden=hidden)
+    def forward(self, state: StageState) -> StageState:
+        hidden, lengths = state
+        if self.recompute and torch.is_grad_enabled():
+            # There is no dropout, so no random state has to be kept.
+            hidden = checkpoint(self._layer, hidden, lengths, use_reentrant=False, preserve_rng_state=False)
+        else:
+            hidden = self._layer(hidden, lengths)
+        return hidden, lengths
+
+    def _layer(self, hidden: Tensor, lengths: Tensor) -> Tensor:
+        length = hidden.shape[0] * self.sequence_shards
+        attention = attention_mask(lengths, length) if lengths.dim() else None
+        return self.layer(hidden, attention_mask=attention, rotary_pos_emb=self.rotary(length))[0]
 
 
 class Head(nn.Module):
@@ -86,32 +113,55 @@ class Head(nn.Module):
     def __init__(self, model: ModelConfig, config: TransformerConfig, group: torch.distributed.ProcessGroup) -> None:
         super().__init__()
         degree = config.tensor_model_parallel_size
-        self.vocab_size, self.group = model.vocab_size, group
+        self.vocab_size, self.group, self.z_loss = model.vocab_size, group, model.z_loss
+        self.sequence_parallel = config.sequence_parallel
         self.final_norm = RMSNorm(config, model.hidden_size, eps=model.norm_eps)
+        self.final_norm.weight.sequence_parallel = False  # it sees whole, gathered rows
         rows = padded_vocab_size(model, degree) // degree
         self.vocabulary_weight = nn.Parameter(torch.empty(rows, model.hidden_size))
 
-    def forward(self, packet: Packet, want_logits: bool = False) -> tuple[Tensor, RowStatistics] | Tensor:
+    def forward(
+        self, state: StageState, packet: Packet | None = None, want_logits: bool = False
+    ) -> StageState | tuple[Tensor, RowStatistics] | Tensor:
         """(total loss with its gradient, row statistics), or the selected positions' logits [N, V], position-major
-        in each row (the order of packet.selected.nonzero())."""
-        order = packet.selected if want_logits else packet.selected.t()  # hidden is [S, R, H]: pick along its memory
-        places = order.reshape(-1).nonzero().squeeze(1)
-        hidden = packet.hidden.transpose(0, 1) if want_logits else packet.hidden
-        rows = self.final_norm(hidden.reshape(-1, hidden.shape[-1]).index_select(0, places))
-        if want_logits:
-            logits = gather_from_tensor_model_parallel_region(rows @ self.vocabulary_weight.t())
-            return logits[:, : self.vocab_size]
-        token_weight = packet.token_weight.t()  # [S, R], as everything below
+        in each row (the order of packet.selected.nonzero()). Without a packet, the state as it is: a pipeline calls its
+        last stage twice, first as a layer, then with what the loss needs."""
+        if packet is None:
+            return state
+        hidden, _ = state
+        if self.sequence_parallel:
+            hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False)
+        return self.logits(hidden, packet.selected) if want_logits else self.loss(hidden, packet)
+
+    def logits(self, hidden: Tensor, selected: Tensor) -> Tensor:
+        """hidden [S, R, H], selected [R, S] → [N, V]."""
+        rows = self._normed_rows(hidden.transpose(0, 1), selected.reshape(-1).nonzero().squeeze(1))
+        logits = gather_from_tensor_model_parallel_region(rows @ self.vocabulary_weight.t())
+        return logits[:, : self.vocab_size]
+
+    def loss(self, hidden: Tensor, packet: Packet) -> tuple[Tensor, RowStatistics]:
+        """hidden [S, R, H]. Everything here is [S, R]: positions are picked along hidden's memory."""
+        selected, token_weight = packet.selected.t(), packet.token_weight.t()
+        places = selected.reshape(-1).nonzero().squeeze(1)
         weights = (token_weight * packet.row_weight).reshape(-1)[places]
         total, cross_entropy = weighted_cross_entropy(
-            rows, self.vocabulary_weight, packet.labels.t().reshape(-1)[places], weights, self.vocab_size, self.group
+            self._normed_rows(hidden, places),
+            self.vocabulary_weight,
+            packet.labels.t().reshape(-1)[places],
+            weights,
+            self.vocab_size,
+            self.group,
+            z_loss=self.z_loss,
         )
         # A dense grid and a plain sum: deterministic on every device, unlike a scattered addition.
-        grid = torch.zeros(order.numel(), device=rows.device).index_put_((places,), cross_entropy).view(order.shape)
-        statistics = RowStatistics(
-            (grid * token_weight).sum(0), grid.sum(0), grid.square().sum(0), order.sum(0).to(torch.float32)
+        grid = torch.zeros(selected.numel(), device=hidden.device).index_put_((places,), cross_entropy)
+        grid = grid.view(selected.shape)
+        return total, RowStatistics(
+            (grid * token_weight).sum(0), grid.sum(0), grid.square().sum(0), selected.sum(0).to(torch.float32)
         )
-        return total, statistics
+
+    def _normed_rows(self, hidden: Tensor, places: Tensor) -> Tensor:
+        return self.final_norm(hidden.reshape(-1, hidden.shape[-1]).index_select(0, places))
 
 
 class MaskedDiffusionModel(nn.Sequential):
@@ -119,25 +169,54 @@ class MaskedDiffusionModel(nn.Sequential):
 
     def forward(self, packet: Packet, want_logits: bool = False) -> tuple[Tensor, RowStatistics] | Tensor:
         *body, head = self
+        state = (packet.tokens, packet.lengths)
         for stage in body:
-            packet = stage(packet)
-        return head(packet, want_logits)
+            state = stage(state)
+        return head(state, packet, want_logits)
 
 
-def build_model(model: ModelConfig, context: ParallelContext, seed: int) -> MaskedDiffusionModel:
-    """Build the stages and give them initial weights that are the same on every layout."""
-    degree = context.layout.tensor
-    config = transformer_config(model, degree)
-    stages = MaskedDiffusionModel(
-        Embed(model, config),
-        *(Block(model, config, index) for index in range(model.num_layers)),
-        Head(model, config, context.tensor_group),
-    )
-    initialize_weights(stages, model, seed, context.tensor_rank, degree)
+def stage_builders(
+    model: ModelConfig, parallel: ParallelConfig, group: torch.distributed.ProcessGroup
+) -> list[partial[nn.Module]]:
+    """One constructor per stage, so that a pipeline rank builds only its own."""
+    config = transformer_config(model, parallel)
+    return [
+        partial(Embed, model, config),
+        *(partial(Block, model, config, index, parallel) for index in range(model.num_layers)),
+        partial(Head, model, config, group),
+    ]
+
+
+def build_model(
+    model: ModelConfig, parallel: ParallelConfig, context: ParallelContext, seed: int
+) -> MaskedDiffusionModel:
+    """The whole model in this process, with initial weights that are the same on every layout."""
+    stages = MaskedDiffusionModel(*(build() for build in stage_builders(model, parallel, context.tensor_group)))
     if model.tie_embeddings:
         stages[-1].vocabulary_weight = stages[0].word_embeddings.weight
-    mark_shards(stages)
+    prepare_parameters(stages, model, context, seed)
     return stages
+
+
+def prepare_parameters(stages: nn.Module, model: ModelConfig, context: ParallelContext, seed: int) -> None:
+    """Initial weights, sharding attributes, and the sum of sequence-parallel gradients, for any part of the stages."""
+    initialize_weights(stages, model, seed, context.tensor_rank, context.layout.tensor)
+    mark_shards(stages)
+    for parameter in stages.parameters():
+        if getattr(parameter, "sequence_parallel", False):
+            parameter.register_hook(partial(_sum_over_group, group=context.tensor_group))
+
+
+def _sum_over_group(gradient: Tensor, group: torch.distributed.ProcessGroup) -> Tensor:
+    """A norm inside a sequence-parallel layer has seen this rank's positions only."""
+    gradient = gradient.contiguous()
+    torch.distributed.all_reduce(gradient, group=group)
+    return gradient
+
+
+def attention_mask(lengths: Tensor, width: int) -> Tensor:
+    """[R, 1, 1, S] bool, True at the first lengths[r] positions."""
+    return (torch.arange(width, device=lengths.device)[None, :] < lengths[:, None])[:, None, None, :]
 
 
 def padded_vocab_size(model: ModelConfig, degree: int) -> int:

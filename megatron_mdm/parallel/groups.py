@@ -21,6 +21,7 @@ class ParallelContext:
     layout: Layout
     tensor_group: dist.ProcessGroup
     data_group: dist.ProcessGroup
+    pipeline_group: dist.ProcessGroup
     mpu: Any  # for deepspeed.initialize
 
     @property
@@ -30,6 +31,15 @@ class ParallelContext:
     @property
     def data_rank(self) -> int:
         return self.layout.data_rank(self.rank)
+
+    @property
+    def pipeline_rank(self) -> int:
+        return self.layout.pipeline_rank(self.rank)
+
+    @property
+    def last_stage_rank(self) -> int:
+        """The global rank of the last stage of this rank's pipeline."""
+        return self.rank + (self.layout.pipeline - 1 - self.pipeline_rank) * self.layout.tensor * self.layout.data
 
     @property
     def is_main(self) -> bool:
@@ -46,7 +56,7 @@ def rank_from_environment() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
-def initialize(tensor: int, pipeline: int, timeout_minutes: float = 30.0) -> ParallelContext:
+def initialize(tensor: int, pipeline: int = 1, timeout_minutes: float = 30.0) -> ParallelContext:
     """Join the job and build the groups of a layout. Without a launcher, the job is this one process."""
     import deepspeed
     from megatron.core import parallel_state
@@ -68,10 +78,12 @@ def initialize(tensor: int, pipeline: int, timeout_minutes: float = 30.0) -> Par
         layout=layout,
         tensor_group=parallel_state.get_tensor_model_parallel_group(),
         data_group=parallel_state.get_data_parallel_group(),
+        pipeline_group=parallel_state.get_pipeline_model_parallel_group(),
         mpu=_ModelParallelUnit(),
     )
     assert context.tensor_rank == parallel_state.get_tensor_model_parallel_rank()
     assert context.data_rank == parallel_state.get_data_parallel_rank()
+    assert context.pipeline_rank == parallel_state.get_pipeline_model_parallel_rank()
     return context
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 
@@ -33,3 +34,27 @@ class Layout:
 
     def __str__(self) -> str:
         return f"tensor {self.tensor} × pipeline {self.pipeline} × data {self.data} = {self.world_size} ranks"
+
+
+def partition(costs: Sequence[float], num_parts: int) -> list[int]:
+    """Cut a sequence into non-empty runs so that the most expensive is as cheap as possible.
+
+    Returns bounds [num_parts + 1]; part p is [bounds[p], bounds[p + 1]). Of equal cuts, the one with the smallest sum
+    of squares, so that the other parts are even, too.
+    """
+    assert 1 <= num_parts <= len(costs), (len(costs), num_parts)
+    totals = [0.0]
+    for cost in costs:
+        totals.append(totals[-1] + cost)
+    # best[end]: (greatest part, sum of squares, bounds) of costs[:end] in the parts so far
+    best = {end: (totals[end], totals[end] ** 2, [0, end]) for end in range(1, len(costs) + 1)}
+    for part in range(2, num_parts + 1):
+        best = {
+            end: min(
+                (max(worst, totals[end] - totals[cut]), squares + (totals[end] - totals[cut]) ** 2, [*bounds, end])
+                for cut, (worst, squares, bounds) in best.items()
+                if cut < end
+            )
+            for end in range(part, len(costs) + 1)
+        }
+    return best[len(costs)][2]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -37,7 +38,7 @@ ARTIFACT_VERSION = 1
 
 
 class Forward(Protocol):
-    def evaluate(self, packet: Packet) -> RowStatistics: ...
+    def evaluate(self, packets: Sequence[Packet]) -> list[RowStatistics]: ...
 
 
 class SpecialIds(NamedTuple):
@@ -86,16 +87,19 @@ def measure(
         for start in range(0, per_sample, rows_per_batch)
     ]
     statistics = np.zeros((4, num_samples, per_sample))
-    ranks = context.layout.data
-    turns = range(-(-len(batches) // ranks))
-    for turn in progress_bar(turns, desc="calibrate", unit="batch", enabled=context.is_main):
-        index = turn * ranks + context.data_rank
-        sample, places = batches[min(index, len(batches) - 1)]  # ranks without work repeat the last, to keep step
-        noised = _noise_one_sample(data, rows[sample], sample, places, t, diffusion, special, seed)
-        packet = loss_packet(noised, NORMALIZATIONS["sample"](noised, GlobalBatch(1, 1)))
-        result = torch.stack(list(engine.evaluate(packet))).double().cpu().numpy()
-        if index < len(batches):
-            statistics[:, sample, places.start : places.stop] = result
+    ranks, together = context.layout.data, 2 * context.layout.pipeline  # packets that fill a pipeline
+    turns = range(0, -(-len(batches) // ranks), together)
+    for first in progress_bar(turns, desc="calibrate", unit="batch", enabled=context.is_main):
+        indices = [(first + turn) * ranks + context.data_rank for turn in range(together)]
+        packets = []
+        for index in indices:  # ranks without work repeat the last batch, to keep step
+            sample, places = batches[min(index, len(batches) - 1)]
+            noised = _noise_one_sample(data, rows[sample], sample, places, t, diffusion, special, seed)
+            packets.append(loss_packet(noised, NORMALIZATIONS["sample"](noised, GlobalBatch(1, 1))))
+        for index, result in zip(indices, engine.evaluate(packets)):
+            if index < len(batches):
+                sample, places = batches[index]
+                statistics[:, sample, places.start : places.stop] = torch.stack(list(result)).double().cpu().numpy()
     loss, ce_sum, ce_square_sum, num_masked = fill_from_data_ranks(statistics, context).reshape(4, *shape)
     return CalibrationSamples(t, data.num_eligible()[rows], loss, ce_sum, ce_square_sum, num_masked)
 

@@ -8,8 +8,9 @@ from megatron_mdm.config.errors import UserError
 from megatron_mdm.config.load import flatten, load_config
 from megatron_mdm.config.schema import RunConfig
 
-# Sections that change what is watched and kept, not what is trained.
-FREE_SECTIONS = ("logging", "checkpoint", "evaluation")
+# Sections that change what is watched and kept, or where it is computed, not what is trained.
+FREE_SECTIONS = ("logging", "checkpoint", "evaluation", "parallel", "deepspeed")
+FREE_KEYS = ("batch.micro_size", "precision.gradients")
 
 
 def check_same_run(saved_path: Path, config: RunConfig) -> None:
@@ -17,7 +18,8 @@ def check_same_run(saved_path: Path, config: RunConfig) -> None:
     saved = dict(flatten(load_config(saved_path).model_dump(mode="json")))
     asked = dict(flatten(config.model_dump(mode="json")))
     for key in sorted(saved.keys() | asked.keys()):
-        if key.split(".")[0] not in FREE_SECTIONS and saved.get(key) != asked.get(key):
+        free = key.split(".")[0] in FREE_SECTIONS or key in FREE_KEYS
+        if not free and saved.get(key) != asked.get(key):
             raise UserError(
                 f"{saved_path}: the run has '{key}' = {saved.get(key)!r}, not {asked.get(key)!r}; resume with the same "
                 "configuration, or train in another 'checkpoint.directory'"

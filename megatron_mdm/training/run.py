@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from megatron_mdm.checkpoint.load import restored_engine
 from megatron_mdm.checkpoint.store import CheckpointStore, read_state
 from megatron_mdm.config.errors import UserError
 from megatron_mdm.config.files import write_atomically, write_json
@@ -19,9 +20,8 @@ from megatron_mdm.diffusion.mask_schedule import MaskSchedule
 from megatron_mdm.diffusion.masking import MASKING_RULES
 from megatron_mdm.diffusion.noiser import Noiser
 from megatron_mdm.diffusion.t_samplers import CALIBRATED_SAMPLERS, T_SAMPLERS, number_of_strata
-from megatron_mdm.engine.zero import ZeroEngine
+from megatron_mdm.engine.base import Engine
 from megatron_mdm.evaluation.validation import FixedGridValidation
-from megatron_mdm.models.stages import build_model
 from megatron_mdm.parallel.collectives import barrier
 from megatron_mdm.parallel.groups import ParallelContext
 from megatron_mdm.reports.plots import calibration_figure, save_figure, training_figure
@@ -49,9 +49,9 @@ def train_run(config: RunConfig, data: RunData, context: ParallelContext, mode: 
     """Train (or finish training) one run. Collective. Returns the summary that is also written to summary.json."""
     folder = Path(config.checkpoint.directory)
     _prepare_folder(folder, config, mode, context)
-    engine = ZeroEngine(build_model(config.model, context, config.seed), config, context)
     store = CheckpointStore(folder / CHECKPOINTS, config.checkpoint.keep_last, context)
-    state = _restore(store, engine, config, data, context) if mode.resume else TrainState()
+    checkpoint, state = _newest(store, config, data, context) if mode.resume else (None, TrainState())
+    engine = restored_engine(checkpoint, config, context, state.step)
     artifact = _calibration(folder, engine, config, data, context)
     trainer = build_trainer(config, data, engine, artifact, context)
     metrics = MetricsLog(folder, config.logging.tensorboard, context.is_main, state.step)
@@ -88,27 +88,27 @@ def _prepare_folder(folder: Path, config: RunConfig, mode: StartMode, context: P
     barrier()
 
 
-def _restore(
-    store: CheckpointStore, engine: ZeroEngine, config: RunConfig, data: RunData, context: ParallelContext
-) -> TrainState:
+def _newest(
+    store: CheckpointStore, config: RunConfig, data: RunData, context: ParallelContext
+) -> tuple[Path | None, TrainState]:
+    """The checkpoint to go on from and its state."""
     checkpoint = store.newest_intact()
     if checkpoint is None:
         if context.is_main:
             print(f"{store.folder}: no checkpoint yet; starting at step 0", flush=True)
-        return TrainState()
+        return None, TrainState()
     saved = read_state(checkpoint)
     if saved["data"] != data.train.fingerprint:
         raise UserError(f"{config.data.train}: the file has changed since {checkpoint} was written")
-    engine.load(checkpoint)
     state = TrainState.from_json(saved["train"])
     state.stop_reason = ""
     if context.is_main:
         print(f"resumed from {checkpoint} at step {state.step}", flush=True)
-    return state
+    return checkpoint, state
 
 
 def _calibration(
-    folder: Path, engine: ZeroEngine, config: RunConfig, data: RunData, context: ParallelContext
+    folder: Path, engine: Engine, config: RunConfig, data: RunData, context: ParallelContext
 ) -> dict[str, Any] | None:
     """The artifact in the folder, else the one that is named, else a new one; the folder holds it from then on."""
     diffusion = config.diffusion
@@ -128,7 +128,7 @@ def _calibration(
 
 
 def build_trainer(
-    config: RunConfig, data: RunData, engine: ZeroEngine, artifact: dict[str, Any] | None, context: ParallelContext
+    config: RunConfig, data: RunData, engine: Engine, artifact: dict[str, Any] | None, context: ParallelContext
 ) -> Trainer:
     """Loader, noise and engine put together; artifact: the calibration, where the sampler needs one."""
     diffusion, global_size = config.diffusion, config.batch.global_size

@@ -47,7 +47,7 @@ def validated(config: RunConfig) -> float:
 
     config, data = resolve(config)
     context = initialize(config.parallel.tensor, 1)
-    engine = InferenceEngine(build_model(config.model, context, 1), "fp32")
+    engine = InferenceEngine(build_model(config.model, config.parallel, context, 1), "fp32")
     validation = FixedGridValidation(
         data.train,
         num_samples=7,

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from megatron_mdm.config.schema import ParallelConfig
 from megatron_mdm.generation.remask import REMASKING, gumbel_argmax, tokens_per_step
 from megatron_mdm.generation.sampler import GenerationConfig, SpecialIds, denoise
 from megatron_mdm.models.stages import Packet
@@ -68,7 +69,8 @@ def generated(config: GenerationConfig) -> list[list[int]]:
     from megatron_mdm.parallel.groups import initialize, world_size_from_environment
 
     context = initialize(2 if world_size_from_environment() == 4 else 1, 1)
-    engine = InferenceEngine(build_model(small_model(init_std=0.3), context, 3), "fp32")
+    parallel = ParallelConfig(tensor=context.layout.tensor)
+    engine = InferenceEngine(build_model(small_model(init_std=0.3), parallel, context, 3), "fp32")
     return generate(engine, PROMPTS, config, SPECIAL, context)
 
 

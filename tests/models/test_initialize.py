@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_mdm.config.schema import ModelConfig
+from megatron_mdm.config.schema import ModelConfig, ParallelConfig
 from tests.ranks import run_ranks
 from tests.small import small_model
 
@@ -17,7 +17,7 @@ def built_shards(model: ModelConfig, tensor: int) -> dict[str, Any]:
     from megatron_mdm.parallel.groups import initialize
 
     context = initialize(tensor, 1)
-    parameters = build_model(model, context, 7).named_parameters()
+    parameters = build_model(model, ParallelConfig(tensor=tensor), context, 7).named_parameters()
     return {name: (parameter.detach().numpy(), sharding_of(name)) for name, parameter in parameters}
 
 

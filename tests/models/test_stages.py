@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_mdm.config.schema import ModelConfig
+from megatron_mdm.config.schema import ModelConfig, ParallelConfig
 from tests.ranks import run_ranks
 from tests.small import small_model
 
@@ -68,7 +68,7 @@ def our_logits(model: ModelConfig) -> dict[str, Any]:
 
     torch.manual_seed(0)
     context = initialize(1, 1)
-    built = build_model(model, context, 3)
+    built = build_model(model, ParallelConfig(), context, 3)
     with torch.no_grad():
         for name, parameter in built.named_parameters():
             if name.endswith("norm.weight"):

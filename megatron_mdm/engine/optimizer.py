@@ -1,0 +1,56 @@
+"""The optimizer, and what DeepSpeed leaves undone around it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch.distributed as dist
+from deepspeed.runtime.utils import is_model_parallel_parameter
+
+from megatron_mdm.config.schema import OptimizerConfig
+from megatron_mdm.parallel.groups import ParallelContext
+
+
+def adamw(model: torch.nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
+    """AdamW with decay on matrices only. The fused kernel exists on CPU and CUDA."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]  # a pipeline stage may have no norms
+    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
+
+
+class PlainClipping:
+    """Gradient norm and clipping where DeepSpeed wraps no optimizer (ZeRO 0 in fp32).
+
+    DeepSpeed's own counts replicated parameters on the first pipeline stage only and keeps no norm.
+    """
+
+    def __init__(self, model: torch.nn.Module, max_norm: float, context: ParallelContext) -> None:
+        self.model, self.max_norm, self.context = model, max_norm, context
+        self.norm = float("nan")
+
+    def __call__(self) -> None:
+        """Between the gradients' reduction and the optimizer's step. Collective over the model-parallel ranks."""
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        squares = torch.stack([p.grad.float().square().sum() for p in self._counted()] or [torch.zeros(())]).sum()
+        squares = squares.to(gradients[0].device)
+        if self.context.layout.tensor > 1:
+            dist.all_reduce(squares, group=self.context.tensor_group)
+        if self.context.layout.pipeline > 1:
+            dist.all_reduce(squares, group=self.context.pipeline_group)
+        self.norm = float(squares.sqrt())
+        if 0.0 < self.max_norm < self.norm:
+            for gradient in gradients:
+                gradient.mul_(self.max_norm / (self.norm + 1e-6))
+
+    def _counted(self) -> Iterator[torch.nn.Parameter]:
+        """This rank's part: what every tensor-parallel rank holds counts on the first, tied weights on one stage."""
+        first = self.context.tensor_rank == 0
+        for parameter in self.model.parameters():
+            replicated = getattr(parameter, "ds_pipe_replicated", False)
+            if parameter.grad is not None and not replicated and (first or is_model_parallel_parameter(parameter)):
+                yield parameter

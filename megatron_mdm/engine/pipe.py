@@ -1,0 +1,172 @@
+"""DeepSpeed's pipeline engine: stages over pipeline ranks, ZeRO 0–1 over data-parallel ranks."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from collections.abc import Callable, Iterator, Sequence
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.pipe import LayerSpec, PipelineModule
+from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
+from torch import Tensor, nn
+
+from megatron_mdm.config.schema import ModelConfig, RunConfig
+from megatron_mdm.engine.base import TrainOutput
+from megatron_mdm.engine.deepspeed_config import deepspeed_config
+from megatron_mdm.engine.master import MasterState
+from megatron_mdm.engine.optimizer import PlainClipping, adamw
+from megatron_mdm.engine.packets import padded_to_multiple
+from megatron_mdm.models.stages import Packet, RowStatistics, prepare_parameters, stage_builders
+from megatron_mdm.parallel.groups import ParallelContext
+from megatron_mdm.parallel.layout import partition
+
+
+class PipeEngine:
+    """engine.base.Engine over a pipeline. Every pipeline rank is given the same packets and gets the same answers."""
+
+    def __init__(self, config: RunConfig, context: ParallelContext, load: Callable[[nn.Module], None]) -> None:
+        """load: called with this rank's stages before the optimizer takes its master weights from them."""
+        self.context, self.layout, self.model = context, context.layout, config.model
+        self.sequence_multiple = config.parallel.tensor if config.parallel.sequence else 1
+        module = _Stages(config, context, self._score)
+        load(module)
+        self.engine, *_ = deepspeed.initialize(
+            model=module,
+            optimizer=adamw(module, config.optimizer),
+            config=deepspeed_config(config, context.layout.world_size),
+        )
+        assert self.engine.grid.get_data_parallel_rank() == context.data_rank
+        assert self.engine.grid.get_pipe_parallel_rank() == context.pipeline_rank
+        self.clipping = None
+        if config.parallel.zero == 0 and config.precision.dtype == "fp32":
+            self.clipping = PlainClipping(module, config.optimizer.gradient_clipping, context)
+            self.engine.clip_fp32_gradients = self.clipping
+        self.master = MasterState(module, self.engine.optimizer, config.model)
+        self._want_logits = False
+        self._answers: list[Tensor] = []  # on the last stage: row statistics or logits of each packet
+
+    def train_batch(self, packets: Sequence[Packet], lr: float) -> TrainOutput:
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = lr
+        packets = self._prepare(packets)
+        assert len(packets) == self.engine.micro_batches
+        self.engine.train_batch(_batches(packets))
+        norm = self.clipping.norm if self.clipping else self.engine.get_global_grad_norm()
+        return TrainOutput(self._statistics(packets), float(norm))
+
+    def evaluate(self, packets: Sequence[Packet]) -> list[RowStatistics]:
+        packets = self._prepare(packets)
+        self._forward(packets)
+        return self._statistics(packets)
+
+    def logits(self, packet: Packet) -> Tensor:
+        (packet,) = self._prepare([packet])
+        self._want_logits = True
+        try:
+            self._forward([packet])
+        finally:
+            self._want_logits = False
+        rows = int(packet.selected.sum())
+        dtype = next(self.engine.module.parameters()).dtype
+        return self._from_last_stage((rows, self.model.vocab_size), dtype)
+
+    def _forward(self, packets: Sequence[Packet]) -> None:
+        self.engine.eval_batch(_batches(packets), num_micro_batches=len(packets), reduce_output=None, bcast_loss=False)
+
+    def _prepare(self, packets: Sequence[Packet]) -> list[Packet]:
+        return [padded_to_multiple(packet, self.sequence_multiple).to_device() for packet in packets]
+
+    def _score(self, state: tuple[Tensor, Tensor], targets: tuple[Tensor, ...]) -> Tensor:
+        """The last stage's loss function: keeps the packet's answer, returns the total to differentiate."""
+        packet = Packet(*targets)
+        head = self.engine.module.head
+        result = head(state, packet, self._want_logits)
+        if self._want_logits:
+            self._answers.append(result)
+            return result.new_zeros((), dtype=torch.float32)
+        total, statistics = result
+        self._answers.append(torch.stack(list(statistics)))
+        # The engine divides by the accumulation steps and averages over data-parallel ranks; the total wants neither.
+        return total * (self.engine.gradient_accumulation_steps() * self.layout.data)
+
+    def _statistics(self, packets: Sequence[Packet]) -> list[RowStatistics]:
+        rows = [len(packet.tokens) for packet in packets]
+        whole = self._from_last_stage((len(RowStatistics._fields), sum(rows)), torch.float32)
+        return [RowStatistics(*part) for part in whole.split(rows, dim=1)]
+
+    def _from_last_stage(self, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+        """The last stage's answers, side by side, on every stage."""
+        if self.engine.is_last_stage():
+            answer = torch.cat(self._answers, dim=-1 if dtype == torch.float32 and shape[0] == 4 else 0)
+            answer = answer.contiguous()
+        else:
+            answer = torch.empty(shape, dtype=dtype, device=self.engine.device)
+        self._answers = []
+        dist.broadcast(answer, src=self.context.last_stage_rank, group=self.context.pipeline_group)
+        return answer
+
+
+class _Stages(PipelineModule):
+    """This pipeline rank's stages, named by stage index as in the whole model."""
+
+    def __init__(self, config: RunConfig, context: ParallelContext, loss_fn: Callable[..., Tensor]) -> None:
+        self._costs = stage_costs(config.model, config.data.max_length)
+        builders = stage_builders(config.model, config.parallel, context.tensor_group)
+        layout = context.layout
+        with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints its layers
+            super().__init__(
+                [LayerSpec(build.func, *build.args) for build in builders],
+                topology=PipeModelDataParallelTopology(
+                    num_pp=layout.pipeline, num_mp=layout.tensor, num_dp=layout.data
+                ),
+                loss_fn=loss_fn,
+                dynamic_shape=True,
+            )
+        self._tie(config.model, context)
+        prepare_parameters(self, config.model, context, config.seed)
+
+    @property
+    def head(self) -> nn.Module:
+        return self._modules[str(self._num_layers - 1)]
+
+    def get_tied_weights_and_groups(self) -> list[tuple[nn.Parameter, dist.ProcessGroup]]:
+        """What DeepSpeed sums the gradients of, over the first and the last stage."""
+        return self._tied
+
+    def _partition_layers(self, method: str = "") -> None:
+        self.parts = partition(self._costs, self.num_stages)
+        stage = self._topo.get_coord(self.global_rank).pipe
+        self._set_bounds(start=self.parts[stage], stop=self.parts[stage + 1])
+
+    def _tie(self, model: ModelConfig, context: ParallelContext) -> None:
+        self._tied: list[tuple[nn.Parameter, dist.ProcessGroup]] = []
+        if not model.tie_embeddings:
+            return
+        layout, per_stage = context.layout, context.layout.tensor * context.layout.data
+        for first in range(per_stage):  # every rank takes part in the making of every group
+            ranks = [first, first + (layout.pipeline - 1) * per_stage]
+            group = dist.new_group(ranks)
+            if context.rank == ranks[0]:
+                self._tied.append((self._modules["0"].word_embeddings.weight, group))
+            if context.rank == ranks[1]:
+                self.head.vocabulary_weight.ds_pipe_replicated = True  # the first stage's copy counts in norms
+                self._tied.append((self.head.vocabulary_weight, group))
+
+
+def stage_costs(model: ModelConfig, length: int) -> list[float]:
+    """Forward FLOPs per position of each stage: what partitioning balances. Half of the positions reach the head."""
+    head_dim = model.hidden_size // model.num_heads
+    qkv = model.hidden_size * head_dim * (model.num_heads + 2 * model.num_kv_heads)
+    matrices = qkv + model.hidden_size**2 + 3 * model.hidden_size * model.ffn_hidden_size
+    block = 2.0 * matrices + 4.0 * length * model.hidden_size
+    head = 0.5 * 2.0 * model.hidden_size * model.vocab_size
+    return [0.0, *[block] * model.num_layers, head]
+
+
+def _batches(packets: Sequence[Packet]) -> Iterator[tuple[tuple[Tensor, ...], tuple[Tensor, ...]]]:
+    """(first stage's inputs, last stage's targets) of each packet."""
+    for packet in packets:
+        yield (packet.tokens, packet.lengths), tuple(packet)
