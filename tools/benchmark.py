@@ -26,7 +26,7 @@ from megatron_mdm.parallel.program import run_program  # noqa: E402
 
 
 def show(result: dict[str, Any]) -> None:
-    """A table of one case."""
+    """A table of one case; beside each ratio of medians, the quartiles of the ratios of single rounds."""
     case = result["case"]
     print(
         f"\n{case['name']}: {case['num_layers']} layers × {case['hidden_size']}, vocabulary {case['vocab_size']:,}, "
@@ -40,9 +40,9 @@ def show(result: dict[str, Any]) -> None:
         columns = f"{memory['peak']:>10.0f}{memory['beyond']:>20.0f}" if memory else ""
         print(f"  {name:<24}{1000 * median:>10.1f}{result['samples_per_second'][name]:>12.1f}{columns}")
     for ratio in result["ratios"]:
-        low, high = ratio["rounds_quartiles"]
+        low, middle, high = ratio["rounds_quartiles"]
         verdict = {True: ": met", False: ": NOT met", None: ""}[ratio.get("met")]
-        spread = "" if low == high else f"middle half of rounds {low:.3f} … {high:.3f}; "
+        spread = "" if low == high else f"single rounds: {low:.3f}, {middle:.3f}, {high:.3f}; "
         print(f"  {ratio['what']:<46}{ratio['ratio']:>7.3f}  ({spread}target {ratio['target']}{verdict})")
     print(flush=True)
 

@@ -41,13 +41,18 @@ def interleaved(variants: dict[str, Callable[[int], Any]], repeats: int, what: s
 def compare(
     name: str, slow: Sequence[float], fast: Sequence[float], bound: str, target: float | None
 ) -> dict[str, Any]:
-    """median(slow) / median(fast), the middle half of the ratios of single rounds, and whether the target is met.
+    """median(slow) / median(fast), the quartiles of the ratios of single rounds, and whether the target is met.
 
     bound: ">=" or "<=", how the ratio has to stand to the target, if there is one.
     """
     value = float(np.median(slow) / np.median(fast))
-    low, high = np.quantile(np.array(slow) / np.array(fast), [0.25, 0.75])
-    result = {"what": name, "ratio": value, "rounds_quartiles": [float(low), float(high)], "target": "none"}
+    low, middle, high = np.quantile(np.array(slow) / np.array(fast), [0.25, 0.5, 0.75])
+    result = {
+        "what": name,
+        "ratio": value,
+        "rounds_quartiles": [float(low), float(middle), float(high)],
+        "target": "none",
+    }
     if target is not None:
         result["target"] = f"{bound} {target:g}"
         result["met"] = value >= target if bound == ">=" else value <= target

@@ -30,12 +30,12 @@ VIEWS = {1: "single view", 2: "MIRROR"}
 def vocab_cases() -> list[tuple[Case, float, float | None]]:
     """(case, least speed ratio, largest memory ratio or None)"""
     small = [(Case(f"vocab-8192-{dtype}", 8192, dtype, "equal", 32, 32), 1.0, None) for dtype in ("fp32", "bf16")]
-    large = [(Case(f"vocab-126464-{dtype}", 126_464, dtype, "gsm8k", 8, 8), 3.0, 0.5) for dtype in ("fp32", "bf16")]
+    large = [(Case(f"vocab-126464-{dtype}", 126_464, dtype, "gsm8k", 16, 16), 3.0, 0.5) for dtype in ("fp32", "bf16")]
     return small + large
 
 
 def quickstart_case(dtype: str) -> Case:
-    return Case(f"quickstart-{dtype}", 400, dtype, "short", 128, 128, hidden_size=192, ffn_hidden_size=512)
+    return Case(f"quickstart-{dtype}", 400, dtype, "short", 128, 32, hidden_size=192, ffn_hidden_size=512)
 
 
 PRECISION_CASES: tuple[Callable[[str], Case], ...] = (
