@@ -53,7 +53,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--output", default="", help="JSON file for raw timings, ratios and the machine")
     parser.add_argument("--repeats", type=int, default=0, help="timed rounds; 0: 7 for vocab, 15 for the others")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--zero", type=int, default=1, choices=range(4), help="ZeRO stage of our engine")
+    parser.add_argument("--zero", type=int, default=0, choices=range(4), help="ZeRO stage of our engine")
     parser.add_argument("--gsm8k", default="../shared/data/gsm8k/train.jsonl", help="JSONL whose lengths are taken")
     parser.add_argument("--tokenizer", default="../shared/data/tokenizers/gpt2.json", help="tokenizer for --gsm8k")
     parser.add_argument("--quick", action="store_true", help="a smoke test; its ratios mean little")

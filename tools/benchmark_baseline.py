@@ -116,9 +116,9 @@ class PlainLoop:
             _plain_batch(tokens, masked & eligible, probability, eligible.sum(1), lengths) for masked in views_masked
         ]
 
-    def load(self, weights: dict[str, Tensor]) -> None:
-        """Take over the weights of a models.stages.MaskedDiffusionModel (its state_dict)."""
-        case, last = self.case, self.case.num_layers + 1
+    def load(self, ours_whole: torch.nn.Module) -> None:
+        """Take over the weights of a models.stages.MaskedDiffusionModel."""
+        case, last, weights = self.case, self.case.num_layers + 1, ours_whole.state_dict()
         state = {
             "model.embed_tokens.weight": weights["0.word_embeddings.weight"][: case.vocab_size],
             "model.norm.weight": weights[f"{last}.final_norm.weight"],

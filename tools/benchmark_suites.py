@@ -15,8 +15,7 @@ from benchmark_cases import Case, LengthSource, Method, dataset, num_parameters,
 from benchmark_measure import compare, interleaved, peak_memory, report_memory, resident_mib
 
 from megatron_mdm.config.errors import UserError
-from megatron_mdm.engine.zero import ZeroEngine
-from megatron_mdm.models.stages import build_model
+from megatron_mdm.engine.build import build_engine, from_scratch
 from megatron_mdm.parallel import platform
 from megatron_mdm.parallel.groups import ParallelContext
 from megatron_mdm.training.loop import Trainer
@@ -30,7 +29,7 @@ VIEWS = {1: "single view", 2: "MIRROR"}
 def vocab_cases() -> list[tuple[Case, float, float | None]]:
     """(case, least speed ratio, largest memory ratio or None)"""
     small = [(Case(f"vocab-8192-{dtype}", 8192, dtype, "equal", 32, 32), 1.0, None) for dtype in ("fp32", "bf16")]
-    large = [(Case(f"vocab-126464-{dtype}", 126_464, dtype, "gsm8k", 16, 16), 3.0, 0.5) for dtype in ("fp32", "bf16")]
+    large = [(Case(f"vocab-126464-{dtype}", 126_464, dtype, "gsm8k", 32, 32), 3.0, 0.5) for dtype in ("fp32", "bf16")]
     return small + large
 
 
@@ -72,10 +71,8 @@ class Bench:
     def ours(self, case: Case, plain: PlainLoop | None, methods: list[Method]) -> list[Trainer]:
         """A trainer per method, over one engine; a plain loop gets the initial weights."""
         config = case.config(self.arguments.zero)
-        model = build_model(config.model, self.context, config.seed)
-        if plain:
-            plain.load(model.state_dict())
-        engine, data = ZeroEngine(model, config, self.context), dataset(case, self.source)
+        initial = plain.load if plain else from_scratch
+        engine, data = build_engine(config, self.context, initial), dataset(case, self.source)
         return [trainer(method, data, engine, config, self.context) for method in methods]
 
     def plain(self, case: Case) -> PlainLoop:

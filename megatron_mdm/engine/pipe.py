@@ -71,7 +71,7 @@ class PipeEngine:
             self._want_logits = False
         rows = int(packet.selected.sum())
         dtype = next(self.engine.module.parameters()).dtype
-        return self._from_last_stage((rows, self.model.vocab_size), dtype)
+        return self._from_last_stage(torch.Size((rows, self.model.vocab_size)), dtype, dim=0)
 
     def _forward(self, packets: Sequence[Packet]) -> None:
         self.engine.eval_batch(_batches(packets), num_micro_batches=len(packets), reduce_output=None, bcast_loss=False)
@@ -94,14 +94,13 @@ class PipeEngine:
 
     def _statistics(self, packets: Sequence[Packet]) -> list[RowStatistics]:
         rows = [len(packet.tokens) for packet in packets]
-        whole = self._from_last_stage((len(RowStatistics._fields), sum(rows)), torch.float32)
+        whole = self._from_last_stage(torch.Size((len(RowStatistics._fields), sum(rows))), torch.float32, dim=1)
         return [RowStatistics(*part) for part in whole.split(rows, dim=1)]
 
-    def _from_last_stage(self, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
-        """The last stage's answers, side by side, on every stage."""
+    def _from_last_stage(self, shape: torch.Size, dtype: torch.dtype, dim: int) -> Tensor:
+        """The last stage's answers, put together along dim, on every stage."""
         if self.engine.is_last_stage():
-            answer = torch.cat(self._answers, dim=-1 if dtype == torch.float32 and shape[0] == 4 else 0)
-            answer = answer.contiguous()
+            answer = torch.cat(self._answers, dim).contiguous()
         else:
             answer = torch.empty(shape, dtype=dtype, device=self.engine.device)
         self._answers = []

@@ -56,6 +56,7 @@ def explicit_attention(
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
         key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
+    query, key, value = (x.contiguous() for x in (query, key, value))  # batched products copy slowly themselves
     scores = (query * (scale or query.shape[-1] ** -0.5)) @ key.transpose(-1, -2)
     if attention_mask is not None:
         scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)

@@ -61,12 +61,3 @@ def multiplies_bf16() -> bool:
     except OSError:
         return False
     return "avx512_bf16" in flags or "amx_bf16" in flags
-
-
-def peak_memory_bytes() -> int:
-    """High-water mark of this process: device memory on CUDA, resident memory on CPU."""
-    if is_cuda():
-        return torch.cuda.max_memory_allocated()
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -89,7 +89,11 @@ def test_bad_overrides(tmp_path: Path, override: str, message: str) -> None:
         ("evaluation.patience=2", "needs 'evaluation.every'"),
         ("diffusion.strata=9", "exceeds 'batch.global_size' 8"),
         ("deepspeed={zero_optimization: {stage: 3}}", "'deepspeed.zero_optimization.stage' is set by the section"),
-        ("parallel.pipeline=2", "not supported yet"),
+        ("parallel={pipeline: 2, zero: 3}", "cannot be combined with 'parallel.pipeline' 2"),
+        ("parallel={pipeline: 4}", "exceeds the 2 'model.num_layers'"),
+        ("parallel.sequence=true", "needs 'parallel.tensor' > 1"),
+        ("parallel={offload: optimizer, zero: 0}", "needs 'parallel.zero' of 1 or more"),
+        ("parallel={offload: all, zero: 1}", "needs 'parallel.zero' 3"),
     ],
 )
 def test_rules_across_sections(tmp_path: Path, override: str, message: str) -> None:

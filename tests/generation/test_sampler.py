@@ -26,7 +26,7 @@ class Recorder:
         self.packets: list[Packet] = []
 
     def logits(self, packet: Packet) -> torch.Tensor:
-        self.packets.append(packet._replace(hidden=packet.hidden.clone()))
+        self.packets.append(packet._replace(tokens=packet.tokens.clone()))
         position = packet.selected.nonzero()[:, 1]
         logits = torch.zeros(len(position), VOCAB)
         return logits.scatter_(1, (2 + position)[:, None], 1.0 + position[:, None].float())
@@ -40,9 +40,9 @@ def test_blocks_are_finished_left_to_right_and_the_most_confident_first() -> Non
     assert responses.tolist() == [[2 + start + i for i in range(8)] for start in starts]
     masked = [packet.selected.sum(1).tolist() for packet in engine.packets]
     assert masked == [[4, 4], [2, 2], [4, 4], [2, 2]]
-    second = engine.packets[1].hidden[0, 3:7] == MASK  # the later, more confident positions were committed first
+    second = engine.packets[1].tokens[0, 3:7] == MASK  # the later, more confident positions were committed first
     assert second.tolist() == [True, True, False, False]
-    assert (engine.packets[1].hidden[0, 7:11] == MASK).all()
+    assert (engine.packets[1].tokens[0, 7:11] == MASK).all()
 
 
 @pytest.mark.parametrize(("masked", "steps"), [(32, 32), (8, 3), (4, 8), (7, 7)])

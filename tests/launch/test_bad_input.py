@@ -78,7 +78,8 @@ def test_indivisible_batch(folder: Path) -> None:
 def test_layout_that_does_not_fit(folder: Path) -> None:
     config = str(config_file(folder))
     assert_refused(["--config", config, "parallel.tensor=4"], "does not divide the 2 ranks")
-    assert_refused(["--config", config, "parallel.pipeline=2"], "pipeline parallelism is not supported yet", ranks=1)
+    pipeline = ["parallel.pipeline=2", "parallel.zero=2"]
+    assert_refused(["--config", config, *pipeline], "'parallel.zero' 2 cannot be combined with 'parallel.pipeline' 2")
 
 
 def test_missing_data_file(folder: Path) -> None:

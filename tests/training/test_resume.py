@@ -81,7 +81,7 @@ def test_damaged_checkpoint_falls_back_to_the_one_before(tmp_path: Path) -> None
     first = run_program_ranks("launch/train.py", arguments, 1)
     assert first[0].exit_code == 0, first[0].stderr
     before = losses(tmp_path / "run")
-    state = next((tmp_path / "run/checkpoints/step-00000012").rglob("*model_states.pt"))
+    state = next((tmp_path / "run/checkpoints/step-00000012").rglob("*.safetensors"))
     damaged = bytearray(state.read_bytes())
     damaged[len(damaged) // 2] ^= 0xFF
     state.write_bytes(damaged)
