@@ -2,6 +2,7 @@
 
 import logging
 import os
+import signal
 import sys
 
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -14,10 +15,11 @@ def main() -> int:
     try:
         run(get_args_parser().parse_args(sys.argv[1:]))
     except ChildFailedError as error:
-        codes = {failure.exitcode for failure in error.failures.values()}
-        if 1 not in codes:  # 1: that rank printed its reason; the agent ended the others
-            print(f"error: ranks ended with exit codes {sorted(codes)}", file=sys.stderr)
-        return 1
+        for rank, failure in sorted(error.failures.items()):
+            if failure.exitcode < 0 and failure.exitcode != -signal.SIGTERM:  # SIGTERM: the agent ended it
+                name = signal.Signals(-failure.exitcode).name
+                print(f"error: rank {rank} was ended by {name}; the other ranks were stopped", file=sys.stderr)
+        return 1  # a rank that ended with an exit code has printed its reason
     return 0
 
 

@@ -11,7 +11,8 @@ from megatron_mdm.config.validate import validate  # noqa: E402
 from megatron_mdm.parallel.groups import initialize, world_size_from_environment  # noqa: E402
 from megatron_mdm.parallel.program import run_program  # noqa: E402
 from megatron_mdm.training.dry_run import describe  # noqa: E402
-from megatron_mdm.training.inputs import describe_data, resolve, total_steps  # noqa: E402
+from megatron_mdm.training.inputs import agreement, describe_data, resolve, total_steps  # noqa: E402
+from megatron_mdm.training.layout_check import check_layout  # noqa: E402
 from megatron_mdm.training.run import StartMode, train_run  # noqa: E402
 
 
@@ -21,6 +22,7 @@ def main() -> None:
     parser.add_argument("--resume", action="store_true", help="go on where the run in checkpoint.directory stopped")
     parser.add_argument("--overwrite", action="store_true", help="remove the run in checkpoint.directory first")
     parser.add_argument("--dry-run", action="store_true", help="print layout, batches and memory, and exit")
+    parser.add_argument("--layout-check", action="store_true", help="compare 3 steps with the smallest layout; exit")
     parser.add_argument("--world-size", type=int, default=world_size_from_environment(), help="ranks, for --dry-run")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     arguments = parser.parse_intermixed_args()
@@ -32,7 +34,10 @@ def main() -> None:
     if arguments.dry_run:
         print(f"{description}\n{describe_data(data, config)}")
         return
-    context = initialize(config.parallel.tensor, config.parallel.pipeline)
+    context = initialize(config.parallel.tensor, config.parallel.pipeline, agreement(config, data))
+    if arguments.layout_check:
+        check_layout(config, data, context)
+        return
     if context.is_main:
         print(f"{description}\n{describe_data(data, config)}", flush=True)
     summary = train_run(config, data, context, StartMode(arguments.resume, arguments.overwrite))

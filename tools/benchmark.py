@@ -1,6 +1,7 @@
-"""This stack's training step against a plain PyTorch loop, bf16 against fp32, and each method against the standard.
+"""This stack's training step against a plain PyTorch loop, bf16 against fp32, each method against the standard,
+and the head alone against full logits.
 
-python tools/benchmark.py vocab precision method --output benchmark.json
+python tools/benchmark.py vocab precision method head --output benchmark.json
 
 Every ratio is one of medians of interleaved steps in one process; peak memory is that of a process of its own. The
 step is the real one: collation, noising, forward, backward, clipping, AdamW. Runs on CPU.
@@ -17,6 +18,7 @@ from megatron_mdm.parallel import platform
 platform.quiet_libraries()
 
 import torch  # noqa: E402
+from benchmark_head import measure_head_memory  # noqa: E402
 from benchmark_measure import NUM_WARM_UPS, machine_info  # noqa: E402
 from benchmark_suites import SUITES, Bench, measure_memory  # noqa: E402
 
@@ -27,11 +29,7 @@ from megatron_mdm.parallel.program import run_program  # noqa: E402
 
 def show(result: dict[str, Any]) -> None:
     """A table of one case; beside each ratio of medians, the quartiles of the ratios of single rounds."""
-    case = result["case"]
-    print(
-        f"\n{case['name']}: {case['num_layers']} layers × {case['hidden_size']}, vocabulary {case['vocab_size']:,}, "
-        f"{case['global_size']} samples a step, micro-batches of {case['micro_size']}, lengths '{case['lengths']}'"
-    )
+    print(f"\n{result['description']}")
     if "note" in result:
         print(f"  {result['note']}")
     print(f"  {'':<24}{'ms/step':>10}{'samples/s':>12}{'peak MiB':>10}{'beyond states MiB':>20}")
@@ -58,6 +56,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--tokenizer", default="../shared/data/tokenizers/gpt2.json", help="tokenizer for --gsm8k")
     parser.add_argument("--quick", action="store_true", help="a smoke test; its ratios mean little")
     parser.add_argument("--memory-of", choices=["ours", "plain"], default="", help=argparse.SUPPRESS)
+    parser.add_argument("--head-memory-of", choices=["ours", "plain"], default="", help=argparse.SUPPRESS)
+    parser.add_argument("--head-dtype", default="fp32", help=argparse.SUPPRESS)
     parser.add_argument("--memory-case", default="", help=argparse.SUPPRESS)
     parser.add_argument("--memory-views", type=int, default=1, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -73,6 +73,9 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
     bench = Bench(arguments, context)
+    if arguments.head_memory_of:
+        measure_head_memory(arguments.head_memory_of, arguments.head_dtype)
+        return
     if arguments.memory_of:
         measure_memory(bench)
         return

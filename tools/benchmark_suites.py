@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import numpy as np
 from benchmark_baseline import PlainLoop, as_plain
 from benchmark_cases import Case, LengthSource, Method, dataset, num_parameters, trainer
+from benchmark_head import head_suite
 from benchmark_measure import compare, interleaved, peak_memory, report_memory, resident_mib
 
 from megatron_mdm.config.errors import UserError
@@ -193,6 +194,8 @@ def record(case: Case, seconds: dict[str, list[float]]) -> dict[str, Any]:
     medians = {name: float(np.median(values)) for name, values in seconds.items()}
     return {
         "case": {**vars(case)},
+        "description": f"{case.name}: {case.num_layers} layers × {case.hidden_size}, vocabulary {case.vocab_size:,}, "
+        f"{case.global_size} samples a step, micro-batches of {case.micro_size}, lengths '{case.lengths}'",
         "seconds": seconds,
         "median_seconds": medians,
         "samples_per_second": {name: case.global_size / median for name, median in medians.items()},
@@ -205,4 +208,5 @@ SUITES: dict[str, Callable[[Bench], Iterator[dict[str, Any]]]] = {
     "vocab": vocab,
     "precision": precision,
     "method": method,
+    "head": lambda bench: head_suite(bench.arguments),
 }

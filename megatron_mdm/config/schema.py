@@ -25,7 +25,12 @@ class ModelConfig(Section):
     rope_theta: float = Field(default=10000.0, gt=0)
     norm_eps: float = Field(default=1e-5, gt=0)
     init_std: float = Field(default=0.02, gt=0)
+    # full: initial weights are the same on every layout; sharded: each tensor-parallel rank draws its part only
+    initialization: Literal["full", "sharded"] = "full"
     tie_embeddings: bool = False
+    # Kernels of the layers; auto: Transformer Engine where it is installed and there is CUDA, else torch's.
+    kernels: Literal["auto", "torch", "transformer_engine"] = "auto"
+    fp8: bool = False  # matrix products of the layers in FP8, hybrid recipe; needs Transformer Engine
     z_loss: float = Field(default=0.0, ge=0)  # weight of (log Σ exp logits)² beside each cross-entropy
 
     @field_validator("vocab_size")

@@ -19,13 +19,19 @@ from deepspeed.utils import (
 from torch import Tensor
 
 from megatron_mdm.config.schema import ModelConfig
+from megatron_mdm.models.spec import NORM_NAMES
 
 WEIGHT, MOMENTS = "weight", ("exp_avg", "exp_avg_sq")
 KINDS = (WEIGHT, *MOMENTS)
 
 
 def canonical_name(name: str, model: ModelConfig) -> str:
-    """The name under which a checkpoint holds a parameter: tied embeddings once, also where two stages have a copy."""
+    """The name under which a checkpoint holds a parameter, whatever the layout and the kernels.
+
+    Tied embeddings are held once, also where two stages have a copy.
+    """
+    for theirs, ours in NORM_NAMES.items():
+        name = name.removesuffix(theirs) + ours if name.endswith(theirs) else name
     return "0.word_embeddings.weight" if model.tie_embeddings and name.endswith(".vocabulary_weight") else name
 
 

@@ -10,15 +10,23 @@ from megatron_mdm.models.sharding import sharding_of
 
 
 def initialize_weights(model: torch.nn.Module, config: ModelConfig, seed: int, tensor_rank: int, degree: int) -> None:
-    """Megatron's scheme: N(0, σ²) matrices, σ / √(2 · layers) for the projections into the residual stream, norms 1."""
+    """Megatron's scheme: N(0, σ²) matrices, σ / √(2 · layers) for the projections into the residual stream, norms 1.
+
+    With `initialization: sharded` a rank draws its shard alone: fast for large models, but another layout draws others.
+    """
     for name, parameter in model.named_parameters():
         with torch.no_grad():
-            if name.endswith("norm.weight"):
+            if name.endswith(("norm.weight", "layer_norm_weight")):
                 parameter.fill_(1.0)
                 continue
             sharding = sharding_of(name)
             residual = name.endswith(("linear_proj.weight", "linear_fc2.weight"))
             std = config.init_std / ((2 * config.num_layers) ** 0.5 if residual else 1.0)
+            if config.initialization == "sharded":
+                parameter.copy_(
+                    _normal(parameter.shape, std, seed, f"{name}/{tensor_rank if sharding.dim >= 0 else 0}")
+                )
+                continue
             shape = sharding.full_shape(parameter.shape, degree)
             if sharding.is_vocabulary:
                 full = torch.zeros(shape)  # rows of padding stay zero: their number depends on the layout

@@ -46,7 +46,7 @@ _SHARDINGS = (
     (r"\.linear_qkv\.(weight|bias)$", Sharding(0)),  # per kv group [q…q, k, v]: splits by group
     (r"\.linear_fc1\.weight$", Sharding(0, interleave=2)),  # [gate; up]
     (r"\.linear_(proj|fc2)\.weight$", Sharding(1)),
-    (r"norm\.weight$", Sharding(-1)),
+    (r"(norm\.weight|\.layer_norm_weight)$", Sharding(-1)),
 )
 
 

@@ -1,13 +1,19 @@
 """Our model section → megatron-core's TransformerConfig and layer spec."""
 
+from collections.abc import Callable
 from functools import partial
 
 import torch.nn.functional as F
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.models.gpt.gpt_layer_specs import (
+    HAVE_TE,
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+)
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 
+from megatron_mdm.config.errors import UserError
 from megatron_mdm.config.schema import ModelConfig, ParallelConfig
 from megatron_mdm.models.attention import BidirectionalAttention
 from megatron_mdm.models.norms import RMSNorm
@@ -37,13 +43,48 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig) -> Transfor
         gradient_accumulation_fusion=False,
         use_cpu_initialization=not platform.is_cuda(),
         perform_initialization=False,
+        fp8="hybrid" if model.fp8 else None,
     )
 
 
-def layer_spec(recompute_attention: bool) -> TransformerLayerSubmodules:
-    """megatron-core's pre-norm layer with bidirectional attention on torch's kernels."""
+def torch_layers(recompute_attention: bool) -> TransformerLayerSubmodules:
+    """megatron-core's local pre-norm layer, torch's RMSNorm and attention kernels."""
     spec = get_gpt_layer_local_spec(normalization="RMSNorm").submodules
-    spec.self_attention.params["attn_mask_type"] = AttnMaskType.padding
-    spec.self_attention.submodules.core_attention = partial(BidirectionalAttention, recompute=recompute_attention)
     spec.input_layernorm = spec.pre_mlp_layernorm = RMSNorm
+    return _with_our_attention(spec, recompute_attention)
+
+
+def transformer_engine_layers(recompute_attention: bool) -> TransformerLayerSubmodules:
+    """Transformer Engine's fused norm + linear modules. Not run by the authors: it needs CUDA.
+
+    Parameter names differ from the torch layers' in the norms; NORM_NAMES translates them for checkpoints.
+    """
+    return _with_our_attention(get_gpt_layer_with_transformer_engine_spec().submodules, recompute_attention)
+
+
+def _with_our_attention(spec: TransformerLayerSubmodules, recompute: bool) -> TransformerLayerSubmodules:
+    spec.self_attention.params["attn_mask_type"] = AttnMaskType.padding
+    spec.self_attention.submodules.core_attention = partial(BidirectionalAttention, recompute=recompute)
     return spec
+
+
+LAYER_SPECS: dict[str, Callable[[bool], TransformerLayerSubmodules]] = {
+    "torch": torch_layers,
+    "transformer_engine": transformer_engine_layers,
+}
+NORM_NAMES = {  # Transformer Engine's → the torch layers', which checkpoints use
+    ".self_attention.linear_qkv.layer_norm_weight": ".input_layernorm.weight",
+    ".mlp.linear_fc1.layer_norm_weight": ".pre_mlp_layernorm.weight",
+}
+
+
+def resolve_kernels(model: ModelConfig) -> str:
+    """The kernels that 'auto' stands for here. Raises UserError where those asked for cannot run."""
+    available = HAVE_TE and platform.is_cuda()
+    if model.kernels == "transformer_engine" and not available:
+        missing = "it is not installed" if not HAVE_TE else "there is no CUDA device"
+        raise UserError(f"'model.kernels' transformer_engine: {missing}; use auto or torch")
+    kernels = ("transformer_engine" if available else "torch") if model.kernels == "auto" else model.kernels
+    if model.fp8 and kernels != "transformer_engine":
+        raise UserError("'model.fp8' needs Transformer Engine on a CUDA device ('model.kernels')")
+    return kernels

@@ -6,6 +6,7 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
+from megatron.core.fp8_utils import get_fp8_context
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.tensor_parallel import (
     VocabParallelEmbedding,
@@ -22,7 +23,7 @@ from megatron_mdm.models.cross_entropy import weighted_cross_entropy
 from megatron_mdm.models.initialize import initialize_weights
 from megatron_mdm.models.norms import RMSNorm
 from megatron_mdm.models.sharding import mark_shards
-from megatron_mdm.models.spec import layer_spec, transformer_config
+from megatron_mdm.models.spec import LAYER_SPECS, resolve_kernels, transformer_config
 from megatron_mdm.parallel import platform
 from megatron_mdm.parallel.groups import ParallelContext
 
@@ -81,7 +82,7 @@ class Block(nn.Module):
 
     def __init__(self, model: ModelConfig, config: TransformerConfig, index: int, parallel: ParallelConfig) -> None:
         super().__init__()
-        spec = layer_spec(recompute_attention=parallel.recompute == "selective")
+        spec = LAYER_SPECS[resolve_kernels(model)](parallel.recompute == "selective")
         self.layer = TransformerLayer(config, spec, layer_number=index + 1)
         self.rotary = RotaryEmbedding(
             kv_channels=config.kv_channels,
@@ -89,6 +90,7 @@ class Block(nn.Module):
             rotary_base=model.rope_theta,
             use_cpu_initialization=config.use_cpu_initialization,
         )
+        self.config = config
         self.sequence_shards = config.tensor_model_parallel_size if config.sequence_parallel else 1
         self.recompute = parallel.recompute == "full" and index % parallel.recompute_interval == 0
 
@@ -104,7 +106,8 @@ class Block(nn.Module):
     def _layer(self, hidden: Tensor, lengths: Tensor) -> Tensor:
         length = hidden.shape[0] * self.sequence_shards
         attention = attention_mask(lengths, length) if lengths.dim() else None
-        return self.layer(hidden, attention_mask=attention, rotary_pos_emb=self.rotary(length))[0]
+        with get_fp8_context(self.config, self.layer.layer_number - 1):  # does nothing without FP8
+            return self.layer(hidden, attention_mask=attention, rotary_pos_emb=self.rotary(length))[0]
 
 
 class Head(nn.Module):

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
 
+from megatron_mdm.config.errors import UserError
 from megatron_mdm.parallel import platform
 from megatron_mdm.parallel.layout import Layout
 
@@ -56,20 +58,22 @@ def rank_from_environment() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
-def initialize(tensor: int, pipeline: int = 1, timeout_minutes: float = 30.0) -> ParallelContext:
-    """Join the job and build the groups of a layout. Without a launcher, the job is this one process."""
-    import deepspeed
+def initialize(
+    tensor: int, pipeline: int = 1, agreement: Mapping[str, object] | None = None, timeout_minutes: float = 30.0
+) -> ParallelContext:
+    """Join the job and build the groups of a layout. Without a launcher, the job is this one process.
+
+    agreement: values by name that must be the same on every rank, compared before any group is built. Raises UserError
+    naming the rank and the value where they are not.
+    """
     from megatron.core import parallel_state
 
-    platform.prepare()
-    if "RANK" not in os.environ:
-        os.environ.update({"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"})
-        os.environ.setdefault("MASTER_PORT", _free_port())
-    if not dist.is_initialized():
-        deepspeed.init_distributed(
-            platform.communication_backend(), timeout=timedelta(minutes=timeout_minutes), auto_mpi_discovery=False
-        )
+    join_job(timeout_minutes)
+    if agreement:
+        check_agreement(agreement)
     layout = Layout.of(dist.get_world_size(), tensor, pipeline)
+    if parallel_state.is_initialized():  # another layout in the same processes
+        parallel_state.destroy_model_parallel()
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=tensor, pipeline_model_parallel_size=pipeline, create_gloo_process_groups=False
     )
@@ -85,6 +89,33 @@ def initialize(tensor: int, pipeline: int = 1, timeout_minutes: float = 30.0) ->
     assert context.data_rank == parallel_state.get_data_parallel_rank()
     assert context.pipeline_rank == parallel_state.get_pipeline_model_parallel_rank()
     return context
+
+
+def check_agreement(values: Mapping[str, object]) -> None:
+    """Raise UserError on every rank where one rank's values differ from the first's. Collective over the job."""
+    everyone: list[Mapping[str, object]] = [{} for _ in range(dist.get_world_size())]
+    dist.all_gather_object(everyone, dict(values))
+    for rank, other in enumerate(everyone):
+        for name in sorted(everyone[0].keys() | other.keys()):
+            if other.get(name) != everyone[0].get(name):
+                raise UserError(
+                    f"rank {rank} has {name} = {other.get(name)!r}, rank 0 has {everyone[0].get(name)!r}; start every "
+                    "rank with the same configuration, data and code"
+                )
+
+
+def join_job(timeout_minutes: float) -> None:
+    """torch.distributed over the ranks that the launcher started."""
+    import deepspeed
+
+    platform.prepare()
+    if "RANK" not in os.environ:
+        os.environ.update({"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"})
+        os.environ.setdefault("MASTER_PORT", _free_port())
+    if not dist.is_initialized():
+        deepspeed.init_distributed(
+            platform.communication_backend(), timeout=timedelta(minutes=timeout_minutes), auto_mpi_discovery=False
+        )
 
 
 def shut_down() -> None:

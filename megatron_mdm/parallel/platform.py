@@ -61,3 +61,11 @@ def multiplies_bf16() -> bool:
     except OSError:
         return False
     return "avx512_bf16" in flags or "amx_bf16" in flags
+
+
+def memory_bytes() -> int:
+    """Memory a rank may fill: the device's on CUDA; on CPU its share of what is available now."""
+    if is_cuda():
+        return torch.cuda.mem_get_info(device())[1]
+    pages = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return pages // int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", "1")))

@@ -5,10 +5,15 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import torch
+
+import megatron_mdm
 from megatron_mdm.config.errors import UserError
+from megatron_mdm.config.load import flatten
 from megatron_mdm.config.schema import PrecisionConfig, RunConfig
 from megatron_mdm.data.sft import SftDataset, read_sft, split_validation
 from megatron_mdm.data.tokenizer import Tokenizer, load_tokenizer, resolve_vocabulary
+from megatron_mdm.models.spec import resolve_kernels
 from megatron_mdm.parallel import platform
 from megatron_mdm.training.calibrate import SpecialIds
 
@@ -28,6 +33,7 @@ def resolve(config: RunConfig) -> tuple[RunConfig, RunData]:
     """Read tokenizer and data; return them with the configuration in which every 'auto' has its value."""
     tokenizer = load_tokenizer(config.data)
     model = resolve_vocabulary(config.model, tokenizer)
+    model = model.model_copy(update={"kernels": resolve_kernels(model)})
     precision = resolve_precision(config)
     config = config.model_copy(update={"model": model, "precision": precision})
     data = config.data
@@ -51,6 +57,16 @@ def resolve_precision(config: RunConfig) -> PrecisionConfig:
         return config.precision
     dtype = "bf16" if platform.multiplies_bf16() else "fp32"
     return config.precision.model_copy(update={"dtype": dtype})
+
+
+def agreement(config: RunConfig, data: RunData) -> dict[str, object]:
+    """What every rank must have alike, by name."""
+    values: dict[str, object] = dict(flatten(config.model_dump(mode="json")))
+    values["training data (sha256)"] = data.train.fingerprint
+    values["validation data (sha256)"] = data.validation.fingerprint if data.validation else ""
+    values["version of megatron-mdm"] = megatron_mdm.__version__
+    values["version of torch"] = torch.__version__
+    return values
 
 
 def total_steps(config: RunConfig, num_samples: int) -> int:

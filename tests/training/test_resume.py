@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import pytest
 
 from megatron_mdm.config.load import dump_config
 from tests.ranks import ProgramRanks, run_program_ranks
-from tests.small import small_config, write_ids
+from tests.small import small_config, small_model, write_ids
 from tests.training.test_layouts import METHOD
 
 VARIANTS = {
@@ -103,3 +104,54 @@ def test_retention_and_a_second_run_in_the_same_folder(tmp_path: Path) -> None:
     before = losses(tmp_path / "run")
     assert run_program_ranks("launch/train.py", [*arguments, "--overwrite"])[0].exit_code == 0
     assert losses(tmp_path / "run") == before  # same seed, same losses
+
+
+ANY_LAYOUT = {  # resumed on: (ranks, overrides)
+    "dp2": (2, []),
+    "tp2_dp2_zero3": (4, ["parallel.tensor=2", "parallel.zero=3"]),
+    "pp4": (4, ["parallel.pipeline=4"]),
+    "one_process_zero0": (1, ["parallel.zero=0", "batch.micro_size=8"]),
+}
+
+
+@pytest.fixture(scope="module")
+def saved_at_tp2_pp2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of 10 steps at tensor 2 × pipeline 2, with checkpoints at 5 and 10."""
+    folder = tmp_path_factory.mktemp("reshard")
+    write_ids(folder / "train.jsonl", 30)
+    config = small_config(
+        folder,
+        model=small_model(num_layers=4).model_dump(),
+        diffusion=METHOD,
+        optimizer={"lr": 1e-3},
+        schedule={"steps": 10, "warmup_steps": 2, "name": "cosine"},
+    )
+    (folder / "config.yaml").write_text(dump_config(config), encoding="utf-8")
+    arguments = ["parallel.tensor=2", "parallel.pipeline=2", "checkpoint.save_every=5"]
+    results = run_program_ranks("launch/train.py", ["--config", str(folder / "config.yaml"), *arguments], 4)
+    assert results[0].exit_code == 0, results[0].stderr
+    return folder
+
+
+@pytest.mark.parametrize("name", ANY_LAYOUT)
+def test_resumes_on_any_layout(name: str, saved_at_tp2_pp2: Path, tmp_path: Path) -> None:
+    num_ranks, overrides = ANY_LAYOUT[name]
+    shutil.copytree(saved_at_tp2_pp2 / "run", tmp_path / "run")
+    shutil.rmtree(tmp_path / "run/checkpoints/step-00000010")
+    arguments = ["--config", str(saved_at_tp2_pp2 / "config.yaml"), "--resume", *overrides]
+    arguments += [f"checkpoint.directory={tmp_path / 'run'}"]
+    results = run_program_ranks("launch/train.py", arguments, num_ranks)
+    assert results[0].exit_code == 0, results[0].stderr
+    assert "at step 5" in results[0].stdout
+    whole, resumed = losses(saved_at_tp2_pp2 / "run"), losses(tmp_path / "run")
+    assert [record["step"] for record in resumed] == list(range(1, 11))
+    for record, expected in zip(resumed, whole):
+        assert record["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+
+
+def test_resuming_where_zero_cannot_run_is_refused(saved_at_tp2_pp2: Path) -> None:
+    overrides = ["parallel.pipeline=2", "parallel.zero=3"]
+    arguments = ["--config", str(saved_at_tp2_pp2 / "config.yaml"), "--resume", *overrides]
+    (result,) = run_program_ranks("launch/train.py", arguments)
+    assert result.exit_code == 1
+    assert "use ZeRO 0 or 1" in result.stderr
