@@ -54,6 +54,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--zero", type=int, default=0, choices=range(4), help="ZeRO stage of our engine")
     parser.add_argument("--gsm8k", default="../shared/data/gsm8k/train.jsonl", help="JSONL whose lengths are taken")
     parser.add_argument("--tokenizer", default="../shared/data/tokenizers/gpt2.json", help="tokenizer for --gsm8k")
+    parser.add_argument("--case", default="", help="only cases whose name holds this text, such as 126464-fp32")
     parser.add_argument("--quick", action="store_true", help="a smoke test; its ratios mean little")
     parser.add_argument("--memory-of", choices=["ours", "plain"], default="", help=argparse.SUPPRESS)
     parser.add_argument("--head-memory-of", choices=["ours", "plain"], default="", help=argparse.SUPPRESS)

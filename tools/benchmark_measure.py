@@ -17,7 +17,7 @@ import torch
 
 from megatron_mdm.parallel.progress import progress_bar
 
-NUM_WARM_UPS = 2
+NUM_WARM_UPS = 1
 _MEMORY_PREFIX = "memory: "
 _OF_THE_JOB = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16", "amx_tile")

@@ -85,6 +85,8 @@ def vocab(bench: Bench) -> Iterator[dict[str, Any]]:
     """Ours against the plain loop at two vocabularies, one view and MIRROR. Both draw t from strata (K = n) and take
     each step's samples and t alike, so that as many tokens are masked; each draws its own masks."""
     for case, speed_target, memory_target in bench.some(vocab_cases()):
+        if bench.arguments.case not in case.name:
+            continue
         case = bench.size(case)
         plain = bench.plain(case)
         trainers = dict(zip(VIEWS, bench.ours(case, plain, [Method(views=v, strata="full") for v in VIEWS])))

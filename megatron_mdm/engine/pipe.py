@@ -19,7 +19,7 @@ from megatron_mdm.engine.deepspeed_config import deepspeed_config
 from megatron_mdm.engine.master import MasterState
 from megatron_mdm.engine.optimizer import PlainClipping, adamw
 from megatron_mdm.engine.packets import padded_to_multiple
-from megatron_mdm.models.stages import Packet, RowStatistics, prepare_parameters, stage_builders
+from megatron_mdm.models.stages import Packet, RowStatistics, prepare_parameters, stage_builders, stage_costs
 from megatron_mdm.parallel.groups import ParallelContext
 from megatron_mdm.parallel.layout import partition
 
@@ -153,16 +153,6 @@ class _Stages(PipelineModule):
             if context.rank == ranks[1]:
                 self.head.vocabulary_weight.ds_pipe_replicated = True  # the first stage's copy counts in norms
                 self._tied.append((self.head.vocabulary_weight, group))
-
-
-def stage_costs(model: ModelConfig, length: int) -> list[float]:
-    """Forward FLOPs per position of each stage: what partitioning balances. Half of the positions reach the head."""
-    head_dim = model.hidden_size // model.num_heads
-    qkv = model.hidden_size * head_dim * (model.num_heads + 2 * model.num_kv_heads)
-    matrices = qkv + model.hidden_size**2 + 3 * model.hidden_size * model.ffn_hidden_size
-    block = 2.0 * matrices + 4.0 * length * model.hidden_size
-    head = 0.5 * 2.0 * model.hidden_size * model.vocab_size
-    return [0.0, *[block] * model.num_layers, head]
 
 
 def _batches(packets: Sequence[Packet]) -> Iterator[tuple[tuple[Tensor, ...], tuple[Tensor, ...]]]:

@@ -226,3 +226,13 @@ def padded_vocab_size(model: ModelConfig, degree: int) -> int:
     """Rows of the vocabulary tables: a multiple of vocab_divisor × tensor-parallel degree."""
     multiple = model.vocab_divisor * degree
     return (model.vocab_size + multiple - 1) // multiple * multiple
+
+
+def stage_costs(model: ModelConfig, length: int) -> list[float]:
+    """Forward FLOPs per position of each stage: what partitioning balances. Half of the positions reach the head."""
+    head_dim = model.hidden_size // model.num_heads
+    qkv = model.hidden_size * head_dim * (model.num_heads + 2 * model.num_kv_heads)
+    matrices = qkv + model.hidden_size**2 + 3 * model.hidden_size * model.ffn_hidden_size
+    block = 2.0 * matrices + 4.0 * length * model.hidden_size
+    head = 0.5 * 2.0 * model.hidden_size * model.vocab_size
+    return [0.0, *[block] * model.num_layers, head]

@@ -1,0 +1,133 @@
+"""How many bytes a rank hands to each collective in one optimizer step, from the layout alone.
+
+Sizes are those of the whole tensor: the reduced one, the gathered one, the one before scattering, the one sent. What a
+link carries follows by the algorithm (a ring all-reduce of B bytes moves 2 (n − 1)/n · B). Traffic of a few bytes per
+step (gradient norms, losses) is left out. tests/engine/test_communication.py counts the real thing.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from megatron_mdm.config.schema import ModelConfig, RunConfig
+from megatron_mdm.models.stages import padded_vocab_size, stage_costs
+from megatron_mdm.parallel.layout import Layout, partition
+
+ELEMENT_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+# DeepSpeed's default stage3_max_reuse_distance: a stage of fewer parameters stays gathered from forward to backward.
+ZERO3_REUSE_DISTANCE = 10**9
+PIPELINE_SHAPE_BYTES = 1024  # DeepSpeed's message before every activation of dynamic shape
+
+Volume = Counter[tuple[str, str]]  # (axis: data, tensor or pipeline; collective) → bytes
+
+
+@dataclass(frozen=True)
+class MicroBatchShape:
+    """Of one data-parallel rank."""
+
+    rows: int
+    length: int
+    selected: int  # positions that reach the vocabulary
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What a pipeline rank holds."""
+
+    num_blocks: int
+    embedding: bool
+    head: bool
+
+    def num_parameters(self, model: ModelConfig, tensor: int) -> int:
+        """On one tensor-parallel rank."""
+        hidden, head_dim = model.hidden_size, model.hidden_size // model.num_heads
+        qkv = hidden * head_dim * (model.num_heads + 2 * model.num_kv_heads)
+        block = (qkv + hidden * hidden + 3 * hidden * model.ffn_hidden_size) // tensor + 2 * hidden
+        table = padded_vocab_size(model, tensor) // tensor * hidden
+        tied_here = model.tie_embeddings and self.embedding and self.head
+        head = (0 if tied_here else table) + hidden
+        return self.num_blocks * block + table * self.embedding + head * self.head
+
+
+def stages(config: RunConfig) -> list[Stage]:
+    """The pipeline's stages, first to last."""
+    costs = stage_costs(config.model, config.data.max_length)
+    bounds = partition(costs, config.parallel.pipeline)
+    last = len(costs) - 1
+    return [
+        Stage(min(stop, last) - max(start, 1), start == 0, stop == last + 1)
+        for start, stop in itertools.pairwise(bounds)
+    ]
+
+
+def step_communication(
+    config: RunConfig, layout: Layout, pipeline_rank: int, micro_batches: Sequence[MicroBatchShape]
+) -> Volume:
+    """Bytes by (axis, collective) of one rank of a pipeline stage in one optimizer step."""
+    stage, volume = stages(config)[pipeline_rank], Counter[tuple[str, str]]()
+    if layout.data > 1:
+        volume.update(_data_parallel(config, stage, len(micro_batches)))
+    if layout.tensor > 1:
+        for micro_batch in micro_batches:
+            volume.update(_tensor_parallel(config, stage, micro_batch))
+    if layout.pipeline > 1:
+        for micro_batch in micro_batches:
+            hidden = _hidden_bytes(config, micro_batch) // (layout.tensor if config.parallel.sequence else 1)
+            # Activations to the next stage, with their shapes and lengths; their gradients to the one before.
+            forward = hidden + PIPELINE_SHAPE_BYTES + 8 * micro_batch.rows
+            volume["pipeline", "send"] += forward * (not stage.head) + hidden * (not stage.embedding)
+    return +volume
+
+
+def _data_parallel(config: RunConfig, stage: Stage, num_micro_batches: int) -> Volume:
+    """Gradients and parameters over the data-parallel ranks, as DeepSpeed 0.19 exchanges them."""
+    number = stage.num_parameters(config.model, config.parallel.tensor)
+    size = number * ELEMENT_BYTES[config.precision.dtype]
+    zero = config.parallel.zero
+    if zero == 0:
+        return Counter({("data", "all_reduce"): size})
+    if zero == 1:  # it reduces whole buckets on every rank and keeps its part
+        return Counter({("data", "all_reduce"): size, ("data", "all_gather"): size})
+    if zero == 2:  # likewise, after every micro-batch
+        return Counter({("data", "all_reduce"): size * num_micro_batches, ("data", "all_gather"): size})
+    gathers = 1 if number < ZERO3_REUSE_DISTANCE else 2
+    if config.parallel.recompute == "full":
+        gathers = 2
+    return Counter(
+        {
+            ("data", "all_gather"): size * gathers * num_micro_batches,
+            ("data", "reduce_scatter"): size * num_micro_batches,
+        }
+    )
+
+
+def _tensor_parallel(config: RunConfig, stage: Stage, micro_batch: MicroBatchShape) -> Volume:
+    """Activations over the tensor-parallel ranks: two pairs of operations per block and direction."""
+    hidden, blocks = _hidden_bytes(config, micro_batch), stage.num_blocks
+    again = config.parallel.recompute == "full"  # forward operations once more, but for each block's last
+    recomputed = len(range(0, blocks, config.parallel.recompute_interval)) if again else 0
+    volume: Volume = Counter()
+    if config.parallel.sequence:
+        # A block gathers twice going forward and scatters twice; going back the reverse, and its two column-parallel
+        # matrices gather their inputs once more for the weights' gradients.
+        volume["tensor", "all_gather"] += hidden * (6 * blocks + 2 * recomputed + stage.embedding + stage.head)
+        volume["tensor", "reduce_scatter"] += hidden * (4 * blocks + recomputed + stage.embedding)
+        norms = 2 * blocks * config.model.hidden_size * ELEMENT_BYTES[config.precision.dtype]
+        volume["tensor", "all_reduce"] += norms
+    else:
+        volume["tensor", "all_reduce"] += hidden * (4 * blocks + recomputed + stage.embedding)
+    if stage.head:  # rows' gradients; maxima, normalisers and label logits in fp32
+        row = config.model.hidden_size * ELEMENT_BYTES[config.precision.dtype] + 12
+        volume["tensor", "all_reduce"] += micro_batch.selected * row
+    return volume
+
+
+def _hidden_bytes(config: RunConfig, micro_batch: MicroBatchShape) -> int:
+    """Of one [S, R, H] tensor; sequence parallelism pads S to a multiple of the tensor-parallel degree."""
+    length = micro_batch.length
+    if config.parallel.sequence:
+        length += -length % config.parallel.tensor
+    return micro_batch.rows * length * config.model.hidden_size * ELEMENT_BYTES[config.precision.dtype]
