@@ -1,5 +1,6 @@
-"""Imported once by the server that ranks are forked from."""
+"""Imported once by the server that ranks are forked from: what a rank would spend seconds on."""
 
+import importlib
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -7,3 +8,21 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 from megatron_mdm.parallel import platform
 
 platform.quiet_libraries()
+
+for name in (
+    "matplotlib.figure",
+    "scipy.optimize",
+    "tensorboard.backend.event_processing.event_accumulator",
+    "torch.utils.tensorboard",
+    "torch._dynamo",
+    "deepspeed.runtime.zero.muon.muon_optimizer",  # compiles at import
+    "deepspeed.runtime.zero.stage3",
+    "deepspeed.runtime.superoffload.superoffload_stage3",
+    "megatron_mdm.checkpoint.load",
+    "megatron_mdm.evaluation.exact_match",
+    "megatron_mdm.training.layout_check",
+    "megatron_mdm.training.run",
+):
+    importlib.import_module(name)
+
+_ = importlib.import_module("deepspeed").ops.__compatible_ops__  # probes for compilers once

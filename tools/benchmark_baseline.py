@@ -66,8 +66,8 @@ class PlainLoop:
         ids = loader.sample_ids(step)
         t = torch.from_numpy(trainer.noiser.times(step)[0]).float()
         batches: list[PlainBatch] = []
-        for start in range(0, len(ids), loader.micro_size):
-            samples = [loader.data.samples[row] for row in ids[start : start + loader.micro_size]]
+        for start in range(0, len(ids), self.case.micro_size):
+            samples = [loader.data.samples[row] for row in ids[start : start + self.case.micro_size]]
             tokens = [torch.from_numpy(sample.tokens).long() for sample in samples]
             prompts = torch.tensor([sample.prompt_length for sample in samples])
             batches += self._noise(tokens, prompts, t[start : start + len(samples)], views)

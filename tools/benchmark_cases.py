@@ -132,12 +132,15 @@ def dataset(case: Case, source: LengthSource) -> SftDataset:
 def trainer(
     method: Method, data: SftDataset, engine: ZeroEngine, config: RunConfig, context: ParallelContext
 ) -> Trainer:
-    """The stack's own trainer, as training/run.py builds it. Trainers of several methods may share an engine."""
+    """The stack's own trainer, as training/run.py builds it. Trainers of several methods may share an engine.
+
+    A forward pass has as many rows with every method: two views of half the samples.
+    """
     batch = config.batch
     loader = TrainLoader(
         data,
         global_size=batch.global_size,
-        micro_size=batch.micro_size,
+        micro_size=max(1, batch.micro_size // method.views),
         data_rank=context.data_rank,
         data_size=context.layout.data,
         pad_id=PAD_ID,

@@ -63,6 +63,11 @@ def _check_parallel(config: RunConfig, world_size: int) -> None:
         raise UserError("'parallel.offload' all moves parameters to the host; it needs 'parallel.zero' 3")
     if config.precision.gradients == "fp32" and config.precision.dtype != "fp32" and parallel.zero == 0:
         raise UserError("'precision.gradients' fp32 needs 'parallel.zero' of 1 or more")
+    if config.precision.gradients == "fp32" and config.precision.dtype == "bf16" and parallel.pipeline > 1:
+        raise UserError(
+            "'precision.gradients' fp32 cannot be combined with 'parallel.pipeline' in bf16: DeepSpeed's optimizer for "
+            "it clears the last stage's gradients too early; use model"
+        )
     if world_size % (parallel.tensor * parallel.pipeline):
         raise UserError(
             f"'parallel.tensor' × 'parallel.pipeline' = {parallel.tensor * parallel.pipeline} does not divide the "

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-CHUNK_ELEMENTS = 8 * 1024 * 1024  # logits held at a time
+CHUNK_ELEMENTS = 16 * 1024 * 1024  # logits held at a time: fewer rows make slow matrix products, more cost memory
 
 
 class RowLosses(NamedTuple):
@@ -65,17 +65,19 @@ class _WeightedCrossEntropy(torch.autograd.Function):
         grad_head = torch.zeros_like(head) if needs_grad else None
         # Gradients are kept for the greatest weight 1, so that they do not vanish in fp16, and scaled in backward.
         scale = weights.max().clamp_min(1e-30) if len(rows) else weights.new_ones(())
+        relative = (weights / scale).to(rows.dtype)[:, None]
         chunk = max(1, chunk_elements // len(head))
         for start in range(0, len(rows), chunk):
             part = slice(start, start + chunk)
             logits = (rows[part] @ head.t()).float()
             cross_entropy[part], log_normalizer[part], gradient = _softmax(
-                logits, labels[part], weights[part] / scale, shard, z_loss, needs_grad
+                logits, labels[part], shard, z_loss, needs_grad
             )
-            if needs_grad:
+            if needs_grad:  # weights multiply [r, H] here rather than [r, V] above
                 gradient = gradient.to(head.dtype)
                 torch.mm(gradient, head, out=grad_rows[part])
-                grad_head.addmm_(gradient.t(), rows[part])
+                grad_rows[part] *= relative[part]
+                grad_head.addmm_(gradient.t(), rows[part] * relative[part])
         if needs_grad and shard.group is not None:
             dist.all_reduce(grad_rows, group=shard.group)
         ctx.grad_rows, ctx.grad_head, ctx.scale = grad_rows, grad_head, scale
@@ -90,28 +92,33 @@ class _WeightedCrossEntropy(torch.autograd.Function):
         return grad_rows.mul_(factor), grad_head.mul_(factor), None, None, None, None, None, None
 
 
-def _softmax(logits, labels, weights, shard, z_loss, needs_grad):
-    """Cross-entropy [r] and log-normalizer [r] of float32 logits [r, V_local], which become the gradient."""
+def _softmax(logits, labels, shard, z_loss, needs_grad):
+    """Cross-entropy [r], log-normalizer [r], and the loss's gradient [r, V_local] of float32 logits, which are lost."""
     logits[:, shard.num_valid :] = float("-inf")
     local = labels - shard.first_id
     here = (local >= 0) & (local < shard.num_valid)
     local = local.clamp(0, logits.shape[1] - 1)[:, None]
-
-    maximum = logits.amax(1)
-    if shard.group is not None:
+    if shard.group is None:
+        label_logit = logits.gather(1, local).squeeze(1)
+        # One fused pass, in place: each row is read before it is written. Later, e to its power is the softmax.
+        gradient = torch.ops.aten._log_softmax.out(logits, 1, False, out=logits)
+        cross_entropy = -gradient.gather(1, local).squeeze(1)
+        log_normalizer = cross_entropy + label_logit
+        if needs_grad:
+            gradient.exp_()
+    else:
+        maximum = logits.amax(1)
         dist.all_reduce(maximum, dist.ReduceOp.MAX, group=shard.group)
-    logits.sub_(maximum[:, None])
-    label_logit = logits.gather(1, local).squeeze(1).masked_fill(~here, 0.0)
-    normalizer = logits.exp_().sum(1)
-    if shard.group is not None:
-        sums = torch.stack([label_logit, normalizer])
+        gradient = logits.sub_(maximum[:, None])
+        label_logit = gradient.gather(1, local).squeeze(1).masked_fill(~here, 0.0)
+        sums = torch.stack([label_logit, gradient.exp_().sum(1)])
         dist.all_reduce(sums, group=shard.group)
         label_logit, normalizer = sums
-    cross_entropy = normalizer.log() - label_logit
-    log_normalizer = normalizer.log() + maximum
+        cross_entropy = normalizer.log() - label_logit
+        log_normalizer = normalizer.log() + maximum
+        gradient.div_(normalizer[:, None])
     if not needs_grad:
         return cross_entropy, log_normalizer, None
-    of_softmax = weights * (1.0 + 2.0 * z_loss * log_normalizer)
-    gradient = logits.mul_((of_softmax / normalizer)[:, None])
-    gradient.scatter_add_(1, local, torch.where(here, -weights, 0.0)[:, None])
-    return cross_entropy, log_normalizer, gradient
+    if z_loss:
+        gradient.mul_((1.0 + 2.0 * z_loss * log_normalizer)[:, None])
+    return cross_entropy, log_normalizer, gradient.scatter_add_(1, local, -here.to(torch.float32)[:, None])

@@ -53,6 +53,8 @@ def resolve(config: RunConfig) -> tuple[RunConfig, RunData]:
 
 def resolve_precision(config: RunConfig) -> PrecisionConfig:
     """'auto' becomes bf16 where the hardware multiplies it natively, fp32 elsewhere."""
+    if config.precision.dtype == "fp16" and not platform.is_cuda():
+        raise UserError("'precision.dtype' fp16 needs a CUDA device (DeepSpeed has no fp16 on CPU); use bf16 or fp32")
     if config.precision.dtype != "auto":
         return config.precision
     dtype = "bf16" if platform.multiplies_bf16() else "fp32"

@@ -104,6 +104,14 @@ def test_rules_across_sections(tmp_path: Path, override: str, message: str) -> N
         validate(load_config(path, [override]), 4)
 
 
+def test_fp32_gradients_need_zero_and_no_pipeline(tmp_path: Path) -> None:
+    precision = {"dtype": "bf16", "gradients": "fp32"}
+    validate(small_config(tmp_path, precision=precision), 4)
+    for parallel, message in (({"zero": 0}, "needs 'parallel.zero'"), ({"pipeline": 2}, "cannot be combined with")):
+        with pytest.raises(UserError, match=message):
+            validate(small_config(tmp_path, precision=precision, parallel=parallel), 4)
+
+
 def test_kv_heads_fewer_than_tensor_ranks(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"'model\.num_kv_heads' 2 is not a multiple of 'parallel.tensor' 4"):
         validate(small_config(tmp_path, parallel={"tensor": 4}), 4)

@@ -87,6 +87,10 @@ def test_missing_data_file(folder: Path) -> None:
     assert_refused(arguments, "absent.jsonl: no such data file")
 
 
+def test_fp16_without_cuda(folder: Path) -> None:
+    assert_refused(["--config", str(config_file(folder)), "precision.dtype=fp16"], "fp16 needs a CUDA device", ranks=1)
+
+
 def test_missing_tokenizer(folder: Path) -> None:
     assert_refused(
         ["--config", str(config_file(folder)), "data.tokenizer=absent.model"], "absent.model: no such tokenizer"

@@ -54,6 +54,21 @@ def test_bf16_is_close_to_fp32() -> None:
     torch.testing.assert_close(head.grad, grad_head, rtol=0.05, atol=0.05)
 
 
+def test_z_loss() -> None:
+    rows, head, labels, weights = inputs()
+    rows.requires_grad_(), head.requires_grad_()
+    logits = rows @ head[:VOCAB].t()
+    expected = weights * (F.cross_entropy(logits, labels, reduction="none") + 0.1 * logits.logsumexp(1).square())
+    expected.sum().backward()
+    grad_rows, grad_head = rows.grad, head.grad
+    rows.grad = head.grad = None
+    total, _ = weighted_cross_entropy(rows, head, labels, weights, VOCAB, z_loss=0.1)
+    total.backward()
+    torch.testing.assert_close(total, expected.sum())
+    torch.testing.assert_close(rows.grad, grad_rows, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(head.grad, grad_head, rtol=1e-5, atol=1e-5)
+
+
 def test_no_rows_and_no_gradient() -> None:
     rows, head, labels, weights = inputs()
     head.requires_grad_()

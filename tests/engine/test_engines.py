@@ -1,0 +1,103 @@
+"""Forward passes through every engine, and the precisions."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_mdm.config.schema import RunConfig
+from tests.ranks import run_ranks
+from tests.small import MASK, PAD, VOCAB, small_config, small_model, write_ids
+
+PROMPTS = [[5, 6, 7], [8, 9], [10, 11, 12, 13, 14], [15]]
+
+
+def forward_only(config: RunConfig) -> dict[str, Any]:
+    """On a rank: logits of a padded batch, row statistics of two packets, and generated responses."""
+    from megatron_mdm.checkpoint.load import restored_engine
+    from megatron_mdm.engine.packets import logits_packet
+    from megatron_mdm.generation.sampler import GenerationConfig, SpecialIds, generate
+    from megatron_mdm.models.stages import Packet
+    from megatron_mdm.parallel.groups import initialize
+
+    context = initialize(config.parallel.tensor, config.parallel.pipeline)
+    engine = restored_engine(None, config, context, 0)
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(0, VOCAB, (3, 11), generator=generator)
+    selected = torch.rand(3, 11, generator=generator) < 0.5
+    lengths = torch.tensor([11, 7, 9])
+    selected &= torch.arange(11)[None, :] < lengths[:, None]
+    logits = engine.logits(logits_packet(tokens, lengths, selected))
+    packet = Packet(tokens, lengths, selected, tokens, selected.float(), torch.ones(3))
+    whole = packet._replace(lengths=torch.tensor(11))
+    statistics = [torch.stack(list(rows)).numpy() for rows in engine.evaluate([packet, whole])]
+    settings = GenerationConfig(gen_length=8, block_length=4, steps=4, batch_size=2)
+    responses = generate(engine, PROMPTS, settings, SpecialIds(MASK, PAD), context)
+    return {"logits": logits.numpy(), "statistics": statistics, "responses": responses}
+
+
+@pytest.mark.parametrize(
+    ("num_ranks", "parallel"),
+    [
+        (2, {"zero": 3}),
+        (2, {"tensor": 2, "sequence": True}),
+        (2, {"pipeline": 2}),
+        (4, {"pipeline": 4}),
+        (4, {"tensor": 2, "pipeline": 2, "sequence": True}),
+    ],
+    ids=str,
+)
+def test_forward_passes_equal_one_process(num_ranks: int, parallel: dict[str, Any], tmp_path: Path) -> None:
+    model = small_model(num_layers=4, init_std=0.2).model_dump()
+    expected = run_ranks(forward_only, 1, small_config(tmp_path, model=model, parallel={"zero": 0}))[0]
+    for result in run_ranks(forward_only, num_ranks, small_config(tmp_path, model=model, parallel=parallel)):
+        np.testing.assert_allclose(result["logits"], expected["logits"], rtol=1e-4, atol=1e-5)
+        for ours, theirs in zip(result["statistics"], expected["statistics"]):
+            np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
+        assert result["responses"] == expected["responses"]
+
+
+def losses_of(config: RunConfig) -> list[float]:
+    from megatron_mdm.checkpoint.load import restored_engine
+    from megatron_mdm.parallel.groups import initialize
+    from megatron_mdm.training import inputs, run
+
+    config, data = inputs.resolve(config)
+    context = initialize(config.parallel.tensor, config.parallel.pipeline)
+    trainer = run.build_trainer(config, data, restored_engine(None, config, context, 0), None, context)
+    return [trainer.train_step(step).loss for step in range(8)]
+
+
+@pytest.mark.parametrize(
+    ("parallel", "gradients"),
+    [
+        ({"zero": 0}, "model"),
+        ({"zero": 1}, "model"),
+        ({"zero": 1}, "fp32"),
+        ({"zero": 2}, "fp32"),
+        ({"zero": 3}, "model"),
+        ({"pipeline": 2, "zero": 1}, "model"),
+    ],
+    ids=str,
+)
+def test_bf16_follows_fp32(parallel: dict[str, Any], gradients: str, tmp_path: Path) -> None:
+    """To the rounding of its products, 8 bits, over 8 steps."""
+    write_ids(tmp_path / "train.jsonl", 20)
+    reference = run_ranks(losses_of, 1, small_config(tmp_path, parallel={"zero": 0}))[0]
+    precision = {"dtype": "bf16", "gradients": gradients}
+    (losses, _) = run_ranks(losses_of, 2, small_config(tmp_path, parallel=parallel, precision=precision))
+    np.testing.assert_allclose(losses, reference, rtol=0.02)
+
+
+def test_sharded_initialisation_draws_each_shard(tmp_path: Path) -> None:
+    write_ids(tmp_path / "train.jsonl", 20)
+    model = small_model(initialization="sharded").model_dump()
+    config = small_config(tmp_path, model=model, parallel={"tensor": 2})
+    first, second = run_ranks(losses_of, 2, config)
+    assert first == second
+    assert np.isfinite(first).all()
+    assert first != run_ranks(losses_of, 1, small_config(tmp_path, model=model))[0]
