@@ -146,6 +146,7 @@ def _program_main(path, arguments, rank, world_size, port, folder) -> None:
     sys.stdout = io.TextIOWrapper(os.fdopen(1, "wb", 0), write_through=True)
     sys.stderr = io.TextIOWrapper(os.fdopen(2, "wb", 0), write_through=True)
     sys.argv = [path, *arguments]
+    sys.path.insert(0, str(Path(path).parent))
     code = 0
     try:
         runpy.run_path(path, run_name="__main__")

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from megatron_mdm.checkpoint.tensors import TensorReader
+from megatron_mdm.config.load import flatten
 from megatron_mdm.config.schema import ModelConfig, RunConfig
 from tests.ranks import run_ranks
 from tests.small import small_config, small_model, write_ids
@@ -154,6 +155,10 @@ def assert_equal_runs(results: list[dict[str, Any]], reference: dict[str, Any]) 
         np.testing.assert_allclose(result["sample_losses"], reference["sample_losses"], rtol=1e-4, atol=1e-5)
         np.testing.assert_allclose(result["grad_norms"], reference["grad_norms"], rtol=1e-4)
         assert result["calibration"]["cell_density"] == reference["calibration"]["cell_density"]
+        ours, theirs = (dict(flatten(run["calibration"])) for run in (result, reference))
+        assert ours.keys() == theirs.keys()
+        for name in ours.keys() - {"seconds", "data_fingerprint", "settings.estimator", "settings.target"}:
+            np.testing.assert_allclose(ours[name], theirs[name], rtol=1e-6, err_msg=name)
         np.testing.assert_array_equal(result["t"], reference["t"])
         assert all(reference["masks"][place] == mask for place, mask in result["masks"].items())
     seen = set().union(*(result["masks"].keys() for result in results))
