@@ -51,21 +51,27 @@ class CheckpointStore:
         return sorted(self.folder.glob("step-*"))
 
     def newest_intact(self) -> Path | None:
-        """The newest checkpoint whose files match its manifest; None where there is no checkpoint at all.
+        """The newest checkpoint whose files match its manifest; None where there is no checkpoint at all. Collective.
 
-        Damaged ones are named and passed over. Raises UserError where none is intact.
+        The main rank reads and checks the files for all. Damaged ones are named and passed over. Raises UserError where
+        none is intact.
         """
-        damaged: list[str] = []
+        found = self._search() if self.context.is_main else None
+        name, fault = gather_objects(found, self.context)[0]  # type: ignore[misc]
+        if fault:
+            raise UserError(f"{self.folder}: no intact checkpoint ({fault}); start anew with --overwrite")
+        return self.folder / name if name else None
+
+    def _search(self) -> tuple[str, str]:
+        """(name of the newest intact checkpoint, what is wrong with the newest where none is intact)"""
+        first_fault = ""
         for path in reversed(self.steps()):
             fault = find_fault(path)
             if fault is None:
-                return path
-            damaged.append(fault)
-            if self.context.is_main:
-                print(f"checkpoint {path} is damaged ({fault}); trying the one before", flush=True)
-        if damaged:
-            raise UserError(f"{self.folder}: no intact checkpoint ({damaged[0]}); start anew with --overwrite")
-        return None
+                return path.name, ""
+            first_fault = first_fault or fault
+            print(f"checkpoint {path} is damaged ({fault}); trying the one before", flush=True)
+        return "", first_fault
 
     def _write_manifest(self, folder: Path) -> None:
         """Every rank hashes its share of the files; the main rank writes size and sha256 of each."""

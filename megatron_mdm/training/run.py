@@ -34,7 +34,10 @@ from megatron_mdm.training.resume import check_same_run
 from megatron_mdm.training.state import TrainState
 
 CONFIG, CALIBRATION, CHECKPOINTS = "config.yaml", "calibration.json", "checkpoints"
-_ARTIFACTS = (CONFIG, CALIBRATION, "calibration.png", "metrics.jsonl", "summary.json", "curves.png")
+_ARTIFACTS = (
+    *(CONFIG, CALIBRATION, "calibration.png", "metrics.jsonl", "summary.json", "curves.png"),
+    *("evaluation.json", "samples.jsonl"),
+)
 
 
 @dataclass(frozen=True)
