@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 
 from megatron_mdm.checkpoint.tensors import write_tensors
 from megatron_mdm.config.errors import UserError
-from megatron_mdm.config.files import write_json
+from megatron_mdm.config.files import sha256, write_json
 from megatron_mdm.engine.base import Engine
 from megatron_mdm.parallel.collectives import barrier, gather_objects
 from megatron_mdm.parallel.groups import ParallelContext
@@ -105,8 +104,4 @@ def find_fault(checkpoint: Path) -> str | None:
 
 
 def _entry(path: Path) -> dict[str, Any]:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
+    return {"bytes": path.stat().st_size, "sha256": sha256(path)}

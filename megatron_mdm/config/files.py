@@ -1,5 +1,6 @@
-"""Atomic writes: a reader finds the old file or the new one, never a part."""
+"""Atomic writes, of which a reader finds the old file or the new one, never a part; and checksums."""
 
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -19,3 +20,12 @@ def write_atomically(path: Path, content: str | bytes) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     write_atomically(path, json.dumps(value, indent=1) + "\n")
+
+
+def sha256(path: Path) -> str:
+    """Hexadecimal digest of a file's contents, read in blocks."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

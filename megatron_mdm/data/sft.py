@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -13,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_mdm.config.errors import UserError
+from megatron_mdm.config.files import sha256
 from megatron_mdm.data.templates import plain_prompt
 from megatron_mdm.data.tokenizer import Tokenizer
 from megatron_mdm.diffusion.randomness import Purpose, stream
@@ -73,7 +73,7 @@ def read_sft(
         samples.append(sample)
     if not samples:
         raise UserError(f"{path}: no sample left ({num_too_long} longer than 'data.max_length' {max_length})")
-    return SftDataset(samples, num_too_long, _sha256(path))
+    return SftDataset(samples, num_too_long, sha256(Path(path)))
 
 
 def read_records(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -151,11 +151,3 @@ def _sample(record: dict[str, Any], tokenizer: Tokenizer, where: str) -> Sample:
     if response_ids:
         response_ids = [*response_ids, tokenizer.eos_id]
     return Sample(np.array(prompt_ids + response_ids, dtype=np.int32), len(prompt_ids))
-
-
-def _sha256(path: str) -> str:
-    with Path(path).open("rb") as file:
-        digest = hashlib.sha256()
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

@@ -9,7 +9,7 @@ import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -28,6 +28,7 @@ from megatron_mdm.diffusion.objective import NORMALIZATIONS, GlobalBatch
 from megatron_mdm.diffusion.randomness import Purpose, stream
 from megatron_mdm.diffusion.t_samplers import TabulatedSampler
 from megatron_mdm.engine.packets import loss_packet
+from megatron_mdm.generation.sampler import SpecialIds
 from megatron_mdm.models.stages import Packet, RowStatistics
 from megatron_mdm.parallel.collectives import fill_from_data_ranks
 from megatron_mdm.parallel.groups import ParallelContext
@@ -39,11 +40,6 @@ ARTIFACT_VERSION = 1
 
 class Forward(Protocol):
     def evaluate(self, packets: Sequence[Packet]) -> list[RowStatistics]: ...
-
-
-class SpecialIds(NamedTuple):
-    mask: int
-    pad: int
 
 
 def calibrate(

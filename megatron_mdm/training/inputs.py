@@ -13,9 +13,9 @@ from megatron_mdm.config.load import flatten
 from megatron_mdm.config.schema import PrecisionConfig, RunConfig
 from megatron_mdm.data.sft import SftDataset, read_sft, split_validation
 from megatron_mdm.data.tokenizer import Tokenizer, load_tokenizer, resolve_vocabulary
+from megatron_mdm.generation.sampler import SpecialIds
 from megatron_mdm.models.spec import resolve_kernels
 from megatron_mdm.parallel import platform
-from megatron_mdm.training.calibrate import SpecialIds
 
 
 @dataclass(frozen=True)
