@@ -95,10 +95,14 @@ class Noiser:
         self.schedule, self.sampler, self.rule = schedule, sampler, rule
         self.views, self.num_strata, self.global_size = views, num_strata, global_size
         self.mask_id, self.seed = mask_id, seed
+        self._step, self._times = -1, (np.empty(0), np.empty(0))
 
     def times(self, step: int) -> tuple[Floats, Floats]:
         """t [n] and importance weight 1/p(t) [n] of the whole global batch at a step, by position."""
-        return self.sampler.quantile(stratified_quantiles(self.seed, step, self.global_size, self.num_strata))
+        if step != self._step:  # a step's micro-batches share them
+            u = stratified_quantiles(self.seed, step, self.global_size, self.num_strata)
+            self._step, self._times = step, self.sampler.quantile(u)
+        return self._times
 
     def __call__(self, batch: CleanBatch, step: int) -> NoisedBatch:
         t, weight = self.times(step)

@@ -4,20 +4,16 @@ from __future__ import annotations
 
 from megatron_mdm.config.schema import ModelConfig, RunConfig
 from megatron_mdm.config.validate import accumulation_steps
+from megatron_mdm.engine.communication import Stage
 from megatron_mdm.models.cross_entropy import CHUNK_ELEMENTS
-from megatron_mdm.models.stages import padded_vocab_size
 from megatron_mdm.parallel.layout import Layout
 
 GIB = 2**30
 
 
 def num_parameters(model: ModelConfig, tensor: int = 1) -> int:
-    """Parameters on one tensor-parallel rank."""
-    hidden, head_dim = model.hidden_size, model.hidden_size // model.num_heads
-    qkv = hidden * head_dim * (model.num_heads + 2 * model.num_kv_heads)
-    matrices = qkv + hidden * hidden + 3 * hidden * model.ffn_hidden_size
-    tables = padded_vocab_size(model, tensor) * hidden * (1 if model.tie_embeddings else 2)
-    return (model.num_layers * matrices + tables) // tensor + (2 * model.num_layers + 1) * hidden
+    """Parameters on one tensor-parallel rank, all stages together."""
+    return Stage(model.num_layers, embedding=True, head=True).num_parameters(model, tensor)
 
 
 def memory_estimate(config: RunConfig, layout: Layout) -> dict[str, float]:
