@@ -69,7 +69,7 @@ class PlainLoop:
         for start in range(0, len(ids), self.case.micro_size):
             samples = [loader.data.samples[row] for row in ids[start : start + self.case.micro_size]]
             tokens = [torch.from_numpy(sample.tokens).long() for sample in samples]
-            prompts = torch.tensor([sample.prompt_length for sample in samples])
+            prompts = torch.tensor([int(sample.eligible.argmax()) for sample in samples])
             batches += self._noise(tokens, prompts, t[start : start + len(samples)], views)
         return self.optimize(batches, views)
 

@@ -123,7 +123,7 @@ def dataset(case: Case, source: LengthSource) -> SftDataset:
     else:
         lengths = np.full((NUM_SAMPLES, 2), 64)
     samples = [
-        Sample(generator.integers(NUM_SPECIAL, case.vocab_size, prompt + response, dtype=np.int32), int(prompt))
+        Sample.of(generator.integers(NUM_SPECIAL, case.vocab_size, prompt + response, dtype=np.int32), int(prompt))
         for prompt, response in lengths
     ]
     return SftDataset(samples, 0, case.lengths)

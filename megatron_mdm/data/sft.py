@@ -20,9 +20,18 @@ from megatron_mdm.diffusion.randomness import Purpose, stream
 TEXT_FIELDS = (("question", "answer"), ("prompt", "response"))
 
 
+_NOTHING = np.zeros(0, dtype=np.bool_)
+
+
 class Sample(NamedTuple):
     tokens: NDArray[np.int32]  # [S]: prompt, response, eos
-    prompt_length: int
+    eligible: NDArray[np.bool_]  # [S]: may be masked and is learnt
+    delimiters: NDArray[np.bool_] = _NOTHING  # [S]: marks of an answer (ISAD); empty: none
+
+    @classmethod
+    def of(cls, tokens: NDArray[np.int32], prompt_length: int) -> Sample:
+        """Everything behind the prompt is eligible."""
+        return cls(tokens, np.arange(len(tokens)) >= prompt_length)
 
 
 @dataclass(frozen=True)
@@ -41,7 +50,7 @@ class SftDataset:
 
     def num_eligible(self) -> NDArray[np.int64]:
         """P of every sample."""
-        return self.lengths() - np.array([sample.prompt_length for sample in self.samples], dtype=np.int64)
+        return np.array([np.count_nonzero(sample.eligible) for sample in self.samples], dtype=np.int64)
 
     def subset(self, rows: Sequence[int] | NDArray[np.int64]) -> SftDataset:
         return SftDataset([self.samples[row] for row in rows], 0, self.fingerprint)
@@ -66,7 +75,7 @@ def read_sft(
                 )
             num_too_long += 1
             continue
-        if sample.prompt_length >= len(sample.tokens):
+        if not sample.eligible.any():
             raise UserError(f"{where}: no eligible token: the response is empty")
         if sample.tokens.min() < 0 or sample.tokens.max() >= vocab_size:
             raise UserError(f"{where}: a token id is outside the vocabulary of {vocab_size} ids")
@@ -145,9 +154,9 @@ def _sample(record: dict[str, Any], tokenizer: Tokenizer, where: str) -> Sample:
             raise UserError(f"{where}: 'input_ids' must be a list of integers and 'prompt_length' an integer")
         if not 0 <= prompt_length <= len(ids):
             raise UserError(f"{where}: 'prompt_length' {prompt_length} does not fit {len(ids)} 'input_ids'")
-        return Sample(np.array(ids, dtype=np.int32), prompt_length)
+        return Sample.of(np.array(ids, dtype=np.int32), prompt_length)
     prompt, response = prompt_and_response(record, where)
     prompt_ids, response_ids = encode_prompt(prompt, tokenizer), tokenizer.encode(response)
     if response_ids:
         response_ids = [*response_ids, tokenizer.eos_id]
-    return Sample(np.array(prompt_ids + response_ids, dtype=np.int32), len(prompt_ids))
+    return Sample.of(np.array(prompt_ids + response_ids, dtype=np.int32), len(prompt_ids))

@@ -21,6 +21,7 @@ class CleanBatch:
 
     tokens: Tensor  # [B, S] int64, right-padded
     eligible: Tensor  # [B, S] bool: positions that may be masked and are learnt
+    delimiters: Tensor  # [B, S] bool: marks of an answer, which ISAD masks more often
     lengths: Tensor  # [B] int64, without padding
     positions: Tensor  # [B] int64: places in the global batch, 0 … n−1
     sample_ids: Tensor  # [B] int64: rows of the data set

@@ -45,9 +45,8 @@ def test_ranks_share_the_global_batch(data: SftDataset, micro_size: int, ranks: 
                     length = int(batch.lengths[row])
                     assert batch.tokens[row, :length].tolist() == sample.tokens.tolist()
                     assert (batch.tokens[row, length:] == PAD).all()
-                    assert batch.eligible[row].nonzero().squeeze(1).tolist() == list(
-                        range(sample.prompt_length, length)
-                    )
+                    assert batch.eligible[row, :length].tolist() == sample.eligible.tolist()
+                    assert not batch.eligible[row, length:].any()
             assert local.global_batch.num_eligible == data.num_eligible()[expected].sum()
             assert local.num_tokens == data.lengths()[expected].sum()
         assert [seen[position] for position in range(8)] == expected.tolist()

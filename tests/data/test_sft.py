@@ -79,8 +79,8 @@ def test_question_and_answer(folder: Path, name: str) -> None:
     assert len(data) == len(records) == 20
     for sample, record in zip(data.samples, records):
         assert sample.tokens[-1] == tokenizer.eos_id
-        assert tokenizer.decode(sample.tokens[sample.prompt_length :]).strip() == record["answer"]
-        assert tokenizer.decode(sample.tokens[: sample.prompt_length]).strip() == record["question"]
+        assert tokenizer.decode(sample.tokens[sample.eligible]).strip() == record["answer"]
+        assert tokenizer.decode(sample.tokens[~sample.eligible]).strip() == record["question"]
     assert (data.num_eligible() > 0).all()
 
 

@@ -19,7 +19,8 @@ def noised(rows: list[int]) -> NoisedBatch:
     size = max(LENGTHS[row] for row in rows)
     lengths = torch.tensor([LENGTHS[row] for row in rows])
     eligible = torch.arange(size)[None, :] < lengths[:, None]
-    batch = CleanBatch(torch.full((len(rows), size), 5), eligible, lengths, torch.tensor(rows), torch.tensor(rows))
+    tokens, nothing = torch.full((len(rows), size), 5), torch.zeros_like(eligible)
+    batch = CleanBatch(tokens, eligible, nothing, lengths, torch.tensor(rows), torch.tensor(rows))
     t = np.array([0.2, 0.5, 0.7, 0.9])[rows]
     weight = np.array([1.3, 0.8, 1.0, 0.5])[rows]
     generators = [np.random.default_rng(row) for row in rows]

@@ -61,6 +61,7 @@ def clean_batch(size: int) -> CleanBatch:
     return CleanBatch(
         tokens=torch.full((size, P), 5),
         eligible=torch.ones(size, P, dtype=torch.bool),
+        delimiters=torch.zeros(size, P, dtype=torch.bool),
         lengths=torch.full((size,), P),
         positions=torch.arange(size),
         sample_ids=torch.arange(size),
