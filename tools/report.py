@@ -1,6 +1,7 @@
 """Look at finished runs.
 
-python tools/report.py run FOLDER    what a run was and reached, with the paths of its pictures
+python tools/report.py run FOLDER        what a run was and reached, with the paths of its pictures
+python tools/report.py variance FOLDER   where its model's training noise comes from, and what each method leaves of it
 """
 
 import argparse
@@ -54,8 +55,27 @@ def main() -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser("run", help="one run")
     command.add_argument("folder", type=Path)
+    command.set_defaults(report=lambda arguments: report_run(arguments.folder))
+    command = commands.add_parser("variance", help="A, B, C and every method's variance in loss and gradient")
+    command.add_argument("folder", type=Path)
+    command.add_argument(
+        "--draws", type=int, default=1000, help="samples whose gradients are drawn, per way of masking"
+    )
+    command.add_argument("--groups", type=int, default=200, help="samples for A, B and C, 24 rows each")
+    command.add_argument("--output", type=Path, help="folder for variance.json and its picture; the run's if not given")
+    command.add_argument("--overrides", nargs="*", default=[], metavar="section.key=value")
+    command.set_defaults(report=_variance)
     arguments = parser.parse_args()
-    report_run(arguments.folder)
+    arguments.report(arguments)
+
+
+def _variance(arguments: argparse.Namespace) -> None:
+    from megatron_mdm.parallel import platform
+
+    platform.quiet_libraries()
+    from report_variance import report_variance  # DeepSpeed and megatron-core are needed by this report only
+
+    report_variance(arguments)
 
 
 if __name__ == "__main__":

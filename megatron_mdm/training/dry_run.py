@@ -48,7 +48,7 @@ def describe(config: RunConfig, world_size: int, num_steps: int) -> str:
             f"layout: {layout}, ZeRO {config.parallel.zero}, {config.precision.dtype}",
             f"model: {num_parameters(config.model) / 1e6:.2f} M parameters, vocabulary {config.model.vocab_size}",
             f"batch: {batch.global_size} samples a step = {batch.micro_size} × {layout.data} ranks × {accumulation} "
-            f"micro-batches, {rows} row{'s' * (rows > 1)} each; {num_steps} steps",
+            f"micro-batches, {rows} view{'s' * (rows > 1)} each; {num_steps} steps",
             f"method: t {diffusion.sampler}, strata {diffusion.strata}, masking {diffusion.masking}",
             f"memory per rank, GiB (estimate): {sum(memory.values()):.2f} = {parts}",
         ]
