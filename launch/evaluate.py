@@ -14,7 +14,7 @@ from megatron_mdm.config.load import load_section  # noqa: E402
 from megatron_mdm.data.tokenizer import load_tokenizer  # noqa: E402
 from megatron_mdm.evaluation.exact_match import evaluate_exact_match, read_questions  # noqa: E402
 from megatron_mdm.evaluation.tasks import TASKS  # noqa: E402
-from megatron_mdm.generation.sampler import GenerationConfig  # noqa: E402
+from megatron_mdm.generation.settings import GenerationConfig  # noqa: E402
 from megatron_mdm.parallel.groups import initialize  # noqa: E402
 from megatron_mdm.parallel.program import run_program  # noqa: E402
 
@@ -35,7 +35,8 @@ def main() -> None:
     tokenizer = load_tokenizer(config.data)
     context = initialize(config.parallel.tensor)
     engine = load_for_inference(arguments.run_dir, config, context)
-    result = evaluate_exact_match(engine, questions, TASKS[arguments.task], tokenizer, generation, context)
+    task, method = TASKS[arguments.task], config.diffusion.method
+    result = evaluate_exact_match(engine, questions, task, tokenizer, generation, context, method)
     if context.is_main:
         samples = result.pop("samples")
         write_json(arguments.run_dir / "evaluation.json", {"task": arguments.task, "data": arguments.data, **result})

@@ -13,7 +13,8 @@ from megatron_mdm.config.files import write_atomically  # noqa: E402
 from megatron_mdm.config.load import load_section  # noqa: E402
 from megatron_mdm.data.sft import encode_prompt, read_prompts  # noqa: E402
 from megatron_mdm.data.tokenizer import load_tokenizer  # noqa: E402
-from megatron_mdm.generation.sampler import GenerationConfig, SpecialIds, generate  # noqa: E402
+from megatron_mdm.generation.generate import generate  # noqa: E402
+from megatron_mdm.generation.settings import GenerationConfig, SpecialIds  # noqa: E402
 from megatron_mdm.parallel.groups import initialize  # noqa: E402
 from megatron_mdm.parallel.program import run_program  # noqa: E402
 
@@ -33,8 +34,9 @@ def main() -> None:
     tokenizer = load_tokenizer(config.data)
     context = initialize(config.parallel.tensor)
     engine = load_for_inference(arguments.run_dir, config, context)
-    special = SpecialIds(tokenizer.mask_id, tokenizer.pad_id)
-    responses = generate(engine, [encode_prompt(p, tokenizer) for p in prompts], generation, special, context)
+    special = SpecialIds(tokenizer.mask_id, tokenizer.pad_id, tokenizer.eos_id)
+    ids, method = [encode_prompt(prompt, tokenizer) for prompt in prompts], config.diffusion.method
+    responses = generate(engine, ids, generation, special, context, method)
     if context.is_main:
         records = ({"prompt": p, "response": tokenizer.decode(r)} for p, r in zip(prompts, responses))
         write_atomically(arguments.output, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from megatron_mdm.config.errors import UserError
-from megatron_mdm.config.schema import RunConfig
+from megatron_mdm.config.schema import DiffusionConfig, RunConfig
 
 # DeepSpeed keys that follow from other sections: setting them raw would let the two disagree.
 OWNED_DEEPSPEED_KEYS = {
@@ -25,6 +25,7 @@ def validate(config: RunConfig, world_size: int) -> None:
     """Check a configuration against itself and the number of ranks. Raises UserError with the remedy."""
     _check_parallel(config, world_size)
     _check_model(config)
+    _check_method(config)
     _check_batch(config, world_size)
     _check_data(config)
     for key, section in OWNED_DEEPSPEED_KEYS.items():
@@ -90,6 +91,22 @@ def _check_model(config: RunConfig) -> None:
     for name in ("num_heads", "num_kv_heads", "ffn_hidden_size"):
         if getattr(model, name) % tensor:
             raise UserError(f"'model.{name}' {getattr(model, name)} is not a multiple of 'parallel.tensor' {tensor}")
+
+
+def _check_method(config: RunConfig) -> None:
+    """The autoregressive baseline has no noise, so none of the settings of noise may be set."""
+    diffusion = config.diffusion
+    if diffusion.method == "masked":
+        if config.model.attention == "causal":
+            raise UserError("'model.attention' causal is for 'diffusion.method' autoregressive; use bidirectional")
+        return
+    for name, field in DiffusionConfig.model_fields.items():
+        value = getattr(diffusion, name)
+        if name not in ("method", "normalization", "calibration") and value != field.default:
+            raise UserError(
+                f"'diffusion.{name}' {value} has no meaning for 'diffusion.method' {diffusion.method}, which draws no "
+                f"masks; use {field.default} (configs/methods/autoregressive.yaml)"
+            )
 
 
 def _check_batch(config: RunConfig, world_size: int) -> None:

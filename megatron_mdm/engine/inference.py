@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from megatron_mdm.models.cache import Window
 from megatron_mdm.models.stages import MaskedDiffusionModel, Packet, RowStatistics
 from megatron_mdm.parallel import platform
 
@@ -22,5 +23,7 @@ class InferenceEngine:
         return [self.model(packet.to_device())[1] for packet in packets]
 
     @torch.no_grad()
-    def logits(self, packet: Packet) -> Tensor:
-        return self.model(packet.to_device(), want_logits=True)
+    def logits(self, packet: Packet, window: Window | None = None) -> Tensor:
+        """Engine.logits. window: the packet's tokens are those at its positions; their keys and values are kept in its
+        cache, and the cache's others take part."""
+        return self.model(packet.to_device(), want_logits=True, window=window and window.to_device())

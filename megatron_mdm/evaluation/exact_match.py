@@ -9,7 +9,8 @@ from megatron_mdm.config.errors import UserError
 from megatron_mdm.data.sft import encode_prompt, prompt_and_response, read_records
 from megatron_mdm.data.tokenizer import Tokenizer
 from megatron_mdm.evaluation.tasks import Task
-from megatron_mdm.generation.sampler import GenerationConfig, LogitsEngine, SpecialIds, generate
+from megatron_mdm.generation.generate import generate
+from megatron_mdm.generation.settings import GenerationConfig, LogitsEngine, SpecialIds
 from megatron_mdm.parallel.groups import ParallelContext
 
 WILSON_Z = 1.96  # 95 % interval
@@ -38,11 +39,12 @@ def evaluate_exact_match(
     tokenizer: Tokenizer,
     config: GenerationConfig,
     context: ParallelContext,
+    method: str = "masked",
 ) -> dict[str, Any]:
-    """Score and samples, JSON-able, the same on every rank. Collective."""
+    """Score and samples, JSON-able, the same on every rank. Collective. method: the model's training method."""
     prompts = [encode_prompt(prompt, tokenizer) for prompt, _ in questions]
-    special = SpecialIds(tokenizer.mask_id, tokenizer.pad_id)
-    responses = generate(engine, prompts, config, special, context)
+    special = SpecialIds(tokenizer.mask_id, tokenizer.pad_id, tokenizer.eos_id)
+    responses = generate(engine, prompts, config, special, context, method)
     samples = []
     for (prompt, answer), response in zip(questions, responses):
         text = tokenizer.decode(response)

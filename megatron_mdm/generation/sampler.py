@@ -1,82 +1,16 @@
-"""Semi-autoregressive denoising in blocks (LLaDA's sampler), batched, on any number of data-parallel ranks."""
+"""Semi-autoregressive denoising in blocks (LLaDA's sampler), batched."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
 
 import torch
-from pydantic import model_validator
 from torch import Tensor
 
-from megatron_mdm.config.schema import Section
 from megatron_mdm.diffusion.randomness import Purpose, stream
 from megatron_mdm.engine.packets import logits_packet
 from megatron_mdm.generation.remask import REMASKING, gumbel_argmax, tokens_per_step
-from megatron_mdm.models.stages import Packet
-from megatron_mdm.parallel.collectives import gather_objects
-from megatron_mdm.parallel.groups import ParallelContext
-from megatron_mdm.parallel.progress import progress_bar
-
-
-class LogitsEngine(Protocol):
-    def logits(self, packet: Packet) -> Tensor: ...
-
-
-class GenerationConfig(Section):
-    gen_length: int = 128  # response tokens
-    block_length: int = 32  # blocks are finished left to right
-    steps: int = 128  # denoising steps in all, shared evenly by the blocks
-    temperature: float = 0.0
-    remasking: str = "low_confidence"
-    batch_size: int = 16  # prompts per forward pass and data-parallel rank
-    seed: int = 0
-
-    @model_validator(mode="after")
-    def _divisible(self) -> GenerationConfig:
-        if self.gen_length <= 0 or self.block_length <= 0 or self.gen_length % self.block_length:
-            raise ValueError(f"gen_length {self.gen_length} must be a multiple of block_length {self.block_length}")
-        if self.steps <= 0 or self.steps % (self.gen_length // self.block_length):
-            raise ValueError(
-                f"steps {self.steps} must be a multiple of the {self.gen_length // self.block_length} blocks"
-            )
-        if self.remasking not in REMASKING:
-            raise ValueError(f"remasking must be one of {', '.join(REMASKING)}")
-        return self
-
-
-class SpecialIds(NamedTuple):
-    mask: int
-    pad: int
-
-
-def generate(
-    engine: LogitsEngine,
-    prompts: Sequence[Sequence[int]],
-    config: GenerationConfig,
-    special: SpecialIds,
-    context: ParallelContext,
-) -> list[list[int]]:
-    """Responses of gen_length token ids, one per prompt, in order, on every rank. Collective.
-
-    Prompts are sorted by length into batches; each row holds its prompt, its response and padding on the right that
-    attention does not see, so a prompt's response does not depend on its batch.
-    """
-    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
-    batches = [order[start : start + config.batch_size] for start in range(0, len(order), config.batch_size)]
-    ranks = context.layout.data
-    mine: dict[int, list[int]] = {}
-    turns = range(-(-len(batches) // ranks))
-    for turn in progress_bar(turns, desc="generate", unit="batch", enabled=context.is_main):
-        index = turn * ranks + context.data_rank
-        batch = batches[min(index, len(batches) - 1)]  # ranks without work repeat the last batch, to keep step
-        responses = denoise(engine, [prompts[row] for row in batch], batch, config, special)
-        if index < len(batches):
-            mine.update(zip(batch, responses.tolist()))
-    everyone: dict[int, list[int]] = {}
-    for share in gather_objects(mine, context):
-        everyone.update(share)  # type: ignore[call-overload]
-    return [everyone[index] for index in range(len(prompts))]
+from megatron_mdm.generation.settings import GenerationConfig, LogitsEngine, SpecialIds
 
 
 def denoise(
@@ -85,8 +19,11 @@ def denoise(
     prompt_ids: Sequence[int],
     config: GenerationConfig,
     special: SpecialIds,
-) -> Tensor:
-    """One batch: response ids [R, gen_length]. Randomness is a function of (seed, prompt id, step)."""
+) -> list[list[int]]:
+    """One batch: responses of gen_length ids. Randomness is a function of (seed, prompt id, step).
+
+    Each row holds its prompt, its response and padding on the right that attention does not see.
+    """
     starts = torch.tensor([len(prompt) for prompt in prompts])
     tokens = torch.full((len(prompts), int(starts.max()) + config.gen_length), special.pad)
     for row, prompt in enumerate(prompts):
@@ -101,7 +38,7 @@ def denoise(
             if num_commit:
                 _commit(engine, tokens, lengths, places, num_commit, step, prompt_ids, config, special)
             step += 1
-    return tokens.gather(1, starts[:, None] + torch.arange(config.gen_length))
+    return tokens.gather(1, starts[:, None] + torch.arange(config.gen_length)).tolist()
 
 
 def _commit(engine, tokens, lengths, places, num_commit, step, prompt_ids, config, special):

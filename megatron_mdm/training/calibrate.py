@@ -28,7 +28,7 @@ from megatron_mdm.diffusion.objective import NORMALIZATIONS, GlobalBatch
 from megatron_mdm.diffusion.randomness import Purpose, stream
 from megatron_mdm.diffusion.t_samplers import TabulatedSampler
 from megatron_mdm.engine.packets import loss_packet
-from megatron_mdm.generation.sampler import SpecialIds
+from megatron_mdm.generation.settings import SpecialIds
 from megatron_mdm.models.stages import Packet, RowStatistics
 from megatron_mdm.parallel.collectives import fill_from_data_ranks
 from megatron_mdm.parallel.groups import ParallelContext

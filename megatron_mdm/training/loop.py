@@ -12,6 +12,7 @@ import torch
 
 from megatron_mdm.config.schema import RunConfig
 from megatron_mdm.data.loader import LocalBatch, TrainLoader
+from megatron_mdm.diffusion.autoregressive import NextTokens
 from megatron_mdm.diffusion.mask_schedule import Floats
 from megatron_mdm.diffusion.noiser import Noiser
 from megatron_mdm.diffusion.objective import NORMALIZATIONS
@@ -53,7 +54,7 @@ class Trainer:
     config: RunConfig
     context: ParallelContext
     loader: TrainLoader
-    noiser: Noiser
+    noiser: Noiser | NextTokens  # clean micro-batches → what is scored where
     engine: Engine
     num_steps: int
 

@@ -16,12 +16,13 @@ from megatron_mdm.config.files import write_atomically, write_json
 from megatron_mdm.config.load import dump_config
 from megatron_mdm.config.schema import RunConfig
 from megatron_mdm.data.loader import TrainLoader
+from megatron_mdm.diffusion.autoregressive import NextTokens
 from megatron_mdm.diffusion.mask_schedule import MaskSchedule
 from megatron_mdm.diffusion.masking import MASKING_RULES
 from megatron_mdm.diffusion.noiser import Noiser
 from megatron_mdm.diffusion.t_samplers import CALIBRATED_SAMPLERS, T_SAMPLERS, number_of_strata
 from megatron_mdm.engine.base import Engine
-from megatron_mdm.evaluation.validation import FixedGridValidation
+from megatron_mdm.evaluation.validation import VALIDATIONS
 from megatron_mdm.parallel.collectives import barrier
 from megatron_mdm.parallel.groups import ParallelContext
 from megatron_mdm.reports.plots import calibration_figure, save_figure, training_figure
@@ -136,16 +137,19 @@ def build_trainer(
     """Loader, noise and engine put together; artifact: the calibration, where the sampler needs one."""
     diffusion, global_size = config.diffusion, config.batch.global_size
     density = np.array(artifact["cell_density"]) if artifact else None
-    noiser = Noiser(
-        schedule=MaskSchedule(diffusion.epsilon),
-        sampler=T_SAMPLERS[diffusion.sampler](density),
-        rule=MASKING_RULES[diffusion.masking],
-        views=diffusion.views,
-        num_strata=number_of_strata(diffusion.strata, global_size),
-        global_size=global_size,
-        mask_id=data.tokenizer.mask_id,
-        seed=config.seed,
-    )
+    if diffusion.method == "autoregressive":
+        noiser: Noiser | NextTokens = NextTokens(global_size)
+    else:
+        noiser = Noiser(
+            schedule=MaskSchedule(diffusion.epsilon),
+            sampler=T_SAMPLERS[diffusion.sampler](density),
+            rule=MASKING_RULES[diffusion.masking],
+            views=diffusion.views,
+            num_strata=number_of_strata(diffusion.strata, global_size),
+            global_size=global_size,
+            mask_id=data.tokenizer.mask_id,
+            seed=config.seed,
+        )
     loader = TrainLoader(
         data.train,
         global_size=global_size,
@@ -164,7 +168,7 @@ def _hooks(
     config, context = trainer.config, trainer.context
     hooks: list[Hook] = [Log(config, metrics, state, trainer.num_steps, context.is_main)]
     if config.evaluation.every and data.validation is not None:
-        validation = FixedGridValidation(
+        validation = VALIDATIONS[config.diffusion.method](
             data.validation,
             num_samples=config.evaluation.num_samples,
             num_times=config.evaluation.num_times,

@@ -10,7 +10,8 @@ import torch
 
 from megatron_mdm.config.schema import ParallelConfig
 from megatron_mdm.generation.remask import REMASKING, gumbel_argmax, tokens_per_step
-from megatron_mdm.generation.sampler import GenerationConfig, SpecialIds, denoise
+from megatron_mdm.generation.sampler import denoise
+from megatron_mdm.generation.settings import GenerationConfig, SpecialIds
 from megatron_mdm.models.stages import Packet
 from tests.ranks import run_ranks
 from tests.small import MASK, PAD, VOCAB, small_model
@@ -37,7 +38,7 @@ def test_blocks_are_finished_left_to_right_and_the_most_confident_first() -> Non
     config = GenerationConfig(gen_length=8, block_length=4, steps=4)
     responses = denoise(engine, PROMPTS[:2], [0, 1], config, SPECIAL)
     starts = [3, 2]
-    assert responses.tolist() == [[2 + start + i for i in range(8)] for start in starts]
+    assert responses == [[2 + start + i for i in range(8)] for start in starts]
     masked = [packet.selected.sum(1).tolist() for packet in engine.packets]
     assert masked == [[4, 4], [2, 2], [4, 4], [2, 2]]
     second = engine.packets[1].tokens[0, 3:7] == MASK  # the later, more confident positions were committed first
@@ -64,7 +65,7 @@ def test_gumbel_rule_samples_the_softmax() -> None:
 
 def generated(config: GenerationConfig) -> list[list[int]]:
     from megatron_mdm.engine.inference import InferenceEngine
-    from megatron_mdm.generation.sampler import generate
+    from megatron_mdm.generation.generate import generate
     from megatron_mdm.models.stages import build_model
     from megatron_mdm.parallel.groups import initialize, world_size_from_environment
 

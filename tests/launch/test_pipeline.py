@@ -105,6 +105,22 @@ def test_generate(folder: Path, trained: Path) -> None:
     assert all(record.keys() == {"prompt", "response"} for record in records)
 
 
+def test_autoregressive_baseline(folder: Path) -> None:
+    """The same programs train, score and answer with it."""
+    target = folder / "autoregressive"
+    method = ["diffusion.method=autoregressive", "diffusion.sampler=uniform", "diffusion.views=1"]
+    overrides = [f"checkpoint.directory={target}", *method, "diffusion.strata=none"]
+    run("launch/train.py", "--config", str(folder / "config.yaml"), *overrides, "schedule.epochs=0.25")
+    records = [json.loads(line) for line in (target / "metrics.jsonl").read_text().splitlines()]
+    assert records[-1]["validation_loss"] < records[0]["loss"]
+    length = ["gen_length=16", "block_length=8", "steps=8", "batch_size=8"]
+    run("launch/evaluate.py", "--run-dir", str(target), "--data", str(folder / "test.jsonl"), *length, ranks=2)
+    assert json.loads((target / "evaluation.json").read_text())["num_questions"] == 12
+    prompts = ["--prompts", str(folder / "test.jsonl"), "--output", str(folder / "autoregressive.jsonl")]
+    run("launch/generate.py", "--run-dir", str(target), *prompts, *length, "--tensor", "2", ranks=2)
+    assert len((folder / "autoregressive.jsonl").read_text().splitlines()) == 12
+
+
 def test_calibration_alone_equals_that_of_training(folder: Path, trained: Path) -> None:
     output = folder / "alone.json"
     run("launch/calibrate.py", "--config", str(folder / "config.yaml"), "--output", str(output), "precision.dtype=fp32")
