@@ -47,7 +47,7 @@ def evaluate_exact_match(
     responses = generate(engine, prompts, config, special, context, method)
     samples = []
     for (prompt, answer), response in zip(questions, responses):
-        text = tokenizer.decode(response)
+        text = tokenizer.decode(response.tokens)
         predicted = task.extract(text)
         samples.append(
             {"prompt": prompt, "response": text, "predicted": predicted, "answer": answer, "right": predicted == answer}

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -12,22 +11,18 @@ from megatron_mdm.config.errors import UserError
 from megatron_mdm.diffusion.randomness import Purpose, stream
 from megatron_mdm.engine.packets import logits_packet
 from megatron_mdm.generation.remask import gumbel_argmax
-from megatron_mdm.generation.settings import GenerationConfig, SpecialIds
+from megatron_mdm.generation.settings import GenerationConfig, LogitsEngine, Response, SpecialIds
 from megatron_mdm.models.cache import KeyValueCache, Window
-from megatron_mdm.models.stages import Packet
-
-
-class CachingEngine(Protocol):
-    def logits(self, packet: Packet, window: Window | None = None) -> Tensor: ...
 
 
 def decode_greedily(
-    engine: CachingEngine,
+    engine: LogitsEngine,
     prompts: Sequence[Sequence[int]],
     prompt_ids: Sequence[int],
     config: GenerationConfig,
     special: SpecialIds,
-) -> list[list[int]]:
+    watch: Callable[[Tensor], None] | None = None,
+) -> list[Response]:
     """One batch: each response ends with its first eos or after gen_length tokens.
 
     The prompts are read in one forward pass; then each pass computes one position of every row, whose place differs
@@ -48,16 +43,19 @@ def decode_greedily(
     running = torch.ones(num_rows, dtype=torch.bool)
     for step in range(config.gen_length):
         window = Window(cache, positions, lengths + step)
-        logits = engine.logits(logits_packet(tokens, lengths, last), window).float().cpu()
+        logits = engine.logits(logits_packet(tokens, lengths, last), window).float()
         logits[:, special.mask] = float("-inf")  # a mask is no answer
-        chosen = gumbel_argmax(logits, config.temperature, _uniforms(prompt_ids, step, logits.shape[1], config))
+        chosen = gumbel_argmax(logits, config.temperature, _uniforms(prompt_ids, step, logits.shape[1], config)).cpu()
         responses[:, step] = torch.where(running, chosen, special.eos)
+        if watch:
+            watch(responses)
         running &= chosen != special.eos
         if not running.any():
             break
         tokens, last = responses[:, step, None], torch.ones(num_rows, 1, dtype=torch.bool)
         positions = (lengths + step)[:, None]
-    return [_up_to_eos(response, special.eos) for response in responses.tolist()]
+    kept = [_up_to_eos(response, special.eos) for response in responses.tolist()]
+    return [Response(response, len(response)) for response in kept]
 
 
 def _up_to_eos(response: list[int], eos: int) -> list[int]:

@@ -51,7 +51,9 @@ def decoded(special: SpecialIds, batch_size: int, temperature: float = 0.0) -> l
     config = GenerationConfig(
         gen_length=LENGTH, block_length=LENGTH, steps=LENGTH, batch_size=batch_size, temperature=temperature
     )
-    return generate(engine, PROMPTS, config, special, context, "autoregressive")
+    responses = generate(engine, PROMPTS, config, special, context, "autoregressive")
+    assert all(response.steps == len(response.tokens) for response in responses)
+    return [response.tokens for response in responses]
 
 
 @pytest.fixture(scope="module")
