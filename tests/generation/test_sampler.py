@@ -12,6 +12,7 @@ from megatron_mdm.config.schema import ParallelConfig
 from megatron_mdm.generation.remask import COMMIT_SCHEDULES, REMASKING, cosine, gumbel_argmax, linear
 from megatron_mdm.generation.sampler import denoise
 from megatron_mdm.generation.settings import GenerationConfig, SpecialIds
+from megatron_mdm.models.cache import Window
 from megatron_mdm.models.stages import Packet
 from tests.ranks import run_ranks
 from tests.small import EOS, MASK, PAD, VOCAB, small_model
@@ -26,9 +27,10 @@ class Recorder:
     def __init__(self) -> None:
         self.packets: list[Packet] = []
 
-    def logits(self, packet: Packet) -> torch.Tensor:
+    def logits(self, packet: Packet, window: Window | None = None) -> torch.Tensor:
         self.packets.append(packet._replace(tokens=packet.tokens.clone()))
-        position = packet.selected.nonzero()[:, 1]
+        places = torch.arange(packet.tokens.shape[1]).expand_as(packet.tokens) if window is None else window.positions
+        position = places[packet.selected]
         logits = torch.zeros(len(position), VOCAB)
         return logits.scatter_(1, (2 + position)[:, None], 1.0 + position[:, None].float())
 
@@ -76,11 +78,12 @@ def test_cosine_schedule() -> None:
     assert cosine(16, 4) == [2, 3, 5, 6]
 
 
-def generated(config: GenerationConfig, tensor: int = 1, pipeline: int = 1) -> list[list[int]]:
+def generated(configs: list[GenerationConfig], tensor: int = 1, pipeline: int = 1) -> list[list[list[int]]]:
+    """Of each setting, the responses to all prompts."""
     from megatron_mdm.generation.generate import generate
 
     engine, context = built_engine(tensor, pipeline)
-    return [response.tokens for response in generate(engine, PROMPTS, config, SPECIAL, context)]
+    return [[response.tokens for response in generate(engine, PROMPTS, config, SPECIAL, context)] for config in configs]
 
 
 def built_engine(tensor: int, pipeline: int):
@@ -107,18 +110,34 @@ SETTINGS: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize("changes", SETTINGS, ids=str)
-def test_responses_depend_neither_on_batch_nor_on_ranks(changes: dict[str, Any]) -> None:
-    def config(batch_size: int) -> GenerationConfig:
-        return GenerationConfig(gen_length=8, block_length=4, steps=8, batch_size=batch_size, **changes)
+def settings(batch_size: int) -> list[GenerationConfig]:
+    common = {"gen_length": 8, "block_length": 4, "steps": 8, "batch_size": batch_size}
+    return [GenerationConfig(**common, **changes) for changes in SETTINGS]
 
-    alone = run_ranks(generated, 1, config(1))[0]
-    assert all(len(response) == 8 and MASK not in response for response in alone)
-    assert run_ranks(generated, 1, config(4))[0] == alone
-    for responses in run_ranks(generated, 4, config(3), 2):  # tensor 2 × data 2
-        assert responses == alone
-    for responses in run_ranks(generated, 2, config(2), 1, 2):  # a pipeline
-        assert responses == alone
+
+@pytest.fixture(scope="module")
+def alone() -> list[list[list[int]]]:
+    return run_ranks(generated, 1, settings(1))[0]
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "num_ranks", "tensor", "pipeline"), [(4, 1, 1, 1), (3, 4, 2, 1), (2, 2, 1, 2), (4, 4, 2, 2)]
+)
+def test_responses_depend_neither_on_batch_nor_on_ranks(
+    batch_size: int, num_ranks: int, tensor: int, pipeline: int, alone: list[list[list[int]]]
+) -> None:
+    for results in run_ranks(generated, num_ranks, settings(batch_size), tensor, pipeline):
+        for changes, responses, expected in zip(SETTINGS, results, alone):
+            assert responses == expected, changes
+            assert all(len(response) == 8 and MASK not in response for response in responses)
+
+
+def test_cache_of_an_empty_prompt() -> None:
+    """It has no place before its first block."""
+    engine = Recorder()
+    config = GenerationConfig(gen_length=8, block_length=4, steps=8, cache="prefix")
+    responses = denoise(engine, [[], [5, 6]], [0, 1], config, SPECIAL)
+    assert [response.tokens for response in responses] == [list(range(2, 10)), list(range(4, 12))]
 
 
 def test_every_remasking_rule_is_known() -> None:

@@ -13,8 +13,8 @@ from tests.ranks import run_ranks
 from tests.small import small_model
 
 
-def llama_logits(model: ModelConfig, parameters: dict[str, torch.Tensor], tokens: torch.Tensor) -> torch.Tensor:
-    """transformers' LlamaForCausalLM with our weights, with the model's kind of attention. [R, S, V]"""
+def llama_of(model: ModelConfig, parameters: dict[str, torch.Tensor]) -> Any:
+    """transformers' LlamaForCausalLM with our weights."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     head_dim = model.hidden_size // model.num_heads
@@ -54,6 +54,11 @@ def llama_logits(model: ModelConfig, parameters: dict[str, torch.Tensor], tokens
             f"{theirs}post_attention_layernorm.weight": parameters[ours + "pre_mlp_layernorm.weight"],
         }
     llama.load_state_dict(state)
+    return llama
+
+
+def llama_logits(model: ModelConfig, llama: Any, tokens: torch.Tensor) -> torch.Tensor:
+    """[R, S, V], with the model's kind of attention."""
     everything = torch.zeros(len(tokens), 1, tokens.shape[1], tokens.shape[1])
     with torch.no_grad():
         return llama(tokens, attention_mask=everything if model.attention == "bidirectional" else None).logits
@@ -96,7 +101,7 @@ def test_equals_llama(changes: dict[str, Any]) -> None:
     model = small_model(init_std=0.2, **changes)
     ours = run_ranks(our_logits, 1, model)[0]
     parameters = {name: torch.from_numpy(value) for name, value in ours["parameters"].items()}
-    expected = llama_logits(model, parameters, torch.from_numpy(ours["tokens"])).flatten(0, 1).numpy()
+    expected = llama_logits(model, llama_of(model, parameters), torch.from_numpy(ours["tokens"])).flatten(0, 1).numpy()
     np.testing.assert_allclose(ours["logits"], expected, rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(ours["with_padding"], ours["logits"], rtol=1e-5, atol=1e-5)
 
