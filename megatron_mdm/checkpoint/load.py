@@ -65,10 +65,10 @@ def load_for_inference(
     if context.layout.pipeline > 1:
         stages = build_stages(config.model, config.parallel, context, config.seed, config.data.max_length)
         read_weights(stages, reader, config.model, context)
-        return PipelinedInferenceEngine(stages, config.model, dtype, context)
+        return PipelinedInferenceEngine(stages, config.model, dtype, context, checkpoint.name)
     model = build_model(config.model, config.parallel, context, config.seed)
     read_weights(model, reader, config.model, context)
-    return InferenceEngine(model, dtype)
+    return InferenceEngine(model, dtype, checkpoint.name)
 
 
 def read_weights(module: nn.Module, reader: TensorReader, model: ModelConfig, context: ParallelContext) -> None:

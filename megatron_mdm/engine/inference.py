@@ -30,7 +30,9 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 class InferenceEngine:
     """The forward half of engine.base.Engine, with the model whole on every data-parallel rank."""
 
-    def __init__(self, model: MaskedDiffusionModel, dtype: str) -> None:
+    def __init__(self, model: MaskedDiffusionModel, dtype: str, source: str = "") -> None:
+        """source: the name of the checkpoint that the weights are from."""
+        self.source = source
         self.model = model.to(device=platform.device(), dtype=DTYPES[dtype]).eval()
 
     @torch.no_grad()
@@ -48,7 +50,10 @@ class PipelinedInferenceEngine:
     """The same over pipeline ranks, each with its stages and their part of a cache. Every pipeline rank is given the
     same packets and gets the same answers."""
 
-    def __init__(self, stages: nn.ModuleDict, model: ModelConfig, dtype: str, context: ParallelContext) -> None:
+    def __init__(
+        self, stages: nn.ModuleDict, model: ModelConfig, dtype: str, context: ParallelContext, source: str = ""
+    ) -> None:
+        self.source = source
         self.stages = stages.to(device=platform.device(), dtype=DTYPES[dtype]).eval()
         self.model, self.dtype, self.context = model, DTYPES[dtype], context
         neighbour = context.layout.tensor * context.layout.data

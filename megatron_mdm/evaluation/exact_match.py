@@ -20,7 +20,7 @@ def read_questions(path: str, task: Task, limit: int) -> list[tuple[str, str]]:
     """(prompt, final answer) of the first `limit` records (0: all). Raises UserError where a reference has none."""
     questions = []
     for where, record in read_records(path):
-        prompt, response = prompt_and_response(record, where)
+        prompt, response = task.question(record) or prompt_and_response(record, where)
         answer = task.extract(response)
         if answer is None:
             raise UserError(f"{where}: the reference has no final answer of this task's form")
@@ -50,7 +50,14 @@ def evaluate_exact_match(
         text = tokenizer.decode(response.tokens)
         predicted = task.extract(text)
         samples.append(
-            {"prompt": prompt, "response": text, "predicted": predicted, "answer": answer, "right": predicted == answer}
+            {
+                "prompt": prompt,
+                "response": text,
+                "predicted": predicted,
+                "answer": answer,
+                "right": predicted is not None and task.same(predicted, answer),
+                "steps": response.steps,
+            }
         )
     right = sum(sample["right"] for sample in samples)
     return {
@@ -58,6 +65,7 @@ def evaluate_exact_match(
         "interval": wilson_interval(right, len(samples)),
         "num_right": right,
         "num_questions": len(samples),
+        "mean_steps": sum(sample["steps"] for sample in samples) / len(samples),
         "generation": config.model_dump(mode="json"),
         "samples": samples,
     }

@@ -102,7 +102,47 @@ def test_generate(folder: Path, trained: Path) -> None:
     run("launch/generate.py", *arguments, "gen_length=16", "steps=4", "block_length=8", ranks=2)
     records = [json.loads(line) for line in output.read_text().splitlines()]
     assert len(records) == 12
-    assert all(record.keys() == {"prompt", "response"} for record in records)
+    assert all(record.keys() == {"prompt", "response", "steps"} for record in records)
+
+
+def test_generation_goes_on_where_it_was_interrupted(folder: Path, trained: Path) -> None:
+    whole, output = folder / "whole.jsonl", folder / "interrupted.jsonl"
+    arguments = ["--run-dir", str(trained), "--prompts", str(folder / "test.jsonl")]
+    settings = ["gen_length=16", "steps=4", "block_length=8", "batch_size=2", "temperature=0.5"]
+    run("launch/generate.py", *arguments, "--output", str(whole), *settings)
+    broken = output.with_name(output.name + ".partial")
+    output.mkdir()  # so that the job cannot finish its file
+    assert run_program_ranks("launch/generate.py", [*arguments, "--output", str(output), *settings])[0].exit_code == 1
+    output.rmdir()
+    # As a killed job leaves it: some rows, and a line that was being written. One answer is marked.
+    header, first, *_ = broken.read_text().splitlines()
+    marked = {**json.loads(first), "response": "kept"}
+    broken.write_text("\n".join([header, json.dumps(marked), '{"row": 9, "resp']))
+    refused = run_program_ranks("launch/generate.py", [*arguments, "--output", str(output), *settings[:-1]])[0]
+    assert refused.exit_code == 1
+    assert "begun with temperature = 0.5, not 0.0" in refused.stderr
+    assert "1 responses are there already" in run(
+        "launch/generate.py", *arguments, "--output", str(output), *settings, "--tensor", "2", ranks=2
+    )
+    assert not broken.exists()
+    expected = [json.loads(line) for line in whole.read_text().splitlines()]
+    expected[marked["row"]]["response"] = "kept"
+    assert [json.loads(line) for line in output.read_text().splitlines()] == expected
+
+
+def test_evaluate_likelihoods(folder: Path, trained: Path) -> None:
+    settings = ["num_times=4", "num_repeats=2"]
+    arguments = ["--run-dir", str(trained), "--data", str(folder / "test.jsonl"), "--task", "perplexity", *settings]
+    assert "perplexity: at most" in run("launch/evaluate.py", *arguments, ranks=2)
+    result = json.loads((trained / "perplexity.json").read_text())
+    assert result["num_samples"] == 12
+    assert 0.0 < result["standard_error"] < result["nats_per_token"]
+    choices = [{"prompt": "2 + 3", "choices": ["5", "many apples"], "answer": 0}] * 3
+    (folder / "choices.jsonl").write_text("".join(json.dumps(record) + "\n" for record in choices))
+    arguments = ["--run-dir", str(trained), "--data", str(folder / "choices.jsonl"), "--task", "multiple_choice"]
+    assert "accuracy: " in run("launch/evaluate.py", *arguments, *settings, "--pipeline", "1", ranks=2)
+    assert json.loads((trained / "multiple_choice.json").read_text())["num_questions"] == 3
+    assert len((trained / "multiple_choice_samples.jsonl").read_text().splitlines()) == 3
 
 
 def test_autoregressive_baseline(folder: Path) -> None:
