@@ -3,8 +3,8 @@
 python tools/benchmark_generation.py --run-dir runs/quickstart --data runs/quickstart_data/test.jsonl \\
     gen_length=16 block_length=8 steps=16 batch_size=64
 
-Prints for each way the exact-match score, the share of responses equal to exact decoding's, forward passes an answer, and
-the speed-up over exact decoding: the ratio of the medians of its seconds. One process.
+Prints for each way the exact-match score, the share of responses equal to exact decoding's, forward passes an answer,
+and the speed-up over exact decoding: the ratio of the medians of seconds. One process.
 """
 
 import argparse
