@@ -23,8 +23,8 @@ OWNED_DEEPSPEED_KEYS = {
 
 def validate(config: RunConfig, world_size: int) -> None:
     """Check a configuration against itself and the number of ranks. Raises UserError with the remedy."""
-    _check_parallel(config, world_size)
-    _check_model(config)
+    validate_layout(config, world_size)
+    _check_parallel(config)
     _check_method(config)
     _check_batch(config, world_size)
     _check_data(config)
@@ -33,6 +33,19 @@ def validate(config: RunConfig, world_size: int) -> None:
         value = config.deepspeed.get(tree)
         if value is not None and (not rest or (isinstance(value, dict) and rest[0] in value)):
             raise UserError(f"'deepspeed.{key}' is set by the section '{section}'; remove it from 'deepspeed'")
+
+
+def validate_layout(config: RunConfig, world_size: int) -> None:
+    """The part of it that concerns forward passes, too: how the model is split over the ranks."""
+    model, parallel = config.model, config.parallel
+    if parallel.pipeline > model.num_layers:
+        raise UserError(f"'parallel.pipeline' {parallel.pipeline} exceeds the {model.num_layers} 'model.num_layers'")
+    if world_size % (parallel.tensor * parallel.pipeline):
+        raise UserError(
+            f"'parallel.tensor' × 'parallel.pipeline' = {parallel.tensor * parallel.pipeline} does not divide the "
+            f"{world_size} ranks that were started"
+        )
+    _check_model(config)
 
 
 def data_parallel_size(config: RunConfig, world_size: int) -> int:
@@ -45,16 +58,12 @@ def accumulation_steps(config: RunConfig, world_size: int) -> int:
     return config.batch.global_size // (config.batch.micro_size * data_parallel_size(config, world_size))
 
 
-def _check_parallel(config: RunConfig, world_size: int) -> None:
+def _check_parallel(config: RunConfig) -> None:
     parallel = config.parallel
     if parallel.pipeline > 1 and parallel.zero > 1:
         raise UserError(
             f"'parallel.zero' {parallel.zero} cannot be combined with 'parallel.pipeline' {parallel.pipeline}: a "
             "pipeline keeps gradients until its last micro-batch, so they cannot be partitioned; use ZeRO 0 or 1"
-        )
-    if parallel.pipeline > config.model.num_layers:
-        raise UserError(
-            f"'parallel.pipeline' {parallel.pipeline} exceeds the {config.model.num_layers} 'model.num_layers'"
         )
     if parallel.sequence and parallel.tensor == 1:
         raise UserError("'parallel.sequence' splits over the tensor-parallel ranks; it needs 'parallel.tensor' > 1")
@@ -68,11 +77,6 @@ def _check_parallel(config: RunConfig, world_size: int) -> None:
         raise UserError(
             "'precision.gradients' fp32 cannot be combined with 'parallel.pipeline' in bf16: DeepSpeed's optimizer for "
             "it clears the last stage's gradients too early; use model"
-        )
-    if world_size % (parallel.tensor * parallel.pipeline):
-        raise UserError(
-            f"'parallel.tensor' × 'parallel.pipeline' = {parallel.tensor * parallel.pipeline} does not divide the "
-            f"{world_size} ranks that were started"
         )
 
 
