@@ -4,8 +4,8 @@ python tools/benchmark_generation.py --run-dir runs/quickstart --data runs/quick
     gen_length=16 block_length=8 steps=16 batch_size=64
 
 Prints for each way the exact-match score, the share of responses equal to exact decoding's, forward passes an answer,
-and the speed-up over exact decoding: the ratio of the medians of seconds. One process; on a CPU, its own CPU seconds, which
-other processes of the machine disturb less than the clock.
+and the speed-up over exact decoding: the ratio of the medians of seconds. One process; on a CPU its own CPU seconds,
+which other processes of the machine disturb less than the clock.
 """
 
 import argparse
