@@ -28,6 +28,7 @@ def validate(config: RunConfig, world_size: int) -> None:
     _check_method(config)
     _check_batch(config, world_size)
     _check_data(config)
+    _check_diffusion(config)
     for key, section in OWNED_DEEPSPEED_KEYS.items():
         tree, *rest = key.split(".")
         value = config.deepspeed.get(tree)
@@ -143,3 +144,24 @@ def _check_data(config: RunConfig) -> None:
         raise UserError("'evaluation.patience' needs 'evaluation.every'")
     if data.validation and data.validation_fraction:
         raise UserError("set either 'data.validation' or 'data.validation_fraction', not both")
+
+
+def _check_diffusion(config: RunConfig) -> None:
+    diffusion = config.diffusion
+    if diffusion.sampler == "clipped" and diffusion.clipping.bounds == "adaptive" and not config.evaluation.every:
+        raise UserError(
+            "'diffusion.clipping.bounds' adaptive chooses its interval at validations; set 'evaluation.every'"
+        )
+    if diffusion.calibration.refit_every and diffusion.sampler != "ppots":
+        raise UserError("'diffusion.calibration.refit_every' needs 'diffusion.sampler' ppots")
+
+
+def warnings(config: RunConfig) -> list[str]:
+    """Combinations that are allowed but that the paper advises against, one line each."""
+    found = []
+    if config.diffusion.ema.enabled and config.diffusion.strata != "none":
+        found.append(
+            "'diffusion.ema' with 'diffusion.strata': the paper advises against the two together, since stratified t "
+            "leaves the control variate little to explain"
+        )
+    return found

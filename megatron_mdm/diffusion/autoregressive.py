@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_mdm.diffusion.mask_schedule import Floats
+from megatron_mdm.diffusion.mask_schedule import Floats, MaskSchedule
+from megatron_mdm.diffusion.masking import MASKING_RULES, MaskDesign
 from megatron_mdm.diffusion.noiser import CleanBatch, NoisedBatch
 
 
@@ -17,6 +18,7 @@ class NextTokens:
     training logs is the data's (C of the decomposition)."""
 
     views = 1
+    design = MaskDesign(MASKING_RULES["bernoulli"], MaskSchedule(1e-3))  # at t = 1, it masks what it predicts: q = 1
 
     def __init__(self, global_size: int) -> None:
         self.global_size = global_size

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 import torch
 import torch.distributed as dist
@@ -36,8 +37,9 @@ class InferenceEngine:
         self.model = model.to(device=platform.device(), dtype=DTYPES[dtype]).eval()
 
     @torch.no_grad()
-    def evaluate(self, packets: Sequence[Packet]) -> list[RowStatistics]:
-        return [self.model(packet.to_device())[1] for packet in packets]
+    def evaluate(self, packets: Sequence[Packet], row_gradients: bool = False) -> list[RowStatistics]:
+        with self.model[-1].with_row_gradients(row_gradients):
+            return [self.model(packet.to_device())[1] for packet in packets]
 
     @torch.no_grad()
     def logits(self, packet: Packet, window: Window | None = None) -> Tensor:
@@ -62,10 +64,12 @@ class PipelinedInferenceEngine:
         self.is_last = context.pipeline_rank == context.layout.pipeline - 1
 
     @torch.no_grad()
-    def evaluate(self, packets: Sequence[Packet]) -> list[RowStatistics]:
+    def evaluate(self, packets: Sequence[Packet], row_gradients: bool = False) -> list[RowStatistics]:
         """Several packets at once keep the stages busy."""
         packets = [packet.to_device() for packet in packets]
-        answers = [self._run(packet, False, None) for packet in packets]
+        head = next((stage for stage in self.stages.values() if isinstance(stage, Head)), None)
+        with head.with_row_gradients(row_gradients) if head else nullcontext():
+            answers = [self._run(packet, False, None) for packet in packets]
         results = []
         for packet, answer in zip(packets, answers):
             shape = torch.Size((len(RowStatistics._fields), len(packet.tokens)))

@@ -12,6 +12,7 @@ from megatron_mdm.config.errors import UserError
 from megatron_mdm.config.load import flatten
 from megatron_mdm.config.schema import PrecisionConfig, RunConfig
 from megatron_mdm.data.sft import SftDataset, read_sft, split_validation
+from megatron_mdm.data.syntax import add_syntax, mark_delimiters
 from megatron_mdm.data.tokenizer import Tokenizer, load_tokenizer, resolve_vocabulary
 from megatron_mdm.generation.settings import SpecialIds
 from megatron_mdm.models.spec import resolve_kernels
@@ -48,6 +49,7 @@ def resolve(config: RunConfig) -> tuple[RunConfig, RunData]:
         validation = read(data.validation)
     elif data.validation_fraction:
         train, validation = split_validation(train, data.validation_fraction, config.seed)
+    train = mark_delimiters(add_syntax(train, config.diffusion.syrm, tokenizer), config.diffusion.isad, tokenizer)
     if causal:
         _check_next_tokens(train, data.train)
     if config.diffusion.sampler == "ppots" and len(train) < 2:

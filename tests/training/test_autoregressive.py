@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from megatron_mdm.config.errors import UserError
-from megatron_mdm.config.schema import RunConfig
+from megatron_mdm.config.schema import EvaluationConfig, RunConfig
 from megatron_mdm.config.validate import validate
 from megatron_mdm.diffusion.autoregressive import next_tokens
 from megatron_mdm.diffusion.noiser import CleanBatch
@@ -37,14 +37,7 @@ def trained(config: RunConfig) -> dict[str, Any]:
     trainer = run.build_trainer(config, data, engine, None, context)
     steps = [trainer.train_step(step) for step in range(8)]
     validation = VALIDATIONS[config.diffusion.method](
-        data.train,
-        num_samples=7,
-        num_times=3,
-        micro_size=3,
-        schedule=MaskSchedule(1e-3),
-        mask_id=data.tokenizer.mask_id,
-        pad_id=data.tokenizer.pad_id,
-        context=context,
+        data.train, EvaluationConfig(num_samples=7), MaskSchedule(1e-3), data.special_ids, 3, context
     )
     return {
         "losses": [step.loss for step in steps],
