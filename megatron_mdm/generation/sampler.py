@@ -31,7 +31,6 @@ def denoise(
     most = config.block_length if config.threshold else steps_per_block
     for block in range(config.num_blocks):
         places = canvas.block(block)
-        canvas.window_from = -1  # what was cached is out of date
         for step in range(most):
             masked = canvas.tokens.gather(1, places) == special.mask  # [R, block]
             if not masked.any():
@@ -69,7 +68,7 @@ class _Canvas:
         self.steps = torch.zeros(len(prompts), dtype=torch.int64)
         self.copies = 2 if config.cfg_scale else 1
         self.cache = KeyValueCache(self.copies * len(prompts), self.tokens.shape[1])
-        self.window_from = -1  # the block whose cached pass is used; −1: none
+        self.cached_block = -1  # the block whose first pass filled the cache; −1: none yet
 
     def block(self, index: int) -> Tensor:
         """[R, block]: places of a block's positions."""
@@ -97,8 +96,8 @@ class _Canvas:
     def window(self, block: int) -> Window:
         """The first pass of a block computes every position, later ones only what the setting does not re-use. The
         place before the block is among them: a model with shifted logits predicts from it."""
-        if self.window_from != block:
-            self.window_from = block
+        if self.cached_block != block:
+            self.cached_block = block
             positions = torch.arange(self.tokens.shape[1]).expand(len(self.tokens), -1)
         else:
             length = self.config.block_length
