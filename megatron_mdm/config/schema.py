@@ -12,7 +12,7 @@ class Section(BaseModel):
 
 
 class ModelConfig(Section):
-    """A Llama-style bidirectional transformer: RMSNorm, rotary positions, SwiGLU, no biases."""
+    """A Llama-style transformer, by default bidirectional: RMSNorm, rotary positions, SwiGLU, no biases."""
 
     num_layers: int = Field(gt=0)
     hidden_size: int = Field(gt=0)
@@ -28,6 +28,7 @@ class ModelConfig(Section):
     # full: initial weights are the same on every layout; sharded: each tensor-parallel rank draws its part only
     initialization: Literal["full", "sharded"] = "full"
     tie_embeddings: bool = False
+    attention: Literal["bidirectional", "causal"] = "bidirectional"  # causal: what diffusion.method autoregressive sets
     # Kernels of the layers; auto: Transformer Engine where it is installed and there is CUDA, else torch's.
     kernels: Literal["auto", "torch", "transformer_engine"] = "auto"
     fp8: bool = False  # matrix products of the layers in FP8, hybrid recipe; needs Transformer Engine
@@ -126,6 +127,8 @@ class EmaConfig(Section):
 
 
 class DiffusionConfig(Section):
+    # autoregressive: the baseline, the same model trained causally on next tokens; no setting of noise applies to it
+    method: Literal["masked", "autoregressive"] = "masked"
     epsilon: float = Field(default=1e-3, gt=0.0, lt=1.0)  # p_mask(t) = (1 - epsilon) t + epsilon
     sampler: Literal["uniform", "ppots", "clipped"] = "uniform"
     views: Literal[1, 2] = 1  # 2: MIRROR, two complementary masks of each sample

@@ -22,6 +22,7 @@ class Purpose(IntEnum):
     INITIAL_WEIGHTS = 7
     GENERATION = 8
     VARIANCE = 9
+    LIKELIHOOD = 20
 
 
 def stream(seed: int, purpose: Purpose, step: int = 0, index: int = 0) -> np.random.Generator:

@@ -15,7 +15,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayerSubmodul
 
 from megatron_mdm.config.errors import UserError
 from megatron_mdm.config.schema import ModelConfig, ParallelConfig
-from megatron_mdm.models.attention import BidirectionalAttention
+from megatron_mdm.models.attention import CoreAttention
 from megatron_mdm.models.norms import RMSNorm
 from megatron_mdm.parallel import platform
 
@@ -47,28 +47,28 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig) -> Transfor
     )
 
 
-def torch_layers(recompute_attention: bool) -> TransformerLayerSubmodules:
+def torch_layers(recompute_attention: bool, causal: bool) -> TransformerLayerSubmodules:
     """megatron-core's local pre-norm layer, torch's RMSNorm and attention kernels."""
     spec = get_gpt_layer_local_spec(normalization="RMSNorm").submodules
     spec.input_layernorm = spec.pre_mlp_layernorm = RMSNorm
-    return _with_our_attention(spec, recompute_attention)
+    return _with_our_attention(spec, recompute_attention, causal)
 
 
-def transformer_engine_layers(recompute_attention: bool) -> TransformerLayerSubmodules:
+def transformer_engine_layers(recompute_attention: bool, causal: bool) -> TransformerLayerSubmodules:
     """Transformer Engine's fused norm + linear modules. Not run by the authors: it needs CUDA.
 
     Parameter names differ from the torch layers' in the norms; NORM_NAMES translates them for checkpoints.
     """
-    return _with_our_attention(get_gpt_layer_with_transformer_engine_spec().submodules, recompute_attention)
+    return _with_our_attention(get_gpt_layer_with_transformer_engine_spec().submodules, recompute_attention, causal)
 
 
-def _with_our_attention(spec: TransformerLayerSubmodules, recompute: bool) -> TransformerLayerSubmodules:
+def _with_our_attention(spec: TransformerLayerSubmodules, recompute: bool, causal: bool) -> TransformerLayerSubmodules:
     spec.self_attention.params["attn_mask_type"] = AttnMaskType.padding
-    spec.self_attention.submodules.core_attention = partial(BidirectionalAttention, recompute=recompute)
+    spec.self_attention.submodules.core_attention = partial(CoreAttention, recompute=recompute, causal=causal)
     return spec
 
 
-LAYER_SPECS: dict[str, Callable[[bool], TransformerLayerSubmodules]] = {
+LAYER_SPECS: dict[str, Callable[[bool, bool], TransformerLayerSubmodules]] = {
     "torch": torch_layers,
     "transformer_engine": transformer_engine_layers,
 }

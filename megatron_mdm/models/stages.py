@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from megatron_mdm.config.schema import ModelConfig, ParallelConfig
+from megatron_mdm.models.cache import Window
 from megatron_mdm.models.cross_entropy import weighted_cross_entropy
 from megatron_mdm.models.initialize import initialize_weights
 from megatron_mdm.models.norms import RMSNorm
@@ -83,7 +84,7 @@ class Block(nn.Module):
 
     def __init__(self, model: ModelConfig, config: TransformerConfig, index: int, parallel: ParallelConfig) -> None:
         super().__init__()
-        spec = LAYER_SPECS[resolve_kernels(model)](parallel.recompute == "selective")
+        spec = LAYER_SPECS[resolve_kernels(model)](parallel.recompute == "selective", model.attention == "causal")
         self.layer = TransformerLayer(config, spec, layer_number=index + 1)
         self.rotary = RotaryEmbedding(
             kv_channels=config.kv_channels,
@@ -95,9 +96,12 @@ class Block(nn.Module):
         self.sequence_shards = config.tensor_model_parallel_size if config.sequence_parallel else 1
         self.recompute = parallel.recompute == "full" and index % parallel.recompute_interval == 0
 
-    def forward(self, state: StageState) -> StageState:
+    def forward(self, state: StageState, window: Window | None = None) -> StageState:
+        """window: the state holds only these positions; the others' keys and values are in a cache."""
         hidden, lengths = state
-        if self.recompute and torch.is_grad_enabled():
+        if window is not None:
+            hidden = self._windowed_layer(hidden, window)
+        elif self.recompute and torch.is_grad_enabled():
             # There is no dropout, so no random state has to be kept.
             hidden = checkpoint(self._layer, hidden, lengths, use_reentrant=False, preserve_rng_state=False)
         else:
@@ -109,6 +113,11 @@ class Block(nn.Module):
         attention = attention_mask(lengths, length) if lengths.dim() else None
         with get_fp8_context(self.config, self.layer.layer_number - 1):  # does nothing without FP8
             return self.layer(hidden, attention_mask=attention, rotary_pos_emb=self.rotary(length))[0]
+
+    def _windowed_layer(self, hidden: Tensor, window: Window) -> Tensor:
+        rotary = self.rotary(window.cache.width)[window.positions.t()].squeeze(2)  # [S, R, 1, D]
+        with get_fp8_context(self.config, self.layer.layer_number - 1):
+            return self.layer(hidden, attention_mask=window, rotary_pos_emb=rotary)[0]
 
 
 class Head(nn.Module):
@@ -183,11 +192,13 @@ class Head(nn.Module):
 class MaskedDiffusionModel(nn.Sequential):
     """All stages in one process; parameters are named by stage index, as in a pipeline."""
 
-    def forward(self, packet: Packet, want_logits: bool = False) -> tuple[Tensor, RowStatistics] | Tensor:
-        *body, head = self
-        state = (packet.tokens, packet.lengths)
-        for stage in body:
-            state = stage(state)
+    def forward(
+        self, packet: Packet, want_logits: bool = False, window: Window | None = None
+    ) -> tuple[Tensor, RowStatistics] | Tensor:
+        embed, *blocks, head = self
+        state = embed((packet.tokens, packet.lengths))
+        for block in blocks:
+            state = block(state, window)
         return head(state, packet, want_logits)
 
 

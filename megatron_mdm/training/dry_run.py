@@ -49,7 +49,9 @@ def describe(config: RunConfig, world_size: int, num_steps: int) -> str:
             f"model: {num_parameters(config.model) / 1e6:.2f} M parameters, vocabulary {config.model.vocab_size}",
             f"batch: {batch.global_size} samples a step = {batch.micro_size} × {layout.data} ranks × {accumulation} "
             f"micro-batches, {rows} view{'s' * (rows > 1)} each; {num_steps} steps",
-            f"method: t {diffusion.sampler}, strata {diffusion.strata}, masking {diffusion.masking}",
+            "method: autoregressive"
+            if diffusion.method == "autoregressive"
+            else f"method: t {diffusion.sampler}, strata {diffusion.strata}, masking {diffusion.masking}",
             f"memory per rank, GiB (estimate): {sum(memory.values()):.2f} = {parts}",
         ]
     )

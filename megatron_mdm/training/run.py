@@ -16,6 +16,7 @@ from megatron_mdm.config.files import write_atomically, write_json
 from megatron_mdm.config.load import dump_config
 from megatron_mdm.config.schema import RunConfig
 from megatron_mdm.data.loader import TrainLoader
+from megatron_mdm.diffusion.autoregressive import NextTokens
 from megatron_mdm.diffusion.mask_schedule import Floats, MaskSchedule
 from megatron_mdm.diffusion.masking import MaskDesign
 from megatron_mdm.diffusion.noiser import Noiser
@@ -27,7 +28,7 @@ from megatron_mdm.diffusion.t_samplers import (
     number_of_strata,
 )
 from megatron_mdm.engine.base import Engine
-from megatron_mdm.evaluation.validation import FixedGridValidation
+from megatron_mdm.evaluation.validation import VALIDATIONS
 from megatron_mdm.parallel.collectives import barrier
 from megatron_mdm.parallel.groups import ParallelContext
 from megatron_mdm.reports.plots import calibration_figure, save_figure, training_figure
@@ -154,9 +155,11 @@ def build_trainer(
     return Trainer(config, context, loader, noiser, engine, total_steps(config, len(data.train)))
 
 
-def build_noiser(config: RunConfig, cell_density: Floats, mask_id: int) -> Noiser:
+def build_noiser(config: RunConfig, cell_density: Floats, mask_id: int) -> Noiser | NextTokens:
     """The noise that a configuration asks for; cell_density: the calibration's, where the sampler needs one."""
     diffusion, global_size, bounds = config.diffusion, config.batch.global_size, config.diffusion.clipping.bounds
+    if diffusion.method == "autoregressive":
+        return NextTokens(global_size)
     return Noiser(
         design=MaskDesign.of(diffusion),
         sampler=T_SAMPLERS[diffusion.sampler](
@@ -182,7 +185,7 @@ def _hooks(
     if artifact and config.diffusion.calibration.refit_every:
         hooks.append(Refit(calibrator_of(config, data.train), trainer.noiser, artifact, state, metrics))
     if config.evaluation.every and data.validation is not None:
-        validation = FixedGridValidation(
+        validation = VALIDATIONS[config.diffusion.method](
             data.validation,
             config.evaluation,
             MaskSchedule(config.diffusion.epsilon),
