@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron_mdm.config.schema import ModelConfig, RunConfig
-from megatron_mdm.models.stages import padded_vocab_size, stage_costs
+from megatron_mdm.models.parameters import padded_vocab_size, stage_costs
 from megatron_mdm.parallel.layout import Layout, partition
 
 ELEMENT_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}

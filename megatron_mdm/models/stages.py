@@ -22,6 +22,7 @@ from megatron_mdm.config.schema import ModelConfig, ParallelConfig
 from megatron_mdm.models.cross_entropy import weighted_cross_entropy
 from megatron_mdm.models.initialize import initialize_weights
 from megatron_mdm.models.norms import RMSNorm
+from megatron_mdm.models.parameters import padded_vocab_size
 from megatron_mdm.models.sharding import HEAD_NORMS, mark_shards
 from megatron_mdm.models.spec import LAYER_SPECS, resolve_kernels, transformer_config
 from megatron_mdm.parallel import platform
@@ -231,19 +232,3 @@ def _sum_over_group(gradient: Tensor, group: torch.distributed.ProcessGroup) -> 
 def attention_mask(lengths: Tensor, width: int) -> Tensor:
     """[R, 1, 1, S] bool, True at the first lengths[r] positions."""
     return (torch.arange(width, device=lengths.device)[None, :] < lengths[:, None])[:, None, None, :]
-
-
-def padded_vocab_size(model: ModelConfig, degree: int) -> int:
-    """Rows of the vocabulary tables: a multiple of vocab_divisor × tensor-parallel degree."""
-    multiple = model.vocab_divisor * degree
-    return (model.vocab_size + multiple - 1) // multiple * multiple
-
-
-def stage_costs(model: ModelConfig, length: int) -> list[float]:
-    """Forward FLOPs per position of each stage: what partitioning balances. Half of the positions reach the head."""
-    width = model.kv_channels * model.num_heads
-    attention = model.hidden_size * 2 * (width + model.kv_channels * model.num_kv_heads)
-    matrices = attention + 3 * model.hidden_size * model.ffn_hidden_size
-    block = 2.0 * matrices + 4.0 * length * width
-    head = 0.5 * 2.0 * model.hidden_size * model.vocab_size
-    return [0.0, *[block] * model.num_layers, head]
