@@ -89,13 +89,14 @@ def export_checkpoint(run_folder: Path, output: Path, family_name: str, dtype: s
     base = base if family.architecture in base.get("architectures", []) else {}
     config = _huggingface_config(family.write(run.config.model, base), base, run)
     views = mapped(run.views(), family_tensors(family, run.config.model))
-    stated = config.get("dtype", config.get("torch_dtype", "float32"))
+    as_imported = dtype == "auto" and run.weights_only and bool(base)
     if dtype == "auto" and not run.weights_only:
-        dtype = _TYPE_NAMES.get(stated, "fp32")
+        dtype = _TYPE_NAMES.get(config.get("dtype", config.get("torch_dtype")), "fp32")
     outputs = {name: _output(view, dtype) for name, view in views.items()}
-    config = _with_dtype(config, {output.dtype for output in outputs.values()})
+    if not as_imported:
+        config = _with_dtype(config, {output.dtype for output in outputs.values()})
     groups = split(outputs.items(), shard_bytes)
-    files = [OutputFile(_shard_name(number, len(groups)), group) for number, group in enumerate(groups, 1)]
+    files = [OutputFile(shard_name(number, len(groups)), group) for number, group in enumerate(groups, 1)]
     temporary = _temporary(output)
     write_files(files, temporary, {"checkpoint": str(run.path), "manifest": sha256(run.path / MANIFEST)})
     if len(files) > 1:
@@ -177,12 +178,11 @@ def _huggingface_config(config: Json, base: Json, run: NativeCheckpoint) -> Json
 
 
 def _with_dtype(config: Json, dtypes: set[torch.dtype]) -> Json:
-    """With the weights' type, where the file does not state it already."""
+    """With the weights' type, if they have one alone."""
     if len(dtypes) > 1:
         return config
-    name = str(dtypes.pop()).removeprefix("torch.")
     key = "dtype" if "dtype" in config else "torch_dtype"
-    return config if config.get(key) in (name, None) and key in config else {**config, key: name}
+    return {**config, key: str(dtypes.pop()).removeprefix("torch.")}
 
 
 def _write_companions(run: NativeCheckpoint, folder: Path, config: Json) -> None:
@@ -201,7 +201,7 @@ def _write_companions(run: NativeCheckpoint, folder: Path, config: Json) -> None
     write_json(folder / CONFIG, config)
 
 
-def _shard_name(number: int, count: int) -> str:
+def shard_name(number: int, count: int) -> str:
     return SINGLE if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
 
 
