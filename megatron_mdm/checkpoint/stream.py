@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
@@ -18,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from megatron_mdm.checkpoint.direct_writer import DirectWriter
 from megatron_mdm.checkpoint.safetensors_file import NAMES, file_order, header_bytes, is_finite
 from megatron_mdm.checkpoint.views import View, blocks, num_bytes
 from megatron_mdm.config.errors import UserError
@@ -93,15 +93,15 @@ def _write(file: OutputFile, folder: Path, writer: ThreadPoolExecutor, bar: Any)
     specifications = {name: (output.dtype, output.view.shape) for name, output in file.tensors.items()}
     order = file_order(specifications)
     digest, pending = hashlib.sha256(), None
-    with closing(_Sink(temporary)) as sink:
-        sink.write(header_bytes({name: specifications[name] for name in order}, METADATA), digest)
+    with closing(DirectWriter(temporary)) as output:
+        _put(memoryview(header_bytes({name: specifications[name] for name in order}, METADATA)), output, digest)
         for block in _blocks(file, order):
             data = memoryview(block.view(-1).view(torch.uint8).numpy())
             _wait(pending, path)  # at most two blocks are in memory
-            pending = writer.submit(sink.write, data, digest)
+            pending = writer.submit(_put, data, output, digest)
             bar.update(len(data))
         _wait(pending, path)
-        sink.flush()
+        output.finish()
     temporary.replace(path)
     return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
 
@@ -115,21 +115,9 @@ def _blocks(file: OutputFile, order: list[str]) -> Iterator[Tensor]:
             yield block
 
 
-class _Sink:
-    def __init__(self, path: Path) -> None:
-        self.file = path.open("wb", buffering=0)
-
-    def write(self, data: bytes | memoryview, digest: Any) -> None:
-        digest.update(data)
-        view = memoryview(data)
-        while view:
-            view = view[self.file.write(view) :]
-
-    def flush(self) -> None:
-        os.fsync(self.file.fileno())
-
-    def close(self) -> None:
-        self.file.close()
+def _put(data: memoryview, file: DirectWriter, digest: Any) -> None:
+    digest.update(data)
+    file.write(data)
 
 
 def _wait(pending: Future[None] | None, path: Path) -> None:
