@@ -46,7 +46,7 @@ class TensorReader:
 
     def __init__(self, folder: Path, model: ModelConfig) -> None:
         self.folder, self.model = folder, model
-        self.shards: dict[str, dict[int, StoredTensor]] = {}  # key → tensor-parallel rank → its shard
+        self.places: dict[str, dict[int, StoredTensor]] = {}  # key → tensor-parallel rank → its shard
         self.degree = 0
         for path in sorted(folder.glob("*.safetensors")):
             match = _FILE.fullmatch(path.name)
@@ -54,17 +54,17 @@ class TensorReader:
                 continue
             self.degree = int(match[3])
             for key, tensor in SafetensorsFile(path).tensors.items():
-                self.shards.setdefault(key, {})[int(match[2])] = tensor
-        if not self.shards:
+                self.places.setdefault(key, {})[int(match[2])] = tensor
+        if not self.places:
             raise UserError(f"{folder}: holds no tensors of a checkpoint")
 
     def kinds(self) -> set[str]:
         """Weights alone, or moments as well."""
-        return {key.rpartition("/")[2] for key in self.shards}
+        return {key.rpartition("/")[2] for key in self.places}
 
     def view(self, name: str, kind: str) -> View:
         """The whole tensor, without the vocabulary's padding, in the type in which it is stored."""
-        sharding, shards = sharding_of(name), self.shards.get(f"{name}/{kind}")
+        sharding, shards = sharding_of(name), self.places.get(f"{name}/{kind}")
         if shards is None:
             raise UserError(f"{self.folder}: the checkpoint is of another model: it has no '{name}'")
         if len(shards) != self.degree:
