@@ -21,8 +21,8 @@ TOKENS = np.random.default_rng(0).integers(0, VOCAB, (3, 11))
 LAYOUTS = {"tp1": {}, "tp2": {"tensor": 2}, "tp2_sp": {"tensor": 2, "sequence": True}, "pp2": {"pipeline": 2}}
 
 
-def our_logits(folders: dict[str, str], scratch: str, parallel: dict[str, Any]) -> dict[str, Any]:
-    """On a rank: the logits of a training engine whose weights come from each checkpoint, all positions."""
+def our_logits(folders: dict[str, str], scratch: str, parallel: dict[str, Any]) -> dict[Any, Any]:
+    """On a rank: for each checkpoint, logits of all positions and rows' cross-entropies of a training engine."""
     from megatron_mdm.checkpoint.huggingface import HuggingFaceCheckpoint
     from megatron_mdm.checkpoint.load import restored_engine
     from megatron_mdm.engine.packets import logits_packet
@@ -31,6 +31,7 @@ def our_logits(folders: dict[str, str], scratch: str, parallel: dict[str, Any]) 
     context = initialize(parallel.get("tensor", 1), parallel.get("pipeline", 1))
     tokens = torch.from_numpy(TOKENS)
     packet = logits_packet(tokens, torch.full((3,), 11), torch.ones(3, 11, dtype=torch.bool))
+    scored = packet._replace(labels=tokens, token_weight=torch.ones(3, 11), row_weight=torch.ones(3))
     logits = {}
     for name, folder in folders.items():
         described = HuggingFaceCheckpoint.open(Path(folder)).model
@@ -38,6 +39,7 @@ def our_logits(folders: dict[str, str], scratch: str, parallel: dict[str, Any]) 
         config = small_config(Path(scratch), model=model, parallel=parallel, batch={"global_size": 2, "micro_size": 1})
         engine = restored_engine(None, config, context, 0)
         logits[name] = engine.logits(packet).float().numpy().copy()
+        logits[name, "cross-entropy"] = engine.evaluate([scored])[0].ce_sum.numpy().copy()
     return logits
 
 
@@ -54,8 +56,12 @@ def test_logits_equal_transformers(layout: str, checkpoints: dict[str, str], tmp
     results = run_ranks(our_logits, ranks, checkpoints, str(tmp_path), parallel)
     for family in REFERENCES:
         expected = reference_logits(family, torch.from_numpy(TOKENS)).flatten(0, 1).numpy()
+        losses = torch.nn.functional.cross_entropy(
+            torch.from_numpy(expected), torch.from_numpy(TOKENS).flatten(), reduction="none"
+        )
         for logits in results:
             np.testing.assert_allclose(logits[family], expected, rtol=1e-5, atol=1e-5, err_msg=family)
+            np.testing.assert_allclose(logits[family, "cross-entropy"], losses.view(3, 11).sum(1), rtol=1e-5)
 
 
 @pytest.mark.parametrize("family", REFERENCES)
