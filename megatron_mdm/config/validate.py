@@ -83,12 +83,16 @@ def _check_parallel(config: RunConfig) -> None:
 
 def _check_model(config: RunConfig) -> None:
     model, tensor = config.model, config.parallel.tensor
-    if model.hidden_size % model.num_heads:
+    if not model.head_dim and model.hidden_size % model.num_heads:
         raise UserError(
-            f"'model.hidden_size' {model.hidden_size} is not a multiple of 'model.num_heads' {model.num_heads}"
+            f"'model.hidden_size' {model.hidden_size} is not a multiple of 'model.num_heads' {model.num_heads}; change "
+            "one of them or set 'model.head_dim'"
         )
-    if (model.hidden_size // model.num_heads) % 2:
-        raise UserError("'model.hidden_size' / 'model.num_heads' must be even for rotary positions")
+    if model.kv_channels % 2:
+        raise UserError(
+            f"a head's width ('model.head_dim', or 'model.hidden_size' / 'model.num_heads') is {model.kv_channels}; it "
+            "must be even for rotary positions"
+        )
     if model.num_heads % model.num_kv_heads:
         raise UserError(
             f"'model.num_heads' {model.num_heads} is not a multiple of 'model.num_kv_heads' {model.num_kv_heads}"

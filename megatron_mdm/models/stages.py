@@ -25,7 +25,8 @@ from megatron_mdm.models.cache import Window
 from megatron_mdm.models.cross_entropy import weighted_cross_entropy
 from megatron_mdm.models.initialize import initialize_weights
 from megatron_mdm.models.norms import RMSNorm
-from megatron_mdm.models.sharding import mark_shards
+from megatron_mdm.models.parameters import padded_vocab_size
+from megatron_mdm.models.sharding import HEAD_NORMS, mark_shards
 from megatron_mdm.models.spec import LAYER_SPECS, resolve_kernels, transformer_config
 from megatron_mdm.parallel import platform
 from megatron_mdm.parallel.groups import ParallelContext
@@ -84,7 +85,7 @@ class Block(nn.Module):
 
     def __init__(self, model: ModelConfig, config: TransformerConfig, index: int, parallel: ParallelConfig) -> None:
         super().__init__()
-        spec = LAYER_SPECS[resolve_kernels(model)](parallel.recompute == "selective", model.attention == "causal")
+        spec = LAYER_SPECS[resolve_kernels(model)](model, parallel.recompute == "selective")
         self.layer = TransformerLayer(config, spec, layer_number=index + 1)
         self.rotary = RotaryEmbedding(
             kv_channels=config.kv_channels,
@@ -128,6 +129,7 @@ class Head(nn.Module):
         degree = config.tensor_model_parallel_size
         self.vocab_size, self.group, self.z_loss = model.vocab_size, group, model.z_loss
         self.row_gradients = False  # compute RowStatistics.gradient_square without autograd, too
+        self.logit_shift = model.logit_shift
         self.sequence_parallel = config.sequence_parallel
         self.final_norm = RMSNorm(config, model.hidden_size, eps=model.norm_eps)
         self.final_norm.weight.sequence_parallel = False  # it sees whole, gathered rows
@@ -158,7 +160,9 @@ class Head(nn.Module):
 
     def logits(self, hidden: Tensor, selected: Tensor) -> Tensor:
         """hidden [S, R, H], selected [R, S] → [N, V]."""
-        rows = self._normed_rows(hidden.transpose(0, 1), selected.reshape(-1).nonzero().squeeze(1))
+        # The places of [R, S] in order, as places of hidden's [S, R].
+        row, position = selected.nonzero(as_tuple=True)
+        rows = self._normed_rows(hidden, position * hidden.shape[1] + row)
         logits = gather_from_tensor_model_parallel_region(rows @ self.vocabulary_weight.t())
         return logits[:, : self.vocab_size]
 
@@ -186,6 +190,10 @@ class Head(nn.Module):
         return total, RowStatistics(weighted.sum(0), weighted.square().sum(0), gradient)
 
     def _normed_rows(self, hidden: Tensor, places: Tensor) -> Tensor:
+        """The states that predict the tokens at places of hidden's [S, R]: the same places, or the ones before."""
+        if self.logit_shift:
+            num_rows = hidden.shape[1]
+            places = torch.where(places < num_rows, places, places - num_rows)
         return self.final_norm(hidden.reshape(-1, hidden.shape[-1]).index_select(0, places))
 
 
@@ -227,15 +235,19 @@ def build_model(
 
 def prepare_parameters(stages: nn.Module, model: ModelConfig, context: ParallelContext, seed: int) -> None:
     """Initial weights, sharding attributes, and the sum of sequence-parallel gradients, for any part of the stages."""
-    initialize_weights(stages, model, seed, context.tensor_rank, context.layout.tensor)
+    if not model.init_from:  # else every parameter is read
+        initialize_weights(stages, model, seed, context.tensor_rank, context.layout.tensor)
     mark_shards(stages)
-    for parameter in stages.parameters():
-        if getattr(parameter, "sequence_parallel", False):
+    for name, parameter in stages.named_parameters():
+        sees_a_part = getattr(parameter, "sequence_parallel", False)  # of the positions
+        if name.endswith(HEAD_NORMS):  # of the heads
+            sees_a_part = context.layout.tensor > 1
+        if sees_a_part:
             parameter.register_hook(partial(_sum_over_group, group=context.tensor_group))
 
 
 def _sum_over_group(gradient: Tensor, group: torch.distributed.ProcessGroup) -> Tensor:
-    """A norm inside a sequence-parallel layer has seen this rank's positions only."""
+    """A norm inside a sequence-parallel layer has seen this rank's positions only, a norm of heads its heads."""
     gradient = gradient.contiguous()
     torch.distributed.all_reduce(gradient, group=group)
     return gradient
@@ -244,19 +256,3 @@ def _sum_over_group(gradient: Tensor, group: torch.distributed.ProcessGroup) -> 
 def attention_mask(lengths: Tensor, width: int) -> Tensor:
     """[R, 1, 1, S] bool, True at the first lengths[r] positions."""
     return (torch.arange(width, device=lengths.device)[None, :] < lengths[:, None])[:, None, None, :]
-
-
-def padded_vocab_size(model: ModelConfig, degree: int) -> int:
-    """Rows of the vocabulary tables: a multiple of vocab_divisor × tensor-parallel degree."""
-    multiple = model.vocab_divisor * degree
-    return (model.vocab_size + multiple - 1) // multiple * multiple
-
-
-def stage_costs(model: ModelConfig, length: int) -> list[float]:
-    """Forward FLOPs per position of each stage: what partitioning balances. Half of the positions reach the head."""
-    head_dim = model.hidden_size // model.num_heads
-    qkv = model.hidden_size * head_dim * (model.num_heads + 2 * model.num_kv_heads)
-    matrices = qkv + model.hidden_size**2 + 3 * model.hidden_size * model.ffn_hidden_size
-    block = 2.0 * matrices + 4.0 * length * model.hidden_size
-    head = 0.5 * 2.0 * model.hidden_size * model.vocab_size
-    return [0.0, *[block] * model.num_layers, head]

@@ -24,8 +24,8 @@ def memory_estimate(config: RunConfig, layout: Layout) -> dict[str, float]:
     optimizer = 12 if config.precision.dtype == "bf16" else 8  # fp32 moments, and fp32 weights beside bf16 ones
     share = {stage: 1 / layout.data if zero >= stage else 1.0 for stage in (1, 2, 3)}
     places = config.batch.micro_size * config.diffusion.rows_per_sample * config.data.max_length
-    head_dim = model.hidden_size // model.num_heads
-    split = 2 * head_dim * (model.num_heads + 2 * model.num_kv_heads) + model.hidden_size + 4 * model.ffn_hidden_size
+    heads = model.num_heads + 2 * model.num_kv_heads
+    split = (2 * heads + model.num_heads) * model.kv_channels + 4 * model.ffn_hidden_size
     per_layer = 5 * model.hidden_size + split / layout.tensor
     return {
         "weights": parameters * size * share[3] / GIB,

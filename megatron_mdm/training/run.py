@@ -9,7 +9,9 @@ from typing import Any
 
 import numpy as np
 
+from megatron_mdm.checkpoint.initial import InitialWeights
 from megatron_mdm.checkpoint.load import restored_engine
+from megatron_mdm.checkpoint.native import HUGGINGFACE, keep_companions
 from megatron_mdm.checkpoint.store import CheckpointStore, read_state
 from megatron_mdm.config.errors import UserError
 from megatron_mdm.config.files import write_atomically, write_json
@@ -44,7 +46,7 @@ from megatron_mdm.training.state import TrainState
 CONFIG, CALIBRATION, CHECKPOINTS = "config.yaml", "calibration.json", "checkpoints"
 _ARTIFACTS = (
     *(CONFIG, CALIBRATION, "calibration.png", "metrics.jsonl", "summary.json", "curves.png"),
-    *("evaluation.json", "samples.jsonl"),
+    *("evaluation.json", "samples.jsonl", HUGGINGFACE),
 )
 
 
@@ -62,6 +64,9 @@ def train_run(config: RunConfig, data: RunData, context: ParallelContext, mode: 
     _prepare_folder(folder, config, mode, context)
     store = CheckpointStore(folder / CHECKPOINTS, config.checkpoint.keep_last, context)
     checkpoint, state = _newest(store, config, data, context) if mode.resume else (None, TrainState())
+    if checkpoint is None and config.model.init_from and context.is_main:
+        print(InitialWeights(config.model).describe(data.tokenizer.mask_id), flush=True)
+        keep_companions(Path(config.model.init_from), folder)
     engine = restored_engine(checkpoint, config, context, state.step)
     artifact = _calibration(folder, engine, config, data, context)
     trainer = build_trainer(config, data, engine, artifact, context)
@@ -109,6 +114,11 @@ def _newest(
             print(f"{store.folder}: no checkpoint yet; starting at step 0", flush=True)
         return None, TrainState()
     saved = read_state(checkpoint)
+    if "imported_from" in saved:
+        raise UserError(
+            f"{checkpoint}: imported weights, without an optimizer's state; train in another 'checkpoint.directory' "
+            f"with model.init_from={config.checkpoint.directory}"
+        )
     if saved["data"] != data.train.fingerprint:
         raise UserError(f"{config.data.train}: the file has changed since {checkpoint} was written")
     state = TrainState.from_json(saved["train"])
