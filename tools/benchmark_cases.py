@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 
 from megatron_mdm.config.schema import DataConfig, RunConfig
 from megatron_mdm.data.loader import TrainLoader
-from megatron_mdm.data.sft import Sample, SftDataset, encode_prompt, prompt_and_response, read_records
+from megatron_mdm.data.sample import Sample
+from megatron_mdm.data.sft import SftDataset, encode_prompt, prompt_and_response, read_records
 from megatron_mdm.data.tokenizer import load_tokenizer
 from megatron_mdm.diffusion.mask_schedule import MaskSchedule
 from megatron_mdm.diffusion.masking import MASKING_RULES
@@ -139,8 +140,8 @@ def trainer(
     batch = config.batch
     loader = TrainLoader(
         data,
-        global_size=batch.global_size,
-        micro_size=max(1, batch.micro_size // method.views),
+        batch=batch.model_copy(update={"micro_size": max(1, batch.micro_size // method.views)}),
+        views=method.views,
         data_rank=context.data_rank,
         data_size=context.layout.data,
         pad_id=PAD_ID,

@@ -104,6 +104,12 @@ class ParallelConfig(Section):
 class BatchConfig(Section):
     global_size: int = Field(gt=0)  # samples per optimizer step, over all ranks and accumulation steps
     micro_size: int = Field(gt=0)  # samples per forward pass and data-parallel rank (MIRROR: 2 rows a sample)
+    # padded: in the loader's order, padded to the longest of micro_size. bucketed: like lengths share a micro-batch.
+    # packed: no padding, block-diagonal attention; micro_size samples on average.
+    mode: Literal["padded", "bucketed", "packed"] = "bucketed"
+    # Tokens per forward pass, padding and both views included, in place of micro_size (which validation and
+    # calibration keep); 0: micro_size holds. Steps may then have different numbers of micro-batches.
+    micro_tokens: int = Field(default=0, ge=0)
 
 
 class OptimizerConfig(Section):

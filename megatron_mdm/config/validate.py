@@ -40,8 +40,12 @@ def data_parallel_size(config: RunConfig, world_size: int) -> int:
 
 
 def accumulation_steps(config: RunConfig, world_size: int) -> int:
-    """Micro-batches per optimizer step on each data-parallel rank."""
-    return config.batch.global_size // (config.batch.micro_size * data_parallel_size(config, world_size))
+    """Micro-batches per optimizer step on each data-parallel rank; with a token budget, at most (they vary by step)."""
+    samples = -(-config.batch.global_size // data_parallel_size(config, world_size))
+    if config.batch.micro_tokens:
+        per_batch = max(1, config.batch.micro_tokens // (config.diffusion.views * config.data.max_length))
+        return -(-samples // per_batch)
+    return samples // config.batch.micro_size
 
 
 def _check_parallel(config: RunConfig, world_size: int) -> None:
@@ -94,7 +98,15 @@ def _check_model(config: RunConfig) -> None:
 
 def _check_batch(config: RunConfig, world_size: int) -> None:
     batch, ranks = config.batch, data_parallel_size(config, world_size)
-    if batch.global_size % (batch.micro_size * ranks):
+    longest = config.diffusion.views * config.data.max_length
+    if batch.micro_tokens and batch.mode == "padded":
+        raise UserError("'batch.micro_tokens' needs 'batch.mode' bucketed or packed")
+    if 0 < batch.micro_tokens < longest:
+        raise UserError(
+            f"'batch.micro_tokens' {batch.micro_tokens} cannot hold one sample: {config.diffusion.views} "
+            f"'diffusion.views' × {config.data.max_length} 'data.max_length' = {longest} tokens; raise it"
+        )
+    if not batch.micro_tokens and batch.global_size % (batch.micro_size * ranks):
         raise UserError(
             f"'batch.global_size' {batch.global_size} is not a multiple of 'batch.micro_size' {batch.micro_size} × "
             f"{ranks} data-parallel ranks = {batch.micro_size * ranks}; change one of them"

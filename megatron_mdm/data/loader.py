@@ -2,46 +2,62 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_mdm.config.schema import BatchConfig
+from megatron_mdm.data.batching import cut
 from megatron_mdm.data.collate import collate
-from megatron_mdm.data.sft import SftDataset
+from megatron_mdm.data.sample import Sample
 from megatron_mdm.diffusion.noiser import CleanBatch
 from megatron_mdm.diffusion.objective import GlobalBatch
 from megatron_mdm.diffusion.randomness import Purpose, stream
 
 
 class LocalBatch(NamedTuple):
-    micro_batches: list[CleanBatch]  # of this data-parallel rank
+    micro_batches: list[CleanBatch]  # of this data-parallel rank; some may hold no sample
     global_batch: GlobalBatch
     num_tokens: int  # of the global batch, without padding
+
+
+class Samples(Protocol):
+    """What can be trained on: tokenised samples by row."""
+
+    @property
+    def samples(self) -> Sequence[Sample]: ...
+
+    def __len__(self) -> int: ...
+
+    def lengths(self) -> NDArray[np.int64]: ...
+
+    def num_eligible(self) -> NDArray[np.int64]: ...
 
 
 class TrainLoader:
     """Global batches as a pure function of the step: a resumed run needs no other position.
 
     Samples come as one endless sequence of epochs, each a permutation by (seed, epoch); step s takes the next n of it.
-    Within a global batch, samples of like length share a micro-batch; their position, to which noise is tied, is
+    Which samples share a micro-batch is batching.py's business; a sample's position, to which noise is tied, is
     independent of that.
     """
 
     def __init__(
         self,
-        data: SftDataset,
+        data: Samples,
         *,
-        global_size: int,
-        micro_size: int,
+        batch: BatchConfig,
+        views: int,
         data_rank: int,
         data_size: int,
         pad_id: int,
         seed: int,
     ) -> None:
-        assert global_size % (micro_size * data_size) == 0, (global_size, micro_size, data_size)
         self.data, self.pad_id, self.seed = data, pad_id, seed
-        self.global_size, self.micro_size = global_size, micro_size
+        self.config, self.views, self.global_size = batch, views, batch.global_size
         self.data_rank, self.data_size = data_rank, data_size
         self.lengths, self.num_eligible = data.lengths(), data.num_eligible()
         self._epoch, self._order = -1, np.empty(0, dtype=np.int64)
@@ -58,11 +74,10 @@ class TrainLoader:
 
     def batch(self, step: int) -> LocalBatch:
         ids = self.sample_ids(step)
-        by_length = np.argsort(self.lengths[ids], kind="stable")
-        stride = self.micro_size * self.data_size
         micro_batches = []
-        for start in range(self.data_rank * self.micro_size, self.global_size, stride):
-            positions = by_length[start : start + self.micro_size]
+        for positions in cut(self.lengths[ids], self.config, self.views, self.data_size)[
+            self.data_rank :: self.data_size
+        ]:
             samples = [self.data.samples[row] for row in ids[positions]]
             micro_batches.append(collate(samples, positions, ids[positions], self.pad_id))
         return LocalBatch(
@@ -76,3 +91,20 @@ class TrainLoader:
             self._epoch = epoch
             self._order = stream(self.seed, Purpose.DATA_ORDER, epoch).permutation(len(self.data))
         return self._order
+
+
+class PrefetchLoader:
+    """A TrainLoader whose next steps are read and collated on a thread of their own while one is trained."""
+
+    def __init__(self, loader: TrainLoader, ahead: int = 2) -> None:
+        self.loader, self.ahead, self.global_size = loader, ahead, loader.global_size
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="loader")  # one: the loader keeps its permutation
+        self._coming: dict[int, Future[LocalBatch]] = {}
+
+    def batch(self, step: int) -> LocalBatch:
+        for wanted in range(step, step + self.ahead + 1):
+            if wanted not in self._coming:
+                self._coming[wanted] = self._pool.submit(self.loader.batch, wanted)
+        for stale in [other for other in self._coming if not step <= other <= step + self.ahead]:
+            self._coming.pop(stale).cancel()
+        return self._coming.pop(step).result()

@@ -6,32 +6,19 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from megatron_mdm.config.errors import UserError
 from megatron_mdm.config.files import sha256
+from megatron_mdm.data.sample import Sample
 from megatron_mdm.data.templates import plain_prompt
 from megatron_mdm.data.tokenizer import Tokenizer
 from megatron_mdm.diffusion.randomness import Purpose, stream
 
 TEXT_FIELDS = (("question", "answer"), ("prompt", "response"))
-
-
-_NOTHING = np.zeros(0, dtype=np.bool_)
-
-
-class Sample(NamedTuple):
-    tokens: NDArray[np.int32]  # [S]: prompt, response, eos
-    eligible: NDArray[np.bool_]  # [S]: may be masked and is learnt
-    delimiters: NDArray[np.bool_] = _NOTHING  # [S]: marks of an answer (ISAD); empty: none
-
-    @classmethod
-    def of(cls, tokens: NDArray[np.int32], prompt_length: int) -> Sample:
-        """Everything behind the prompt is eligible."""
-        return cls(tokens, np.arange(len(tokens)) >= prompt_length)
 
 
 @dataclass(frozen=True)

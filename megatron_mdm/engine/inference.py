@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from megatron_mdm.engine.packets import prepared
 from megatron_mdm.models.stages import MaskedDiffusionModel, Packet, RowStatistics
 from megatron_mdm.parallel import platform
 
@@ -19,8 +20,12 @@ class InferenceEngine:
 
     @torch.no_grad()
     def evaluate(self, packets: Sequence[Packet]) -> list[RowStatistics]:
-        return [self.model(packet.to_device())[1] for packet in packets]
+        return [self.model(_on_device(packet))[1] for packet in packets]
 
     @torch.no_grad()
     def logits(self, packet: Packet) -> Tensor:
-        return self.model(packet.to_device(), want_logits=True)
+        return self.model(_on_device(packet), want_logits=True)
+
+
+def _on_device(packet: Packet) -> Packet:
+    return prepared(packet, pack=False, multiple=1).to_device()

@@ -26,7 +26,8 @@ class BidirectionalAttention(MegatronModule):
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **_: Any) -> Tensor:
         """query [S, B, heads, D]; key, value [S, B, kv heads, D]; attention_mask bool, broadcastable to
-        [B, heads, S, S], True where a query may look, or None. Returns [S, B, heads · D]."""
+        [B, heads, S, S], True where a query may look, or None; or, where B is 1, int64 [1, K]: the lengths of the
+        segments that make the row, each of which sees itself only. Returns [S, B, heads · D]."""
         if self.recompute and torch.is_grad_enabled():
             return checkpoint(
                 self._attend, query, key, value, attention_mask, use_reentrant=False, preserve_rng_state=False
@@ -34,19 +35,45 @@ class BidirectionalAttention(MegatronModule):
         return self._attend(query, key, value, attention_mask)
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None) -> Tensor:
+        if attention_mask is not None and attention_mask.dim() == 2:
+            return self._attend_segments(query, key, value, attention_mask[0])
         query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))  # [B, heads, S, D]
-        if query.device.type == "cpu" and query.dtype == torch.bfloat16 and len(query[0, 0]) <= EXPLICIT_LENGTH:
-            context = explicit_attention(query, key, value, attention_mask, self.softmax_scale)
-        else:
-            context = F.scaled_dot_product_attention(
-                query,
-                key,
-                value,
-                attn_mask=attention_mask,
-                scale=self.softmax_scale,
-                enable_gqa=query.shape[1] != key.shape[1],
-            )
+        return self._scores_times_values(query, key, value, attention_mask).permute(2, 0, 1, 3).flatten(2)
+
+    def _attend_segments(self, query: Tensor, key: Tensor, value: Tensor, lengths: Tensor) -> Tensor:
+        """Segment by segment: no product, no score and no rounding of one depends on another."""
+        if query.device.type == "cuda" and query.dtype != torch.float32:
+            return _varlen_attention(query, key, value, lengths, self.softmax_scale)
+        sizes = lengths.tolist()
+        parts = zip(*(x.permute(1, 2, 0, 3).split(sizes, dim=2) for x in (query, key, value)))
+        context = torch.cat([self._scores_times_values(*part, None) for part in parts], dim=2)
         return context.permute(2, 0, 1, 3).flatten(2)
+
+    def _scores_times_values(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None) -> Tensor:
+        """[B, heads, S, D] of queries → the same of contexts."""
+        if query.device.type == "cpu" and query.dtype == torch.bfloat16 and len(query[0, 0]) <= EXPLICIT_LENGTH:
+            return explicit_attention(query, key, value, attention_mask, self.softmax_scale)
+        return F.scaled_dot_product_attention(
+            query,
+            key,
+            value,
+            attn_mask=attention_mask,
+            scale=self.softmax_scale,
+            enable_gqa=query.shape[1] != key.shape[1],
+        )
+
+
+def _varlen_attention(query: Tensor, key: Tensor, value: Tensor, lengths: Tensor, scale: float | None) -> Tensor:
+    """torch's variable-length kernel over [T, 1, heads, D] and segment lengths [K]. Not run by the authors: it needs
+    CUDA and 16-bit numbers (torch/nn/attention/varlen.py, torch 2.10 and later)."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    bounds = F.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
+    longest = int(lengths.max())
+    query, key, value = (x.squeeze(1) for x in (query, key, value))
+    several = query.shape[1] != key.shape[1]
+    context = varlen_attn(query, key, value, bounds, bounds, longest, longest, scale=scale, enable_gqa=several)
+    return context.flatten(1).unsqueeze(1)
 
 
 def explicit_attention(

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from megatron_mdm.config.schema import RunConfig
-from megatron_mdm.data.loader import LocalBatch, TrainLoader
+from megatron_mdm.data.loader import LocalBatch, PrefetchLoader, TrainLoader
 from megatron_mdm.diffusion.mask_schedule import Floats
 from megatron_mdm.diffusion.noiser import Noiser
 from megatron_mdm.diffusion.objective import NORMALIZATIONS
@@ -52,7 +52,7 @@ class Trainer:
 
     config: RunConfig
     context: ParallelContext
-    loader: TrainLoader
+    loader: TrainLoader | PrefetchLoader
     noiser: Noiser
     engine: Engine
     num_steps: int
@@ -88,9 +88,10 @@ class Trainer:
         """The global loss and per-sample losses [n] from every data-parallel rank's rows."""
         values = np.zeros((2, self.loader.global_size))
         for micro, row_weight, rows in zip(batch.micro_batches, row_weights, output.statistics):
-            loss = rows.loss.double().cpu().view(self.noiser.views, -1)  # [V, B]
             positions = micro.positions.numpy()
-            values[0, positions] = (loss * row_weight.double().view(self.noiser.views, -1)).sum(0).numpy()
+            shape = (self.noiser.views, len(positions))  # [V, B]; B may be 0
+            loss = rows.loss.double().cpu().view(shape)
+            values[0, positions] = (loss * row_weight.double().view(shape)).sum(0).numpy()
             values[1, positions] = loss.mean(0).numpy()
         values = fill_from_data_ranks(values, self.context)
         return float(values[0].sum()), values[1]

@@ -15,7 +15,7 @@ from megatron_mdm.config.errors import UserError
 from megatron_mdm.config.files import write_atomically, write_json
 from megatron_mdm.config.load import dump_config
 from megatron_mdm.config.schema import RunConfig
-from megatron_mdm.data.loader import TrainLoader
+from megatron_mdm.data.loader import PrefetchLoader, TrainLoader
 from megatron_mdm.diffusion.mask_schedule import MaskSchedule
 from megatron_mdm.diffusion.masking import MASKING_RULES
 from megatron_mdm.diffusion.noiser import Noiser
@@ -148,14 +148,14 @@ def build_trainer(
     )
     loader = TrainLoader(
         data.train,
-        global_size=global_size,
-        micro_size=config.batch.micro_size,
+        batch=config.batch,
+        views=diffusion.views,
         data_rank=context.data_rank,
         data_size=context.layout.data,
         pad_id=data.tokenizer.pad_id,
         seed=config.seed,
     )
-    return Trainer(config, context, loader, noiser, engine, total_steps(config, len(data.train)))
+    return Trainer(config, context, PrefetchLoader(loader), noiser, engine, total_steps(config, len(data.train)))
 
 
 def _hooks(
