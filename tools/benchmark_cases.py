@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 
 from megatron_mdm.config.schema import DataConfig, RunConfig
 from megatron_mdm.data.loader import TrainLoader
+from megatron_mdm.data.records import read_records
 from megatron_mdm.data.sample import Sample
-from megatron_mdm.data.sft import SftDataset, encode_prompt, prompt_and_response, read_records
+from megatron_mdm.data.sft import SftDataset, encode_prompt, prompt_and_response
 from megatron_mdm.data.tokenizer import load_tokenizer
 from megatron_mdm.diffusion.mask_schedule import MaskSchedule
 from megatron_mdm.diffusion.masking import MASKING_RULES

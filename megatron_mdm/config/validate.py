@@ -118,6 +118,10 @@ def _check_batch(config: RunConfig, world_size: int) -> None:
 
 def _check_data(config: RunConfig) -> None:
     data, model = config.data, config.model
+    if data.format == "sft" and not isinstance(data.train, str):
+        raise UserError("'data.train' is a blend, which only 'data.format' corpus can have")
+    if data.format == "corpus" and data.eos_padding:
+        raise UserError("'data.eos_padding' is for 'data.format' sft")
     if data.max_length > model.max_sequence_length:
         raise UserError(
             f"'data.max_length' {data.max_length} exceeds 'model.max_sequence_length' {model.max_sequence_length}"

@@ -21,6 +21,7 @@ class Purpose(IntEnum):
     SPLIT = 6
     INITIAL_WEIGHTS = 7
     GENERATION = 8
+    RANDOM_LENGTH = 20
 
 
 def stream(seed: int, purpose: Purpose, step: int = 0, index: int = 0) -> np.random.Generator:

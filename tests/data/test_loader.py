@@ -17,8 +17,8 @@ from tests.small import EOS, MASK, PAD, VOCAB, write_ids
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> SftDataset:
     path = write_ids(tmp_path_factory.mktemp("loader") / "a.jsonl", 30)
-    tokenizer = load_tokenizer(DataConfig(train="x", mask_token=MASK, pad_token=PAD, eos_token=EOS, max_length=64))
-    return read_sft(str(path), tokenizer, 64, "drop", VOCAB)
+    config = DataConfig(train="x", mask_token=MASK, pad_token=PAD, eos_token=EOS, max_length=64)
+    return read_sft(str(path), load_tokenizer(config), config, VOCAB)
 
 
 def loader(data: SftDataset, micro_size: int = 2, rank: int = 0, ranks: int = 1, **batch: Any) -> TrainLoader:
