@@ -57,16 +57,12 @@ class DataConfig(Section):
     too_long: Literal["drop", "truncate", "error"] = "drop"
     on_error: Literal["stop", "skip"] = "stop"  # a bad sample, document or shard; what is skipped is counted
     # sft
-    template: Literal["plain", "llada", "tokenizer"] = (
-        "plain"  # tokenizer: its own chat template (tokenizer_config.json)
-    )
+    template: Literal["plain", "llada", "tokenizer"] = "plain"  # tokenizer: its own chat template
     eligible_turns: Literal["all", "last"] = "all"  # of a conversation: which assistant turns are learnt
     eos_padding: bool = False  # LLaDA: learnt eos tokens up to the longest sample of the global batch
     # corpus
     across_documents: bool = True  # a sequence's documents see each other
-    random_length: float = Field(
-        default=0.0, ge=0.0, le=1.0
-    )  # share of sequences cut to U{1 … max_length}; LLaDA: 0.01
+    random_length: float = Field(default=0.0, ge=0.0, le=1.0)  # share that is cut to U{1 … max_length}; LLaDA: 0.01
 
     @field_validator("train")
     @classmethod

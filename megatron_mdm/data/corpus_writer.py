@@ -18,7 +18,7 @@ from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 from megatron_mdm.config.errors import UserError
 from megatron_mdm.config.files import write_json
 from megatron_mdm.config.schema import DataConfig
-from megatron_mdm.data.documents import Position, Source
+from megatron_mdm.data.documents import START, Position, Source
 from megatron_mdm.data.encode import Encoded, Settings, encode_all
 from megatron_mdm.data.tokenizer import load_tokenizer, tokenizer_fingerprint
 from megatron_mdm.parallel.progress import progress_bar
@@ -43,7 +43,7 @@ class CorpusSettings:
 class Progress:
     """What finished shards hold; kept beside them, so that an interrupted preparation goes on."""
 
-    position: Position = Position()
+    position: Position = START
     shards: int = 0
     documents: tuple[int, ...] = ()  # by split
     tokens: tuple[int, ...] = ()

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 from megatron_mdm.config.errors import UserError
 
@@ -22,6 +22,9 @@ class Position(NamedTuple):
     file: int = 0
     offset: int = 0
     number: int = 1  # of the next line or row, for messages
+
+
+START = Position()
 
 
 class Chunk(NamedTuple):
@@ -79,32 +82,34 @@ def _json_lines(source: Source, start: Position) -> Iterator[Chunk]:
 
 
 def _separated(source: Source, start: Position, separator: bytes, parse: str) -> Iterator[Chunk]:
-    """Blocks of about CHUNK_BYTES that end at a separator; without one, whole files."""
+    """Blocks of about CHUNK_BYTES that end at a separator; without one, whole files. Where a block ends depends on
+    where it begins only, so that an interrupted preparation cuts the same shards."""
     lines_between = separator.count(b"\n")
     for index in range(start.file, len(source.paths)):
-        path = source.paths[index]
-        _size(path)
-        here = start if index == start.file else Position(index)
+        path, size = source.paths[index], _size(source.paths[index])
+        _, offset, number = start if index == start.file else Position(index)
         with open(path, "rb") as file:
-            file.seek(here.offset)
-            rest, number, offset = b"", here.number, here.offset
-            while block := file.read(CHUNK_BYTES if separator else -1):
-                head, found, tail = (rest + block).rpartition(separator) if separator else (block, b"", b"")
-                if separator and not found:
-                    rest = rest + block
-                    continue
-                rest = tail
-                size, lines = len(head) + len(found), head.count(b"\n") + lines_between
-                records = head.split(separator) if separator else [head]
-                offset += size
-                following = Position(index, offset, number + lines)
-                yield Chunk(records, path, number, "line", parse, lines_between, size, following)
-                number += lines
-            if rest:
-                yield Chunk(
-                    [*rest.split(separator)] if separator else [rest],
-                    *(path, number, "line", parse, lines_between, len(rest), Position(index + 1)),
-                )
+            while offset < size:
+                file.seek(offset)
+                block = _block(file, separator)
+                offset += len(block)
+                records = block.removesuffix(separator).split(separator) if separator else [block]
+                following = Position(index, offset, number + block.count(b"\n"))
+                yield Chunk(records, path, number, "line", parse, lines_between, len(block), following)
+                number = following.number
+
+
+def _block(file: BinaryIO, separator: bytes) -> bytes:
+    """From here to the last separator in CHUNK_BYTES, or to the first behind it, or to the file's end."""
+    if not separator:
+        return file.read()
+    block = b""
+    while more := file.read(CHUNK_BYTES):
+        block += more
+        end = block.rfind(separator)
+        if end >= 0 and len(more) == CHUNK_BYTES:
+            return block[: end + len(separator)]
+    return block
 
 
 def _parquet(source: Source, start: Position) -> Iterator[Chunk]:

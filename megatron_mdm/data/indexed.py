@@ -78,7 +78,7 @@ def open_shards(
 def open_shard(prefix: str, allow_truncated: bool = False) -> Shard:
     """Raises UserError where .idx and .bin do not fit each other; allow_truncated: documents behind the end of the .bin
     are marked as not readable instead."""
-    sequences, documents, size = _check_index(prefix)
+    sequences, documents = _check_index(prefix)
     try:
         actual = Path(f"{prefix}.bin").stat().st_size
     except OSError as error:
@@ -108,8 +108,8 @@ def open_shard(prefix: str, allow_truncated: bool = False) -> Shard:
     return Shard(prefix, indexed, offsets, lengths, (ends <= actual) & (lengths > 0), _fingerprint(prefix, actual))
 
 
-def _check_index(prefix: str) -> tuple[int, int, int]:
-    """(sequences, document bounds, bytes) of an .idx whose header and size are right."""
+def _check_index(prefix: str) -> tuple[int, int]:
+    """(sequences, document bounds) of an .idx whose header and size are right."""
     path = Path(f"{prefix}.idx")
     try:
         size = path.stat().st_size
@@ -127,7 +127,7 @@ def _check_index(prefix: str) -> tuple[int, int, int]:
         raise UserError(f"{path}: truncated or damaged: {size:,} bytes, its header describes {expected:,}")
     if documents < 1:
         raise UserError(f"{path}: holds no documents")
-    return sequences, documents, size
+    return sequences, documents
 
 
 def _check_tokenizer(prefix: str, tokenizer_path: str) -> None:

@@ -17,6 +17,8 @@ from megatron_mdm.diffusion.noiser import CleanBatch
 from megatron_mdm.diffusion.objective import GlobalBatch
 from megatron_mdm.diffusion.randomness import Purpose, stream
 
+NO_EOS_PADDING = -1
+
 
 class LocalBatch(NamedTuple):
     micro_batches: list[CleanBatch]  # of this data-parallel rank; some may hold no sample
@@ -55,8 +57,10 @@ class TrainLoader:
         data_size: int,
         pad_id: int,
         seed: int,
+        eos_padding: int = NO_EOS_PADDING,
     ) -> None:
-        self.data, self.pad_id, self.seed = data, pad_id, seed
+        """eos_padding: a token that is learnt from each sample's end to the end of the global batch's longest."""
+        self.data, self.pad_id, self.seed, self.eos_padding = data, pad_id, seed, eos_padding
         self.config, self.views, self.global_size = batch, views, batch.global_size
         self.data_rank, self.data_size = data_rank, data_size
         self.lengths, self.num_eligible = data.lengths(), data.num_eligible()
@@ -74,16 +78,21 @@ class TrainLoader:
 
     def batch(self, step: int) -> LocalBatch:
         ids = self.sample_ids(step)
+        lengths = self.lengths[ids]
+        padding = np.zeros_like(lengths) if self.eos_padding == NO_EOS_PADDING else lengths.max() - lengths
+        lengths = lengths + padding
+        of_all_ranks = cut(lengths, self.config, self.views, self.data_size)
         micro_batches = []
-        for positions in cut(self.lengths[ids], self.config, self.views, self.data_size)[
-            self.data_rank :: self.data_size
-        ]:
-            samples = [self.data.samples[row] for row in ids[positions]]
+        for positions in of_all_ranks[self.data_rank :: self.data_size]:
+            samples = [
+                _extended(self.data.samples[row], self.eos_padding, int(extra))
+                for row, extra in zip(ids[positions], padding[positions])
+            ]
             micro_batches.append(collate(samples, positions, ids[positions], self.pad_id))
         return LocalBatch(
             micro_batches,
-            GlobalBatch(self.global_size, int(self.num_eligible[ids].sum())),
-            int(self.lengths[ids].sum()),
+            GlobalBatch(self.global_size, int(self.num_eligible[ids].sum() + padding.sum())),
+            int(lengths.sum()),
         )
 
     def _permutation(self, epoch: int) -> NDArray[np.int64]:
@@ -91,6 +100,14 @@ class TrainLoader:
             self._epoch = epoch
             self._order = stream(self.seed, Purpose.DATA_ORDER, epoch).permutation(len(self.data))
         return self._order
+
+
+def _extended(sample: Sample, token: int, extra: int) -> Sample:
+    """The sample with `extra` learnt tokens behind it."""
+    if not extra:
+        return sample
+    tokens = np.concatenate([sample.tokens, np.full(extra, token, dtype=np.int32)])
+    return sample._replace(tokens=tokens, eligible=np.concatenate([sample.eligible, np.ones(extra, dtype=np.bool_)]))
 
 
 class PrefetchLoader:

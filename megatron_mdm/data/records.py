@@ -30,7 +30,7 @@ class BadRecords:
 
 
 def read_records(path: str, bad: BadRecords | None = None) -> Iterator[tuple[str, Record]]:
-    """("file, line n", object) of each record. A blank line is none. Bad ones raise UserError, or are counted in bad."""
+    """("file, line n", object) of each record; a blank line is none. Bad ones raise UserError, or are counted."""
     yield from READERS[format_of(path)](path, bad or BadRecords())
 
 

@@ -15,7 +15,7 @@ from megatron_mdm.config.errors import UserError
 from megatron_mdm.config.files import write_atomically, write_json
 from megatron_mdm.config.load import dump_config
 from megatron_mdm.config.schema import RunConfig
-from megatron_mdm.data.loader import PrefetchLoader, TrainLoader
+from megatron_mdm.data.loader import NO_EOS_PADDING, PrefetchLoader, TrainLoader
 from megatron_mdm.diffusion.mask_schedule import MaskSchedule
 from megatron_mdm.diffusion.masking import MASKING_RULES
 from megatron_mdm.diffusion.noiser import Noiser
@@ -154,6 +154,7 @@ def build_trainer(
         data_size=context.layout.data,
         pad_id=data.tokenizer.pad_id,
         seed=config.seed,
+        eos_padding=data.tokenizer.eos_id if config.data.eos_padding else NO_EOS_PADDING,
     )
     return Trainer(config, context, PrefetchLoader(loader), noiser, engine, total_steps(config, len(data.train)))
 
