@@ -81,7 +81,7 @@ def efficiency(trainer: Trainer, num_steps: int) -> float:
     for step in range(num_steps):
         lengths = loader.lengths[loader.sample_ids(step)]
         useful += int(lengths.sum())
-        computed += computed_tokens(lengths, cut(lengths, batch, 1, 1), batch.mode)
+        computed += sum(computed_tokens(lengths, part, batch.mode) for part in cut(lengths, batch, 1, 1))
     return useful / computed
 
 

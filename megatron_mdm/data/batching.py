@@ -24,11 +24,12 @@ def cut(lengths: Lengths, batch: BatchConfig, views: int, num_ranks: int) -> lis
     return CUTS[batch.mode](lengths, batch, views, num_ranks)
 
 
-def computed_tokens(lengths: Lengths, micro_batches: list[Positions], mode: str) -> int:
-    """Tokens that the model sees in one view, padding included."""
-    if mode == "packed":
-        return int(lengths.sum())
-    return sum(len(positions) * int(lengths[positions].max()) for positions in micro_batches if len(positions))
+def computed_tokens(lengths: Lengths, positions: Positions, mode: str) -> int:
+    """Tokens that the model sees of a micro-batch in one view, padding included."""
+    if not len(positions):
+        return 0
+    of_micro_batch = lengths[positions]
+    return int(of_micro_batch.sum() if mode == "packed" else len(positions) * of_micro_batch.max())
 
 
 def _padded(lengths: Lengths, batch: BatchConfig, views: int, num_ranks: int) -> list[Positions]:

@@ -57,6 +57,17 @@ class Tokenizer:
                 kept.append(int(token))
         return self.backend.decode(kept)
 
+    def decode_all(self, ids: Sequence[int]) -> str:
+        """Text of ids for a person's eyes: end tokens as ⏎, ids that have no text by number."""
+        text, run = "", list[int]()
+        for token in [*ids, -1]:
+            if token in (-1, self.eos_id) or token >= self.backend.num_ids:
+                text, run = text + (self.backend.decode(run) if run else ""), []
+                text += "" if token == -1 else "⏎" if token == self.eos_id else f"<{token}>"
+            else:
+                run.append(int(token))
+        return text
+
 
 def load_tokenizer(data: DataConfig) -> Tokenizer:
     """The tokenizer of a data section. A special token that the file lacks gets the next free id."""
