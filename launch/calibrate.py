@@ -34,8 +34,7 @@ def main() -> None:
         engine = load_for_inference(arguments.run_dir, config, context)
     else:
         engine = build_engine(config, context, from_scratch)
-    rows = config.batch.micro_size * config.diffusion.views
-    artifact = calibrate(engine, data.train, config.diffusion, data.special_ids, rows, config.seed, context)
+    artifact = calibrate(engine, config, data, context)
     if context.is_main:
         save_artifact(artifact, arguments.output)
         print(

@@ -10,19 +10,17 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from megatron_mdm.config.schema import DataConfig, RunConfig
+from megatron_mdm.config.schema import DataConfig, DiffusionConfig, RunConfig
 from megatron_mdm.data.loader import TrainLoader
 from megatron_mdm.data.records import read_records
 from megatron_mdm.data.sample import Sample
 from megatron_mdm.data.sft import SftDataset, encode_prompt, prompt_and_response
 from megatron_mdm.data.tokenizer import load_tokenizer
-from megatron_mdm.diffusion.mask_schedule import MaskSchedule
-from megatron_mdm.diffusion.masking import MASKING_RULES
-from megatron_mdm.diffusion.noiser import Noiser
-from megatron_mdm.diffusion.t_samplers import CALIBRATED_SAMPLERS, NUM_CELLS, T_SAMPLERS, number_of_strata
+from megatron_mdm.diffusion.t_samplers import CALIBRATED_SAMPLERS, CENTRES
 from megatron_mdm.engine.zero import ZeroEngine
 from megatron_mdm.parallel.groups import ParallelContext
 from megatron_mdm.training.loop import Trainer
+from megatron_mdm.training.run import build_noiser
 
 NUM_SAMPLES = 1024  # in a benchmark's data set
 NUM_SPECIAL = 5  # ids 0 (padding) … 4 (mask) never occur in clean samples
@@ -79,11 +77,22 @@ class Case:
 
 @dataclass(frozen=True)
 class Method:
-    """How t and the masks are drawn."""
+    """How t and the masks are drawn: fields of the section 'diffusion'."""
 
     sampler: str = "uniform"
     views: int = 1
+    multisample: int = 1
     strata: str = "none"
+    masking: str = "bernoulli"
+    isad: bool = False
+
+    def diffusion(self) -> DiffusionConfig:
+        fields = {key: value for key, value in vars(self).items() if key != "isad"}
+        return DiffusionConfig(**fields, isad={"delimiters": [NUM_SPECIAL]} if self.isad else {})
+
+    @property
+    def rows_per_sample(self) -> int:
+        return self.views * self.multisample
 
 
 @dataclass(frozen=True)
@@ -141,30 +150,22 @@ def trainer(
     batch = config.batch
     loader = TrainLoader(
         data,
-        batch=batch.model_copy(update={"micro_size": max(1, batch.micro_size // method.views)}),
-        views=method.views,
+        batch=batch.model_copy(update={"micro_size": max(1, batch.micro_size // method.rows_per_sample)}),
+        views=method.rows_per_sample,
         data_rank=context.data_rank,
         data_size=context.layout.data,
         pad_id=PAD_ID,
         seed=config.seed,
     )
-    noiser = Noiser(
-        schedule=MaskSchedule(config.diffusion.epsilon),
-        sampler=T_SAMPLERS[method.sampler](_symmetric_density() if method.sampler in CALIBRATED_SAMPLERS else None),
-        rule=MASKING_RULES[config.diffusion.masking],
-        views=method.views,
-        num_strata=number_of_strata(method.strata, batch.global_size),
-        global_size=batch.global_size,
-        mask_id=MASK_ID,
-        seed=config.seed,
-    )
+    diffusion = method.diffusion()
+    density = _symmetric_density() if diffusion.sampler in CALIBRATED_SAMPLERS else np.empty(0)
+    noiser = build_noiser(config.model_copy(update={"diffusion": diffusion}), density, MASK_ID)
     return Trainer(config, context, loader, noiser, engine, config.schedule.steps)
 
 
 def _symmetric_density() -> NDArray[np.float64]:
     """1 + 0.5 cos(2πt): not uniform, but of mean 1/2, so that as many rows reach the head as under uniform t."""
-    t = (np.arange(NUM_CELLS) + 0.5) / NUM_CELLS
-    return 1.0 + 0.5 * np.cos(2.0 * np.pi * t)
+    return 1.0 + 0.5 * np.cos(2.0 * np.pi * CENTRES)
 
 
 def num_parameters(model: torch.nn.Module) -> int:

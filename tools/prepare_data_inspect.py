@@ -80,7 +80,7 @@ def figures(config: RunConfig, data: Dataset) -> dict[str, Any]:
 def _batching(config: RunConfig, data: Dataset, mode: str) -> dict[str, float]:
     budget = 0 if mode == "padded" else config.batch.micro_tokens
     batch = BatchConfig.model_validate({**config.batch.model_dump(), "mode": mode, "micro_tokens": budget})
-    views = config.diffusion.views
+    views = config.diffusion.rows_per_sample
     loader = TrainLoader(data, batch=batch, views=views, data_rank=0, data_size=1, pad_id=0, seed=config.seed)
     useful = computed = micro_batches = most = 0
     steps = min(NUM_STEPS, max(1, len(data) // batch.global_size))

@@ -27,6 +27,7 @@ def validate(config: RunConfig, world_size: int) -> None:
     _check_model(config)
     _check_batch(config, world_size)
     _check_data(config)
+    _check_diffusion(config)
     for key, section in OWNED_DEEPSPEED_KEYS.items():
         tree, *rest = key.split(".")
         value = config.deepspeed.get(tree)
@@ -43,7 +44,7 @@ def accumulation_steps(config: RunConfig, world_size: int) -> int:
     """Micro-batches per optimizer step on each data-parallel rank; with a token budget, at most (they vary by step)."""
     samples = -(-config.batch.global_size // data_parallel_size(config, world_size))
     if config.batch.micro_tokens:
-        per_batch = max(1, config.batch.micro_tokens // (config.diffusion.views * config.data.max_length))
+        per_batch = max(1, config.batch.micro_tokens // (config.diffusion.rows_per_sample * config.data.max_length))
         return -(-samples // per_batch)
     return samples // config.batch.micro_size
 
@@ -98,13 +99,13 @@ def _check_model(config: RunConfig) -> None:
 
 def _check_batch(config: RunConfig, world_size: int) -> None:
     batch, ranks = config.batch, data_parallel_size(config, world_size)
-    longest = config.diffusion.views * config.data.max_length
+    longest = config.diffusion.rows_per_sample * config.data.max_length
     if batch.micro_tokens and batch.mode == "padded":
         raise UserError("'batch.micro_tokens' needs 'batch.mode' bucketed or packed")
     if 0 < batch.micro_tokens < longest:
         raise UserError(
-            f"'batch.micro_tokens' {batch.micro_tokens} cannot hold one sample: {config.diffusion.views} "
-            f"'diffusion.views' × {config.data.max_length} 'data.max_length' = {longest} tokens; raise it"
+            f"'batch.micro_tokens' {batch.micro_tokens} cannot hold one sample: {config.diffusion.rows_per_sample} "
+            f"rows a sample × {config.data.max_length} 'data.max_length' = {longest} tokens; raise it"
         )
     if not batch.micro_tokens and batch.global_size % (batch.micro_size * ranks):
         raise UserError(
@@ -120,8 +121,14 @@ def _check_data(config: RunConfig) -> None:
     data, model = config.data, config.model
     if data.format == "sft" and not isinstance(data.train, str):
         raise UserError("'data.train' is a blend, which only 'data.format' corpus can have")
-    if data.format == "corpus" and data.eos_padding:
-        raise UserError("'data.eos_padding' is for 'data.format' sft")
+    sft_only = {
+        "data.eos_padding": data.eos_padding,
+        "diffusion.syrm": config.diffusion.syrm.enabled,
+        "diffusion.isad.delimiters": bool(config.diffusion.isad.delimiters),
+    }
+    for name, used in sft_only.items():
+        if used and data.format == "corpus":
+            raise UserError(f"'{name}' is for 'data.format' sft: a corpus has no prompts and answers")
     if data.max_length > model.max_sequence_length:
         raise UserError(
             f"'data.max_length' {data.max_length} exceeds 'model.max_sequence_length' {model.max_sequence_length}"
@@ -138,3 +145,24 @@ def _check_data(config: RunConfig) -> None:
         raise UserError("'evaluation.patience' needs 'evaluation.every'")
     if data.validation and data.validation_fraction:
         raise UserError("set either 'data.validation' or 'data.validation_fraction', not both")
+
+
+def _check_diffusion(config: RunConfig) -> None:
+    diffusion = config.diffusion
+    if diffusion.sampler == "clipped" and diffusion.clipping.bounds == "adaptive" and not config.evaluation.every:
+        raise UserError(
+            "'diffusion.clipping.bounds' adaptive chooses its interval at validations; set 'evaluation.every'"
+        )
+    if diffusion.calibration.refit_every and diffusion.sampler != "ppots":
+        raise UserError("'diffusion.calibration.refit_every' needs 'diffusion.sampler' ppots")
+
+
+def warnings(config: RunConfig) -> list[str]:
+    """Combinations that are allowed but that the paper advises against, one line each."""
+    found = []
+    if config.diffusion.ema.enabled and config.diffusion.strata != "none":
+        found.append(
+            "'diffusion.ema' with 'diffusion.strata': the paper advises against the two together, since stratified t "
+            "leaves the control variate little to explain"
+        )
+    return found

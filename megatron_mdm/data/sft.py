@@ -44,6 +44,13 @@ class SftDataset:
         """P of every sample."""
         return np.array([np.count_nonzero(sample.eligible) for sample in self.samples], dtype=np.int64)
 
+    def num_delimiters(self) -> NDArray[np.int64]:
+        """Marked delimiters of every sample."""
+        return np.array([np.count_nonzero(sample.delimiters) for sample in self.samples], dtype=np.int64)
+
+    def with_samples(self, samples: Sequence[Sample]) -> SftDataset:
+        return replace(self, samples=samples)
+
     def subset(self, rows: Sequence[int] | NDArray[np.int64]) -> SftDataset:
         return SftDataset([self.samples[row] for row in rows], 0, self.fingerprint)
 

@@ -27,6 +27,8 @@ class _Backend(Protocol):
 
     def token_id(self, token: str) -> int | None: ...
 
+    def piece(self, token_id: int) -> str: ...
+
 
 @dataclass(frozen=True)
 class Tokenizer:
@@ -67,6 +69,10 @@ class Tokenizer:
             else:
                 run.append(int(token))
         return text
+
+    def pieces(self, ids: Sequence[int]) -> list[str]:
+        """The text that each id stands for, spaces included: together, the text they encode. Added ids are empty."""
+        return [self.backend.piece(token) if token < self.backend.num_ids else "" for token in ids]
 
 
 def load_tokenizer(data: DataConfig) -> Tokenizer:
@@ -145,6 +151,11 @@ class _SentencePiece:
         token_id = self.processor.piece_to_id(token)
         return token_id if self.processor.id_to_piece(token_id) == token else None
 
+    def piece(self, token_id: int) -> str:
+        if self.processor.is_byte(token_id):
+            return chr(int(self.processor.id_to_piece(token_id)[3:-1], 16))  # <0x0A>
+        return self.processor.id_to_piece(token_id).replace("▁", " ")
+
 
 class _HuggingFace:
     def __init__(self, path: Path) -> None:
@@ -163,6 +174,11 @@ class _HuggingFace:
     def token_id(self, token: str) -> int | None:
         return self.tokenizer.token_to_id(token)
 
+    def piece(self, token_id: int) -> str:
+        text = self.tokenizer.decode([token_id], skip_special_tokens=False)
+        space = (self.tokenizer.id_to_token(token_id) or "").startswith("▁") and not text.startswith(" ")
+        return " " * space + text
+
 
 class _Ids:
     """No tokenizer: data come as ids, and texts are their decimal numbers."""
@@ -180,6 +196,9 @@ class _Ids:
 
     def token_id(self, token: str) -> int | None:
         return None
+
+    def piece(self, token_id: int) -> str:
+        return f"{token_id} "
 
 
 def _first_line(error: Exception) -> str:

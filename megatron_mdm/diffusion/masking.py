@@ -1,33 +1,137 @@
-"""Which eligible positions of a sample are masked: one rule, one or two complementary views."""
+"""Which eligible positions of a sample are masked: rules, complementary views, repeated masks, answer delimiters."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_mdm.config.schema import DiffusionConfig
 from megatron_mdm.diffusion.mask_schedule import Floats, MaskSchedule
+
+Bools = NDArray[np.bool_]
 
 
 class Masking(NamedTuple):
-    masked: NDArray[np.bool_]  # [V, P]
-    token_weight: Floats  # [V, P]: a masked token's cross-entropy is multiplied by it (1/q)
+    masked: Bools  # [V, P]
+    probability: Floats  # [P]: q, the marginal probability of each position; its cross-entropy is divided by it
 
 
-# (uniforms [P], t, schedule, views) → Masking
-MaskingRule = Callable[[Floats, float, MaskSchedule, int], Masking]
+class MaskingRule(Protocol):
+    """How ordinary positions are masked, in one view or in two complementary ones with the same marginals."""
+
+    def probability(self, t: Floats, count: Floats, schedule: MaskSchedule) -> Floats:
+        """q of each of `count` positions at mask rate t; broadcasts."""
+        ...
+
+    def draw(self, uniforms: Floats, q: float) -> Bools:
+        """uniforms [P] → masked [2, P]: a mask and its complementary view."""
+        ...
+
+    def same_view_deficit(self, q: Floats) -> Floats:
+        """(P q)² − E[number of ordered pairs of distinct masked positions], per position."""
+        ...
+
+    def complementary_excess(self, q: Floats) -> Floats:
+        """E[M₁ M₂] − (P q)² for the numbers of masked positions of complementary views, per position."""
+        ...
 
 
-def bernoulli(uniforms: Floats, t: float, schedule: MaskSchedule, views: int) -> Masking:
+class Bernoulli:
     """Each position is masked independently with probability q = p_mask(t) (paper, Section 2).
 
     MIRROR (paper, Section 4.2): view 1 masks U < q, view 2 masks U > 1 − q: the same marginal, disjoint for q < 1/2.
     """
-    q = schedule.mask_probability(np.full_like(uniforms, t))
-    masked = np.stack([uniforms < q, uniforms > 1.0 - q][:views])
-    return Masking(masked, np.broadcast_to(1.0 / q, masked.shape))
+
+    def probability(self, t: Floats, count: Floats, schedule: MaskSchedule) -> Floats:
+        return schedule.mask_probability(t) + np.zeros_like(count)
+
+    def draw(self, uniforms: Floats, q: float) -> Bools:
+        return np.stack([uniforms < q, uniforms > 1.0 - q])
+
+    def same_view_deficit(self, q: Floats) -> Floats:
+        return q**2
+
+    def complementary_excess(self, q: Floats) -> Floats:
+        return np.maximum(2.0 * q - 1.0, 0.0) - q**2
 
 
-MASKING_RULES: dict[str, MaskingRule] = {"bernoulli": bernoulli}
+class ExactCount:
+    """A uniformly random subset of M = ⌊t P⌋ + 1 positions, each with q = M/P: a masked token weighs P/M.
+
+    For uniform t it has the expectation of Bernoulli masks with ε = 0, since ∫ (1/t) t^M (1−t)^(P−M) dt =
+    (M−1)! (P−M)! / P!, but neither the noise of the count nor unbounded weights. MIRROR: view 2 masks the M positions
+    with the highest ranks.
+    """
+
+    def probability(self, t: Floats, count: Floats, schedule: MaskSchedule) -> Floats:
+        return np.minimum(np.floor(t * count) + 1.0, count) / np.maximum(count, 1.0)
+
+    def draw(self, uniforms: Floats, q: float) -> Bools:
+        count = round(q * len(uniforms))
+        rank = np.empty(len(uniforms), dtype=np.int64)
+        rank[np.argsort(uniforms, kind="stable")] = np.arange(len(uniforms))
+        return np.stack([rank < count, rank >= len(uniforms) - count])
+
+    def same_view_deficit(self, q: Floats) -> Floats:
+        return q
+
+    def complementary_excess(self, q: Floats) -> Floats:
+        return np.zeros_like(q)
+
+
+MASKING_RULES: dict[str, MaskingRule] = {"bernoulli": Bernoulli(), "exact_count": ExactCount()}
+
+
+@dataclass(frozen=True)
+class MaskDesign:
+    """Everything about the masks of one sample but the rate t and the random numbers."""
+
+    rule: MaskingRule
+    schedule: MaskSchedule
+    complementary: bool = False  # MIRROR: pairs of complementary views
+    repeats: int = 1  # independent masks, or independent pairs (MultiSample-k)
+    delimiter_shift: float = 0.0  # ISAD: delimiters are masked with probability min(1, p_mask(t) + shift)
+
+    @classmethod
+    def of(cls, config: DiffusionConfig) -> MaskDesign:
+        """The design that a configuration asks for."""
+        return cls(
+            MASKING_RULES[config.masking],
+            MaskSchedule(config.epsilon),
+            complementary=config.views == 2,
+            repeats=config.multisample,
+            delimiter_shift=config.isad.shift if config.isad.delimiters else 0.0,
+        )
+
+    @property
+    def views(self) -> int:
+        """Rows of the model per sample: V."""
+        return self.repeats * (2 if self.complementary else 1)
+
+    def probabilities(self, t: Floats, count: Floats, delimiter_count: Floats) -> tuple[Floats, Floats]:
+        """(q of ordinary positions, q of delimiters) of samples with so many of them; broadcasts."""
+        shifted = np.minimum(self.schedule.mask_probability(t) + self.delimiter_shift, 1.0)
+        return self.rule.probability(t, count, self.schedule), shifted + np.zeros_like(delimiter_count)
+
+    def draw(self, generator: np.random.Generator, t: float, delimiters: Bools) -> Masking:
+        """Masks of a sample's P eligible positions; delimiters [P] says which of them ISAD masks more often.
+
+        ISAD's delimiters are masked independently, whatever the rule for the others; each token's cross-entropy is
+        divided by its own q, but the contexts have another distribution, so ISAD's objective is a re-weighted one.
+        """
+        size, num_delimiters = len(delimiters), int(np.count_nonzero(delimiters))
+        counts = np.array([float(size - num_delimiters)]), np.array([float(num_delimiters)])
+        q, shifted = (float(values[0]) for values in self.probabilities(np.array([t]), *counts))
+        masked = np.empty((self.repeats, 2, size), dtype=np.bool_)
+        for repeat in masked:
+            uniforms = generator.random(size)
+            if num_delimiters:
+                repeat[:, ~delimiters] = self.rule.draw(uniforms[~delimiters], q)
+                repeat[:, delimiters] = Bernoulli().draw(uniforms[delimiters], shifted)
+            else:
+                repeat[:] = self.rule.draw(uniforms, q)
+        views = masked if self.complementary else masked[:, :1]
+        return Masking(views.reshape(-1, size), np.where(delimiters, shifted, q))

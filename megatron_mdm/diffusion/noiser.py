@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_mdm.diffusion.mask_schedule import Floats, MaskSchedule
-from megatron_mdm.diffusion.masking import MaskingRule
+from megatron_mdm.diffusion.mask_schedule import Floats
+from megatron_mdm.diffusion.masking import MaskDesign
 from megatron_mdm.diffusion.randomness import Purpose, stream
 from megatron_mdm.diffusion.t_samplers import TSampler, stratified_quantiles
 
@@ -52,52 +52,49 @@ def noise(
     sample_weight: Floats,
     generators: Sequence[np.random.Generator],
     *,
-    schedule: MaskSchedule,
-    rule: MaskingRule,
-    views: int,
+    design: MaskDesign,
     mask_id: int,
 ) -> NoisedBatch:
     """Mask each sample b at rate t[b], drawing its uniforms, one per eligible position, from generators[b]."""
-    eligible = batch.eligible.numpy()
+    eligible, delimiters = batch.eligible.numpy(), batch.delimiters.numpy()
     size, length = eligible.shape
-    masked = np.zeros((views, size, length), dtype=bool)
-    token_weight = np.zeros((views, size, length), dtype=np.float32)
+    masked = np.zeros((design.views, size, length), dtype=bool)
+    token_weight = np.zeros((design.views, size, length), dtype=np.float32)
     for b, generator in enumerate(generators):
         places = np.flatnonzero(eligible[b])
-        result = rule(generator.random(len(places)), float(t[b]), schedule, views)
+        result = design.draw(generator, float(t[b]), delimiters[b, places])
         masked[:, b, places] = result.masked
-        token_weight[:, b, places] = np.where(result.masked, result.token_weight, 0.0)
-    masked_rows = torch.from_numpy(masked.reshape(views * size, length))
+        token_weight[:, b, places] = result.masked / result.probability
+    masked_rows = torch.from_numpy(masked.reshape(-1, length))
     return NoisedBatch(
         clean=batch,
-        noisy=batch.tokens.repeat(views, 1).masked_fill(masked_rows, mask_id),
+        noisy=batch.tokens.repeat(design.views, 1).masked_fill(masked_rows, mask_id),
         masked=masked_rows,
-        token_weight=torch.from_numpy(token_weight.reshape(views * size, length)),
+        token_weight=torch.from_numpy(token_weight.reshape(-1, length)),
         sample_weight=torch.from_numpy(np.asarray(sample_weight, dtype=np.float64)),
         t=torch.from_numpy(np.asarray(t, dtype=np.float64)),
-        views=views,
+        views=design.views,
     )
 
 
 class Noiser:
-    """Training noise: t stratified over the global batch, masks by counter, one or two views."""
+    """Training noise: t stratified over the global batch, masks by counter, one or more views."""
 
     def __init__(
-        self,
-        *,
-        schedule: MaskSchedule,
-        sampler: TSampler,
-        rule: MaskingRule,
-        views: int,
-        num_strata: int,
-        global_size: int,
-        mask_id: int,
-        seed: int,
+        self, *, design: MaskDesign, sampler: TSampler, num_strata: int, global_size: int, mask_id: int, seed: int
     ) -> None:
-        self.schedule, self.sampler, self.rule = schedule, sampler, rule
-        self.views, self.num_strata, self.global_size = views, num_strata, global_size
+        self.design, self.sampler = design, sampler
+        self.num_strata, self.global_size = num_strata, global_size
         self.mask_id, self.seed = mask_id, seed
         self._step, self._times = -1, (np.empty(0), np.empty(0))
+
+    @property
+    def views(self) -> int:
+        return self.design.views
+
+    def use(self, sampler: TSampler) -> None:
+        """Draw t from another density from the next step on."""
+        self.sampler, self._step = sampler, -1
 
     def times(self, step: int) -> tuple[Floats, Floats]:
         """t [n] and importance weight 1/p(t) [n] of the whole global batch at a step, by position."""
@@ -109,13 +106,5 @@ class Noiser:
     def __call__(self, batch: CleanBatch, step: int) -> NoisedBatch:
         t, weight = self.times(step)
         positions = batch.positions.numpy()
-        return noise(
-            batch,
-            t[positions],
-            weight[positions],
-            [stream(self.seed, Purpose.MASKS, step, int(position)) for position in positions],
-            schedule=self.schedule,
-            rule=self.rule,
-            views=self.views,
-            mask_id=self.mask_id,
-        )
+        generators = [stream(self.seed, Purpose.MASKS, step, int(position)) for position in positions]
+        return noise(batch, t[positions], weight[positions], generators, design=self.design, mask_id=self.mask_id)

@@ -6,12 +6,13 @@ Per global batch of n samples:  mean of (1/p(t)) · mean over views of l, whatev
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from megatron_mdm.diffusion.mask_schedule import Floats
 from megatron_mdm.diffusion.noiser import NoisedBatch
 
 
@@ -27,29 +28,53 @@ class GlobalBatch(NamedTuple):
     num_eligible: int  # Σ P
 
 
-def _per_sample(noised: NoisedBatch, batch: GlobalBatch) -> LossWeights:
+class Normalization(Protocol):
+    """How token cross-entropies add up to the batch's loss."""
+
+    def __call__(self, noised: NoisedBatch, batch: GlobalBatch) -> LossWeights: ...
+
+    def token_weight(self, q: Floats, count: Floats, mean_count: float) -> Floats:
+        """Weight of a masked token in its sample's loss: q its mask probability [..., K], count P [K] and its mean."""
+        ...
+
+
+class PerSample:
     """Every sample weighs the same (the paper's loss)."""
-    count = _eligible_per_row(noised)
-    return LossWeights(noised.token_weight / count[:, None], _mean_over_batch(noised, batch))
+
+    def __call__(self, noised: NoisedBatch, batch: GlobalBatch) -> LossWeights:
+        return LossWeights(noised.token_weight / _eligible_per_row(noised)[:, None], _mean_over_batch(noised, batch))
+
+    def token_weight(self, q: Floats, count: Floats, mean_count: float) -> Floats:
+        return 1.0 / (q * count)
 
 
-def _per_token(noised: NoisedBatch, batch: GlobalBatch) -> LossWeights:
+class PerToken:
     """Every eligible token weighs the same: Σ_samples Σ_i CE_i/q divided by the global batch's Σ P."""
-    weights = _per_sample(noised, batch)
-    share = _eligible_per_row(noised) * (batch.num_samples / batch.num_eligible)
-    return LossWeights(weights.token, weights.row * share)
+
+    def __call__(self, noised: NoisedBatch, batch: GlobalBatch) -> LossWeights:
+        weights = PerSample()(noised, batch)
+        share = _eligible_per_row(noised) * (batch.num_samples / batch.num_eligible)
+        return LossWeights(weights.token, weights.row * share)
+
+    def token_weight(self, q: Floats, count: Floats, mean_count: float) -> Floats:
+        return 1.0 / (q * mean_count) + np.zeros_like(count)
 
 
-def _unweighted(noised: NoisedBatch, batch: GlobalBatch) -> LossWeights:
+class Unweighted:
     """No 1/q (MMaDA's text-to-image loss): l = (1/P) Σ_i 1[i masked] CE_i."""
-    count = _eligible_per_row(noised)
-    return LossWeights(noised.masked.float() / count[:, None], _mean_over_batch(noised, batch))
+
+    def __call__(self, noised: NoisedBatch, batch: GlobalBatch) -> LossWeights:
+        count = _eligible_per_row(noised)
+        return LossWeights(noised.masked.float() / count[:, None], _mean_over_batch(noised, batch))
+
+    def token_weight(self, q: Floats, count: Floats, mean_count: float) -> Floats:
+        return 1.0 / count + np.zeros_like(q)
 
 
-NORMALIZATIONS: dict[str, Callable[[NoisedBatch, GlobalBatch], LossWeights]] = {
-    "sample": _per_sample,
-    "token": _per_token,
-    "unweighted": _unweighted,
+NORMALIZATIONS: dict[str, Normalization] = {
+    "sample": PerSample(),
+    "token": PerToken(),
+    "unweighted": Unweighted(),
 }
 
 

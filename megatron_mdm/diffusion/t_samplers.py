@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -12,6 +12,7 @@ from megatron_mdm.diffusion.mask_schedule import Floats
 from megatron_mdm.diffusion.randomness import Purpose, stream
 
 NUM_CELLS = 4096  # of the tabulated density
+CENTRES: Floats = (np.arange(NUM_CELLS) + 0.5) / NUM_CELLS
 
 
 class TSampler(Protocol):
@@ -53,8 +54,7 @@ class TabulatedSampler:
     @classmethod
     def of(cls, density: Callable[[Floats], Floats], uniform_floor: float) -> TabulatedSampler:
         """Tabulate density(t) at the cells' centres, mixed with the uniform: p ← (1 − λ) p + λ, so that 1/p ≤ 1/λ."""
-        centres = (np.arange(NUM_CELLS) + 0.5) / NUM_CELLS
-        values = density(centres)
+        values = density(CENTRES)
         return cls((1.0 - uniform_floor) * values / values.mean() + uniform_floor)
 
     def quantile(self, u: Floats) -> tuple[Floats, Floats]:
@@ -69,16 +69,57 @@ class TabulatedSampler:
         return self.cell_density[np.minimum((np.asarray(t) * num_cells).astype(np.int64), num_cells - 1)]
 
 
-# name → builder; the argument is the calibrated cell density [N], which only calibrated samplers take.
-T_SAMPLERS: dict[str, Callable[[Floats | None], TSampler]] = {
+class ClippedSampler:
+    """t ~ U[β, ω] without a weight (Arriola et al. 2025). Biased: nothing is ever learnt outside [β, ω]."""
+
+    def __init__(self, bounds: tuple[float, float]) -> None:
+        self.lower, self.upper = bounds
+
+    def quantile(self, u: Floats) -> tuple[Floats, Floats]:
+        return self.lower + (self.upper - self.lower) * u, np.ones_like(u)
+
+    def density(self, t: Floats) -> Floats:
+        inside = (t >= self.lower) & (t <= self.upper)
+        return np.where(inside, 1.0 / (self.upper - self.lower), 0.0)
+
+
+FULL_RANGE = (1e-3, 1.0)  # where an adaptive clipped schedule begins
+
+
+def clipping_candidates() -> list[tuple[float, float]]:
+    """The adaptive schedule's intervals: (almost) everything, and widths 0.5 … 0.9 at lower ends 0, 0.05, …"""
+    widths = (0.5, 0.6, 0.7, 0.8, 0.9)
+    steps = [(step / 20, width) for width in widths for step in range(round((1.0 - width) * 20) + 1)]
+    return [FULL_RANGE, *((max(low, FULL_RANGE[0]), low + width) for low, width in steps)]
+
+
+def least_variance_interval(t: Floats, loss: Floats) -> tuple[float, float]:
+    """The candidate whose losses [n], at uniform t [n], vary least (the adaptive clipped schedule)."""
+
+    def variance(bounds: tuple[float, float]) -> float:
+        inside = loss[(t >= bounds[0]) & (t <= bounds[1])]
+        return float(inside.var(ddof=1)) if len(inside) > 1 else np.inf
+
+    return min(clipping_candidates(), key=variance)
+
+
+class SamplerInputs(NamedTuple):
+    """What a run knows when it builds its sampler."""
+
+    cell_density: Floats  # of the calibration; empty where there is none
+    clipping: tuple[float, float] = FULL_RANGE
+
+
+T_SAMPLERS: dict[str, Callable[[SamplerInputs], TSampler]] = {
     "uniform": lambda _: UniformSampler(),
-    "ppots": lambda cell_density: TabulatedSampler(_calibrated(cell_density)),
+    "ppots": lambda inputs: TabulatedSampler(_calibrated(inputs.cell_density)),
+    "clipped": lambda inputs: ClippedSampler(inputs.clipping),
 }
 CALIBRATED_SAMPLERS = {"ppots"}
 
 
-def _calibrated(cell_density: Floats | None) -> Floats:
-    if cell_density is None:
+def _calibrated(cell_density: Floats) -> Floats:
+    if not len(cell_density):
         raise UserError("'diffusion.sampler' ppots needs a calibration")
     return cell_density
 

@@ -26,6 +26,10 @@ class OnlineVariance:
         self.sum_wl2 += float((weighted * loss).sum())
         self.sum_w2l2 += float(np.square(weighted).sum())
 
+    def mean(self) -> float:
+        """The mean of w·l."""
+        return self.sum_wl / self.count if self.count else float("nan")
+
     def of_loss(self) -> float:
         """The variance l would have under uniform t (paper, Eq. 23): m2 − (N m1² − m2w)/(N − 1)."""
         if self.count < 2:

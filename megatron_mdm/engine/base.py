@@ -16,17 +16,22 @@ class TrainOutput(NamedTuple):
     grad_norm: float  # of the global batch's gradient, before clipping
 
 
-class Engine(Protocol):
+class Forward(Protocol):
+    """The half of an engine that measures losses."""
+
+    def evaluate(self, packets: Sequence[Packet], row_gradients: bool = False) -> list[RowStatistics]:
+        """Forward only; row_gradients: with RowStatistics.gradient_square. Several packets at once keep a pipeline's
+        stages busy."""
+        ...
+
+
+class Engine(Forward, Protocol):
     """A model with its optimizer on this rank. All calls are collective: every rank makes them in the same order."""
 
     master: MasterState
 
     def train_batch(self, packets: Sequence[Packet], lr: float) -> TrainOutput:
         """One optimizer step on the sum of the packets' totals over all data-parallel ranks."""
-        ...
-
-    def evaluate(self, packets: Sequence[Packet]) -> list[RowStatistics]:
-        """Forward only. Several packets at once keep a pipeline's stages busy."""
         ...
 
     def logits(self, packet: Packet) -> Tensor:

@@ -19,8 +19,9 @@ class InferenceEngine:
         self.model = model.to(device=platform.device(), dtype=DTYPES[dtype]).eval()
 
     @torch.no_grad()
-    def evaluate(self, packets: Sequence[Packet]) -> list[RowStatistics]:
-        return [self.model(_on_device(packet))[1] for packet in packets]
+    def evaluate(self, packets: Sequence[Packet], row_gradients: bool = False) -> list[RowStatistics]:
+        with self.model[-1].with_row_gradients(row_gradients):
+            return [self.model(_on_device(packet))[1] for packet in packets]
 
     @torch.no_grad()
     def logits(self, packet: Packet) -> Tensor:

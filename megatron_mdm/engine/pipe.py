@@ -64,9 +64,11 @@ class PipeEngine:
         norm = self.clipping.norm if self.clipping else self.engine.get_global_grad_norm()
         return TrainOutput(self._statistics(packets), float(norm))
 
-    def evaluate(self, packets: Sequence[Packet]) -> list[RowStatistics]:
+    def evaluate(self, packets: Sequence[Packet], row_gradients: bool = False) -> list[RowStatistics]:
         packets = self._prepare(packets)
-        self._forward(packets)
+        head = self.engine.module.head if self.engine.is_last_stage() else None
+        with head.with_row_gradients(row_gradients) if head else contextlib.nullcontext():
+            self._forward(packets)
         return self._statistics(packets)
 
     def logits(self, packet: Packet) -> Tensor:

@@ -59,9 +59,9 @@ class ZeroEngine:
         norm = self.clipping.norm if self.clipping else engine.get_global_grad_norm()
         return TrainOutput(statistics, float(norm))
 
-    def evaluate(self, packets: Sequence[Packet]) -> list[RowStatistics]:
+    def evaluate(self, packets: Sequence[Packet], row_gradients: bool = False) -> list[RowStatistics]:
         self.engine.eval()
-        with torch.no_grad():
+        with torch.no_grad(), self.engine.module[-1].with_row_gradients(row_gradients):
             return [self.engine(self._prepare(packet))[1] for packet in packets]
 
     def logits(self, packet: Packet) -> Tensor:

@@ -6,28 +6,22 @@ samplers can be compared, and the noise of t and of the masks cancels from their
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol
-
 import numpy as np
 
-from megatron_mdm.data.collate import collate
+from megatron_mdm.config.schema import EvaluationConfig
 from megatron_mdm.data.sft import SftDataset
+from megatron_mdm.diffusion.exposure import Exposures, SampleShapes, exposures
 from megatron_mdm.diffusion.mask_schedule import Floats, MaskSchedule
-from megatron_mdm.diffusion.masking import bernoulli
-from megatron_mdm.diffusion.noiser import NoisedBatch, noise
-from megatron_mdm.diffusion.objective import NORMALIZATIONS, GlobalBatch
+from megatron_mdm.diffusion.masking import MASKING_RULES, MaskDesign
+from megatron_mdm.diffusion.moments import RowSums, group_moments
+from megatron_mdm.diffusion.objective import NORMALIZATIONS
 from megatron_mdm.diffusion.randomness import Purpose, stream
-from megatron_mdm.engine.packets import loss_packet
-from megatron_mdm.models.stages import Packet, RowStatistics
-from megatron_mdm.parallel.collectives import fill_from_data_ranks
+from megatron_mdm.engine.base import Forward
+from megatron_mdm.evaluation.losses import LossMeasurement
+from megatron_mdm.generation.sampler import SpecialIds
 from megatron_mdm.parallel.groups import ParallelContext
 
 _VALIDATION_SEED = 0  # of masks and grid: not the run's seed, so that runs can be compared
-
-
-class Forward(Protocol):
-    def evaluate(self, packets: Sequence[Packet]) -> list[RowStatistics]: ...
 
 
 class FixedGridValidation:
@@ -36,52 +30,35 @@ class FixedGridValidation:
     def __init__(
         self,
         data: SftDataset,
-        *,
-        num_samples: int,
-        num_times: int,
-        micro_size: int,
+        config: EvaluationConfig,
         schedule: MaskSchedule,
-        mask_id: int,
-        pad_id: int,
+        special: SpecialIds,
+        micro_size: int,
         context: ParallelContext,
     ) -> None:
-        self.data, self.micro_size, self.schedule = data, micro_size, schedule
-        self.mask_id, self.pad_id, self.context = mask_id, pad_id, context
-        rows = np.tile(np.arange(min(num_samples, len(data))), num_times)
-        self.rows = rows[np.argsort(data.lengths()[rows], kind="stable")]  # like lengths share a micro-batch
-        strata = stream(_VALIDATION_SEED, Purpose.VALIDATION).permutation(len(self.rows))
-        self.t = (strata + 0.5) / len(self.rows)
+        self.schedule, self.design = schedule, MaskDesign(MASKING_RULES["bernoulli"], schedule)
+        self.normalization = NORMALIZATIONS["sample"]
+        self.measure = LossMeasurement(data, self.design, self.normalization, special, micro_size, context)
+        samples = np.tile(np.arange(min(config.num_samples, len(data))), config.num_times)
+        self.samples = samples[np.argsort(data.lengths()[samples], kind="stable")]
+        strata = stream(_VALIDATION_SEED, Purpose.VALIDATION).permutation(len(self.samples))
+        self.t = (strata + 0.5) / len(self.samples)
+        self.rows = RowSums(*np.zeros((len(RowSums._fields), len(self.samples), 1)))
 
     def __call__(self, engine: Forward) -> float:
         """Mean loss over the grid, nats per eligible token. Collective; the same on every rank."""
-        losses = np.zeros(len(self.rows))
-        places, packets = self._micro_batches()
-        for place, rows in zip(places, engine.evaluate(packets)):
-            if place is not None:
-                losses[place] = rows.loss.double().cpu().numpy()
-        return float(fill_from_data_ranks(losses, self.context).mean())
-
-    def _micro_batches(self) -> tuple[list[slice | None], list[Packet]]:
-        """This data-parallel rank's share; every rank has as many, some only to keep step (places None)."""
-        starts = range(0, len(self.rows), self.micro_size)
-        ranks, rank = self.context.layout.data, self.context.data_rank
-        turns = -(-len(starts) // ranks)
-        all_places: list[slice | None] = []
-        packets = []
-        for turn in range(turns):
-            index = turn * ranks + rank
-            places = slice(starts[min(index, len(starts) - 1)], starts[min(index, len(starts) - 1)] + self.micro_size)
-            noised = self._noise(places)
-            packets.append(loss_packet(noised, NORMALIZATIONS["sample"](noised, GlobalBatch(1, 1))))
-            all_places.append(places if index < len(starts) else None)
-        return all_places, packets
-
-    def _noise(self, places: slice) -> NoisedBatch:
-        rows, t = self.rows[places], self.t[places]
-        batch = collate([self.data.samples[row] for row in rows], range(len(rows)), rows, self.pad_id)
-        first = places.start
-        generators = [stream(_VALIDATION_SEED, Purpose.VALIDATION, 1, first + offset) for offset in range(len(rows))]
-        weight: Floats = np.ones(len(rows))
-        return noise(
-            batch, t, weight, generators, schedule=self.schedule, rule=bernoulli, views=1, mask_id=self.mask_id
+        self.rows = self.measure(
+            engine, self.samples, self.t, lambda place: stream(_VALIDATION_SEED, Purpose.VALIDATION, 1, place)
         )
+        return float(self.losses.mean())
+
+    @property
+    def losses(self) -> Floats:
+        """Of the last validation, at self.t."""
+        return self.rows.loss[:, 0]
+
+    def moments(self) -> tuple[Floats, Exposures]:
+        """Of the last validation's losses (uniform t, one Bernoulli mask), for judging a density of t."""
+        shapes = SampleShapes.of(self.measure.data.num_eligible(), np.zeros(len(self.measure.data), dtype=np.int64))
+        q = self.schedule.mask_probability(self.t)
+        return group_moments(self.t, q, self.rows), exposures(self.design, shapes, self.normalization)

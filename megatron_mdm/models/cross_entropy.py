@@ -17,6 +17,7 @@ CHUNK_ELEMENTS = 16 * 1024 * 1024  # logits held at a time: fewer rows make slow
 class RowLosses(NamedTuple):
     total: Tensor  # scalar float32: Σ_r weight_r · CE_r; carries the gradient
     cross_entropy: Tensor  # [R] float32, detached
+    gradient_square: Tensor  # [R] float32, detached: ‖∂(weight_r · CE_r)/∂row_r‖²; zeros where it was not computed
 
 
 def weighted_cross_entropy(
@@ -28,18 +29,22 @@ def weighted_cross_entropy(
     group: dist.ProcessGroup | None = None,
     chunk_elements: int = CHUNK_ELEMENTS,
     z_loss: float = 0.0,
+    row_gradients: bool = False,
 ) -> RowLosses:
     """Cross-entropy of `rows @ head.T` with the vocabulary split over a tensor-parallel group.
 
     rows [R, H], the same on every rank of the group; head [V_local, H], this rank's slice, all of one size; rows of
     the whole head from vocab_size on are padding and take no probability; labels [R] int64, global ids; weights [R]
     float32. The softmax is in float32 whatever the inputs. The gradient of rows is already summed over the group.
+    row_gradients: compute gradient_square without autograd, too.
     z_loss adds z_loss · (log Σ exp logits)² to each row's share of the total (PaLM, Section 5), not to cross_entropy.
     """
     needs_grad = torch.is_grad_enabled() and (rows.requires_grad or head.requires_grad)
     shard = _Shard.of(head, vocab_size, group)
     return RowLosses(
-        *_WeightedCrossEntropy.apply(rows, head, labels, weights, shard, chunk_elements, z_loss, needs_grad)
+        *_WeightedCrossEntropy.apply(
+            rows, head, labels, weights, shard, chunk_elements, z_loss, needs_grad, needs_grad or row_gradients
+        )
     )
 
 
@@ -59,9 +64,9 @@ class _Shard(NamedTuple):
 
 class _WeightedCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, rows, head, labels, weights, shard, chunk_elements, z_loss, needs_grad):
+    def forward(ctx, rows, head, labels, weights, shard, chunk_elements, z_loss, needs_grad, row_gradients):
         cross_entropy, log_normalizer = torch.empty(2, len(rows), dtype=torch.float32, device=rows.device)
-        grad_rows = torch.empty_like(rows) if needs_grad else None
+        grad_rows = torch.empty_like(rows) if row_gradients else None
         grad_head = torch.zeros_like(head) if needs_grad else None
         # Gradients are kept for the greatest weight 1, so that they do not vanish in fp16, and scaled in backward.
         scale = weights.max().clamp_min(1e-30) if len(rows) else weights.new_ones(())
@@ -71,25 +76,30 @@ class _WeightedCrossEntropy(torch.autograd.Function):
             part = slice(start, start + chunk)
             logits = (rows[part] @ head.t()).float()
             cross_entropy[part], log_normalizer[part], gradient = _softmax(
-                logits, labels[part], shard, z_loss, needs_grad
+                logits, labels[part], shard, z_loss, row_gradients
             )
-            if needs_grad:  # weights multiply [r, H] here rather than [r, V] above
+            if row_gradients:  # weights multiply [r, H] here rather than [r, V] above
                 gradient = gradient.to(head.dtype)
                 torch.mm(gradient, head, out=grad_rows[part])
                 grad_rows[part] *= relative[part]
-                grad_head.addmm_(gradient.t(), rows[part] * relative[part])
-        if needs_grad and shard.group is not None:
-            dist.all_reduce(grad_rows, group=shard.group)
+                if needs_grad:
+                    grad_head.addmm_(gradient.t(), rows[part] * relative[part])
+        gradient_square = torch.zeros_like(cross_entropy)
+        if row_gradients:
+            if shard.group is not None:
+                dist.all_reduce(grad_rows, group=shard.group)
+            gradient_square = torch.linalg.vector_norm(grad_rows, dim=1, dtype=torch.float32).mul_(scale).square_()
         ctx.grad_rows, ctx.grad_head, ctx.scale = grad_rows, grad_head, scale
-        ctx.mark_non_differentiable(cross_entropy)
-        return (weights * (cross_entropy + z_loss * log_normalizer.square())).sum(), cross_entropy
+        ctx.mark_non_differentiable(cross_entropy, gradient_square)
+        total = (weights * (cross_entropy + z_loss * log_normalizer.square())).sum()
+        return total, cross_entropy, gradient_square
 
     @staticmethod
-    def backward(ctx, grad_total, _):
+    def backward(ctx, grad_total, *_):
         grad_rows, grad_head = ctx.grad_rows, ctx.grad_head
         ctx.grad_rows = ctx.grad_head = None
         factor = grad_total * ctx.scale
-        return grad_rows.mul_(factor), grad_head.mul_(factor), None, None, None, None, None, None
+        return grad_rows.mul_(factor), grad_head.mul_(factor), *[None] * 7
 
 
 def _softmax(logits, labels, shard, z_loss, needs_grad):

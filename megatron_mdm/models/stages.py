@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import NamedTuple
 
@@ -66,9 +68,8 @@ class RowStatistics(NamedTuple):
     """Per row [R], float32, detached."""
 
     loss: Tensor  # Σ token_weight · CE
-    ce_sum: Tensor  # Σ CE
-    ce_square_sum: Tensor  # Σ CE²
-    num_selected: Tensor
+    square: Tensor  # Σ (token_weight · CE)²
+    gradient_square: Tensor  # Σ ‖token_weight · ∂CE/∂h‖², h what the vocabulary projection reads; 0 if not computed
 
 
 class Embed(nn.Module):
@@ -134,6 +135,7 @@ class Head(nn.Module):
         super().__init__()
         degree = config.tensor_model_parallel_size
         self.vocab_size, self.group, self.z_loss = model.vocab_size, group, model.z_loss
+        self.row_gradients = False  # compute RowStatistics.gradient_square without autograd, too
         self.sequence_parallel = config.sequence_parallel
         self.final_norm = RMSNorm(config, model.hidden_size, eps=model.norm_eps)
         self.final_norm.weight.sequence_parallel = False  # it sees whole, gathered rows
@@ -153,6 +155,15 @@ class Head(nn.Module):
             hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False)
         return self.logits(hidden, packet) if want_logits else self.loss(hidden, packet)
 
+    @contextmanager
+    def with_row_gradients(self, wanted: bool) -> Iterator[None]:
+        """Inside, RowStatistics.gradient_square is computed without autograd, too, if wanted."""
+        self.row_gradients = wanted
+        try:
+            yield
+        finally:
+            self.row_gradients = False
+
     def logits(self, hidden: Tensor, packet: Packet) -> Tensor:
         """hidden [S, R, H] or packed [T, 1, H] → [N, V]."""
         row, position = packet.selected.nonzero(as_tuple=True)
@@ -165,7 +176,7 @@ class Head(nn.Module):
         selected, token_weight = packet.selected.t(), packet.token_weight.t()
         places, num_rows = selected.reshape(-1).nonzero().squeeze(1), len(packet.selected)
         weights = (token_weight * packet.row_weight).reshape(-1)[places]
-        total, cross_entropy = weighted_cross_entropy(
+        total, cross_entropy, gradient_square = weighted_cross_entropy(
             self._normed_rows(hidden, _places_in_hidden(places % num_rows, places // num_rows, packet)),
             self.vocabulary_weight,
             packet.labels.t().reshape(-1)[places],
@@ -173,13 +184,15 @@ class Head(nn.Module):
             self.vocab_size,
             self.group,
             z_loss=self.z_loss,
+            row_gradients=self.row_gradients,
         )
-        # A dense grid and a plain sum: deterministic on every device, unlike a scattered addition.
-        grid = torch.zeros(selected.numel(), device=hidden.device).index_put_((places,), cross_entropy)
-        grid = grid.view(selected.shape)
-        return total, RowStatistics(
-            (grid * token_weight).sum(0), grid.sum(0), grid.square().sum(0), selected.sum(0).to(torch.float32)
-        )
+        # Dense grids and plain sums: deterministic on every device, unlike a scattered addition.
+        grids = torch.zeros(2, selected.numel(), device=hidden.device)
+        grids[0, places], grids[1, places] = cross_entropy, gradient_square
+        grids = grids.view(2, *selected.shape)
+        weighted = grids[0] * token_weight
+        gradient = grids[1].sum(0) / packet.row_weight.square().clamp_min(1e-30)  # without the rows' weights
+        return total, RowStatistics(weighted.sum(0), weighted.square().sum(0), gradient)
 
     def _normed_rows(self, hidden: Tensor, places: Tensor) -> Tensor:
         return self.final_norm(hidden.reshape(-1, hidden.shape[-1]).index_select(0, places))

@@ -30,7 +30,9 @@ def calibration_figure(artifact: dict[str, Any]) -> Figure:
     density = np.array(artifact["cell_density"])
     centres = (np.arange(len(density)) + 0.5) / len(density)
     axes.plot(points["t"], points["optimal_density"], "o", markersize=3, label="calibrated optimum")
-    axes.plot(centres, density, label=f"sampled p(t) (EPR, uniform floor {artifact['uniform_floor']:g})")
+    axes.plot(
+        centres, density, label=f"sampled p(t) ({artifact['density']}, uniform floor {artifact['uniform_floor']:g})"
+    )
     axes.axhline(1.0, color="grey", linewidth=0.8, linestyle="--", label="uniform")
     axes.set(xlabel="mask rate t", ylabel="density p(t)", xlim=(0, 1), ylim=(0, None))
     axes.set_title(

@@ -1,4 +1,4 @@
-"""The P-POTS pre-pass: losses on a grid of t, sharded over data-parallel ranks, and the density fitted to them.
+"""The P-POTS pre-pass: losses at chosen t, sharded over data-parallel ranks, and the density fitted to them.
 
 The result does not depend on the layout: micro-batches are cut once, dealt out to the ranks, their losses collected.
 """
@@ -8,126 +8,173 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
-import torch
 
 from megatron_mdm.config.errors import UserError
 from megatron_mdm.config.files import write_json
-from megatron_mdm.config.schema import CalibrationConfig, DiffusionConfig
-from megatron_mdm.data.collate import collate
+from megatron_mdm.config.schema import RunConfig
 from megatron_mdm.data.sft import SftDataset
-from megatron_mdm.diffusion.epr import fit_epr
-from megatron_mdm.diffusion.mask_schedule import MaskSchedule
-from megatron_mdm.diffusion.masking import MASKING_RULES
-from megatron_mdm.diffusion.moments import MOMENT_ESTIMATORS, CalibrationSamples, efficiency
-from megatron_mdm.diffusion.noiser import NoisedBatch, noise
-from megatron_mdm.diffusion.objective import NORMALIZATIONS, GlobalBatch
+from megatron_mdm.diffusion.calibrator import LOWER_QUANTILE, Calibrator, Fit
+from megatron_mdm.diffusion.exposure import SampleShapes, exposures
+from megatron_mdm.diffusion.mask_schedule import Floats
+from megatron_mdm.diffusion.masking import MaskDesign
+from megatron_mdm.diffusion.moments import MomentSums, group_moments, nested_masking_variance
+from megatron_mdm.diffusion.objective import NORMALIZATIONS
 from megatron_mdm.diffusion.randomness import Purpose, stream
-from megatron_mdm.diffusion.t_samplers import TabulatedSampler
-from megatron_mdm.engine.packets import loss_packet
-from megatron_mdm.generation.sampler import SpecialIds
-from megatron_mdm.models.stages import Packet, RowStatistics
-from megatron_mdm.parallel.collectives import fill_from_data_ranks
+from megatron_mdm.diffusion.t_samplers import CENTRES, TabulatedSampler
+from megatron_mdm.engine.base import Forward
+from megatron_mdm.evaluation.losses import LossMeasurement
 from megatron_mdm.parallel.groups import ParallelContext
-from megatron_mdm.parallel.progress import progress_bar
 from megatron_mdm.reports.plots import calibration_figure, save_figure
+from megatron_mdm.training.inputs import RunData
 
-ARTIFACT_VERSION = 1
-
-
-class Forward(Protocol):
-    def evaluate(self, packets: Sequence[Packet]) -> list[RowStatistics]: ...
+ARTIFACT_VERSION = 2
+_GOLDEN = (5**0.5 - 1) / 2  # the fractional parts of its multiples fill [0, 1] evenly, however many are taken
 
 
-def calibrate(
-    engine: Forward,
-    data: SftDataset,
-    diffusion: DiffusionConfig,
-    special: SpecialIds,
-    rows_per_batch: int,
-    seed: int,
-    context: ParallelContext,
-) -> dict[str, Any]:
+def calibrate(engine: Forward, config: RunConfig, data: RunData, context: ParallelContext) -> dict[str, Any]:
     """Measure, fit, and return the calibration artifact: JSON-able, the same on every rank. Collective."""
     began = time.monotonic()
-    schedule = MaskSchedule(diffusion.epsilon)
-    samples = measure(engine, data, diffusion, special, rows_per_batch, seed, context)
-    artifact = fit(samples, diffusion.calibration, schedule, seed)
-    artifact["data_fingerprint"] = data.fingerprint
+    prepass = Prepass(engine, config, data, context)
+    calibrator = calibrator_of(config, data.train)
+    nested = config.diffusion.calibration.estimator == "naive"
+    fit, rounds = (_nested if nested else _adaptive)(prepass, calibrator)
+    artifact = _artifact(fit, rounds, prepass.moments, calibrator, config)
+    artifact["data_fingerprint"] = data.train.fingerprint
     artifact["seconds"] = round(time.monotonic() - began, 3)
     return artifact
 
 
-def measure(
-    engine: Forward,
-    data: SftDataset,
-    diffusion: DiffusionConfig,
-    special: SpecialIds,
-    rows_per_batch: int,
-    seed: int,
-    context: ParallelContext,
-) -> CalibrationSamples:
-    """Losses of a samples × b values of t × c masks. A micro-batch holds rows of one sample, so nothing is padded."""
-    settings = diffusion.calibration
+def calibrator_of(config: RunConfig, data: SftDataset) -> Calibrator:
+    """The way from moments to a density for the estimator that a run trains with."""
+    diffusion = config.diffusion
+    shapes = SampleShapes.of(data.num_eligible(), data.num_delimiters())
+    known = exposures(MaskDesign.of(diffusion), shapes, NORMALIZATIONS[diffusion.normalization])
+    return Calibrator(diffusion.calibration, known, config.seed)
+
+
+@dataclass
+class Prepass:
+    """Groups measured so far."""
+
+    engine: Forward
+    config: RunConfig
+    data: RunData
+    context: ParallelContext
+    moments: list[Floats] = field(default_factory=list)  # of the groups of each round
+
+    @property
+    def views(self) -> int:
+        return self.config.diffusion.rows_per_sample
+
+    @property
+    def num_groups(self) -> int:
+        return sum(map(len, self.moments))
+
+    @property
+    def budget(self) -> int:
+        """Groups whose rows are the paper's a·b·c."""
+        settings = self.config.diffusion.calibration
+        return max(2, settings.num_samples * settings.num_times * settings.num_masks // self.views)
+
+    def add(self, samples: np.ndarray, t: Floats) -> None:
+        """Measure groups of sample samples[i] at t[i], each with masks of its own. Collective."""
+        config, first = self.config, 1 + self.num_groups
+        design = MaskDesign.of(config.diffusion)
+        measure = LossMeasurement(
+            self.data.train,
+            design,
+            NORMALIZATIONS[config.diffusion.normalization],
+            self.data.special_ids,
+            config.batch.micro_size * self.views,
+            self.context,
+        )
+        rows = measure(
+            self.engine,
+            samples,
+            t,
+            lambda place: stream(config.seed, Purpose.CALIBRATION, 0, first + place),
+            row_gradients=config.diffusion.calibration.target == "gradient",
+            progress="calibrate",
+        )
+        self.moments.append(group_moments(t, design.schedule.mask_probability(t), rows))
+
+
+def _adaptive(prepass: Prepass, calibrator: Calibrator) -> tuple[Fit, list[dict[str, float]]]:
+    """Rounds that double the groups until the bootstrap's lower bound of the efficiency reaches its target."""
+    settings, data = calibrator.settings, prepass.data.train
+    order = stream(calibrator.seed, Purpose.CALIBRATION).permutation(len(data))
+    total, rounds = min(max(2, settings.initial_forwards // prepass.views), prepass.budget), []
+    while True:
+        places = np.arange(prepass.num_groups, total)
+        prepass.add(order[places % len(data)], (0.5 + places * _GOLDEN) % 1.0)
+        moments = np.concatenate(prepass.moments)
+        fit = calibrator.fit(halves_of(moments, settings.num_times))
+        low, high = np.quantile(calibrator.bootstrap(moments, fit), [LOWER_QUANTILE, 1.0 - LOWER_QUANTILE])
+        rounds.append({"forwards": total * prepass.views, "lower": float(low), "upper": float(high)})
+        if low >= settings.target_efficiency < 1.0 or total >= prepass.budget:
+            return fit, rounds
+        total = min(2 * total, prepass.budget)
+
+
+def _nested(prepass: Prepass, calibrator: Calibrator) -> tuple[Fit, list[dict[str, float]]]:
+    """The paper's a samples × b values of t × c masks."""
+    settings, data = calibrator.settings, prepass.data.train
     num_samples = min(settings.num_samples, len(data))
-    rows = stream(seed, Purpose.CALIBRATION).permutation(len(data))[:num_samples]
+    chosen = stream(calibrator.seed, Purpose.CALIBRATION).permutation(len(data))[:num_samples]
     t = (np.arange(settings.num_times) + 1.0) / settings.num_times
-    shape = (num_samples, settings.num_times, settings.num_masks)
-    per_sample = settings.num_times * settings.num_masks
-    batches = [
-        (sample, range(start, min(start + rows_per_batch, per_sample)))
-        for sample in range(num_samples)
-        for start in range(0, per_sample, rows_per_batch)
-    ]
-    statistics = np.zeros((4, num_samples, per_sample))
-    ranks, together = context.layout.data, 2 * context.layout.pipeline  # packets that fill a pipeline
-    turns = range(0, -(-len(batches) // ranks), together)
-    for first in progress_bar(turns, desc="calibrate", unit="batch", enabled=context.is_main):
-        indices = [(first + turn) * ranks + context.data_rank for turn in range(together)]
-        packets = []
-        for index in indices:  # ranks without work repeat the last batch, to keep step
-            sample, places = batches[min(index, len(batches) - 1)]
-            noised = _noise_one_sample(data, rows[sample], sample, places, t, diffusion, special, seed)
-            packets.append(loss_packet(noised, NORMALIZATIONS["sample"](noised, GlobalBatch(1, 1))))
-        for index, result in zip(indices, engine.evaluate(packets)):
-            if index < len(batches):
-                sample, places = batches[index]
-                statistics[:, sample, places.start : places.stop] = torch.stack(list(result)).double().cpu().numpy()
-    loss, ce_sum, ce_square_sum, num_masked = fill_from_data_ranks(statistics, context).reshape(4, *shape)
-    return CalibrationSamples(t, data.num_eligible()[rows], loss, ce_sum, ce_square_sum, num_masked)
+    per_sample = np.repeat(t, settings.num_masks)
+    prepass.add(np.repeat(chosen, len(per_sample)), np.tile(per_sample, num_samples))
+    moments = nested_masking_variance(prepass.moments[0], settings.num_masks)
+    half = num_samples // 2 * len(per_sample)  # whole samples in each half
+    halves = [MomentSums.of(part, settings.num_times) for part in (moments[:half], moments[half:])]
+    fit = calibrator.fit(halves)
+    low, high = np.quantile(calibrator.bootstrap(moments, fit), [LOWER_QUANTILE, 1.0 - LOWER_QUANTILE])
+    return fit, [{"forwards": len(moments) * prepass.views, "lower": float(low), "upper": float(high)}]
 
 
-def fit(samples: CalibrationSamples, settings: CalibrationConfig, schedule: MaskSchedule, seed: int) -> dict[str, Any]:
-    """Moments → EPR → the density table that training samples."""
-    curves = MOMENT_ESTIMATORS[settings.estimator](samples, schedule, settings.target)
-    optimal = curves.optimal_density()
-    if not np.isfinite(optimal).all() or optimal.max() <= 0.0:
+def halves_of(moments: Floats, num_cells: int) -> list[MomentSums]:
+    """Every other group in each half."""
+    return [MomentSums.of(moments[first::2], num_cells) for first in (0, 1)]
+
+
+def _artifact(
+    fit: Fit, rounds: list[dict[str, float]], moments: Sequence[Floats], calibrator: Calibrator, config: RunConfig
+) -> dict[str, Any]:
+    settings, curves = calibrator.settings, fit.curves
+    if not np.isfinite(fit.sampler.cell_density).all() or not fit.efficiency.uniform_variance > 0.0:
         raise UserError("calibration: the losses are not finite; check the model's weights")
-    epr = fit_epr(curves.t, optimal, num_restarts=settings.num_restarts, seed=seed)
-    sampler = TabulatedSampler.of(epr.curve.unnormalized, settings.uniform_floor)
-    result = efficiency(curves, sampler)
+    t = (np.arange(settings.num_times) + 1.0) / settings.num_times
+    optimum = fit.optimum(t)
+    scale = float(fit.optimum(CENTRES).mean())
+    sums = halves_of(np.concatenate(list(moments)), settings.num_times)
     return {
         "version": ARTIFACT_VERSION,
         "settings": settings.model_dump(mode="json", exclude={"artifact"}),
-        "epsilon": schedule.epsilon,
-        "seed": seed,
-        "forwards": int(samples.loss.size),
-        "epr": epr.curve.parameters(),
-        "kl_divergence": epr.kl_divergence,
-        "uniform_floor": settings.uniform_floor,
-        "efficiency": result.of_sampler,
-        "efficiency_of_uniform": result.of_uniform,
-        "minimal_variance": result.minimal_variance,
+        "method": config.diffusion.model_dump(mode="json", exclude={"calibration", "sampler"}),
+        "seed": calibrator.seed,
+        "forwards": rounds[-1]["forwards"],
+        "rounds": rounds,
+        "density": settings.density,
+        "parameters": fit.density.parameters,
+        "kl_divergence": fit.kl_from_optimum,
+        "uniform_floor": fit.floor,
+        "efficiency": fit.efficiency.of_sampler,
+        "efficiency_interval": [rounds[-1]["lower"], rounds[-1]["upper"]],
+        "efficiency_of_uniform": fit.efficiency.of_uniform,
+        "minimal_variance": fit.efficiency.minimal_variance,
         "points": {
-            "t": curves.t.tolist(),
-            "mean_loss": curves.mean_loss.tolist(),
-            "second_moment": curves.second_moment(curves.t).tolist(),
-            "optimal_density": (optimal / optimal.mean()).tolist(),
+            "t": t.tolist(),
+            "mean_loss": curves.mean_loss(t).tolist(),
+            "second_moment": curves.second_moment(t).tolist(),
+            "optimal_density": (optimum / scale).tolist(),
         },
-        "cell_density": sampler.cell_density.tolist(),
+        "moments": [half.sums.tolist() for half in sums],
+        "cell_density": fit.sampler.cell_density.tolist(),
     }
 
 
@@ -148,30 +195,3 @@ def load_artifact(path: Path) -> dict[str, Any]:
     if artifact.get("version") != ARTIFACT_VERSION:
         raise UserError(f"{path}: calibration artifact of version {artifact.get('version')}, not {ARTIFACT_VERSION}")
     return artifact
-
-
-def _noise_one_sample(
-    data: SftDataset,
-    row: int,
-    sample: int,
-    places: range,
-    t: np.ndarray,
-    diffusion: DiffusionConfig,
-    special: SpecialIds,
-    seed: int,
-) -> NoisedBatch:
-    """Rows `places` of one sample's grid, t-major: place = j · c + k."""
-    settings = diffusion.calibration
-    count = len(places)
-    batch = collate([data.samples[row]] * count, range(count), [row] * count, special.pad)
-    first = sample * settings.num_times * settings.num_masks
-    return noise(
-        batch,
-        t[np.array(places) // settings.num_masks],
-        np.ones(count),
-        [stream(seed, Purpose.CALIBRATION, 0, 1 + first + place) for place in places],
-        schedule=MaskSchedule(diffusion.epsilon),
-        rule=MASKING_RULES[diffusion.masking],
-        views=1,
-        mask_id=special.mask,
-    )

@@ -9,10 +9,14 @@ import numpy as np
 
 from megatron_mdm.checkpoint.store import CheckpointStore
 from megatron_mdm.config.schema import RunConfig
+from megatron_mdm.diffusion.control_variate import BinwiseControlVariate
+from megatron_mdm.diffusion.noiser import Noiser
+from megatron_mdm.diffusion.t_samplers import ClippedSampler, least_variance_interval
 from megatron_mdm.diffusion.variance import OnlineVariance
 from megatron_mdm.engine.base import Engine
+from megatron_mdm.evaluation.validation import FixedGridValidation
 from megatron_mdm.parallel.progress import progress_bar
-from megatron_mdm.training.loop import StepResult
+from megatron_mdm.training.loop import StepResult, Trainer
 from megatron_mdm.training.metrics import MetricsLog
 from megatron_mdm.training.state import TrainState
 
@@ -25,11 +29,20 @@ class Log:
     def __init__(
         self, config: RunConfig, metrics: MetricsLog, state: TrainState, num_steps: int, is_main: bool
     ) -> None:
-        self.every, self.metrics = config.logging.every, metrics
+        self.every, self.metrics, ema = config.logging.every, metrics, config.diffusion.ema
+        self.control_variate: BinwiseControlVariate | None = None
+        if ema.enabled:
+            new = BinwiseControlVariate.new(ema.num_bins, ema.rate)
+            self.control_variate = BinwiseControlVariate(**state.control_variate) if state.control_variate else new
         self.bar = progress_bar(total=num_steps, initial=state.step, desc="train", unit="step", enabled=is_main)
         self._reset()
 
     def after_step(self, state: TrainState, result: StepResult) -> None:
+        if self.control_variate:
+            adjusted = self.control_variate.adjusted(result.t, result.sample_loss)
+            state.adjusted_variance.update(result.weight, adjusted)
+            self.control_variate.update(result.t, result.sample_loss)
+            state.control_variate = self.control_variate.state()
         state.run_variance.update(result.weight, result.sample_loss)
         state.window_variance.update(result.weight, result.sample_loss)
         bins = np.minimum((result.t * NUM_T_BINS).astype(int), NUM_T_BINS - 1)
@@ -45,12 +58,15 @@ class Log:
         if state.step % self.every == 0:
             self.metrics.write(state.step, self._record(state, result, rate))
             state.window_variance = OnlineVariance()
+            state.adjusted_variance = OnlineVariance()
             self._reset()
 
     def after_run(self, _: TrainState) -> None:
         self.bar.close()
 
     def _record(self, state: TrainState, result: StepResult, rate: float) -> dict[str, Any]:
+        adjusted = state.adjusted_variance
+        ema = {"adjusted_loss": adjusted.mean(), "variance_of_adjusted_loss": adjusted.of_estimator()}
         by_t = [float(loss / count) if count else None for loss, count in zip(self.bin_loss, self.bin_count)]
         return {
             "loss": result.loss,
@@ -62,6 +78,7 @@ class Log:
             "run_variance_of_loss": state.run_variance.of_loss(),
             "run_variance_of_estimator": state.run_variance.of_estimator(),
             "loss_by_t": by_t,
+            **(ema if self.control_variate else {}),
         }
 
     def _reset(self) -> None:
@@ -73,10 +90,10 @@ class Validate:
     """Validation loss every `evaluation.every` steps and at the end; stops a run that no longer improves."""
 
     def __init__(
-        self, config: RunConfig, validation: Callable[[Engine], float], engine: Engine, metrics: MetricsLog
+        self, config: RunConfig, validation: FixedGridValidation, trainer: Trainer, metrics: MetricsLog
     ) -> None:
         self.every, self.patience = config.evaluation.every, config.evaluation.patience
-        self.validation, self.engine, self.metrics = validation, engine, metrics
+        self.validation, self.trainer, self.metrics = validation, trainer, metrics
         self.last_step = -1
 
     def after_step(self, state: TrainState, _: StepResult) -> None:
@@ -88,7 +105,7 @@ class Validate:
             self._validate(state)
 
     def _validate(self, state: TrainState) -> None:
-        loss = self.validation(self.engine)
+        loss = self.validation(self.trainer.engine)
         self.last_step = state.step
         if loss < state.best_validation:
             state.best_validation, state.validations_without_best = loss, 0
@@ -97,6 +114,33 @@ class Validate:
         self.metrics.write(state.step, {"validation_loss": loss, "best_validation_loss": state.best_validation})
         if self.patience and state.validations_without_best >= self.patience:
             state.stop_reason = f"no better validation loss in {self.patience} validations"
+
+
+class AdaptiveClipping:
+    """The clipped schedule's interval, chosen anew at every validation: that whose losses vary least. Runs after
+    Validate, whose losses it uses."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        validation: FixedGridValidation,
+        noiser: Noiser,
+        state: TrainState,
+        metrics: MetricsLog,
+    ) -> None:
+        self.every, self.validation, self.noiser, self.metrics = config.evaluation.every, validation, noiser, metrics
+        if state.clipping:
+            noiser.use(ClippedSampler((state.clipping[0], state.clipping[1])))
+
+    def after_step(self, state: TrainState, _: StepResult) -> None:
+        if state.step % self.every == 0:
+            bounds = least_variance_interval(self.validation.t, self.validation.losses)
+            self.noiser.use(ClippedSampler(bounds))
+            state.clipping = list(bounds)
+            self.metrics.write(state.step, {"clipping_lower": bounds[0], "clipping_upper": bounds[1]})
+
+    def after_run(self, _: TrainState) -> None:
+        pass
 
 
 class Save:

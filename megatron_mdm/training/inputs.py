@@ -15,6 +15,7 @@ from megatron_mdm.config.load import flatten
 from megatron_mdm.config.schema import PrecisionConfig, RunConfig
 from megatron_mdm.data.corpus import CorpusDataset, read_corpora
 from megatron_mdm.data.sft import SftDataset, read_sft, split_validation
+from megatron_mdm.data.syntax import add_syntax, mark_delimiters
 from megatron_mdm.data.tokenizer import Tokenizer, load_tokenizer, resolve_vocabulary
 from megatron_mdm.generation.sampler import SpecialIds
 from megatron_mdm.models.spec import resolve_kernels
@@ -55,6 +56,7 @@ def _samples(config: RunConfig, tokenizer: Tokenizer) -> tuple[SftDataset, SftDa
         validation = read_sft(data.validation, tokenizer, data, vocab_size)
     elif data.validation_fraction:
         train, validation = split_validation(train, data.validation_fraction, config.seed)
+    train = mark_delimiters(add_syntax(train, config.diffusion.syrm, tokenizer), config.diffusion.isad, tokenizer)
     return train, validation
 
 

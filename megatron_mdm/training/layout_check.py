@@ -86,7 +86,6 @@ def _losses(
         quick = {"num_samples": 2, "num_times": 16, "num_masks": 4, "num_restarts": 4}
         calibration = config.diffusion.calibration.model_copy(update=quick)
         diffusion = config.diffusion.model_copy(update={"calibration": calibration})
-        rows = config.batch.micro_size * diffusion.views
-        artifact = calibrate(engine, data.train, diffusion, data.special_ids, rows, config.seed, context)
+        artifact = calibrate(engine, config.model_copy(update={"diffusion": diffusion}), data, context)
     trainer = build_trainer(config, data, engine, artifact, context)
     return artifact, [trainer.train_step(step).loss for step in range(NUM_STEPS)]

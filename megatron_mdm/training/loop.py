@@ -8,15 +8,16 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
-import torch
 
 from megatron_mdm.config.schema import RunConfig
 from megatron_mdm.data.loader import LocalBatch, PrefetchLoader, TrainLoader
 from megatron_mdm.diffusion.mask_schedule import Floats
-from megatron_mdm.diffusion.noiser import Noiser
-from megatron_mdm.diffusion.objective import NORMALIZATIONS
+from megatron_mdm.diffusion.moments import Moments, group_moments
+from megatron_mdm.diffusion.noiser import NoisedBatch, Noiser
+from megatron_mdm.diffusion.objective import NORMALIZATIONS, LossWeights
 from megatron_mdm.engine.base import Engine, TrainOutput
 from megatron_mdm.engine.packets import loss_packet
+from megatron_mdm.evaluation.losses import row_sums
 from megatron_mdm.parallel.collectives import fill_from_data_ranks
 from megatron_mdm.parallel.groups import ParallelContext
 from megatron_mdm.training.schedules import learning_rate
@@ -34,6 +35,7 @@ class StepResult:
     t: Floats
     weight: Floats  # 1/p(t)
     sample_loss: Floats  # per-sample loss, mean over views, without the importance weight
+    moments: Floats  # [n, len(Moments._fields)], for re-fitting p(t): see diffusion/moments.py
     num_tokens: int
     seconds: float
 
@@ -73,25 +75,26 @@ class Trainer:
         batch = self.loader.batch(step)
         noised = [self.noiser(micro_batch, step) for micro_batch in batch.micro_batches]
         normalize = NORMALIZATIONS[self.config.diffusion.normalization]
-        packets = [loss_packet(micro, normalize(micro, batch.global_batch)) for micro in noised]
+        weights = [normalize(micro, batch.global_batch) for micro in noised]
+        packets = [loss_packet(*pair) for pair in zip(noised, weights)]
         lr = learning_rate(step, self.num_steps, self.config.optimizer.lr, self.config.schedule)
         output = self.engine.train_batch(packets, lr)
-        total, sample_loss = self._collect(batch, [packet.row_weight for packet in packets], output)
+        total, sample_loss, moments = self._collect(batch, noised, weights, output)
         t, weight = self.noiser.times(step)
-        return StepResult(
-            step, total, output.grad_norm, lr, t, weight, sample_loss, batch.num_tokens, time.monotonic() - began
-        )
+        seconds = time.monotonic() - began
+        return StepResult(step, total, output.grad_norm, lr, t, weight, sample_loss, moments, batch.num_tokens, seconds)
 
     def _collect(
-        self, batch: LocalBatch, row_weights: Sequence[torch.Tensor], output: TrainOutput
-    ) -> tuple[float, Floats]:
-        """The global loss and per-sample losses [n] from every data-parallel rank's rows."""
-        values = np.zeros((2, self.loader.global_size))
-        for micro, row_weight, rows in zip(batch.micro_batches, row_weights, output.statistics):
-            positions = micro.positions.numpy()
-            shape = (self.noiser.views, len(positions))  # [V, B]; B may be 0
-            loss = rows.loss.double().cpu().view(shape)
-            values[0, positions] = (loss * row_weight.double().view(shape)).sum(0).numpy()
-            values[1, positions] = loss.mean(0).numpy()
+        self, batch: LocalBatch, noised: Sequence[NoisedBatch], weights: Sequence[LossWeights], output: TrainOutput
+    ) -> tuple[float, Floats, Floats]:
+        """The global loss, per-sample losses [n] and moments [n, …] from every data-parallel rank's rows."""
+        values = np.zeros((self.loader.global_size, 2 + len(Moments._fields)))
+        for micro, weight, rows in zip(noised, weights, output.statistics):
+            loss = rows.loss.double().cpu().view(micro.views, -1)  # [V, B]
+            positions, t = micro.clean.positions.numpy(), micro.t.numpy()
+            values[positions, 0] = (loss * weight.row.double().view(micro.views, -1)).sum(0).numpy()
+            values[positions, 1] = loss.mean(0).numpy()
+            q = self.noiser.design.schedule.mask_probability(t)
+            values[positions, 2:] = group_moments(t, q, row_sums(micro, weight, batch.global_batch, rows))
         values = fill_from_data_ranks(values, self.context)
-        return float(values[0].sum()), values[1]
+        return float(values[:, 0].sum()), values[:, 1], values[:, 2:]

@@ -16,20 +16,27 @@ from megatron_mdm.config.files import write_atomically, write_json
 from megatron_mdm.config.load import dump_config
 from megatron_mdm.config.schema import RunConfig
 from megatron_mdm.data.loader import NO_EOS_PADDING, PrefetchLoader, TrainLoader
-from megatron_mdm.diffusion.mask_schedule import MaskSchedule
-from megatron_mdm.diffusion.masking import MASKING_RULES
+from megatron_mdm.diffusion.mask_schedule import Floats, MaskSchedule
+from megatron_mdm.diffusion.masking import MaskDesign
 from megatron_mdm.diffusion.noiser import Noiser
-from megatron_mdm.diffusion.t_samplers import CALIBRATED_SAMPLERS, T_SAMPLERS, number_of_strata
+from megatron_mdm.diffusion.t_samplers import (
+    CALIBRATED_SAMPLERS,
+    FULL_RANGE,
+    T_SAMPLERS,
+    SamplerInputs,
+    number_of_strata,
+)
 from megatron_mdm.engine.base import Engine
 from megatron_mdm.evaluation.validation import FixedGridValidation
 from megatron_mdm.parallel.collectives import barrier
 from megatron_mdm.parallel.groups import ParallelContext
 from megatron_mdm.reports.plots import calibration_figure, save_figure, training_figure
-from megatron_mdm.training.calibrate import calibrate, load_artifact, save_artifact
-from megatron_mdm.training.hooks import Log, Save, Validate
+from megatron_mdm.training.calibrate import calibrate, calibrator_of, load_artifact, save_artifact
+from megatron_mdm.training.hooks import AdaptiveClipping, Log, Save, Validate
 from megatron_mdm.training.inputs import RunData, total_steps
 from megatron_mdm.training.loop import Hook, Trainer
 from megatron_mdm.training.metrics import MetricsLog
+from megatron_mdm.training.refit import Refit
 from megatron_mdm.training.resume import check_same_run
 from megatron_mdm.training.state import TrainState
 
@@ -60,7 +67,7 @@ def train_run(config: RunConfig, data: RunData, context: ParallelContext, mode: 
     metrics = MetricsLog(folder, config.logging.tensorboard, context.is_main, state.step)
     if artifact:
         metrics.figure("calibration", calibration_figure(artifact), state.step)
-    trainer.train(state, _hooks(trainer, data, store, metrics, state))
+    trainer.train(state, _hooks(trainer, data, store, metrics, state, artifact))
     summary = _summary(config, state, artifact, trainer)
     if context.is_main:
         write_json(folder / "summary.json", summary)
@@ -122,8 +129,7 @@ def _calibration(
     if diffusion.calibration.artifact:
         artifact = load_artifact(Path(diffusion.calibration.artifact))
     else:
-        rows = config.batch.micro_size * diffusion.views
-        artifact = calibrate(engine, data.train, diffusion, data.special_ids, rows, config.seed, context)
+        artifact = calibrate(engine, config, data, context)
     barrier()  # every rank has looked for the file before it appears
     if context.is_main:
         save_artifact(artifact, folder / CALIBRATION)
@@ -134,22 +140,12 @@ def build_trainer(
     config: RunConfig, data: RunData, engine: Engine, artifact: dict[str, Any] | None, context: ParallelContext
 ) -> Trainer:
     """Loader, noise and engine put together; artifact: the calibration, where the sampler needs one."""
-    diffusion, global_size = config.diffusion, config.batch.global_size
-    density = np.array(artifact["cell_density"]) if artifact else None
-    noiser = Noiser(
-        schedule=MaskSchedule(diffusion.epsilon),
-        sampler=T_SAMPLERS[diffusion.sampler](density),
-        rule=MASKING_RULES[diffusion.masking],
-        views=diffusion.views,
-        num_strata=number_of_strata(diffusion.strata, global_size),
-        global_size=global_size,
-        mask_id=data.tokenizer.mask_id,
-        seed=config.seed,
-    )
+    cell_density = np.array(artifact["cell_density"]) if artifact else np.empty(0)
+    noiser = build_noiser(config, cell_density, data.tokenizer.mask_id)
     loader = TrainLoader(
         data.train,
         batch=config.batch,
-        views=diffusion.views,
+        views=config.diffusion.rows_per_sample,
         data_rank=context.data_rank,
         data_size=context.layout.data,
         pad_id=data.tokenizer.pad_id,
@@ -159,23 +155,45 @@ def build_trainer(
     return Trainer(config, context, PrefetchLoader(loader), noiser, engine, total_steps(config, len(data.train)))
 
 
+def build_noiser(config: RunConfig, cell_density: Floats, mask_id: int) -> Noiser:
+    """The noise that a configuration asks for; cell_density: the calibration's, where the sampler needs one."""
+    diffusion, global_size, bounds = config.diffusion, config.batch.global_size, config.diffusion.clipping.bounds
+    return Noiser(
+        design=MaskDesign.of(diffusion),
+        sampler=T_SAMPLERS[diffusion.sampler](
+            SamplerInputs(cell_density, FULL_RANGE if bounds == "adaptive" else bounds)
+        ),
+        num_strata=number_of_strata(diffusion.strata, global_size),
+        global_size=global_size,
+        mask_id=mask_id,
+        seed=config.seed,
+    )
+
+
 def _hooks(
-    trainer: Trainer, data: RunData, store: CheckpointStore, metrics: MetricsLog, state: TrainState
+    trainer: Trainer,
+    data: RunData,
+    store: CheckpointStore,
+    metrics: MetricsLog,
+    state: TrainState,
+    artifact: dict[str, Any] | None,
 ) -> list[Hook]:
     config, context = trainer.config, trainer.context
     hooks: list[Hook] = [Log(config, metrics, state, trainer.num_steps, context.is_main)]
+    if artifact and config.diffusion.calibration.refit_every:
+        hooks.append(Refit(calibrator_of(config, data.train), trainer.noiser, artifact, state, metrics))
     if config.evaluation.every and data.validation is not None:
         validation = FixedGridValidation(
             data.validation,
-            num_samples=config.evaluation.num_samples,
-            num_times=config.evaluation.num_times,
-            micro_size=config.batch.micro_size * config.diffusion.views,
-            schedule=MaskSchedule(config.diffusion.epsilon),
-            mask_id=data.tokenizer.mask_id,
-            pad_id=data.tokenizer.pad_id,
-            context=context,
+            config.evaluation,
+            MaskSchedule(config.diffusion.epsilon),
+            data.special_ids,
+            config.batch.micro_size * config.diffusion.rows_per_sample,
+            context,
         )
-        hooks.append(Validate(config, validation, trainer.engine, metrics))
+        hooks.append(Validate(config, validation, trainer, metrics))
+        if config.diffusion.sampler == "clipped" and config.diffusion.clipping.bounds == "adaptive":
+            hooks.append(AdaptiveClipping(config, validation, trainer.noiser, state, metrics))
     hooks.append(Save(config, store, trainer.engine, lambda: {"data": data.train.fingerprint}))
     return hooks
 
@@ -192,5 +210,15 @@ def _summary(config: RunConfig, state: TrainState, artifact: dict[str, Any] | No
         "t_share_by_decile": drawn.round(4).tolist(),
         "t_last_step": {"min": float(t.min()), "mean": float(t.mean()), "max": float(t.max()), "std": float(t.std())},
         "calibration": artifact
-        and {key: artifact[key] for key in ("efficiency", "efficiency_of_uniform", "forwards", "seconds")},
+        and {
+            key: artifact[key]
+            for key in (
+                "efficiency",
+                "efficiency_interval",
+                "efficiency_of_uniform",
+                "uniform_floor",
+                "forwards",
+                "seconds",
+            )
+        },
     }

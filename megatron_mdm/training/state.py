@@ -16,6 +16,11 @@ class TrainState:
     best_validation: float = float("inf")
     validations_without_best: int = 0
     t_histogram: list[int] = field(default_factory=lambda: [0] * 10)
+    moment_sums: list[list[list[float]]] = field(default_factory=list)  # of both halves of the steps (re-fitting)
+    cell_density: list[float] = field(default_factory=list)  # the re-fitted p(t); empty: the calibration's
+    control_variate: dict[str, Any] = field(default_factory=dict)  # BinwiseControlVariate's state
+    clipping: list[float] = field(default_factory=list)  # the adaptive clipped schedule's interval
+    adjusted_variance: OnlineVariance = field(default_factory=OnlineVariance)  # of the loss less its control variate
     stop_reason: str = ""  # not empty: stop before the next step
 
     def to_json(self) -> dict[str, Any]:
@@ -24,6 +29,6 @@ class TrainState:
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> TrainState:
         value = dict(value)
-        for name in ("run_variance", "window_variance"):
+        for name in ("run_variance", "window_variance", "adjusted_variance"):
             value[name] = OnlineVariance(**value[name])
         return cls(**value)

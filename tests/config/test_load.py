@@ -62,7 +62,7 @@ def test_bad_files(tmp_path: Path, text: str, message: str) -> None:
         ("optimizer.lr=[1", "not YAML"),
         ("seed.x=1", "is a value, not a section"),
         ("optimizer.lr=-1", "greater than 0"),
-        ("diffusion.sampler=ppot", "'uniform' or 'ppots'"),
+        ("diffusion.sampler=ppot", "'uniform', 'ppots' or 'clipped'"),
         ("diffusion.strata=1", "at least 2 strata"),
         ("schedule.epochs=1", "exactly one of steps and epochs"),
         ("diffusion.calibration.target=paper", "only estimator 'naive'"),

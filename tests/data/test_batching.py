@@ -78,7 +78,7 @@ def test_settings_that_do_not_go_together() -> None:
     check(mode="packed", micro_tokens=128, global_size=7)  # a budget fits any number of samples
     with pytest.raises(UserError, match=r"'batch.micro_tokens' needs 'batch.mode' bucketed or packed"):
         check(mode="padded", micro_tokens=128)
-    with pytest.raises(UserError, match=r"cannot hold one sample: 2 'diffusion.views' × 64 .* = 128 tokens"):
+    with pytest.raises(UserError, match=r"cannot hold one sample: 2 rows a sample × 64 .* = 128 tokens"):
         check(mode="packed", micro_tokens=127)
 
 

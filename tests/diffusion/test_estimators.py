@@ -1,4 +1,7 @@
-"""Every training estimator against exact enumeration over all masks and quadrature over t."""
+"""Every training estimator against enumeration of all masks and quadrature over t, on a tiny random transformer.
+
+Section 14 of the method: unbiasedness of the loss and of a coordinate of its gradient, and the exact variances.
+"""
 
 from __future__ import annotations
 
@@ -7,98 +10,168 @@ import itertools
 import numpy as np
 import pytest
 
-from megatron_mdm.diffusion.masking import MASKING_RULES
+from megatron_mdm.diffusion.masking import MaskDesign
 from megatron_mdm.diffusion.noiser import Noiser
 from megatron_mdm.diffusion.t_samplers import TabulatedSampler, TSampler, UniformSampler
-from tests.diffusion.toy import SCHEDULE, P, Toy, clean_batch, exact_mean, exact_variance
+from tests.diffusion.toy import (
+    KINDS,
+    P,
+    Toy,
+    clean_batch,
+    design,
+    exact_mean,
+    exact_variance,
+    mask_probabilities,
+    midpoints,
+)
 
-GLOBAL_SIZE, NUM_STEPS = 16, 1500
+GLOBAL_SIZE, NUM_STEPS = 16, 1200
 SAMPLERS: dict[str, TSampler] = {
     "uniform": UniformSampler(),
     "steep": TabulatedSampler.of(lambda t: 1.0 / (0.02 + t), 0.02),
     "rising": TabulatedSampler.of(lambda t: 0.1 + t**3, 0.02),
 }
+DESIGNS = {
+    "single": design(),
+    "mirror": design(complementary=True),
+    "multisample": design(repeats=3),
+    "two_pairs": design(complementary=True, repeats=2),
+    "exact_count": design("exact_count"),
+    "exact_count_mirror": design("exact_count", complementary=True),
+}
 
 
-def noiser(sampler: TSampler, views: int, num_strata: int, rule: str = "bernoulli") -> Noiser:
-    return Noiser(
-        schedule=SCHEDULE,
-        sampler=sampler,
-        rule=MASKING_RULES[rule],
-        views=views,
-        num_strata=num_strata,
-        global_size=GLOBAL_SIZE,
-        mask_id=9,
-        seed=3,
-    )
+def rule_of(name: str) -> str:
+    return "exact_count" if name.startswith("exact_count") else "bernoulli"
 
 
-def estimates(toy: Toy, make_noise: Noiser) -> np.ndarray:
+def noiser(sampler: TSampler, masks: MaskDesign, num_strata: int) -> Noiser:
+    return Noiser(design=masks, sampler=sampler, num_strata=num_strata, global_size=GLOBAL_SIZE, mask_id=9, seed=3)
+
+
+def estimates(toy: Toy, make_noise: Noiser, steps: int = NUM_STEPS) -> np.ndarray:
     """w·l of every sample [steps, n]; the toy's samples take turns."""
-    batch = clean_batch(GLOBAL_SIZE)
-    which = np.arange(GLOBAL_SIZE) % len(toy.tables)
+    batch, which = clean_batch(GLOBAL_SIZE), np.arange(GLOBAL_SIZE) % len(toy.tables)
     result = []
-    for step in range(NUM_STEPS):
+    for step in range(steps):
         noised = make_noise(batch, step)
         result.append(noised.sample_weight.numpy() * toy.losses(noised, which))
     return np.array(result)
 
 
-@pytest.mark.parametrize(
-    ("sampler", "views", "num_strata"), list(itertools.product(SAMPLERS, [1, 2], [1, 4, GLOBAL_SIZE]))
-)
-def test_estimator_is_unbiased(sampler: str, views: int, num_strata: int) -> None:
-    toy = Toy()
-    steps = estimates(toy, noiser(SAMPLERS[sampler], views, num_strata)).mean(1)  # independent over steps
-    error = steps.std(ddof=1) / np.sqrt(len(steps))
-    assert abs(steps.mean() - exact_mean(toy)) < 4 * error
+@pytest.mark.parametrize(("name", "sampler"), list(itertools.product(DESIGNS, SAMPLERS)))
+@pytest.mark.parametrize("num_strata", [1, 4, GLOBAL_SIZE])
+def test_estimator_is_unbiased_in_value_and_gradient(name: str, sampler: str, num_strata: int) -> None:
+    make_noise = noiser(SAMPLERS[sampler], DESIGNS[name], num_strata)
+    batch, toys = clean_batch(GLOBAL_SIZE), {kind: Toy(kind) for kind in KINDS}
+    which, means = np.arange(GLOBAL_SIZE) % 2, []
+    for step in range(NUM_STEPS):
+        noised = make_noise(batch, step)
+        means.append([(noised.sample_weight.numpy() * toy.losses(noised, which)).mean() for toy in toys.values()])
+    steps = np.array(means)  # independent over steps
+    error = steps.std(0, ddof=1) / np.sqrt(len(steps))
+    exact = [exact_mean(toy, rule_of(name)) for toy in toys.values()]
+    assert (np.abs(steps.mean(0) - exact) < 4 * error).all()
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_exact_count_has_the_expectation_of_bernoulli_without_epsilon(kind: str) -> None:
+    """By quadrature over t (a polynomial of degree P − 1, exact with P nodes) of the enumerated Bernoulli masks."""
+    toy = Toy(kind)
+    nodes, weights = np.polynomial.legendre.leggauss(P)
+    t = (nodes + 1) / 2
+    total = toy.of_masks(np.ones((1, 1)))[:, 0]  # Σ c / P of every mask
+    number = np.array([bin(mask).count("1") for mask in range(2**P)])
+    bernoulli = sum(
+        w / 2 * (total * np.where(number > 0, u ** (number - 1.0) * (1 - u) ** (P - number), 0.0)).sum(1)
+        for u, w in zip(t, weights)
+    )
+    exact = toy.enumerate(midpoints(P), "exact_count")[0].mean(1)  # one midpoint for each count
+    np.testing.assert_allclose(exact, bernoulli, rtol=1e-12)
+
+
+@pytest.mark.parametrize("rule", ["bernoulli", "exact_count"])
 @pytest.mark.parametrize("sampler", SAMPLERS)
-def test_variance_of_importance_sampling_is_the_integral(sampler: str) -> None:
+def test_variance_of_importance_sampling_is_the_integral(sampler: str, rule: str) -> None:
     toy = Toy()
-    values = estimates(toy, noiser(SAMPLERS[sampler], 1, 1)).ravel()
+    values = estimates(toy, noiser(SAMPLERS[sampler], design(rule), 1)).ravel()
     squares = (values - values.mean()) ** 2
     error = squares.std(ddof=1) / np.sqrt(len(squares))
-    assert abs(squares.mean() - exact_variance(toy, SAMPLERS[sampler])) < 4 * error
+    assert abs(squares.mean() - exact_variance(toy, SAMPLERS[sampler], rule)) < 4 * error
 
 
-def test_exact_optimum_reaches_the_minimal_variance() -> None:
-    toy = Toy()
-    t = (np.arange(4096) + 0.5) / 4096
-    _, square = toy.enumerate(t)
+@pytest.mark.parametrize("kind", KINDS)
+def test_exact_optimum_reaches_the_minimal_variance(kind: str) -> None:
+    toy = Toy(kind)
+    t = midpoints(4096)
+    square = toy.enumerate(t)[1].mean(0)
     optimal = TabulatedSampler(np.sqrt(square))
     minimum = np.sqrt(square).mean() ** 2 - exact_mean(toy) ** 2
     assert exact_variance(toy, optimal) == pytest.approx(minimum, rel=0.02)
     assert minimum < exact_variance(toy, UniformSampler())
+    values = estimates(toy, noiser(optimal, design(), 1), 4000).ravel()
+    squares = (values - values.mean()) ** 2
+    assert abs(squares.mean() - minimum) < 4 * squares.std(ddof=1) / np.sqrt(len(squares))
 
 
-@pytest.mark.parametrize("views", [1, 2])
-def test_stratification_reduces_variance(views: int) -> None:
-    toy = Toy()
-    variances = [estimates(toy, noiser(UniformSampler(), views, k)).mean(1).var() for k in (1, GLOBAL_SIZE)]
-    assert variances[1] < variances[0]
+def test_mirror_has_the_masking_noise_that_its_correlation_says() -> None:
+    """A of the pair is (1 + ρ)/2 of one view's at every t, at most 1/2 where ρ ≤ 0; estimates at fixed t agree."""
+    toy, t = Toy(num_samples=1), np.array([0.05, 0.2, 0.35, 0.5, 0.65, 0.8, 0.95])
+    mean, square = (values[0] for values in toy.enumerate(t))
+    single = square - mean**2
+    correlation = (toy.pair_product(t)[0] - mean**2) / single
+    assert (correlation < 0).any()
+    pair = single / 2 * (1 + correlation)
+    assert (pair[correlation <= 0] <= single[correlation <= 0] / 2 * (1 + 1e-12)).all()
+    for index, value in enumerate(t):
+        fixed = noiser(TabulatedSampler(np.ones(2)), design(complementary=True), 1)
+        fixed.times = lambda step, value=value: (np.full(GLOBAL_SIZE, value), np.ones(GLOBAL_SIZE))  # type: ignore
+        values = estimates(toy, fixed, 400).ravel()
+        squares = (values - mean[index]) ** 2
+        assert abs(squares.mean() - pair[index]) < 4.5 * squares.std(ddof=1) / np.sqrt(len(squares)), value
 
 
-def test_complementary_views_reduce_masking_noise_at_equal_views() -> None:
-    """MIRROR = (1 + ρ)/2 of one view, with ρ < 0 on this toy, so below 1/2."""
+@pytest.mark.parametrize("num_strata", [4, GLOBAL_SIZE])
+def test_strata_remove_exactly_the_between_stratum_part(num_strata: int) -> None:
+    """n · Var(batch mean) = Var(l) − the variance of g's means over the strata, which is part of B. With exact-count
+    masks, whose remaining noise does not hide it."""
     toy = Toy(num_samples=1)
-    single = estimates(toy, noiser(UniformSampler(), 1, GLOBAL_SIZE)).mean(1).var()
-    pair = estimates(toy, noiser(UniformSampler(), 2, GLOBAL_SIZE)).mean(1).var()
-    assert pair < 0.5 * single
+    g = toy.enumerate(midpoints(), "exact_count")[0][0]
+    between = g.reshape(num_strata, -1).mean(1).var()
+    means = estimates(toy, noiser(UniformSampler(), design("exact_count"), num_strata), 6000).mean(1)
+    squares = (means - means.mean()) ** 2 * GLOBAL_SIZE
+    error = squares.std(ddof=1) / np.sqrt(len(squares))
+    expected = exact_variance(toy, UniformSampler(), "exact_count") - between
+    assert abs(squares.mean() - expected) < 4 * error
+    assert between > 4 * error  # the test would notice its absence
+
+
+def test_decomposition_adds_up_to_the_variance_of_the_loss() -> None:
+    toy, t = Toy(), midpoints()
+    mean, square = toy.enumerate(t)
+    a = (square - mean**2).mean()
+    b = mean.var(1).mean()
+    c = mean.mean(1).var()
+    assert a + b + c == pytest.approx(exact_variance(toy, UniformSampler()), rel=1e-9)
 
 
 def test_noise_is_a_function_of_step_and_position_alone() -> None:
     """The same whether the global batch comes whole or in micro-batches, in any order, before or after other steps."""
-    make_noise = noiser(SAMPLERS["steep"], 2, 4)
+    make_noise = noiser(SAMPLERS["steep"], DESIGNS["two_pairs"], 4)
     whole = make_noise(clean_batch(GLOBAL_SIZE), 7)
     batch = clean_batch(GLOBAL_SIZE)
-    again = noiser(SAMPLERS["steep"], 2, 4)
+    again = noiser(SAMPLERS["steep"], DESIGNS["two_pairs"], 4)
     again(batch, 3)
     for rows in ([5, 2], [0, 15, 9]):
         part = type(batch)(*(getattr(batch, name)[rows] for name in batch.__dataclass_fields__))
         noised = again(part, 7)
-        views = whole.masked.view(2, GLOBAL_SIZE, P)
-        assert (noised.masked.view(2, len(rows), P) == views[:, rows]).all()
+        views = whole.masked.view(4, GLOBAL_SIZE, P)
+        assert (noised.masked.view(4, len(rows), P) == views[:, rows]).all()
         assert (noised.t == whole.t[rows]).all()
         assert (noised.sample_weight == whole.sample_weight[rows]).all()
+
+
+def test_every_row_of_exact_count_has_a_masked_token() -> None:
+    noised = noiser(UniformSampler(), DESIGNS["exact_count_mirror"], 1)(clean_batch(GLOBAL_SIZE), 0)
+    assert (noised.masked.sum(1) >= 1).all()
+    assert mask_probabilities(np.array([0.0, 0.999]), "exact_count")[1].tolist() == [1 / P, 1.0]

@@ -1,4 +1,4 @@
-"""Masking rules: marginals and the relation of the two views."""
+"""Masking rules: marginals, the relation of two views, ISAD."""
 
 from __future__ import annotations
 
@@ -6,20 +6,23 @@ import numpy as np
 import pytest
 
 from megatron_mdm.diffusion.mask_schedule import MaskSchedule
-from megatron_mdm.diffusion.masking import MASKING_RULES
+from megatron_mdm.diffusion.masking import MASKING_RULES, MaskDesign
 
 SCHEDULE = MaskSchedule(1e-3)
+NOTHING = np.zeros(5, dtype=bool)
 
 
 @pytest.mark.parametrize("t", [0.0, 0.1, 0.45, 0.8, 1.0])
+@pytest.mark.parametrize("shift", [0.0, 0.2])
 @pytest.mark.parametrize("rule", MASKING_RULES)
-def test_marginal_probability_times_weight_is_one(rule: str, t: float) -> None:
-    """E[1(masked) · weight] = 1 for every position and view: each token's loss counts once."""
-    generator = np.random.default_rng(0)
-    total, squares, num = np.zeros((2, 5)), np.zeros((2, 5)), 40_000
+def test_marginal_probability_times_weight_is_one(rule: str, shift: float, t: float) -> None:
+    """E[1(masked) / q] = 1 for every position and view: each token's loss counts once, delimiters' (ISAD) too."""
+    design = MaskDesign(MASKING_RULES[rule], SCHEDULE, complementary=True, delimiter_shift=shift)
+    generator, delimiters = np.random.default_rng(0), np.array([False, True, False, False, True]) & (shift > 0)
+    total, squares, num = np.zeros((2, 5)), np.zeros((2, 5)), 20_000
     for _ in range(num):
-        masking = MASKING_RULES[rule](generator.random(5), t, SCHEDULE, 2)
-        value = masking.masked * masking.token_weight
+        masking = design.draw(generator, t, delimiters)
+        value = masking.masked / masking.probability
         total += value
         squares += value**2
     mean = total / num
@@ -27,12 +30,36 @@ def test_marginal_probability_times_weight_is_one(rule: str, t: float) -> None:
     assert (np.abs(mean - 1.0) <= 4.5 * error + 1e-9).all()
 
 
-def test_views_are_complementary() -> None:
+def test_isad_masks_delimiters_more_often() -> None:
+    design = MaskDesign(MASKING_RULES["bernoulli"], SCHEDULE, delimiter_shift=0.2)
+    delimiters = np.array([False, True, False])
+    q = design.draw(np.random.default_rng(0), 0.3, delimiters).probability
+    assert q == pytest.approx(SCHEDULE.mask_probability(np.full(3, 0.3)) + 0.2 * delimiters)
+    assert design.draw(np.random.default_rng(0), 0.95, delimiters).probability[1] == 1.0
+
+
+@pytest.mark.parametrize("rule", MASKING_RULES)
+def test_views_are_complementary(rule: str) -> None:
     uniforms = np.random.default_rng(1).random(1000)
-    below = MASKING_RULES["bernoulli"](uniforms, 0.3, SCHEDULE, 2).masked
+    below = MASKING_RULES[rule].draw(uniforms, 0.3)
     assert not (below[0] & below[1]).any()
-    above = MASKING_RULES["bernoulli"](uniforms, 0.7, SCHEDULE, 2).masked
+    above = MASKING_RULES[rule].draw(uniforms, 0.7)
     assert (above[0] | above[1]).all()
+
+
+def test_repeats_are_independent_and_views_come_in_pairs() -> None:
+    design = MaskDesign(MASKING_RULES["bernoulli"], SCHEDULE, complementary=True, repeats=2)
+    masked = design.draw(np.random.default_rng(0), 0.4, np.zeros(1000, dtype=bool)).masked
+    assert masked.shape == (4, 1000) == (design.views, 1000)
+    overlap = {(i, j): int((masked[i] & masked[j]).sum()) for i in range(4) for j in range(i)}
+    assert overlap[1, 0] == overlap[3, 2] == 0  # complementary below 1/2
+    assert all(overlap[pair] > 100 for pair in ((2, 0), (2, 1), (3, 0), (3, 1)))
+
+
+def test_exact_count_masks_the_share_that_t_says() -> None:
+    design = MaskDesign(MASKING_RULES["exact_count"], SCHEDULE)
+    counts = [int(design.draw(np.random.default_rng(0), t, NOTHING).masked.sum()) for t in (0.0, 0.19, 0.2, 0.99, 1.0)]
+    assert counts == [1, 1, 2, 5, 5]
 
 
 def test_epsilon_bounds_the_weight() -> None:

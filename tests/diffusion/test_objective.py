@@ -7,10 +7,11 @@ import pytest
 import torch
 
 from megatron_mdm.diffusion.mask_schedule import MaskSchedule
-from megatron_mdm.diffusion.masking import bernoulli
+from megatron_mdm.diffusion.masking import MASKING_RULES, MaskDesign
 from megatron_mdm.diffusion.noiser import CleanBatch, NoisedBatch, noise
 from megatron_mdm.diffusion.objective import NORMALIZATIONS, GlobalBatch
 
+DESIGN = MaskDesign(MASKING_RULES["bernoulli"], MaskSchedule(1e-3), complementary=True)
 LENGTHS = [3, 7, 5, 8]
 BATCH = GlobalBatch(num_samples=4, num_eligible=sum(LENGTHS))
 
@@ -24,7 +25,7 @@ def noised(rows: list[int]) -> NoisedBatch:
     t = np.array([0.2, 0.5, 0.7, 0.9])[rows]
     weight = np.array([1.3, 0.8, 1.0, 0.5])[rows]
     generators = [np.random.default_rng(row) for row in rows]
-    return noise(batch, t, weight, generators, schedule=MaskSchedule(1e-3), rule=bernoulli, views=2, mask_id=9)
+    return noise(batch, t, weight, generators, design=DESIGN, mask_id=9)
 
 
 def total(batch: NoisedBatch, normalization: str) -> float:

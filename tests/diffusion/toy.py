@@ -1,60 +1,129 @@
-"""A toy model whose losses can be enumerated: cross-entropies looked up by (sample, mask), P small."""
+"""A tiny random transformer whose losses and gradients are enumerated: every mask of P positions of two samples."""
 
 from __future__ import annotations
+
+from functools import cache
 
 import numpy as np
 import torch
 
+from megatron_mdm.diffusion.exposure import SampleShapes
 from megatron_mdm.diffusion.mask_schedule import Floats, MaskSchedule
+from megatron_mdm.diffusion.masking import MASKING_RULES, MaskDesign
+from megatron_mdm.diffusion.moments import RowSums
 from megatron_mdm.diffusion.noiser import CleanBatch, NoisedBatch
 from megatron_mdm.diffusion.t_samplers import TSampler
+from tests.ranks import run_ranks
+from tests.small import MASK, small_model
 
-P = 4
+P, NUM_SAMPLES, PROMPT = 5, 2, 3
 EPSILON = 0.1  # bounds the weights 1/q, so that sample variances settle
 SCHEDULE = MaskSchedule(EPSILON)
+MASKS = (np.arange(2**P)[:, None] >> np.arange(P)) & 1  # [2^P, P]
+KINDS = ("loss", "gradient")
+
+
+def design(rule: str = "bernoulli", complementary: bool = False, repeats: int = 1) -> MaskDesign:
+    return MaskDesign(MASKING_RULES[rule], SCHEDULE, complementary, repeats)
+
+
+@cache
+def tables() -> dict[str, Floats]:
+    """kind → [samples, 2^P, P]: cross-entropy of each masked token, and its derivative by one weight of a layer."""
+    return run_ranks(_tables, 1)[0]
+
+
+def _tables() -> dict[str, Floats]:
+    from megatron_mdm.config.schema import ParallelConfig
+    from megatron_mdm.engine.packets import logits_packet
+    from megatron_mdm.models.stages import build_model
+    from megatron_mdm.parallel.groups import initialize
+
+    # Weights large enough that losses differ between masks by more than between tokens.
+    model = build_model(small_model(init_std=0.35), ParallelConfig(), initialize(1), 5).double()
+    weight = model[1].layer.mlp.linear_fc2.weight
+    result = {kind: np.zeros((NUM_SAMPLES, 2**P, P)) for kind in KINDS}
+    for sample in range(NUM_SAMPLES):
+        clean = torch.from_numpy(np.random.default_rng(sample).integers(2, MASK, PROMPT + P))
+        for index, mask in enumerate(MASKS[1:], 1):
+            masked = torch.from_numpy(np.concatenate([np.zeros(PROMPT, dtype=bool), mask.astype(bool)]))[None]
+            noisy = clean[None].masked_fill(masked, MASK)
+            logits = model(logits_packet(noisy, torch.tensor([PROMPT + P]), masked), want_logits=True)
+            losses = torch.nn.functional.cross_entropy(logits, clean[masked[0]], reduction="none")
+            for place, loss in zip(np.flatnonzero(mask), losses):
+                (gradient,) = torch.autograd.grad(loss, weight, retain_graph=True)
+                result["loss"][sample, index, place] = loss.item()
+                result["gradient"][sample, index, place] = gradient[3, 5].item() * 30.0
+    return result
 
 
 class Toy:
-    """num_samples sequences of P eligible tokens; tables [samples, 2^P, P] of positive cross-entropies."""
+    """Estimates and their enumeration for one kind of table; the samples may be fewer."""
 
-    def __init__(self, num_samples: int = 2, seed: int = 0) -> None:
-        generator = np.random.default_rng(seed)
-        share = np.array([bin(mask).count("1") for mask in range(2**P)]) / P
-        ease = 0.2 + 3.0 * share**2  # more masked: harder
-        self.tables = generator.gamma(2.0, 0.5, (num_samples, 2**P, P)) * ease[None, :, None]
-        self.bits = (np.arange(2**P)[:, None] >> np.arange(P)) & 1  # [2^P, P]
+    def __init__(self, kind: str = "loss", num_samples: int = NUM_SAMPLES) -> None:
+        self.tables = tables()[kind][:num_samples]
+
+    def rows(self, noised: NoisedBatch, sample: Floats) -> RowSums:
+        """Sums over masked tokens [B, V]; sample [B] says which table each row of the batch uses."""
+        masked = noised.masked.numpy().astype(int)
+        values = self.tables[np.tile(sample, noised.views), (masked << np.arange(P)).sum(1)]
+        weight = noised.token_weight.numpy().astype(float) / P
+        sums = (weight * values, (weight * values) ** 2, np.zeros_like(weight), weight, weight**2)
+        return RowSums(*(value.sum(1).reshape(noised.views, -1).T for value in sums))
 
     def losses(self, noised: NoisedBatch, sample: Floats) -> Floats:
-        """Per-sample losses [B], mean over views; sample [B] says which table each row of the batch uses."""
-        masked = noised.masked.numpy().astype(int)
-        index = (masked << np.arange(P)).sum(1)
-        cross_entropy = self.tables[np.tile(sample, noised.views), index]
-        row = (noised.token_weight.numpy() * cross_entropy).sum(1) / P
-        return row.reshape(noised.views, -1).mean(0)
+        """Per-sample losses [B], mean over views."""
+        return self.rows(noised, sample).loss.mean(1)
 
-    def enumerate(self, t: Floats) -> tuple[Floats, Floats]:
-        """E[l | t] and E[l² | t] for one view, over samples and all 2^P masks. t [T] → [T], [T]."""
-        q = SCHEDULE.mask_probability(t)[:, None]
-        count = self.bits.sum(1)
-        probability = q**count * (1 - q) ** (P - count)  # [T, 2^P]
-        loss = (self.tables * self.bits).sum(2)[:, None, :] / (P * q)  # [samples, T, 2^P]
-        return (probability * loss).sum(2).mean(0), (probability * loss**2).sum(2).mean(0)
+    def of_masks(self, q: Floats) -> Floats:
+        """l [samples, T, 2^P] for weights 1/q [T, 2^P or 1]."""
+        return (self.tables * MASKS).sum(2)[:, None, :] / (P * q)
+
+    def enumerate(self, t: Floats, rule: str = "bernoulli") -> tuple[Floats, Floats]:
+        """E[l | x0, t] and E[l² | x0, t] of one view over all masks, [samples, T] each."""
+        probability, q = mask_probabilities(t, rule)
+        loss = self.of_masks(q[:, None])
+        return (probability * loss).sum(2), (probability * loss**2).sum(2)
+
+    def pair_product(self, t: Floats) -> Floats:
+        """E[l₁ l₂ | x0, t] of complementary Bernoulli views [samples, T], over all pairs of masks."""
+        q = SCHEDULE.mask_probability(t)
+        both, only, none = np.maximum(2 * q - 1, 0), np.minimum(q, 1 - q), np.maximum(1 - 2 * q, 0)
+        total, result = (self.tables * MASKS).sum(2), np.zeros((len(self.tables), len(t)))
+        for first in range(2**P):
+            for second in range(2**P):
+                cases = MASKS[first] + 2 * MASKS[second]
+                probability = np.prod([[none, only, only, both][case] for case in cases], axis=0)
+                product = total[:, first] * total[:, second]
+                result += product[:, None] * probability / (P * q) ** 2
+        return result
+
+
+def mask_probabilities(t: Floats, rule: str) -> tuple[Floats, Floats]:
+    """(probability of every mask [T, 2^P], q [T])"""
+    count = MASKS.sum(1)
+    if rule == "exact_count":
+        chosen = np.minimum(np.floor(t * P) + 1, P)
+        ways = np.array([np.count_nonzero(count == number) for number in range(P + 1)])
+        return (count[None, :] == chosen[:, None]) / ways[count][None, :], chosen / P
+    q = SCHEDULE.mask_probability(t)
+    return q[:, None] ** count * (1 - q[:, None]) ** (P - count), q
 
 
 def midpoints(num: int = 20000) -> Floats:
     return (np.arange(num) + 0.5) / num
 
 
-def exact_mean(toy: Toy) -> float:
+def exact_mean(toy: Toy, rule: str = "bernoulli") -> float:
     """L = ∫ E[l | t] dt."""
-    return float(toy.enumerate(midpoints())[0].mean())
+    return float(toy.enumerate(midpoints(), rule)[0].mean())
 
 
-def exact_variance(toy: Toy, sampler: TSampler) -> float:
+def exact_variance(toy: Toy, sampler: TSampler, rule: str = "bernoulli") -> float:
     """∫ E[l² | t] / p(t) dt − L²."""
     t = midpoints()
-    mean, square = toy.enumerate(t)
-    return float((square / sampler.density(t)).mean() - mean.mean() ** 2)
+    mean, square = toy.enumerate(t, rule)
+    return float((square.mean(0) / sampler.density(t)).mean() - mean.mean() ** 2)
 
 
 def clean_batch(size: int) -> CleanBatch:
@@ -66,3 +135,7 @@ def clean_batch(size: int) -> CleanBatch:
         positions=torch.arange(size),
         sample_ids=torch.arange(size),
     )
+
+
+def shapes() -> SampleShapes:
+    return SampleShapes.of(np.array([P]), np.array([0]))

@@ -34,7 +34,7 @@ def reference(dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, ...]:
 def test_equals_torch(chunk: int) -> None:
     rows, head, labels, weights = inputs()
     rows.requires_grad_(), head.requires_grad_()
-    total, cross_entropy = weighted_cross_entropy(rows, head, labels, weights, VOCAB, chunk_elements=chunk)
+    total, cross_entropy, _ = weighted_cross_entropy(rows, head, labels, weights, VOCAB, chunk_elements=chunk)
     (3.0 * total).backward()
     expected, grad_rows, grad_head = reference()
     torch.testing.assert_close(cross_entropy, expected)
@@ -46,7 +46,7 @@ def test_equals_torch(chunk: int) -> None:
 def test_bf16_is_close_to_fp32() -> None:
     rows, head, labels, weights = inputs(torch.bfloat16)
     rows.requires_grad_(), head.requires_grad_()
-    total, cross_entropy = weighted_cross_entropy(rows, head, labels, weights, VOCAB)
+    total, cross_entropy, _ = weighted_cross_entropy(rows, head, labels, weights, VOCAB)
     (3.0 * total).backward()
     expected, grad_rows, grad_head = reference(torch.bfloat16)
     torch.testing.assert_close(cross_entropy, expected, rtol=1e-3, atol=1e-3)
@@ -62,7 +62,7 @@ def test_z_loss() -> None:
     expected.sum().backward()
     grad_rows, grad_head = rows.grad, head.grad
     rows.grad = head.grad = None
-    total, _ = weighted_cross_entropy(rows, head, labels, weights, VOCAB, z_loss=0.1)
+    total, *_ = weighted_cross_entropy(rows, head, labels, weights, VOCAB, z_loss=0.1)
     total.backward()
     torch.testing.assert_close(total, expected.sum())
     torch.testing.assert_close(rows.grad, grad_rows, rtol=1e-5, atol=1e-5)
@@ -72,7 +72,7 @@ def test_z_loss() -> None:
 def test_no_rows_and_no_gradient() -> None:
     rows, head, labels, weights = inputs()
     head.requires_grad_()
-    total, cross_entropy = weighted_cross_entropy(rows[:0], head, labels[:0], weights[:0], VOCAB)
+    total, cross_entropy, _ = weighted_cross_entropy(rows[:0], head, labels[:0], weights[:0], VOCAB)
     total.backward()
     assert total == 0.0
     assert len(cross_entropy) == 0
@@ -89,7 +89,7 @@ def sharded() -> list[Any]:
     rows, head, labels, weights = inputs()
     mine = head.chunk(2)[context.tensor_rank].clone().requires_grad_()
     rows.requires_grad_()
-    total, cross_entropy = weighted_cross_entropy(
+    total, cross_entropy, _ = weighted_cross_entropy(
         rows, mine, labels, weights, VOCAB, context.tensor_group, chunk_elements=5 * PADDED
     )
     (3.0 * total).backward()

@@ -63,7 +63,7 @@ def train_and_watch(config: RunConfig, folder: Path) -> dict[str, Any]:
     config, data = inputs.resolve(config)
     context = initialize(config.parallel.tensor, config.parallel.pipeline)
     engine = restored_engine(None, config, context, 0)
-    artifact = calibrate(engine, data.train, config.diffusion, data.special_ids, 4, config.seed, context)
+    artifact = calibrate(engine, config, data, context)
     trainer = run.build_trainer(config, data, engine, artifact, context)
     masks: dict[tuple[int, int], str] = {}
     noiser = trainer.noiser

@@ -1,0 +1,76 @@
+"""p(t) re-fitted while it is used: the losses that training computes anyway, exponentially forgotten."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from megatron_mdm.diffusion.calibrator import Calibrator
+from megatron_mdm.diffusion.densities import kl_divergence
+from megatron_mdm.diffusion.moments import MomentSums
+from megatron_mdm.diffusion.noiser import Noiser
+from megatron_mdm.diffusion.t_samplers import TabulatedSampler
+from megatron_mdm.training.loop import StepResult
+from megatron_mdm.training.metrics import MetricsLog
+from megatron_mdm.training.state import TrainState
+
+
+class Refit:
+    """Every `calibration.refit_every` steps, fit p(t) anew and sample it from the next step on.
+
+    The statistics come from every rank's rows of each global batch and are the same on all ranks; they and the density
+    are part of the checkpoint. Moments are conditional on t, so the density that drew t needs no correction.
+    """
+
+    def __init__(
+        self,
+        calibrator: Calibrator,
+        noiser: Noiser,
+        artifact: dict[str, Any],
+        state: TrainState,
+        metrics: MetricsLog,
+    ) -> None:
+        settings = calibrator.settings
+        self.calibrator, self.noiser, self.metrics = calibrator, noiser, metrics
+        self.every, self.memory = settings.refit_every, 0.5 ** (1.0 / settings.refit_half_life)
+        self.first = TabulatedSampler(np.array(artifact["cell_density"]))
+        if not state.moment_sums:
+            state.moment_sums = artifact["moments"]
+        if state.cell_density:
+            noiser.use(TabulatedSampler(np.array(state.cell_density)))
+        self.halves = [MomentSums(np.array(sums)) for sums in state.moment_sums]
+
+    def after_step(self, state: TrainState, result: StepResult) -> None:
+        num_cells = len(self.halves[0].sums)
+        mine = result.step % 2
+        new = MomentSums.of(result.moments, num_cells)
+        nothing = MomentSums(np.zeros_like(new.sums))
+        self.halves = [
+            half.plus(new if index == mine else nothing, self.memory) for index, half in enumerate(self.halves)
+        ]
+        if state.step % self.every == 0:
+            self._refit(state)
+        state.moment_sums = [half.sums.tolist() for half in self.halves]
+
+    def after_run(self, _: TrainState) -> None:
+        pass
+
+    def _refit(self, state: TrainState) -> None:
+        present = self.noiser.sampler
+        assert isinstance(present, TabulatedSampler)
+        fit = self.calibrator.fit(self.halves)
+        both = self.halves[0].plus(self.halves[1])
+        self.metrics.write(
+            state.step,
+            {
+                "refit_kl_divergence": kl_divergence(present.cell_density, fit.sampler.cell_density),
+                "refit_efficiency": fit.efficiency.of_sampler,
+                "refit_efficiency_before": self.calibrator.judge(both, present).of_sampler,
+                "refit_efficiency_without": self.calibrator.judge(both, self.first).of_sampler,
+                "refit_efficiency_of_uniform": fit.efficiency.of_uniform,
+                "refit_uniform_floor": fit.floor,
+            },
+        )
+        self.noiser.use(fit.sampler)
+        state.cell_density = fit.sampler.cell_density.tolist()
