@@ -23,6 +23,7 @@ class Purpose(IntEnum):
     GENERATION = 8
     VARIANCE = 9
     LIKELIHOOD = 20
+    RANDOM_LENGTH = 21
 
 
 def stream(seed: int, purpose: Purpose, step: int = 0, index: int = 0) -> np.random.Generator:

@@ -31,17 +31,29 @@ from megatron_mdm.models.spec import LAYER_SPECS, resolve_kernels, transformer_c
 from megatron_mdm.parallel import platform
 from megatron_mdm.parallel.groups import ParallelContext
 
+NOT_PACKED = torch.empty(0, dtype=torch.int64)
+
 
 class Packet(NamedTuple):
-    """A micro-batch for the model. R rows (samples × views) of length S."""
+    """A micro-batch for the model. R rows (samples × views) of length S.
 
-    tokens: Tensor  # [R, S] int64
-    lengths: Tensor  # [R] int64 without padding on the right; of no dimension where no row is padded, which
-    # kernels exploit
+    Packed (engine/packets.py), its rows stand one after another in a single row of T tokens without padding; what is
+    scored stays by row.
+    """
+
+    tokens: Tensor  # [R, S] int64; packed: [1, T]
+    # [R] int64 without padding on the right; of no dimension where no row is padded, which kernels exploit. Packed:
+    # [1, K], the segments that make the row of T, each of which sees itself only.
+    lengths: Tensor
     selected: Tensor  # [R, S] bool: the positions that reach the vocabulary (masked ones, in training)
     labels: Tensor  # [R, S] int64: clean token ids
     token_weight: Tensor  # [R, S] float32: a row's loss is Σ token_weight · CE over its selected positions
     row_weight: Tensor  # [R] float32: the total is Σ row_weight · (row's loss)
+    row_starts: Tensor = NOT_PACKED  # [R] int64, packed: where the rows begin among the T tokens
+
+    @property
+    def is_packed(self) -> bool:
+        return self.lengths.dim() == 2
 
     def to_device(self) -> Packet:
         if not platform.is_cuda():
@@ -49,8 +61,8 @@ class Packet(NamedTuple):
         return Packet(*(tensor.to(platform.device(), non_blocking=True) for tensor in self))
 
 
-# What runs from stage to stage: before Embed (tokens [R, S], lengths), after it (hidden [S, R, H], lengths). Under
-# sequence parallelism a rank holds S / tensor-parallel degree of the positions.
+# What runs from stage to stage: before Embed (tokens [R, S], lengths), after it (hidden [S, R, H], lengths); [1, T] and
+# [T, 1, H] where packed. Under sequence parallelism a rank holds 1 / tensor-parallel degree of the positions.
 StageState = tuple[Tensor, Tensor]
 
 
@@ -111,9 +123,14 @@ class Block(nn.Module):
 
     def _layer(self, hidden: Tensor, lengths: Tensor) -> Tensor:
         length = hidden.shape[0] * self.sequence_shards
-        attention = attention_mask(lengths, length) if lengths.dim() else None
+        rotary = self.rotary(length)
+        attention = None
+        if lengths.dim() == 1:
+            attention = attention_mask(lengths, length)
+        elif lengths.dim() == 2:  # packed: attention takes the segments' lengths for its mask
+            attention, rotary = lengths, rotary.index_select(0, segment_positions(lengths, length))
         with get_fp8_context(self.config, self.layer.layer_number - 1):  # does nothing without FP8
-            return self.layer(hidden, attention_mask=attention, rotary_pos_emb=self.rotary(length))[0]
+            return self.layer(hidden, attention_mask=attention, rotary_pos_emb=rotary)[0]
 
     def _windowed_layer(self, hidden: Tensor, window: Window) -> Tensor:
         rotary = self.rotary(window.cache.width)[window.positions.t()].squeeze(2)  # [S, R, 1, D]
@@ -147,7 +164,7 @@ class Head(nn.Module):
         hidden, _ = state
         if self.sequence_parallel:
             hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False)
-        return self.logits(hidden, packet.selected) if want_logits else self.loss(hidden, packet)
+        return self.logits(hidden, packet) if want_logits else self.loss(hidden, packet)
 
     @contextmanager
     def with_row_gradients(self, wanted: bool) -> Iterator[None]:
@@ -158,21 +175,20 @@ class Head(nn.Module):
         finally:
             self.row_gradients = False
 
-    def logits(self, hidden: Tensor, selected: Tensor) -> Tensor:
-        """hidden [S, R, H], selected [R, S] → [N, V]."""
-        # The places of [R, S] in order, as places of hidden's [S, R].
-        row, position = selected.nonzero(as_tuple=True)
-        rows = self._normed_rows(hidden, position * hidden.shape[1] + row)
+    def logits(self, hidden: Tensor, packet: Packet) -> Tensor:
+        """hidden [S, R, H] or packed [T, 1, H] → [N, V]."""
+        row, position = packet.selected.nonzero(as_tuple=True)
+        rows = self._normed_rows(hidden, _places_in_hidden(row, position, packet))
         logits = gather_from_tensor_model_parallel_region(rows @ self.vocabulary_weight.t())
         return logits[:, : self.vocab_size]
 
     def loss(self, hidden: Tensor, packet: Packet) -> tuple[Tensor, RowStatistics]:
-        """hidden [S, R, H]. Everything here is [S, R]: positions are picked along hidden's memory."""
+        """hidden [S, R, H] or packed [T, 1, H]. The rest is [S, R], hidden's order where it is not packed."""
         selected, token_weight = packet.selected.t(), packet.token_weight.t()
-        places = selected.reshape(-1).nonzero().squeeze(1)
+        places, num_rows = selected.reshape(-1).nonzero().squeeze(1), len(packet.selected)
         weights = (token_weight * packet.row_weight).reshape(-1)[places]
         total, cross_entropy, gradient_square = weighted_cross_entropy(
-            self._normed_rows(hidden, places),
+            self._normed_rows(hidden, _places_in_hidden(places % num_rows, places // num_rows, packet)),
             self.vocabulary_weight,
             packet.labels.t().reshape(-1)[places],
             weights,
@@ -256,3 +272,17 @@ def _sum_over_group(gradient: Tensor, group: torch.distributed.ProcessGroup) -> 
 def attention_mask(lengths: Tensor, width: int) -> Tensor:
     """[R, 1, 1, S] bool, True at the first lengths[r] positions."""
     return (torch.arange(width, device=lengths.device)[None, :] < lengths[:, None])[:, None, None, :]
+
+
+def segment_positions(lengths: Tensor, width: int) -> Tensor:
+    """[T] int64: each token's position in its own segment; lengths [1, K] of the segments, which fill the width T."""
+    ends = lengths[0].cumsum(0)
+    begins = torch.repeat_interleave(ends - lengths[0], lengths[0], output_size=width)
+    return torch.arange(width, device=lengths.device) - begins
+
+
+def _places_in_hidden(row: Tensor, position: Tensor, packet: Packet) -> Tensor:
+    """[N] int64: where positions of rows, [N] each, lie along hidden's memory: [S, R], or [T] where packed."""
+    if packet.is_packed:
+        return packet.row_starts[row] + position
+    return position * len(packet.selected) + row

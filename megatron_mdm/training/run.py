@@ -17,7 +17,7 @@ from megatron_mdm.config.errors import UserError
 from megatron_mdm.config.files import write_atomically, write_json
 from megatron_mdm.config.load import dump_config
 from megatron_mdm.config.schema import RunConfig
-from megatron_mdm.data.loader import TrainLoader
+from megatron_mdm.data.loader import NO_EOS_PADDING, PrefetchLoader, TrainLoader
 from megatron_mdm.diffusion.autoregressive import NextTokens
 from megatron_mdm.diffusion.mask_schedule import Floats, MaskSchedule
 from megatron_mdm.diffusion.masking import MaskDesign
@@ -155,14 +155,15 @@ def build_trainer(
     noiser = build_noiser(config, cell_density, data.tokenizer.mask_id)
     loader = TrainLoader(
         data.train,
-        global_size=config.batch.global_size,
-        micro_size=config.batch.micro_size,
+        batch=config.batch,
+        views=config.diffusion.rows_per_sample,
         data_rank=context.data_rank,
         data_size=context.layout.data,
         pad_id=data.tokenizer.pad_id,
         seed=config.seed,
+        eos_padding=data.tokenizer.eos_id if config.data.eos_padding else NO_EOS_PADDING,
     )
-    return Trainer(config, context, loader, noiser, engine, total_steps(config, len(data.train)))
+    return Trainer(config, context, PrefetchLoader(loader), noiser, engine, total_steps(config, len(data.train)))
 
 
 def build_noiser(config: RunConfig, cell_density: Floats, mask_id: int) -> Noiser | NextTokens:
