@@ -178,7 +178,7 @@ class Head(nn.Module):
     def logits(self, hidden: Tensor, packet: Packet) -> Tensor:
         """hidden [S, R, H] or packed [T, 1, H] → [N, V]."""
         row, position = packet.selected.nonzero(as_tuple=True)
-        rows = self._normed_rows(hidden, _places_in_hidden(row, position, packet))
+        rows = self._normed_rows(hidden, self._places_in_hidden(row, position, packet))
         logits = gather_from_tensor_model_parallel_region(rows @ self.vocabulary_weight.t())
         return logits[:, : self.vocab_size]
 
@@ -188,7 +188,7 @@ class Head(nn.Module):
         places, num_rows = selected.reshape(-1).nonzero().squeeze(1), len(packet.selected)
         weights = (token_weight * packet.row_weight).reshape(-1)[places]
         total, cross_entropy, gradient_square = weighted_cross_entropy(
-            self._normed_rows(hidden, _places_in_hidden(places % num_rows, places // num_rows, packet)),
+            self._normed_rows(hidden, self._places_in_hidden(places % num_rows, places // num_rows, packet)),
             self.vocabulary_weight,
             packet.labels.t().reshape(-1)[places],
             weights,
@@ -205,11 +205,16 @@ class Head(nn.Module):
         gradient = grids[1].sum(0) / packet.row_weight.square().clamp_min(1e-30)  # without the rows' weights
         return total, RowStatistics(weighted.sum(0), weighted.square().sum(0), gradient)
 
-    def _normed_rows(self, hidden: Tensor, places: Tensor) -> Tensor:
-        """The states that predict the tokens at places of hidden's [S, R]: the same places, or the ones before."""
+    def _places_in_hidden(self, row: Tensor, position: Tensor, packet: Packet) -> Tensor:
+        """[N] int64: where the states that predict positions of rows, [N] each, lie along hidden's memory, [S, R] or
+        packed [T]: at the positions themselves, or, with shifted logits, one before, but for a row's first."""
         if self.logit_shift:
-            num_rows = hidden.shape[1]
-            places = torch.where(places < num_rows, places, places - num_rows)
+            position = (position - 1).clamp_min(0)
+        if packet.is_packed:
+            return packet.row_starts[row] + position
+        return position * len(packet.selected) + row
+
+    def _normed_rows(self, hidden: Tensor, places: Tensor) -> Tensor:
         return self.final_norm(hidden.reshape(-1, hidden.shape[-1]).index_select(0, places))
 
 
@@ -279,10 +284,3 @@ def segment_positions(lengths: Tensor, width: int) -> Tensor:
     ends = lengths[0].cumsum(0)
     begins = torch.repeat_interleave(ends - lengths[0], lengths[0], output_size=width)
     return torch.arange(width, device=lengths.device) - begins
-
-
-def _places_in_hidden(row: Tensor, position: Tensor, packet: Packet) -> Tensor:
-    """[N] int64: where positions of rows, [N] each, lie along hidden's memory: [S, R], or [T] where packed."""
-    if packet.is_packed:
-        return packet.row_starts[row] + position
-    return position * len(packet.selected) + row
