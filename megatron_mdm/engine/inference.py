@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from megatron_mdm.config.schema import ModelConfig, ParallelConfig
 from megatron_mdm.engine.packets import prepared
 from megatron_mdm.models.cache import Window
+from megatron_mdm.models.parameters import stage_costs
 from megatron_mdm.models.stages import (
     Block,
     Head,
@@ -20,7 +21,6 @@ from megatron_mdm.models.stages import (
     RowStatistics,
     prepare_parameters,
     stage_builders,
-    stage_costs,
 )
 from megatron_mdm.parallel import platform
 from megatron_mdm.parallel.groups import ParallelContext
