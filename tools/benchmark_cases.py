@@ -12,7 +12,9 @@ from numpy.typing import NDArray
 
 from megatron_mdm.config.schema import DataConfig, DiffusionConfig, RunConfig
 from megatron_mdm.data.loader import TrainLoader
-from megatron_mdm.data.sft import Sample, SftDataset, encode_prompt, prompt_and_response, read_records
+from megatron_mdm.data.records import read_records
+from megatron_mdm.data.sample import Sample
+from megatron_mdm.data.sft import SftDataset, encode_prompt, prompt_and_response
 from megatron_mdm.data.tokenizer import load_tokenizer
 from megatron_mdm.diffusion.t_samplers import CALIBRATED_SAMPLERS, CENTRES
 from megatron_mdm.engine.zero import ZeroEngine
@@ -148,8 +150,8 @@ def trainer(
     batch = config.batch
     loader = TrainLoader(
         data,
-        global_size=batch.global_size,
-        micro_size=max(1, batch.micro_size // method.rows_per_sample),
+        batch=batch.model_copy(update={"micro_size": max(1, batch.micro_size // method.rows_per_sample)}),
+        views=method.rows_per_sample,
         data_rank=context.data_rank,
         data_size=context.layout.data,
         pad_id=PAD_ID,

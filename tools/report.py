@@ -1,7 +1,8 @@
 """Look at finished runs.
 
-python tools/report.py run FOLDER      what a run was and reached, with the paths of its pictures
-python tools/report.py runs FOLDER…    many runs: mean, range, standard deviation over seeds per method, and a picture
+python tools/report.py run FOLDER        what a run was and reached, with the paths of its pictures
+python tools/report.py runs FOLDER…      many runs: mean, range, standard deviation over seeds per method, and a picture
+python tools/report.py variance FOLDER   where its model's training noise comes from, and what each method leaves of it
 """
 
 import argparse
@@ -71,12 +72,30 @@ def main() -> None:
     command = commands.add_parser("run", help="one run")
     command.add_argument("folder", type=Path)
     command.set_defaults(report=lambda arguments: report_run(arguments.folder))
+    command = commands.add_parser("variance", help="A, B, C and every method's variance in loss and gradient")
+    command.add_argument("folder", type=Path)
+    command.add_argument(
+        "--draws", type=int, default=1000, help="samples whose gradients are drawn, per way of masking"
+    )
+    command.add_argument("--groups", type=int, default=200, help="samples for A, B and C, 24 rows each")
+    command.add_argument("--output", type=Path, help="folder for variance.json and its picture; the run's if not given")
+    command.add_argument("--overrides", nargs="*", default=[], metavar="section.key=value")
+    command.set_defaults(report=_variance)
     command = commands.add_parser("runs", help="many runs, by method")
     command.add_argument("folders", type=Path, nargs="+", help="runs' folders, or folders that hold them")
     command.add_argument("--output", type=Path, default=Path("runs_report"), help="name of the PNG and JSON to write")
     command.set_defaults(report=lambda arguments: report_runs(arguments.folders, arguments.output))
     arguments = parser.parse_args()
     arguments.report(arguments)
+
+
+def _variance(arguments: argparse.Namespace) -> None:
+    from megatron_mdm.parallel import platform
+
+    platform.quiet_libraries()
+    from report_variance import report_variance  # DeepSpeed and megatron-core are needed by this report only
+
+    report_variance(arguments)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,8 @@ import sentencepiece
 
 from megatron_mdm.config.errors import UserError
 from megatron_mdm.config.files import write_atomically
-from megatron_mdm.data.sft import prompt_and_response, read_records
+from megatron_mdm.data.records import read_records
+from megatron_mdm.data.sft import prompt_and_response
 from megatron_mdm.parallel.program import run_program
 from megatron_mdm.parallel.progress import progress_bar
 

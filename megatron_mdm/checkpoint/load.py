@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import nn
 
+from megatron_mdm.checkpoint.initial import InitialWeights
 from megatron_mdm.checkpoint.store import TENSORS, CheckpointStore
 from megatron_mdm.checkpoint.tensors import TensorReader
 from megatron_mdm.config.errors import UserError
@@ -38,9 +40,15 @@ def run_config(folder: Path, tensor: int = 0, pipeline: int = 1) -> RunConfig:
 
 
 def restored_engine(checkpoint: Path | None, config: RunConfig, context: ParallelContext, steps: int) -> Engine:
-    """A training engine with a checkpoint's weights, moments and step count; None: initial weights. Collective."""
+    """A training engine with a checkpoint's weights, moments and step count; None: initial weights.
+
+    Collective. Initial weights are random, or those that model.init_from names.
+    """
     if checkpoint is None:
-        return build_engine(config, context, from_scratch)
+        if not config.model.init_from:
+            return build_engine(config, context, from_scratch)
+        initial = InitialWeights(config.model)
+        return build_engine(config, context, partial(initial.load, context=context))
     reader = TensorReader(checkpoint / TENSORS, config.model)
     shapes: dict[str, torch.Size] = {}
 

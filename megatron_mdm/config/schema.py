@@ -12,13 +12,18 @@ class Section(BaseModel):
 
 
 class ModelConfig(Section):
-    """A Llama-style transformer, by default bidirectional: RMSNorm, rotary positions, SwiGLU, no biases."""
+    """A Llama-style transformer, bidirectional or causal: RMSNorm, rotary positions, SwiGLU, optional q/k/v biases."""
 
     num_layers: int = Field(gt=0)
     hidden_size: int = Field(gt=0)
     num_heads: int = Field(gt=0)
     num_kv_heads: int = Field(gt=0)
     ffn_hidden_size: int = Field(gt=0)
+    head_dim: int = Field(default=0, ge=0)  # of queries, keys and values; 0: hidden_size / num_heads
+    qkv_bias: bool = False  # Qwen2, Dream
+    qk_norm: bool = False  # RMSNorm of each head's query and key before rotation: Qwen3
+    # The state at position i − 1 predicts the token at i (at position 0, its own), as in Dream.
+    logit_shift: bool = False
     max_sequence_length: int = Field(gt=0)
     vocab_size: int | Literal["tokenizer"] = "tokenizer"  # "tokenizer": as many rows as the tokenizer has ids
     vocab_divisor: int = Field(default=128, gt=0)  # rows per tensor-parallel rank are padded to a multiple of this
@@ -33,6 +38,13 @@ class ModelConfig(Section):
     kernels: Literal["auto", "torch", "transformer_engine"] = "auto"
     fp8: bool = False  # matrix products of the layers in FP8, hybrid recipe; needs Transformer Engine
     z_loss: float = Field(default=0.0, ge=0)  # weight of (log Σ exp logits)² beside each cross-entropy
+    # Initial weights: a Hugging Face checkpoint's folder, or a run's; empty: random ones.
+    init_from: str = ""
+
+    @property
+    def kv_channels(self) -> int:
+        """Width of one head."""
+        return self.head_dim or self.hidden_size // self.num_heads
 
     @field_validator("vocab_size")
     @classmethod
@@ -43,17 +55,34 @@ class ModelConfig(Section):
 
 
 class DataConfig(Section):
-    """Supervised fine-tuning data: JSON lines with a prompt and a response. See megatron_mdm/data/README.md."""
+    """Samples with a prompt and a response, or a corpus. See megatron_mdm/data/README.md."""
 
-    train: str
-    validation: str = ""  # empty: cut validation_fraction off the training file
+    # sft: JSON lines, parquet, or the name of a `datasets` set. corpus: prefixes of Megatron's .bin/.idx files.
+    format: Literal["sft", "corpus"] = "sft"
+    train: str | dict[str, float]  # corpus: several prefixes with weights make a blend
+    validation: str = ""  # empty: cut validation_fraction off the training data
     validation_fraction: float = Field(default=0.0, ge=0.0, lt=1.0)
     tokenizer: str = ""  # sentencepiece .model or Hugging Face tokenizer.json; empty: the data are token ids
     mask_token: int | str = "<mask>"  # a token's text, or its id; a text the tokenizer lacks gets a new id
     pad_token: int | str = "<pad>"
     eos_token: int | str = "</s>"
     max_length: int = Field(gt=1)
-    too_long: Literal["drop", "error"] = "drop"
+    too_long: Literal["drop", "truncate", "error"] = "drop"
+    on_error: Literal["stop", "skip"] = "stop"  # a bad sample, document or shard; what is skipped is counted
+    # sft
+    template: Literal["plain", "llada", "tokenizer"] = "plain"  # tokenizer: its own chat template
+    eligible_turns: Literal["all", "last"] = "all"  # of a conversation: which assistant turns are learnt
+    eos_padding: bool = False  # LLaDA: learnt eos tokens up to the longest sample of the global batch
+    # corpus
+    across_documents: bool = True  # a sequence's documents see each other
+    random_length: float = Field(default=0.0, ge=0.0, le=1.0)  # share that is cut to U{1 … max_length}; LLaDA: 0.01
+
+    @field_validator("train")
+    @classmethod
+    def _weights(cls, value: str | dict[str, float]) -> str | dict[str, float]:
+        if isinstance(value, dict) and (not value or min(value.values()) <= 0):
+            raise ValueError("a blend needs positive weights")
+        return value
 
 
 class CalibrationConfig(Section):
@@ -167,6 +196,12 @@ class ParallelConfig(Section):
 class BatchConfig(Section):
     global_size: int = Field(gt=0)  # samples per optimizer step, over all ranks and accumulation steps
     micro_size: int = Field(gt=0)  # samples per forward pass and data-parallel rank (MIRROR: 2 rows a sample)
+    # padded: in the loader's order, padded to the longest of micro_size. bucketed: like lengths share a micro-batch.
+    # packed: no padding, block-diagonal attention; micro_size samples on average.
+    mode: Literal["padded", "bucketed", "packed"] = "bucketed"
+    # Tokens per forward pass, padding and both views included, in place of micro_size (which validation and
+    # calibration keep); 0: micro_size holds. Steps may then have different numbers of micro-batches.
+    micro_tokens: int = Field(default=0, ge=0)
 
 
 class OptimizerConfig(Section):

@@ -55,8 +55,12 @@ def data_parallel_size(config: RunConfig, world_size: int) -> int:
 
 
 def accumulation_steps(config: RunConfig, world_size: int) -> int:
-    """Micro-batches per optimizer step on each data-parallel rank."""
-    return config.batch.global_size // (config.batch.micro_size * data_parallel_size(config, world_size))
+    """Micro-batches per optimizer step on each data-parallel rank; with a token budget, at most (they vary by step)."""
+    samples = -(-config.batch.global_size // data_parallel_size(config, world_size))
+    if config.batch.micro_tokens:
+        per_batch = max(1, config.batch.micro_tokens // (config.diffusion.rows_per_sample * config.data.max_length))
+        return -(-samples // per_batch)
+    return samples // config.batch.micro_size
 
 
 def _check_parallel(config: RunConfig) -> None:
@@ -83,12 +87,16 @@ def _check_parallel(config: RunConfig) -> None:
 
 def _check_model(config: RunConfig) -> None:
     model, tensor = config.model, config.parallel.tensor
-    if model.hidden_size % model.num_heads:
+    if not model.head_dim and model.hidden_size % model.num_heads:
         raise UserError(
-            f"'model.hidden_size' {model.hidden_size} is not a multiple of 'model.num_heads' {model.num_heads}"
+            f"'model.hidden_size' {model.hidden_size} is not a multiple of 'model.num_heads' {model.num_heads}; change "
+            "one of them or set 'model.head_dim'"
         )
-    if (model.hidden_size // model.num_heads) % 2:
-        raise UserError("'model.hidden_size' / 'model.num_heads' must be even for rotary positions")
+    if model.kv_channels % 2:
+        raise UserError(
+            f"a head's width ('model.head_dim', or 'model.hidden_size' / 'model.num_heads') is {model.kv_channels}; it "
+            "must be even for rotary positions"
+        )
     if model.num_heads % model.num_kv_heads:
         raise UserError(
             f"'model.num_heads' {model.num_heads} is not a multiple of 'model.num_kv_heads' {model.num_kv_heads}"
@@ -116,7 +124,15 @@ def _check_method(config: RunConfig) -> None:
 
 def _check_batch(config: RunConfig, world_size: int) -> None:
     batch, ranks = config.batch, data_parallel_size(config, world_size)
-    if batch.global_size % (batch.micro_size * ranks):
+    longest = config.diffusion.rows_per_sample * config.data.max_length
+    if batch.micro_tokens and batch.mode == "padded":
+        raise UserError("'batch.micro_tokens' needs 'batch.mode' bucketed or packed")
+    if 0 < batch.micro_tokens < longest:
+        raise UserError(
+            f"'batch.micro_tokens' {batch.micro_tokens} cannot hold one sample: {config.diffusion.rows_per_sample} "
+            f"rows a sample × {config.data.max_length} 'data.max_length' = {longest} tokens; raise it"
+        )
+    if not batch.micro_tokens and batch.global_size % (batch.micro_size * ranks):
         raise UserError(
             f"'batch.global_size' {batch.global_size} is not a multiple of 'batch.micro_size' {batch.micro_size} × "
             f"{ranks} data-parallel ranks = {batch.micro_size * ranks}; change one of them"
@@ -128,6 +144,16 @@ def _check_batch(config: RunConfig, world_size: int) -> None:
 
 def _check_data(config: RunConfig) -> None:
     data, model = config.data, config.model
+    if data.format == "sft" and not isinstance(data.train, str):
+        raise UserError("'data.train' is a blend, which only 'data.format' corpus can have")
+    sft_only = {
+        "data.eos_padding": data.eos_padding,
+        "diffusion.syrm": config.diffusion.syrm.enabled,
+        "diffusion.isad.delimiters": bool(config.diffusion.isad.delimiters),
+    }
+    for name, used in sft_only.items():
+        if used and data.format == "corpus":
+            raise UserError(f"'{name}' is for 'data.format' sft: a corpus has no prompts and answers")
     if data.max_length > model.max_sequence_length:
         raise UserError(
             f"'data.max_length' {data.max_length} exceeds 'model.max_sequence_length' {model.max_sequence_length}"

@@ -2,46 +2,66 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_mdm.config.schema import BatchConfig
+from megatron_mdm.data.batching import cut
 from megatron_mdm.data.collate import collate
-from megatron_mdm.data.sft import SftDataset
+from megatron_mdm.data.sample import Sample
 from megatron_mdm.diffusion.noiser import CleanBatch
 from megatron_mdm.diffusion.objective import GlobalBatch
 from megatron_mdm.diffusion.randomness import Purpose, stream
 
+NO_EOS_PADDING = -1
+
 
 class LocalBatch(NamedTuple):
-    micro_batches: list[CleanBatch]  # of this data-parallel rank
+    micro_batches: list[CleanBatch]  # of this data-parallel rank; some may hold no sample
     global_batch: GlobalBatch
     num_tokens: int  # of the global batch, without padding
+
+
+class Samples(Protocol):
+    """What can be trained on: tokenised samples by row."""
+
+    @property
+    def samples(self) -> Sequence[Sample]: ...
+
+    def __len__(self) -> int: ...
+
+    def lengths(self) -> NDArray[np.int64]: ...
+
+    def num_eligible(self) -> NDArray[np.int64]: ...
 
 
 class TrainLoader:
     """Global batches as a pure function of the step: a resumed run needs no other position.
 
     Samples come as one endless sequence of epochs, each a permutation by (seed, epoch); step s takes the next n of it.
-    Within a global batch, samples of like length share a micro-batch; their position, to which noise is tied, is
+    Which samples share a micro-batch is batching.py's business; a sample's position, to which noise is tied, is
     independent of that.
     """
 
     def __init__(
         self,
-        data: SftDataset,
+        data: Samples,
         *,
-        global_size: int,
-        micro_size: int,
+        batch: BatchConfig,
+        views: int,
         data_rank: int,
         data_size: int,
         pad_id: int,
         seed: int,
+        eos_padding: int = NO_EOS_PADDING,
     ) -> None:
-        assert global_size % (micro_size * data_size) == 0, (global_size, micro_size, data_size)
-        self.data, self.pad_id, self.seed = data, pad_id, seed
-        self.global_size, self.micro_size = global_size, micro_size
+        """eos_padding: a token that is learnt from each sample's end to the end of the global batch's longest."""
+        self.data, self.pad_id, self.seed, self.eos_padding = data, pad_id, seed, eos_padding
+        self.config, self.views, self.global_size = batch, views, batch.global_size
         self.data_rank, self.data_size = data_rank, data_size
         self.lengths, self.num_eligible = data.lengths(), data.num_eligible()
         self._epoch, self._order = -1, np.empty(0, dtype=np.int64)
@@ -58,17 +78,21 @@ class TrainLoader:
 
     def batch(self, step: int) -> LocalBatch:
         ids = self.sample_ids(step)
-        by_length = np.argsort(self.lengths[ids], kind="stable")
-        stride = self.micro_size * self.data_size
+        lengths = self.lengths[ids]
+        padding = np.zeros_like(lengths) if self.eos_padding == NO_EOS_PADDING else lengths.max() - lengths
+        lengths = lengths + padding
+        of_all_ranks = cut(lengths, self.config, self.views, self.data_size)
         micro_batches = []
-        for start in range(self.data_rank * self.micro_size, self.global_size, stride):
-            positions = by_length[start : start + self.micro_size]
-            samples = [self.data.samples[row] for row in ids[positions]]
+        for positions in of_all_ranks[self.data_rank :: self.data_size]:
+            samples = [
+                _extended(self.data.samples[row], self.eos_padding, int(extra))
+                for row, extra in zip(ids[positions], padding[positions])
+            ]
             micro_batches.append(collate(samples, positions, ids[positions], self.pad_id))
         return LocalBatch(
             micro_batches,
-            GlobalBatch(self.global_size, int(self.num_eligible[ids].sum())),
-            int(self.lengths[ids].sum()),
+            GlobalBatch(self.global_size, int(self.num_eligible[ids].sum() + padding.sum())),
+            int(lengths.sum()),
         )
 
     def _permutation(self, epoch: int) -> NDArray[np.int64]:
@@ -76,3 +100,28 @@ class TrainLoader:
             self._epoch = epoch
             self._order = stream(self.seed, Purpose.DATA_ORDER, epoch).permutation(len(self.data))
         return self._order
+
+
+def _extended(sample: Sample, token: int, extra: int) -> Sample:
+    """The sample with `extra` learnt tokens behind it."""
+    if not extra:
+        return sample
+    tokens = np.concatenate([sample.tokens, np.full(extra, token, dtype=np.int32)])
+    return sample._replace(tokens=tokens, eligible=np.concatenate([sample.eligible, np.ones(extra, dtype=np.bool_)]))
+
+
+class PrefetchLoader:
+    """A TrainLoader whose next steps are read and collated on a thread of their own while one is trained."""
+
+    def __init__(self, loader: TrainLoader, ahead: int = 2) -> None:
+        self.loader, self.ahead, self.global_size = loader, ahead, loader.global_size
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="loader")  # one: the loader keeps its permutation
+        self._coming: dict[int, Future[LocalBatch]] = {}
+
+    def batch(self, step: int) -> LocalBatch:
+        for wanted in range(step, step + self.ahead + 1):
+            if wanted not in self._coming:
+                self._coming[wanted] = self._pool.submit(self.loader.batch, wanted)
+        for stale in [other for other in self._coming if not step <= other <= step + self.ahead]:
+            self._coming.pop(stale).cancel()
+        return self._coming.pop(step).result()

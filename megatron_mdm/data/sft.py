@@ -1,37 +1,27 @@
-"""Supervised fine-tuning samples from JSON lines: a prompt that is given and a response that is learnt."""
+"""Supervised fine-tuning samples: prompts and responses, conversations, or token ids."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from megatron_mdm.config.errors import UserError
 from megatron_mdm.config.files import sha256
-from megatron_mdm.data.templates import plain_prompt
+from megatron_mdm.config.schema import DataConfig
+from megatron_mdm.data.records import BadRecords, Record, read_records
+from megatron_mdm.data.sample import Sample
+from megatron_mdm.data.templates import ASSISTANT, Message, Piece, prompt_pieces
 from megatron_mdm.data.tokenizer import Tokenizer
 from megatron_mdm.diffusion.randomness import Purpose, stream
 
 TEXT_FIELDS = (("question", "answer"), ("prompt", "response"))
-
-
-_NOTHING = np.zeros(0, dtype=np.bool_)
-
-
-class Sample(NamedTuple):
-    tokens: NDArray[np.int32]  # [S]: prompt, response, eos
-    eligible: NDArray[np.bool_]  # [S]: may be masked and is learnt
-    delimiters: NDArray[np.bool_] = _NOTHING  # [S]: marks of an answer (ISAD); empty: none
-
-    @classmethod
-    def of(cls, tokens: NDArray[np.int32], prompt_length: int) -> Sample:
-        """Everything behind the prompt is eligible."""
-        return cls(tokens, np.arange(len(tokens)) >= prompt_length)
+_RECORDS_AT_ONCE = 1024  # that the tokenizer is given
 
 
 @dataclass(frozen=True)
@@ -39,8 +29,10 @@ class SftDataset:
     """Tokenised samples in memory, in the file's order."""
 
     samples: Sequence[Sample]
-    num_too_long: int  # left out: longer than max_length
+    num_too_long: int  # left out, or cut: longer than max_length
     fingerprint: str  # sha256 of the file
+    num_bad: int = 0  # left out: not readable
+    first_bad: tuple[str, ...] = ()  # where some of them are, and what is wrong
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -63,54 +55,37 @@ class SftDataset:
         return SftDataset([self.samples[row] for row in rows], 0, self.fingerprint)
 
 
-def read_sft(
-    path: str, tokenizer: Tokenizer, max_length: int, too_long: Literal["drop", "error"], vocab_size: int
-) -> SftDataset:
-    """Read a JSONL file whose lines hold question/answer, prompt/response, or input_ids/prompt_length.
+def read_sft(path: str, tokenizer: Tokenizer, data: DataConfig, vocab_size: int) -> SftDataset:
+    """Read JSON lines, parquet or a `datasets` name, in any of the forms that README.md lists.
 
-    Text responses end in an eos, which is learnt. Raises UserError with the line number of the first bad line.
+    Raises UserError with the line of the first bad record, unless data.on_error says to skip them; then they are
+    counted.
     """
+    bad = BadRecords(data.on_error == "skip")
     samples: list[Sample] = []
     num_too_long = 0
-    for where, record in read_records(path):
-        sample = _sample(record, tokenizer, where)
-        if len(sample.tokens) > max_length:
-            if too_long == "error":
-                raise UserError(
-                    f"{where}: {len(sample.tokens)} tokens exceed 'data.max_length' {max_length}; raise it, or set "
-                    "'data.too_long' to drop"
-                )
-            num_too_long += 1
-            continue
+    for where, sample in _tokenised(path, tokenizer, data, bad):
         if not sample.eligible.any():
-            raise UserError(f"{where}: no eligible token: the response is empty")
-        if sample.tokens.min() < 0 or sample.tokens.max() >= vocab_size:
-            raise UserError(f"{where}: a token id is outside the vocabulary of {vocab_size} ids")
-        samples.append(sample)
+            bad.add(f"{where}: no eligible token: the response is empty")
+        elif sample.tokens.min() < 0 or sample.tokens.max() >= vocab_size:
+            bad.add(f"{where}: a token id is outside the vocabulary of {vocab_size} ids")
+        elif len(sample.tokens) <= data.max_length:
+            samples.append(sample)
+        else:
+            num_too_long += 1
+            if data.too_long == "error":
+                raise UserError(
+                    f"{where}: {len(sample.tokens)} tokens exceed 'data.max_length' {data.max_length}; raise it, or "
+                    "set 'data.too_long' to drop or truncate"
+                )
+            if data.too_long == "truncate" and sample.eligible[: data.max_length].any():
+                samples.append(Sample(sample.tokens[: data.max_length], sample.eligible[: data.max_length]))
     if not samples:
-        raise UserError(f"{path}: no sample left ({num_too_long} longer than 'data.max_length' {max_length})")
-    return SftDataset(samples, num_too_long, sha256(Path(path)))
-
-
-def read_records(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """("file, line n", object) of each line of a JSONL file that is not blank."""
-    try:
-        with open(path, "rb") as file:
-            for number, line in enumerate(file, 1):
-                if not line.strip():
-                    continue
-                where = f"{path}, line {number}"
-                try:
-                    record = json.loads(line)
-                except ValueError as error:
-                    raise UserError(f"{where}: not valid JSON ({error})") from None
-                if not isinstance(record, dict):
-                    raise UserError(f"{where}: expected an object, found {type(record).__name__}")
-                yield where, record
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such data file") from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+        raise UserError(
+            f"{path}: no sample left ({num_too_long} longer than 'data.max_length' {data.max_length}, {bad.count} bad)"
+        )
+    fingerprint = sha256(Path(path)) if Path(path).is_file() else path
+    return SftDataset(samples, num_too_long, fingerprint, bad.count, tuple(bad.first))
 
 
 def split_validation(data: SftDataset, fraction: float, seed: int) -> tuple[SftDataset, SftDataset]:
@@ -120,10 +95,11 @@ def split_validation(data: SftDataset, fraction: float, seed: int) -> tuple[SftD
     if num_validation >= len(data):
         raise UserError(f"'data.validation_fraction' {fraction} leaves no training sample of {len(data)}")
     train = data.subset(np.sort(order[num_validation:]))
-    return replace(train, num_too_long=data.num_too_long), data.subset(np.sort(order[:num_validation]))
+    train = replace(train, num_too_long=data.num_too_long, num_bad=data.num_bad, first_bad=data.first_bad)
+    return train, data.subset(np.sort(order[:num_validation]))
 
 
-def prompt_and_response(record: dict[str, Any], where: str) -> tuple[str, str]:
+def prompt_and_response(record: Record, where: str) -> tuple[str, str]:
     """The two texts of a record in one of the known pairs of fields."""
     for fields in TEXT_FIELDS:
         if all(field in record for field in fields):
@@ -132,8 +108,8 @@ def prompt_and_response(record: dict[str, Any], where: str) -> tuple[str, str]:
                 raise UserError(f"{where}: '{fields[0]}' and '{fields[1]}' must be strings")
             return prompt, response
     raise UserError(
-        f"{where}: expected the fields question and answer, prompt and response, or input_ids and prompt_length; "
-        f"found {', '.join(record) or 'none'}"
+        f"{where}: expected the fields question and answer, prompt and response, messages, or input_ids and "
+        f"prompt_length; found {', '.join(record) or 'none'}"
     )
 
 
@@ -151,19 +127,86 @@ def read_prompts(path: str) -> list[str]:
 
 
 def encode_prompt(prompt: str, tokenizer: Tokenizer) -> list[int]:
-    return tokenizer.encode(plain_prompt(prompt))
+    """What stands before a response, in the tokenizer's template."""
+    return [token for text in prompt_pieces(prompt, tokenizer.template) for token in tokenizer.encode(text)]
 
 
-def _sample(record: dict[str, Any], tokenizer: Tokenizer, where: str) -> Sample:
-    if "input_ids" in record and "prompt_length" in record:
-        ids, prompt_length = record["input_ids"], record["prompt_length"]
-        if not isinstance(ids, list) or not all(type(token) is int for token in ids) or type(prompt_length) is not int:
+class _Draft(NamedTuple):
+    """A record on its way to a sample: either texts that are to be tokenised, or a sample."""
+
+    where: str
+    content: Sample | list[Piece]
+
+
+def _tokenised(path: str, tokenizer: Tokenizer, data: DataConfig, bad: BadRecords) -> Iterator[tuple[str, Sample]]:
+    drafts = _drafts(path, tokenizer, data, bad)
+    while batch := list(islice(drafts, _RECORDS_AT_ONCE)):
+        texts = [piece.text for draft in batch if isinstance(draft.content, list) for piece in draft.content]
+        ids = iter(tokenizer.encode_batch(texts) if texts else [])
+        for where, content in batch:
+            yield where, content if isinstance(content, Sample) else _joined(content, ids, tokenizer.eos_id)
+
+
+def _drafts(path: str, tokenizer: Tokenizer, data: DataConfig, bad: BadRecords) -> Iterator[_Draft]:
+    for where, record in read_records(path, bad):
+        try:
+            if "input_ids" in record:
+                yield _Draft(where, _of_ids(record, where))
+                continue
+            pieces = tokenizer.template(_messages(record, where))
+            if data.eligible_turns == "last":
+                last = max((index for index, piece in enumerate(pieces) if piece.learnt), default=-1)
+                pieces = [piece._replace(learnt=index == last) for index, piece in enumerate(pieces)]
+            yield _Draft(where, pieces)
+        except UserError as error:
+            bad.add(str(error))
+        except ValueError as error:
+            bad.add(f"{where}: {error}")
+
+
+def _joined(pieces: list[Piece], ids: Iterator[list[int]], eos_id: int) -> Sample:
+    tokens: list[int] = []
+    eligible: list[bool] = []
+    for piece in pieces:
+        own = next(ids)
+        own = [*own, eos_id] if piece.ends and own else own
+        tokens += own
+        eligible += [piece.learnt] * len(own)
+    return Sample(np.array(tokens, dtype=np.int32), np.array(eligible, dtype=np.bool_))
+
+
+def _messages(record: Record, where: str) -> list[Message]:
+    turns = record.get("messages")
+    if turns is None:
+        prompt, response = prompt_and_response(record, where)
+        return [Message("user", prompt), Message(ASSISTANT, response)]
+    if not isinstance(turns, list) or not all(
+        isinstance(turn, dict) and isinstance(turn.get("role"), str) and isinstance(turn.get("content"), str)
+        for turn in turns
+    ):
+        raise UserError(f"{where}: 'messages' must be a list of objects with the strings 'role' and 'content'")
+    if not any(turn["role"] == ASSISTANT for turn in turns):
+        raise UserError(f"{where}: 'messages' holds no turn of the role '{ASSISTANT}'")
+    return [Message(turn["role"], turn["content"]) for turn in turns]
+
+
+def _of_ids(record: Record, where: str) -> Sample:
+    """Token ids; eligible from prompt_length on, or in 'spans', pairs of first and end position."""
+    ids: Any = record["input_ids"]
+    if not isinstance(ids, list) or not all(type(token) is int for token in ids):
+        raise UserError(f"{where}: 'input_ids' must be a list of integers")
+    prompt_length, spans = record.get("prompt_length"), record.get("spans")
+    if spans is None:
+        if type(prompt_length) is not int:
             raise UserError(f"{where}: 'input_ids' must be a list of integers and 'prompt_length' an integer")
         if not 0 <= prompt_length <= len(ids):
             raise UserError(f"{where}: 'prompt_length' {prompt_length} does not fit {len(ids)} 'input_ids'")
-        return Sample.of(np.array(ids, dtype=np.int32), prompt_length)
-    prompt, response = prompt_and_response(record, where)
-    prompt_ids, response_ids = encode_prompt(prompt, tokenizer), tokenizer.encode(response)
-    if response_ids:
-        response_ids = [*response_ids, tokenizer.eos_id]
-    return Sample.of(np.array(prompt_ids + response_ids, dtype=np.int32), len(prompt_ids))
+        spans = [[prompt_length, len(ids)]]
+    eligible = np.zeros(len(ids), dtype=np.bool_)
+    for span in spans if isinstance(spans, list) else [spans]:
+        if not (isinstance(span, list) and len(span) == 2 and all(type(place) is int for place in span)):
+            raise UserError(f"{where}: 'spans' must be a list of pairs [first, end]")
+        if not 0 <= span[0] <= span[1] <= len(ids):
+            raise UserError(f"{where}: the span {span} does not fit {len(ids)} 'input_ids'")
+        eligible[span[0] : span[1]] = True
+    return Sample(np.array(ids, dtype=np.int32), eligible)

@@ -11,13 +11,17 @@ import sentencepiece
 import tokenizers
 
 from megatron_mdm.config.errors import UserError
+from megatron_mdm.config.files import sha256
 from megatron_mdm.config.schema import DataConfig, ModelConfig
+from megatron_mdm.data.templates import NEEDED_TOKENS, TEMPLATES, Template
 
 
 class _Backend(Protocol):
     num_ids: int
 
     def encode(self, text: str) -> list[int]: ...
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]: ...
 
     def decode(self, ids: Sequence[int]) -> str: ...
 
@@ -35,10 +39,15 @@ class Tokenizer:
     mask_id: int
     pad_id: int
     eos_id: int
+    template: Template  # of conversations
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text; no special tokens are added."""
         return self.backend.encode(text)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """The same for many texts at once, which is faster."""
+        return self.backend.encode_batch(texts)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ids, up to the first eos; mask and padding are left out."""
@@ -49,6 +58,17 @@ class Tokenizer:
             if token not in (self.mask_id, self.pad_id) and token < self.backend.num_ids:
                 kept.append(int(token))
         return self.backend.decode(kept)
+
+    def decode_all(self, ids: Sequence[int]) -> str:
+        """Text of ids for a person's eyes: end tokens as ⏎, ids that have no text by number."""
+        text, run = "", list[int]()
+        for token in [*ids, -1]:
+            if token in (-1, self.eos_id) or token >= self.backend.num_ids:
+                text, run = text + (self.backend.decode(run) if run else ""), []
+                text += "" if token == -1 else "⏎" if token == self.eos_id else f"<{token}>"
+            else:
+                run.append(int(token))
+        return text
 
     def pieces(self, ids: Sequence[int]) -> list[str]:
         """The text that each id stands for, spaces included: together, the text they encode. Added ids are empty."""
@@ -70,7 +90,11 @@ def load_tokenizer(data: DataConfig) -> Tokenizer:
         special[name] = token_id
     if special["mask_token"] in (special["pad_token"], special["eos_token"]):
         raise UserError(f"'data.mask_token' has the id {special['mask_token']} of another special token")
-    return Tokenizer(backend, num_ids, special["mask_token"], special["pad_token"], special["eos_token"])
+    missing = [token for token in NEEDED_TOKENS.get(data.template, ()) if backend.token_id(token) is None]
+    if missing:
+        raise UserError(f"'data.template' {data.template} needs the token {missing[0]}, which {data.tokenizer} lacks")
+    template = TEMPLATES[data.template](data.tokenizer)
+    return Tokenizer(backend, num_ids, special["mask_token"], special["pad_token"], special["eos_token"], template)
 
 
 def resolve_vocabulary(model: ModelConfig, tokenizer: Tokenizer) -> ModelConfig:
@@ -88,12 +112,19 @@ def resolve_vocabulary(model: ModelConfig, tokenizer: Tokenizer) -> ModelConfig:
     return model.model_copy(update={"vocab_size": size})
 
 
+def tokenizer_fingerprint(path: str) -> str:
+    """sha256 of the tokenizer's file; empty where there is none."""
+    return sha256(_file(path)) if path else ""
+
+
+def _file(path: str) -> Path:
+    return Path(path) / "tokenizer.json" if Path(path).is_dir() else Path(path)
+
+
 def _open(path: str) -> _Backend:
     if not path:
         return _Ids()
-    file = Path(path)
-    if file.is_dir():
-        file = file / "tokenizer.json"
+    file = _file(path)
     if not file.is_file():
         raise UserError(f"{file}: no such tokenizer file ('data.tokenizer')")
     try:
@@ -109,6 +140,9 @@ class _SentencePiece:
 
     def encode(self, text: str) -> list[int]:
         return self.processor.encode(text)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        return self.processor.encode(list(texts))
 
     def decode(self, ids: Sequence[int]) -> str:
         return self.processor.decode(list(ids))
@@ -131,6 +165,9 @@ class _HuggingFace:
     def encode(self, text: str) -> list[int]:
         return self.tokenizer.encode(text, add_special_tokens=False).ids
 
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        return [encoding.ids for encoding in self.tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
+
     def decode(self, ids: Sequence[int]) -> str:
         return self.tokenizer.decode(list(ids))
 
@@ -150,6 +187,9 @@ class _Ids:
 
     def encode(self, text: str) -> list[int]:
         raise UserError("'data.tokenizer' is empty: only samples with 'input_ids' can be read")
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        return [self.encode(text) for text in texts]
 
     def decode(self, ids: Sequence[int]) -> str:
         return " ".join(map(str, ids))

@@ -25,6 +25,7 @@ class CleanBatch:
     lengths: Tensor  # [B] int64, without padding
     positions: Tensor  # [B] int64: places in the global batch, 0 … n−1
     sample_ids: Tensor  # [B] int64: rows of the data set
+    segments: Tensor | None = None  # [B, K] int64: tokens of a sample's parts that do not see each other, 0 behind
 
     @property
     def num_eligible(self) -> Tensor:

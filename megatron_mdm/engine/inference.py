@@ -10,7 +10,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megatron_mdm.config.schema import ModelConfig, ParallelConfig
+from megatron_mdm.engine.packets import prepared
 from megatron_mdm.models.cache import Window
+from megatron_mdm.models.parameters import stage_costs
 from megatron_mdm.models.stages import (
     Block,
     Head,
@@ -19,7 +21,6 @@ from megatron_mdm.models.stages import (
     RowStatistics,
     prepare_parameters,
     stage_builders,
-    stage_costs,
 )
 from megatron_mdm.parallel import platform
 from megatron_mdm.parallel.groups import ParallelContext
@@ -39,13 +40,13 @@ class InferenceEngine:
     @torch.no_grad()
     def evaluate(self, packets: Sequence[Packet], row_gradients: bool = False) -> list[RowStatistics]:
         with self.model[-1].with_row_gradients(row_gradients):
-            return [self.model(packet.to_device())[1] for packet in packets]
+            return [self.model(_on_device(packet))[1] for packet in packets]
 
     @torch.no_grad()
     def logits(self, packet: Packet, window: Window | None = None) -> Tensor:
         """Engine.logits. window: the packet's tokens are those at its positions; their keys and values are kept in its
         cache, and the cache's others take part."""
-        return self.model(packet.to_device(), want_logits=True, window=window and window.to_device())
+        return self.model(_on_device(packet), want_logits=True, window=window and window.to_device())
 
 
 class PipelinedInferenceEngine:
@@ -66,7 +67,7 @@ class PipelinedInferenceEngine:
     @torch.no_grad()
     def evaluate(self, packets: Sequence[Packet], row_gradients: bool = False) -> list[RowStatistics]:
         """Several packets at once keep the stages busy."""
-        packets = [packet.to_device() for packet in packets]
+        packets = [_on_device(packet) for packet in packets]
         head = next((stage for stage in self.stages.values() if isinstance(stage, Head)), None)
         with head.with_row_gradients(row_gradients) if head else nullcontext():
             answers = [self._run(packet, False, None) for packet in packets]
@@ -79,7 +80,7 @@ class PipelinedInferenceEngine:
     @torch.no_grad()
     def logits(self, packet: Packet, window: Window | None = None) -> Tensor:
         """InferenceEngine.logits."""
-        packet, window = packet.to_device(), window and window.to_device()
+        packet, window = _on_device(packet), window and window.to_device()
         shape = torch.Size((int(packet.selected.sum()), self.model.vocab_size))
         return self._from_last_stage(self._run(packet, True, window), shape, self.dtype)
 
@@ -118,3 +119,7 @@ def build_stages(
     stages = nn.ModuleDict({str(index): builders[index]() for index in mine})
     prepare_parameters(stages, model, context, seed)
     return stages
+
+
+def _on_device(packet: Packet) -> Packet:
+    return prepared(packet, pack=False, multiple=1).to_device()

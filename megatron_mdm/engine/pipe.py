@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import deepspeed
 import torch
@@ -18,8 +19,9 @@ from megatron_mdm.engine.base import TrainOutput
 from megatron_mdm.engine.deepspeed_config import deepspeed_config
 from megatron_mdm.engine.master import MasterState
 from megatron_mdm.engine.optimizer import PlainClipping, adamw
-from megatron_mdm.engine.packets import padded_to_multiple
-from megatron_mdm.models.stages import Packet, RowStatistics, prepare_parameters, stage_builders, stage_costs
+from megatron_mdm.engine.packets import prepared
+from megatron_mdm.models.parameters import stage_costs
+from megatron_mdm.models.stages import Packet, RowStatistics, prepare_parameters, stage_builders
 from megatron_mdm.parallel.groups import ParallelContext
 from megatron_mdm.parallel.layout import partition
 
@@ -30,7 +32,11 @@ class PipeEngine:
     def __init__(self, config: RunConfig, context: ParallelContext, load: Callable[[nn.Module], None]) -> None:
         """load: called with this rank's stages before the optimizer takes its master weights from them."""
         self.context, self.layout, self.model = context, context.layout, config.model
-        self.sequence_multiple = config.parallel.tensor if config.parallel.sequence else 1
+        self._prepared = partial(
+            prepared,
+            pack=config.batch.mode == "packed",
+            multiple=config.parallel.tensor if config.parallel.sequence else 1,
+        )
         module = _Stages(config, context, self._score)
         load(module)
         self.engine, *_ = deepspeed.initialize(
@@ -52,7 +58,9 @@ class PipeEngine:
         for group in self.engine.optimizer.param_groups:
             group["lr"] = lr
         packets = self._prepare(packets)
-        assert len(packets) == self.engine.micro_batches
+        if len(packets) != self.engine.micro_batches:  # a token budget makes more or fewer of them
+            per_micro_batch = self.engine.train_micro_batch_size_per_gpu() * self.layout.data
+            self.engine.set_train_batch_size(len(packets) * per_micro_batch)
         self.engine.train_batch(_batches(packets))
         norm = self.clipping.norm if self.clipping else self.engine.get_global_grad_norm()
         return TrainOutput(self._statistics(packets), float(norm))
@@ -79,7 +87,7 @@ class PipeEngine:
         self.engine.eval_batch(_batches(packets), num_micro_batches=len(packets), reduce_output=None, bcast_loss=False)
 
     def _prepare(self, packets: Sequence[Packet]) -> list[Packet]:
-        return [padded_to_multiple(packet, self.sequence_multiple).to_device() for packet in packets]
+        return [self._prepared(packet).to_device() for packet in packets]
 
     def _score(self, state: tuple[Tensor, Tensor], targets: tuple[Tensor, ...]) -> Tensor:
         """The last stage's loss function: keeps the packet's answer, returns the total to differentiate."""
@@ -95,7 +103,7 @@ class PipeEngine:
         return total * (self.engine.gradient_accumulation_steps() * self.layout.data)
 
     def _statistics(self, packets: Sequence[Packet]) -> list[RowStatistics]:
-        rows = [len(packet.tokens) for packet in packets]
+        rows = [len(packet.selected) for packet in packets]
         whole = self._from_last_stage(torch.Size((len(RowStatistics._fields), sum(rows))), torch.float32, dim=1)
         return [RowStatistics(*part) for part in whole.split(rows, dim=1)]
 

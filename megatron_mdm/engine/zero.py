@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import deepspeed
 import torch
@@ -13,7 +14,7 @@ from megatron_mdm.engine.base import TrainOutput
 from megatron_mdm.engine.deepspeed_config import deepspeed_config
 from megatron_mdm.engine.master import MasterState
 from megatron_mdm.engine.optimizer import PlainClipping, adamw
-from megatron_mdm.engine.packets import padded_to_multiple
+from megatron_mdm.engine.packets import prepared
 from megatron_mdm.models.stages import Packet, RowStatistics, build_model
 from megatron_mdm.parallel.groups import ParallelContext
 
@@ -24,7 +25,11 @@ class ZeroEngine:
     def __init__(self, config: RunConfig, context: ParallelContext, load: Callable[[nn.Module], None]) -> None:
         """load: called with the model before the optimizer takes its master weights from it."""
         self.context = context
-        self.sequence_multiple = config.parallel.tensor if config.parallel.sequence else 1
+        self._prepared = partial(
+            prepared,
+            pack=config.batch.mode == "packed",
+            multiple=config.parallel.tensor if config.parallel.sequence else 1,
+        )
         model = build_model(config.model, config.parallel, context, config.seed)
         load(model)
         self.engine, *_ = deepspeed.initialize(
@@ -65,4 +70,4 @@ class ZeroEngine:
             return self.engine(self._prepare(packet), want_logits=True)
 
     def _prepare(self, packet: Packet) -> Packet:
-        return padded_to_multiple(packet, self.sequence_multiple).to_device()
+        return self._prepared(packet).to_device()

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from megatron_mdm.config.errors import UserError
-from megatron_mdm.data.sft import encode_prompt, prompt_and_response, read_records
+from megatron_mdm.data.records import read_records
+from megatron_mdm.data.sft import encode_prompt, prompt_and_response
 from megatron_mdm.data.tokenizer import Tokenizer
 from megatron_mdm.evaluation.tasks import Task
 from megatron_mdm.generation.generate import generate

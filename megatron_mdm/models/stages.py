@@ -25,22 +25,35 @@ from megatron_mdm.models.cache import Window
 from megatron_mdm.models.cross_entropy import weighted_cross_entropy
 from megatron_mdm.models.initialize import initialize_weights
 from megatron_mdm.models.norms import RMSNorm
-from megatron_mdm.models.sharding import mark_shards
+from megatron_mdm.models.parameters import padded_vocab_size
+from megatron_mdm.models.sharding import HEAD_NORMS, mark_shards
 from megatron_mdm.models.spec import LAYER_SPECS, resolve_kernels, transformer_config
 from megatron_mdm.parallel import platform
 from megatron_mdm.parallel.groups import ParallelContext
 
+NOT_PACKED = torch.empty(0, dtype=torch.int64)
+
 
 class Packet(NamedTuple):
-    """A micro-batch for the model. R rows (samples × views) of length S."""
+    """A micro-batch for the model. R rows (samples × views) of length S.
 
-    tokens: Tensor  # [R, S] int64
-    lengths: Tensor  # [R] int64 without padding on the right; of no dimension where no row is padded, which
-    # kernels exploit
+    Packed (engine/packets.py), its rows stand one after another in a single row of T tokens without padding; what is
+    scored stays by row.
+    """
+
+    tokens: Tensor  # [R, S] int64; packed: [1, T]
+    # [R] int64 without padding on the right; of no dimension where no row is padded, which kernels exploit. Packed:
+    # [1, K], the segments that make the row of T, each of which sees itself only.
+    lengths: Tensor
     selected: Tensor  # [R, S] bool: the positions that reach the vocabulary (masked ones, in training)
     labels: Tensor  # [R, S] int64: clean token ids
     token_weight: Tensor  # [R, S] float32: a row's loss is Σ token_weight · CE over its selected positions
     row_weight: Tensor  # [R] float32: the total is Σ row_weight · (row's loss)
+    row_starts: Tensor = NOT_PACKED  # [R] int64, packed: where the rows begin among the T tokens
+
+    @property
+    def is_packed(self) -> bool:
+        return self.lengths.dim() == 2
 
     def to_device(self) -> Packet:
         if not platform.is_cuda():
@@ -48,8 +61,8 @@ class Packet(NamedTuple):
         return Packet(*(tensor.to(platform.device(), non_blocking=True) for tensor in self))
 
 
-# What runs from stage to stage: before Embed (tokens [R, S], lengths), after it (hidden [S, R, H], lengths). Under
-# sequence parallelism a rank holds S / tensor-parallel degree of the positions.
+# What runs from stage to stage: before Embed (tokens [R, S], lengths), after it (hidden [S, R, H], lengths); [1, T] and
+# [T, 1, H] where packed. Under sequence parallelism a rank holds 1 / tensor-parallel degree of the positions.
 StageState = tuple[Tensor, Tensor]
 
 
@@ -84,7 +97,7 @@ class Block(nn.Module):
 
     def __init__(self, model: ModelConfig, config: TransformerConfig, index: int, parallel: ParallelConfig) -> None:
         super().__init__()
-        spec = LAYER_SPECS[resolve_kernels(model)](parallel.recompute == "selective", model.attention == "causal")
+        spec = LAYER_SPECS[resolve_kernels(model)](model, parallel.recompute == "selective")
         self.layer = TransformerLayer(config, spec, layer_number=index + 1)
         self.rotary = RotaryEmbedding(
             kv_channels=config.kv_channels,
@@ -110,9 +123,14 @@ class Block(nn.Module):
 
     def _layer(self, hidden: Tensor, lengths: Tensor) -> Tensor:
         length = hidden.shape[0] * self.sequence_shards
-        attention = attention_mask(lengths, length) if lengths.dim() else None
+        rotary = self.rotary(length)
+        attention = None
+        if lengths.dim() == 1:
+            attention = attention_mask(lengths, length)
+        elif lengths.dim() == 2:  # packed: attention takes the segments' lengths for its mask
+            attention, rotary = lengths, rotary.index_select(0, segment_positions(lengths, length))
         with get_fp8_context(self.config, self.layer.layer_number - 1):  # does nothing without FP8
-            return self.layer(hidden, attention_mask=attention, rotary_pos_emb=self.rotary(length))[0]
+            return self.layer(hidden, attention_mask=attention, rotary_pos_emb=rotary)[0]
 
     def _windowed_layer(self, hidden: Tensor, window: Window) -> Tensor:
         rotary = self.rotary(window.cache.width)[window.positions.t()].squeeze(2)  # [S, R, 1, D]
@@ -128,6 +146,7 @@ class Head(nn.Module):
         degree = config.tensor_model_parallel_size
         self.vocab_size, self.group, self.z_loss = model.vocab_size, group, model.z_loss
         self.row_gradients = False  # compute RowStatistics.gradient_square without autograd, too
+        self.logit_shift = model.logit_shift
         self.sequence_parallel = config.sequence_parallel
         self.final_norm = RMSNorm(config, model.hidden_size, eps=model.norm_eps)
         self.final_norm.weight.sequence_parallel = False  # it sees whole, gathered rows
@@ -145,7 +164,7 @@ class Head(nn.Module):
         hidden, _ = state
         if self.sequence_parallel:
             hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False)
-        return self.logits(hidden, packet.selected) if want_logits else self.loss(hidden, packet)
+        return self.logits(hidden, packet) if want_logits else self.loss(hidden, packet)
 
     @contextmanager
     def with_row_gradients(self, wanted: bool) -> Iterator[None]:
@@ -156,19 +175,20 @@ class Head(nn.Module):
         finally:
             self.row_gradients = False
 
-    def logits(self, hidden: Tensor, selected: Tensor) -> Tensor:
-        """hidden [S, R, H], selected [R, S] → [N, V]."""
-        rows = self._normed_rows(hidden.transpose(0, 1), selected.reshape(-1).nonzero().squeeze(1))
+    def logits(self, hidden: Tensor, packet: Packet) -> Tensor:
+        """hidden [S, R, H] or packed [T, 1, H] → [N, V]."""
+        row, position = packet.selected.nonzero(as_tuple=True)
+        rows = self._normed_rows(hidden, self._places_in_hidden(row, position, packet))
         logits = gather_from_tensor_model_parallel_region(rows @ self.vocabulary_weight.t())
         return logits[:, : self.vocab_size]
 
     def loss(self, hidden: Tensor, packet: Packet) -> tuple[Tensor, RowStatistics]:
-        """hidden [S, R, H]. Everything here is [S, R]: positions are picked along hidden's memory."""
+        """hidden [S, R, H] or packed [T, 1, H]. The rest is [S, R], hidden's order where it is not packed."""
         selected, token_weight = packet.selected.t(), packet.token_weight.t()
-        places = selected.reshape(-1).nonzero().squeeze(1)
+        places, num_rows = selected.reshape(-1).nonzero().squeeze(1), len(packet.selected)
         weights = (token_weight * packet.row_weight).reshape(-1)[places]
         total, cross_entropy, gradient_square = weighted_cross_entropy(
-            self._normed_rows(hidden, places),
+            self._normed_rows(hidden, self._places_in_hidden(places % num_rows, places // num_rows, packet)),
             self.vocabulary_weight,
             packet.labels.t().reshape(-1)[places],
             weights,
@@ -184,6 +204,15 @@ class Head(nn.Module):
         weighted = grids[0] * token_weight
         gradient = grids[1].sum(0) / packet.row_weight.square().clamp_min(1e-30)  # without the rows' weights
         return total, RowStatistics(weighted.sum(0), weighted.square().sum(0), gradient)
+
+    def _places_in_hidden(self, row: Tensor, position: Tensor, packet: Packet) -> Tensor:
+        """[N] int64: where the states that predict positions of rows, [N] each, lie along hidden's memory, [S, R] or
+        packed [T]: at the positions themselves, or, with shifted logits, one before, but for a row's first."""
+        if self.logit_shift:
+            position = (position - 1).clamp_min(0)
+        if packet.is_packed:
+            return packet.row_starts[row] + position
+        return position * len(packet.selected) + row
 
     def _normed_rows(self, hidden: Tensor, places: Tensor) -> Tensor:
         return self.final_norm(hidden.reshape(-1, hidden.shape[-1]).index_select(0, places))
@@ -227,15 +256,19 @@ def build_model(
 
 def prepare_parameters(stages: nn.Module, model: ModelConfig, context: ParallelContext, seed: int) -> None:
     """Initial weights, sharding attributes, and the sum of sequence-parallel gradients, for any part of the stages."""
-    initialize_weights(stages, model, seed, context.tensor_rank, context.layout.tensor)
+    if not model.init_from:  # else every parameter is read
+        initialize_weights(stages, model, seed, context.tensor_rank, context.layout.tensor)
     mark_shards(stages)
-    for parameter in stages.parameters():
-        if getattr(parameter, "sequence_parallel", False):
+    for name, parameter in stages.named_parameters():
+        sees_a_part = getattr(parameter, "sequence_parallel", False)  # of the positions
+        if name.endswith(HEAD_NORMS):  # of the heads
+            sees_a_part = context.layout.tensor > 1
+        if sees_a_part:
             parameter.register_hook(partial(_sum_over_group, group=context.tensor_group))
 
 
 def _sum_over_group(gradient: Tensor, group: torch.distributed.ProcessGroup) -> Tensor:
-    """A norm inside a sequence-parallel layer has seen this rank's positions only."""
+    """A norm inside a sequence-parallel layer has seen this rank's positions only, a norm of heads its heads."""
     gradient = gradient.contiguous()
     torch.distributed.all_reduce(gradient, group=group)
     return gradient
@@ -246,17 +279,8 @@ def attention_mask(lengths: Tensor, width: int) -> Tensor:
     return (torch.arange(width, device=lengths.device)[None, :] < lengths[:, None])[:, None, None, :]
 
 
-def padded_vocab_size(model: ModelConfig, degree: int) -> int:
-    """Rows of the vocabulary tables: a multiple of vocab_divisor × tensor-parallel degree."""
-    multiple = model.vocab_divisor * degree
-    return (model.vocab_size + multiple - 1) // multiple * multiple
-
-
-def stage_costs(model: ModelConfig, length: int) -> list[float]:
-    """Forward FLOPs per position of each stage: what partitioning balances. Half of the positions reach the head."""
-    head_dim = model.hidden_size // model.num_heads
-    qkv = model.hidden_size * head_dim * (model.num_heads + 2 * model.num_kv_heads)
-    matrices = qkv + model.hidden_size**2 + 3 * model.hidden_size * model.ffn_hidden_size
-    block = 2.0 * matrices + 4.0 * length * model.hidden_size
-    head = 0.5 * 2.0 * model.hidden_size * model.vocab_size
-    return [0.0, *[block] * model.num_layers, head]
+def segment_positions(lengths: Tensor, width: int) -> Tensor:
+    """[T] int64: each token's position in its own segment; lengths [1, K] of the segments, which fill the width T."""
+    ends = lengths[0].cumsum(0)
+    begins = torch.repeat_interleave(ends - lengths[0], lengths[0], output_size=width)
+    return torch.arange(width, device=lengths.device) - begins

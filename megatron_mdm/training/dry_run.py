@@ -23,9 +23,10 @@ def memory_estimate(config: RunConfig, layout: Layout) -> dict[str, float]:
     size = 2 if config.precision.dtype == "bf16" else 4
     optimizer = 12 if config.precision.dtype == "bf16" else 8  # fp32 moments, and fp32 weights beside bf16 ones
     share = {stage: 1 / layout.data if zero >= stage else 1.0 for stage in (1, 2, 3)}
-    places = config.batch.micro_size * config.diffusion.rows_per_sample * config.data.max_length
-    head_dim = model.hidden_size // model.num_heads
-    split = 2 * head_dim * (model.num_heads + 2 * model.num_kv_heads) + model.hidden_size + 4 * model.ffn_hidden_size
+    per_batch = config.batch.micro_size * config.diffusion.rows_per_sample * config.data.max_length
+    places = config.batch.micro_tokens or per_batch
+    heads = model.num_heads + 2 * model.num_kv_heads
+    split = (2 * heads + model.num_heads) * model.kv_channels + 4 * model.ffn_hidden_size
     per_layer = 5 * model.hidden_size + split / layout.tensor
     return {
         "weights": parameters * size * share[3] / GIB,
@@ -43,12 +44,15 @@ def describe(config: RunConfig, world_size: int, num_steps: int) -> str:
     accumulation = accumulation_steps(config, world_size)
     memory = memory_estimate(config, layout)
     parts = ", ".join(f"{kind} {value:.2f}" for kind, value in memory.items())
+    cut = f"{batch.micro_size} × {layout.data} ranks × {accumulation} micro-batches"
+    if batch.micro_tokens:
+        cut = f"{layout.data} ranks × at most {accumulation} micro-batches of {batch.micro_tokens} tokens"
     return "\n".join(
         [
             f"layout: {layout}, ZeRO {config.parallel.zero}, {config.precision.dtype}",
             f"model: {num_parameters(config.model) / 1e6:.2f} M parameters, vocabulary {config.model.vocab_size}",
-            f"batch: {batch.global_size} samples a step = {batch.micro_size} × {layout.data} ranks × {accumulation} "
-            f"micro-batches, {rows} row{'s' * (rows > 1)} each; {num_steps} steps",
+            f"batch: {batch.global_size} samples a step = {cut}, {batch.mode}, "
+            f"{rows} view{'s' * (rows > 1)} each; {num_steps} steps",
             "method: autoregressive"
             if diffusion.method == "autoregressive"
             else f"method: t {diffusion.sampler}, strata {diffusion.strata}, masking {diffusion.masking}",

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -11,6 +13,7 @@ import megatron_mdm
 from megatron_mdm.config.errors import UserError
 from megatron_mdm.config.load import flatten
 from megatron_mdm.config.schema import PrecisionConfig, RunConfig
+from megatron_mdm.data.corpus import CorpusDataset, read_corpora
 from megatron_mdm.data.sft import SftDataset, read_sft, split_validation
 from megatron_mdm.data.syntax import add_syntax, mark_delimiters
 from megatron_mdm.data.tokenizer import Tokenizer, load_tokenizer, resolve_vocabulary
@@ -18,12 +21,14 @@ from megatron_mdm.generation.settings import SpecialIds
 from megatron_mdm.models.spec import resolve_kernels
 from megatron_mdm.parallel import platform
 
+Dataset = SftDataset | CorpusDataset
+
 
 @dataclass(frozen=True)
 class RunData:
     tokenizer: Tokenizer
-    train: SftDataset
-    validation: SftDataset | None
+    train: Dataset
+    validation: Dataset | None
 
     @property
     def special_ids(self) -> SpecialIds:
@@ -40,16 +45,7 @@ def resolve(config: RunConfig) -> tuple[RunConfig, RunData]:
     precision = resolve_precision(config)
     config = config.model_copy(update={"model": model, "precision": precision})
     data = config.data
-
-    def read(path: str) -> SftDataset:
-        return read_sft(path, tokenizer, data.max_length, data.too_long, model.vocab_size)
-
-    train, validation = read(data.train), None
-    if data.validation:
-        validation = read(data.validation)
-    elif data.validation_fraction:
-        train, validation = split_validation(train, data.validation_fraction, config.seed)
-    train = mark_delimiters(add_syntax(train, config.diffusion.syrm, tokenizer), config.diffusion.isad, tokenizer)
+    train, validation = SOURCES[data.format](config, tokenizer)
     if causal:
         _check_next_tokens(train, data.train)
     if config.diffusion.sampler == "ppots" and len(train) < 2:
@@ -65,6 +61,41 @@ def _check_next_tokens(data: SftDataset, path: str) -> None:
                 f"{path}: sample {row + 1} has no learnt token that follows another; 'diffusion.method' autoregressive "
                 "needs one"
             )
+
+
+def _samples(config: RunConfig, tokenizer: Tokenizer) -> tuple[SftDataset, SftDataset | None]:
+    data, vocab_size = config.data, int(config.model.vocab_size)
+    train, validation = read_sft(str(data.train), tokenizer, data, vocab_size), None
+    if data.validation:
+        validation = read_sft(data.validation, tokenizer, data, vocab_size)
+    elif data.validation_fraction:
+        train, validation = split_validation(train, data.validation_fraction, config.seed)
+    train = mark_delimiters(add_syntax(train, config.diffusion.syrm, tokenizer), config.diffusion.isad, tokenizer)
+    return train, validation
+
+
+def _corpora(config: RunConfig, tokenizer: Tokenizer) -> tuple[CorpusDataset, CorpusDataset | None]:
+    data = config.data
+    read = partial(
+        read_corpora,
+        length=data.max_length,
+        vocab_size=int(config.model.vocab_size),
+        tokenizer_path=data.tokenizer,
+        sees_across_documents=data.across_documents,
+        seed=config.seed,
+        skip_bad=data.on_error == "skip",
+    )
+    blend = data.train if isinstance(data.train, dict) else {data.train: 1.0}
+    train, validation = read(blend, random_length=data.random_length, validation_fraction=data.validation_fraction)
+    if data.validation:
+        validation, _ = read({data.validation: 1.0}, random_length=0.0, validation_fraction=0.0)
+    return train, validation
+
+
+SOURCES: dict[str, Callable[[RunConfig, Tokenizer], tuple[Dataset, Dataset | None]]] = {
+    "sft": _samples,
+    "corpus": _corpora,
+}
 
 
 def resolve_precision(config: RunConfig) -> PrecisionConfig:
@@ -96,11 +127,14 @@ def total_steps(config: RunConfig, num_samples: int) -> int:
 
 def describe_data(data: RunData, config: RunConfig) -> str:
     """One line: what was read and what was left out."""
-    lengths = data.train.lengths()
-    left_out = data.train.num_too_long + (data.validation.num_too_long if data.validation else 0)
+    lengths, sets = data.train.lengths(), [data.train, *([data.validation] if data.validation else [])]
+    left_out, bad = sum(part.num_too_long for part in sets), sum(part.num_bad for part in sets)
     validation = f", {len(data.validation):,} for validation" if data.validation else ""
     dropped = f"; {left_out:,} longer than {config.data.max_length} tokens left out" if left_out else ""
+    if config.data.too_long == "truncate" and left_out:
+        dropped = f"; {left_out:,} cut to {config.data.max_length} tokens"
+    skipped = f"; {bad:,} bad ones skipped" if bad else ""
     return (
         f"data: {len(data.train):,} samples{validation}, {lengths.mean():.1f} tokens on average "
-        f"(longest {lengths.max()}), {data.train.num_eligible().mean():.1f} eligible{dropped}"
+        f"(longest {lengths.max()}), {data.train.num_eligible().mean():.1f} eligible{dropped}{skipped}"
     )

@@ -10,7 +10,7 @@ from megatron_mdm.config.schema import RunConfig
 
 # Sections that change what is watched and kept, or where it is computed, not what is trained.
 FREE_SECTIONS = ("logging", "checkpoint", "evaluation", "parallel", "deepspeed")
-FREE_KEYS = ("batch.micro_size", "precision.gradients", "model.kernels")
+FREE_KEYS = ("batch.micro_size", "batch.mode", "batch.micro_tokens", "precision.gradients", "model.kernels")
 
 
 def check_same_run(saved_path: Path, config: RunConfig) -> None:

@@ -9,13 +9,15 @@ from typing import Any
 
 import numpy as np
 
+from megatron_mdm.checkpoint.initial import InitialWeights
 from megatron_mdm.checkpoint.load import restored_engine
+from megatron_mdm.checkpoint.native import HUGGINGFACE, keep_companions
 from megatron_mdm.checkpoint.store import CheckpointStore, read_state
 from megatron_mdm.config.errors import UserError
 from megatron_mdm.config.files import write_atomically, write_json
 from megatron_mdm.config.load import dump_config
 from megatron_mdm.config.schema import RunConfig
-from megatron_mdm.data.loader import TrainLoader
+from megatron_mdm.data.loader import NO_EOS_PADDING, PrefetchLoader, TrainLoader
 from megatron_mdm.diffusion.autoregressive import NextTokens
 from megatron_mdm.diffusion.mask_schedule import Floats, MaskSchedule
 from megatron_mdm.diffusion.masking import MaskDesign
@@ -44,7 +46,7 @@ from megatron_mdm.training.state import TrainState
 CONFIG, CALIBRATION, CHECKPOINTS = "config.yaml", "calibration.json", "checkpoints"
 _ARTIFACTS = (
     *(CONFIG, CALIBRATION, "calibration.png", "metrics.jsonl", "summary.json", "curves.png"),
-    *("evaluation.json", "samples.jsonl"),
+    *("evaluation.json", "samples.jsonl", HUGGINGFACE),
 )
 
 
@@ -62,6 +64,9 @@ def train_run(config: RunConfig, data: RunData, context: ParallelContext, mode: 
     _prepare_folder(folder, config, mode, context)
     store = CheckpointStore(folder / CHECKPOINTS, config.checkpoint.keep_last, context)
     checkpoint, state = _newest(store, config, data, context) if mode.resume else (None, TrainState())
+    if checkpoint is None and config.model.init_from and context.is_main:
+        print(InitialWeights(config.model).describe(data.tokenizer.mask_id), flush=True)
+        keep_companions(Path(config.model.init_from), folder)
     engine = restored_engine(checkpoint, config, context, state.step)
     artifact = _calibration(folder, engine, config, data, context)
     trainer = build_trainer(config, data, engine, artifact, context)
@@ -109,6 +114,11 @@ def _newest(
             print(f"{store.folder}: no checkpoint yet; starting at step 0", flush=True)
         return None, TrainState()
     saved = read_state(checkpoint)
+    if "imported_from" in saved:
+        raise UserError(
+            f"{checkpoint}: imported weights, without an optimizer's state; train in another 'checkpoint.directory' "
+            f"with model.init_from={config.checkpoint.directory}"
+        )
     if saved["data"] != data.train.fingerprint:
         raise UserError(f"{config.data.train}: the file has changed since {checkpoint} was written")
     state = TrainState.from_json(saved["train"])
@@ -145,14 +155,15 @@ def build_trainer(
     noiser = build_noiser(config, cell_density, data.tokenizer.mask_id)
     loader = TrainLoader(
         data.train,
-        global_size=config.batch.global_size,
-        micro_size=config.batch.micro_size,
+        batch=config.batch,
+        views=config.diffusion.rows_per_sample,
         data_rank=context.data_rank,
         data_size=context.layout.data,
         pad_id=data.tokenizer.pad_id,
         seed=config.seed,
+        eos_padding=data.tokenizer.eos_id if config.data.eos_padding else NO_EOS_PADDING,
     )
-    return Trainer(config, context, loader, noiser, engine, total_steps(config, len(data.train)))
+    return Trainer(config, context, PrefetchLoader(loader), noiser, engine, total_steps(config, len(data.train)))
 
 
 def build_noiser(config: RunConfig, cell_density: Floats, mask_id: int) -> Noiser | NextTokens:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 
-from megatron_mdm.config.schema import DataConfig
+from megatron_mdm.config.schema import BatchConfig, DataConfig
 from megatron_mdm.data.loader import TrainLoader
 from megatron_mdm.data.sft import SftDataset, read_sft
 from megatron_mdm.data.tokenizer import load_tokenizer
@@ -15,12 +17,13 @@ from tests.small import EOS, MASK, PAD, VOCAB, write_ids
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> SftDataset:
     path = write_ids(tmp_path_factory.mktemp("loader") / "a.jsonl", 30)
-    tokenizer = load_tokenizer(DataConfig(train="x", mask_token=MASK, pad_token=PAD, eos_token=EOS, max_length=64))
-    return read_sft(str(path), tokenizer, 64, "drop", VOCAB)
+    config = DataConfig(train="x", mask_token=MASK, pad_token=PAD, eos_token=EOS, max_length=64)
+    return read_sft(str(path), load_tokenizer(config), config, VOCAB)
 
 
-def loader(data: SftDataset, micro_size: int = 2, rank: int = 0, ranks: int = 1) -> TrainLoader:
-    return TrainLoader(data, global_size=8, micro_size=micro_size, data_rank=rank, data_size=ranks, pad_id=PAD, seed=5)
+def loader(data: SftDataset, micro_size: int = 2, rank: int = 0, ranks: int = 1, **batch: Any) -> TrainLoader:
+    config = BatchConfig(global_size=8, micro_size=micro_size, **batch)
+    return TrainLoader(data, batch=config, views=1, data_rank=rank, data_size=ranks, pad_id=PAD, seed=5)
 
 
 def test_an_epoch_has_every_sample_once(data: SftDataset) -> None:

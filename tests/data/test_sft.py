@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -46,6 +47,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def settings(max_length: int, **changes: Any) -> DataConfig:
+    return DataConfig(train="x", max_length=max_length, **changes)
+
+
 def tokenizer_of(folder: Path, name: str) -> Tokenizer:
     return load_tokenizer(DataConfig(train="x", tokenizer=str(folder / name), max_length=64))
 
@@ -74,7 +79,7 @@ def test_whole_numbers_are_single_tokens(folder: Path) -> None:
 @pytest.mark.parametrize("name", ["sp.model", "tokenizer.json"])
 def test_question_and_answer(folder: Path, name: str) -> None:
     tokenizer = tokenizer_of(folder, name)
-    data = read_sft(str(folder / "test.jsonl"), tokenizer, 128, "error", tokenizer.num_ids)
+    data = read_sft(str(folder / "test.jsonl"), tokenizer, settings(128, too_long="error"), tokenizer.num_ids)
     records = [json.loads(line) for line in (folder / "test.jsonl").read_text().splitlines()]
     assert len(data) == len(records) == 20
     for sample, record in zip(data.samples, records):
@@ -89,7 +94,7 @@ def test_empty_response_is_refused(folder: Path, tmp_path: Path) -> None:
     path.write_text('{"prompt": "a", "response": "b"}\n\n{"prompt": "a", "response": ""}\n', encoding="utf-8")
     tokenizer = tokenizer_of(folder, "sp.model")
     with pytest.raises(UserError, match="line 3: no eligible token"):
-        read_sft(str(path), tokenizer, 64, "drop", tokenizer.num_ids)
+        read_sft(str(path), tokenizer, settings(64), tokenizer.num_ids)
 
 
 def test_broken_tokenizer_file(tmp_path: Path) -> None:
@@ -102,7 +107,7 @@ def test_broken_tokenizer_file(tmp_path: Path) -> None:
 def test_split_is_disjoint_seeded_and_complete(tmp_path: Path) -> None:
     write_ids(tmp_path / "a.jsonl", 50)
     tokenizer = load_tokenizer(DataConfig(train="x", mask_token=60, pad_token=0, eos_token=1, max_length=64))
-    data = read_sft(str(tmp_path / "a.jsonl"), tokenizer, 64, "drop", 61)
+    data = read_sft(str(tmp_path / "a.jsonl"), tokenizer, settings(64), 61)
     train, validation = split_validation(data, 0.2, seed=1)
     assert (len(train), len(validation)) == (40, 10)
     everything = sorted(sample.tokens.tolist() for sample in [*train.samples, *validation.samples])

@@ -39,7 +39,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
 def data(tokenizer: Tokenizer, tmp_path: Path) -> SftDataset:
     path = tmp_path / "data.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in ROWS), encoding="utf-8")
-    return read_sft(str(path), tokenizer, 200, "error", tokenizer.num_ids)
+    return read_sft(str(path), tokenizer, DataConfig(train="x", max_length=200, too_long="error"), tokenizer.num_ids)
 
 
 def texts(sample: Sample, places: np.ndarray, tokenizer: Tokenizer) -> str:

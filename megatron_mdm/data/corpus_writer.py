@@ -1,0 +1,181 @@
+"""Documents → a pretraining corpus in Megatron's .bin/.idx format: shards, splits, restartable.
+
+PREFIX-00000.bin/.idx …, or PREFIX-train-00000 … with splits; beside each set of shards, PREFIX.json says what is in it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
+
+from megatron_mdm.config.errors import UserError
+from megatron_mdm.config.files import write_json
+from megatron_mdm.config.schema import DataConfig
+from megatron_mdm.data.documents import START, Position, Source
+from megatron_mdm.data.encode import Encoded, Settings, encode_all
+from megatron_mdm.data.tokenizer import load_tokenizer, tokenizer_fingerprint
+from megatron_mdm.parallel.progress import progress_bar
+
+SPLITS = ("train", "validation", "test")
+NUM_BAD_SHOWN = 10
+
+
+@dataclass(frozen=True)
+class CorpusSettings:
+    output: str  # PREFIX
+    data: DataConfig  # tokenizer and end token
+    shares: tuple[float, ...] = ()  # of train, validation, test, by document; empty: no splits
+    end_token: bool = True
+    workers: int = 1
+    shard_tokens: int = 50_000_000  # a shard ends with the first chunk that reaches it
+    seed: int = 0  # of the splits
+    skip_bad: bool = False
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What finished shards hold; kept beside them, so that an interrupted preparation goes on."""
+
+    position: Position = START
+    shards: int = 0
+    documents: tuple[int, ...] = ()  # by split
+    tokens: tuple[int, ...] = ()
+    bad: int = 0
+    first_bad: tuple[str, ...] = ()
+    read: int = 0  # bytes, for the progress bar
+    done: bool = False
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+def write_corpus(source: Source, settings: CorpusSettings) -> Progress:
+    """Tokenise everything that is not in finished shards yet. Raises UserError on the first bad document, unless they
+    are to be skipped, and where there is no document at all."""
+    tokenizer = load_tokenizer(settings.data)
+    names = tuple(f"{settings.output}-{name}" for name in SPLITS[: len(settings.shares)]) or (settings.output,)
+    progress_path = Path(f"{settings.output}.progress.json")
+    progress = _resumed(progress_path, _identity(source, settings), len(names))
+    dtype = np.dtype(DType.optimal_dtype(tokenizer.num_ids)).name
+    encoding = Settings(settings.data, source.field, settings.end_token, dtype)
+    bar = progress_bar(total=source.total(), desc="tokenise", unit="B", unit_scale=True, initial=progress.read)
+    try:
+        Path(settings.output).parent.mkdir(parents=True, exist_ok=True)
+        encoded = () if progress.done else encode_all(source.chunks(progress.position), encoding, settings.workers)
+        for shard in _Shards(names, settings, dtype, progress).write(iter(encoded), bar):
+            progress = shard
+            write_json(progress_path, asdict(progress))
+    except OSError as error:
+        raise UserError(f"{error.filename or settings.output}: cannot be written ({error.strerror})") from None
+    bar.close()
+    if not sum(progress.documents):
+        raise UserError(f"{', '.join(source.paths)}: no documents ({progress.bad} were bad)")
+    for name, documents, tokens in zip(names, progress.documents, progress.tokens):
+        summary = {"documents": documents, "tokens": tokens, "shards": progress.shards, "num_ids": tokenizer.num_ids}
+        write_json(Path(f"{name}.json"), {**summary, "tokenizer": tokenizer_fingerprint(settings.data.tokenizer)})
+    progress = replace(progress, done=True)
+    write_json(progress_path, asdict(progress))
+    return progress
+
+
+class _Shards:
+    """Writes chunks of token ids to one shard after another."""
+
+    def __init__(self, names: Sequence[str], settings: CorpusSettings, dtype: str, progress: Progress) -> None:
+        self.names, self.settings, self.dtype, self.progress = names, settings, np.dtype(dtype).type, progress
+
+    def write(self, chunks: Iterator[Encoded], bar: Any) -> Iterator[Progress]:
+        """Yields after every shard that is complete on disk."""
+        builders: list[IndexedDatasetBuilder] = []
+        open_tokens, state = 0, self.progress
+        for chunk in chunks:
+            state = self._counted(state, chunk)
+            builders = builders or [
+                IndexedDatasetBuilder(f"{self._shard(name, state)}.bin.tmp", dtype=self.dtype) for name in self.names
+            ]
+            state = self._add(builders, state, chunk)
+            bar.update(chunk.size)
+            open_tokens += len(chunk.tokens)
+            if open_tokens >= self.settings.shard_tokens:
+                yield (state := self._finish(builders, state))
+                builders, open_tokens = [], 0
+        if builders:
+            yield self._finish(builders, state)
+
+    def _counted(self, state: Progress, chunk: Encoded) -> Progress:
+        if chunk.bad and not self.settings.skip_bad:
+            raise UserError(f"{chunk.bad[0]}; mend it, or leave such documents out with --on-error skip")
+        shown = (*state.first_bad, *chunk.bad)[:NUM_BAD_SHOWN]
+        return replace(
+            state,
+            bad=state.bad + len(chunk.bad),
+            first_bad=shown,
+            position=chunk.following,
+            read=state.read + chunk.size,
+        )
+
+    def _add(self, builders: list[IndexedDatasetBuilder], state: Progress, chunk: Encoded) -> Progress:
+        documents, tokens = list(state.documents), list(state.tokens)
+        ends = np.cumsum(chunk.lengths)
+        for end, length in zip(ends.tolist(), chunk.lengths.tolist()):
+            split = self._split(sum(documents))
+            builders[split].add_document(chunk.tokens[end - length : end], [length])
+            documents[split] += 1
+            tokens[split] += length
+        return replace(state, documents=tuple(documents), tokens=tuple(tokens))
+
+    def _split(self, document: int) -> int:
+        """Which split a document belongs to: a hash of its number, so that it depends on no other."""
+        if len(self.names) == 1:
+            return 0
+        digest = hashlib.blake2b(f"{self.settings.seed}/{document}".encode(), digest_size=8).digest()
+        place = int.from_bytes(digest) / 2**64 * sum(self.settings.shares)
+        bounds = np.cumsum(self.settings.shares)
+        return min(int(np.searchsorted(bounds, place, side="right")), len(self.names) - 1)
+
+    def _finish(self, builders: list[IndexedDatasetBuilder], state: Progress) -> Progress:
+        for name, builder in zip(self.names, builders):
+            shard = self._shard(name, state)
+            builder.finalize(f"{shard}.idx.tmp")
+            for kind in (".bin", ".idx"):  # a reader looks for the .idx, which comes last
+                Path(f"{shard}{kind}.tmp").replace(f"{shard}{kind}")
+        return replace(state, shards=state.shards + 1)
+
+    @staticmethod
+    def _shard(name: str, state: Progress) -> str:
+        return f"{name}-{state.shards:05d}"
+
+
+def _identity(source: Source, settings: CorpusSettings) -> dict[str, Any]:
+    """What an interrupted preparation must have in common with the one that goes on."""
+    return {
+        "source": {**asdict(source), "paths": [str(path) for path in source.paths]},
+        "shares": list(settings.shares),
+        "end_token": settings.end_token,
+        "shard_tokens": settings.shard_tokens,
+        "seed": settings.seed,
+        "skip_bad": settings.skip_bad,
+        "tokenizer": tokenizer_fingerprint(settings.data.tokenizer),
+        "eos_token": settings.data.eos_token,
+    }
+
+
+def _resumed(path: Path, identity: dict[str, Any], num_splits: int) -> Progress:
+    empty = Progress(documents=(0,) * num_splits, tokens=(0,) * num_splits, settings=identity)
+    if not path.exists():
+        return empty
+    try:
+        saved = json.loads(path.read_text(encoding="utf-8"))
+        lists = {name: tuple(saved[name]) for name in ("documents", "tokens", "first_bad")}
+        progress = Progress(**{**saved, **lists, "position": Position(*saved["position"])})
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: cannot be read ({error}); remove it to start anew") from None
+    if progress.settings != identity:
+        different = next(name for name in identity if progress.settings.get(name) != identity[name])
+        raise UserError(f"{path}: belongs to a preparation with another '{different}'; remove it to start anew")
+    return progress
