@@ -8,10 +8,9 @@ from megatron_mdm.parallel import platform
 
 platform.quiet_libraries()
 
-from megatron_mdm.checkpoint.load import load_for_inference  # noqa: E402
+from megatron_mdm.checkpoint.load import load_for_inference, restored_engine  # noqa: E402
 from megatron_mdm.config.load import load_config  # noqa: E402
 from megatron_mdm.config.validate import validate  # noqa: E402
-from megatron_mdm.engine.build import build_engine, from_scratch  # noqa: E402
 from megatron_mdm.parallel.groups import initialize, world_size_from_environment  # noqa: E402
 from megatron_mdm.parallel.program import run_program  # noqa: E402
 from megatron_mdm.training.calibrate import calibrate, save_artifact  # noqa: E402
@@ -33,7 +32,7 @@ def main() -> None:
     if arguments.run_dir:
         engine = load_for_inference(arguments.run_dir, config, context)
     else:
-        engine = build_engine(config, context, from_scratch)
+        engine = restored_engine(None, config, context, 0)
     artifact = calibrate(engine, config, data, context)
     if context.is_main:
         save_artifact(artifact, arguments.output)

@@ -1,4 +1,6 @@
-"""Score a run's answers: torchrun … launch/evaluate.py --run-dir DIR --data test.jsonl [gen_length=128 …]"""
+"""Score a run: torchrun … launch/evaluate.py --run-dir DIR --data test.jsonl --task gsm8k [gen_length=128 …]
+Tasks: answers that are exactly right (gsm8k, hitab, openscience), perplexity, multiple_choice; or --harness with names
+of tasks of EleutherAI's lm-eval."""
 
 import argparse
 import json
@@ -9,12 +11,11 @@ from megatron_mdm.parallel import platform
 platform.quiet_libraries()
 
 from megatron_mdm.checkpoint.load import load_for_inference, run_config  # noqa: E402
+from megatron_mdm.config.errors import UserError  # noqa: E402
 from megatron_mdm.config.files import write_atomically, write_json  # noqa: E402
 from megatron_mdm.config.load import load_section  # noqa: E402
 from megatron_mdm.data.tokenizer import load_tokenizer  # noqa: E402
-from megatron_mdm.evaluation.exact_match import evaluate_exact_match, read_questions  # noqa: E402
-from megatron_mdm.evaluation.tasks import TASKS  # noqa: E402
-from megatron_mdm.generation.sampler import GenerationConfig  # noqa: E402
+from megatron_mdm.evaluation.measures import MEASURES, Source  # noqa: E402
 from megatron_mdm.parallel.groups import initialize  # noqa: E402
 from megatron_mdm.parallel.program import run_program  # noqa: E402
 
@@ -22,29 +23,37 @@ from megatron_mdm.parallel.program import run_program  # noqa: E402
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--run-dir", required=True, type=Path, help="a run's folder (checkpoint.directory)")
-    parser.add_argument("--data", required=True, help="JSONL with question/answer or prompt/response")
-    parser.add_argument("--task", choices=sorted(TASKS), default="gsm8k")
+    parser.add_argument("--data", default="", help="JSONL: see megatron_mdm/evaluation/README.md")
+    parser.add_argument("--task", choices=sorted(MEASURES), default="gsm8k")
+    parser.add_argument("--harness", default="", metavar="TASK,…", help="tasks of lm-eval, which is asked for the data")
     parser.add_argument("--limit", type=int, default=0, help="questions to ask; 0: all")
     parser.add_argument("--tensor", type=int, default=0, help="tensor-parallel degree; 0: the run's")
-    parser.add_argument("generation", nargs="*", metavar="key=value", help=", ".join(GenerationConfig.model_fields))
+    parser.add_argument("--pipeline", type=int, default=1, help="pipeline-parallel degree")
+    parser.add_argument("settings", nargs="*", metavar="key=value", help="of generation, or of likelihoods")
     arguments = parser.parse_intermixed_args()
+    name = "harness" if arguments.harness else arguments.task
+    if not arguments.harness and not arguments.data:
+        raise UserError("give --data, or --harness")
+    if arguments.harness:
+        from megatron_mdm.evaluation.harness import HARNESS as measure
+    else:
+        measure = MEASURES[arguments.task]
 
-    generation = load_section(GenerationConfig, arguments.generation)
-    questions = read_questions(arguments.data, TASKS[arguments.task], arguments.limit)
-    config = run_config(arguments.run_dir, arguments.tensor)
-    tokenizer = load_tokenizer(config.data)
-    context = initialize(config.parallel.tensor)
-    engine = load_for_inference(arguments.run_dir, config, context)
-    result = evaluate_exact_match(engine, questions, TASKS[arguments.task], tokenizer, generation, context)
+    config = run_config(arguments.run_dir, arguments.tensor, arguments.pipeline)
+    tokenizer, settings = load_tokenizer(config.data), load_section(measure.settings, arguments.settings)
+    source = Source(arguments.harness or arguments.data, arguments.limit)
+    evaluate = measure.prepare(source, settings, config, tokenizer)
+    context = initialize(config.parallel.tensor, config.parallel.pipeline)
+    result = evaluate(load_for_inference(arguments.run_dir, config, context), context)
     if context.is_main:
-        samples = result.pop("samples")
-        write_json(arguments.run_dir / "evaluation.json", {"task": arguments.task, "data": arguments.data, **result})
-        lines = "".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples)
-        write_atomically(arguments.run_dir / "samples.jsonl", lines)
-        low, high = result["interval"]
-        print(f"exact match: {result['exact_match']:.2f}")
-        print(f"{result['num_right']} of {result['num_questions']} right, 95 % interval {low:.3f} to {high:.3f}")
-        print(f"samples: {arguments.run_dir / 'samples.jsonl'}", flush=True)
+        print("\n".join(measure.summary(result)))
+        samples = result.pop("samples", [])
+        write_json(arguments.run_dir / measure.file, {"task": name, "data": source.path, **result})
+        if samples:
+            lines = "".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples)
+            write_atomically(arguments.run_dir / measure.samples_file, lines)
+            print(f"samples: {arguments.run_dir / measure.samples_file}")
+        print(f"result: {arguments.run_dir / measure.file}", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
-"""Answer prompts: torchrun … launch/generate.py --run-dir DIR --prompts in.jsonl --output out.jsonl [key=value …]"""
+"""Answer a file of prompts, or, with --interactive, those that are typed, showing each answer as it is denoised:
+torchrun … launch/generate.py --run-dir DIR --prompts in.jsonl --output out.jsonl [key=value …]"""
 
 import argparse
-import json
+import sys
 from pathlib import Path
 
 from megatron_mdm.parallel import platform
@@ -9,11 +10,13 @@ from megatron_mdm.parallel import platform
 platform.quiet_libraries()
 
 from megatron_mdm.checkpoint.load import load_for_inference, run_config  # noqa: E402
-from megatron_mdm.config.files import write_atomically  # noqa: E402
+from megatron_mdm.config.errors import UserError  # noqa: E402
 from megatron_mdm.config.load import load_section  # noqa: E402
-from megatron_mdm.data.sft import encode_prompt, read_prompts  # noqa: E402
+from megatron_mdm.data.sft import read_prompts  # noqa: E402
 from megatron_mdm.data.tokenizer import load_tokenizer  # noqa: E402
-from megatron_mdm.generation.sampler import GenerationConfig, SpecialIds, generate  # noqa: E402
+from megatron_mdm.generation.answers import AnswerFile, answer_prompts  # noqa: E402
+from megatron_mdm.generation.interactive import converse  # noqa: E402
+from megatron_mdm.generation.settings import GenerationConfig  # noqa: E402
 from megatron_mdm.parallel.groups import initialize  # noqa: E402
 from megatron_mdm.parallel.program import run_program  # noqa: E402
 
@@ -21,23 +24,29 @@ from megatron_mdm.parallel.program import run_program  # noqa: E402
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--run-dir", required=True, type=Path, help="a run's folder (checkpoint.directory)")
-    parser.add_argument("--prompts", required=True, help="JSONL with a field 'prompt' or 'question'")
-    parser.add_argument("--output", required=True, type=Path, help="JSONL to write: prompt and response")
+    parser.add_argument("--prompts", help="JSONL with a field 'prompt' or 'question'")
+    parser.add_argument("--output", type=Path, help="JSONL to write; interrupted, the same command goes on with it")
+    parser.add_argument("--interactive", action="store_true", help="read prompts from the terminal, a line each")
     parser.add_argument("--tensor", type=int, default=0, help="tensor-parallel degree; 0: the run's")
+    parser.add_argument("--pipeline", type=int, default=1, help="pipeline-parallel degree")
     parser.add_argument("generation", nargs="*", metavar="key=value", help=", ".join(GenerationConfig.model_fields))
     arguments = parser.parse_intermixed_args()
+    if not arguments.interactive and not (arguments.prompts and arguments.output):
+        raise UserError("give --prompts and --output, or --interactive")
 
     generation = load_section(GenerationConfig, arguments.generation)
-    prompts = read_prompts(arguments.prompts)
-    config = run_config(arguments.run_dir, arguments.tensor)
-    tokenizer = load_tokenizer(config.data)
-    context = initialize(config.parallel.tensor)
+    prompts = read_prompts(arguments.prompts) if not arguments.interactive else []
+    config = run_config(arguments.run_dir, arguments.tensor, arguments.pipeline)
+    tokenizer, method = load_tokenizer(config.data), config.diffusion.method
+    context = initialize(config.parallel.tensor, config.parallel.pipeline)
     engine = load_for_inference(arguments.run_dir, config, context)
-    special = SpecialIds(tokenizer.mask_id, tokenizer.pad_id)
-    responses = generate(engine, [encode_prompt(p, tokenizer) for p in prompts], generation, special, context)
+    if arguments.interactive:
+        converse(engine, tokenizer, generation, method, context, sys.stdin, sys.stdout)
+        return
+    settings = {"checkpoint": engine.source, **generation.model_dump(mode="json")}
+    file = AnswerFile(arguments.output, prompts, settings, context)
+    answer_prompts(file, engine, tokenizer, generation, method, context)
     if context.is_main:
-        records = ({"prompt": p, "response": tokenizer.decode(r)} for p, r in zip(prompts, responses))
-        write_atomically(arguments.output, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records))
         print(f"{len(prompts)} responses: {arguments.output}", flush=True)
 
 

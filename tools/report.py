@@ -1,6 +1,8 @@
 """Look at finished runs.
 
-python tools/report.py run FOLDER    what a run was and reached, with the paths of its pictures
+python tools/report.py run FOLDER        what a run was and reached, with the paths of its pictures
+python tools/report.py runs FOLDER…      many runs: mean, range, standard deviation over seeds per method, and a picture
+python tools/report.py variance FOLDER   where its model's training noise comes from, and what each method leaves of it
 """
 
 import argparse
@@ -9,7 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from megatron_mdm.config.errors import UserError
+from megatron_mdm.config.files import write_json
 from megatron_mdm.parallel.program import run_program
+from megatron_mdm.reports.plots import save_figure
+from megatron_mdm.reports.runs import as_json, read_runs, spread_figure, spreads, table, unequal_settings
 
 
 def report_run(folder: Path) -> None:
@@ -42,6 +47,18 @@ def report_run(folder: Path) -> None:
         print(f"exact match: {result['exact_match']:.2f}")
 
 
+def report_runs(folders: list[Path], output: Path) -> None:
+    """Table on the screen; output.png and output.json."""
+    found = read_runs(folders)
+    over_seeds = spreads(found)
+    print(table(over_seeds))
+    for line in unequal_settings(found):
+        print(f"not in seeds alone: {line}")
+    write_json(output.with_suffix(".json"), as_json(found, over_seeds))
+    save_figure(spread_figure(over_seeds), output.with_suffix(".png"))
+    print(f"picture: {output.with_suffix('.png')}")
+
+
 def _read(path: Path) -> dict[str, Any]:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
@@ -54,8 +71,31 @@ def main() -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser("run", help="one run")
     command.add_argument("folder", type=Path)
+    command.set_defaults(report=lambda arguments: report_run(arguments.folder))
+    command = commands.add_parser("variance", help="A, B, C and every method's variance in loss and gradient")
+    command.add_argument("folder", type=Path)
+    command.add_argument(
+        "--draws", type=int, default=1000, help="samples whose gradients are drawn, per way of masking"
+    )
+    command.add_argument("--groups", type=int, default=200, help="samples for A, B and C, 24 rows each")
+    command.add_argument("--output", type=Path, help="folder for variance.json and its picture; the run's if not given")
+    command.add_argument("--overrides", nargs="*", default=[], metavar="section.key=value")
+    command.set_defaults(report=_variance)
+    command = commands.add_parser("runs", help="many runs, by method")
+    command.add_argument("folders", type=Path, nargs="+", help="runs' folders, or folders that hold them")
+    command.add_argument("--output", type=Path, default=Path("runs_report"), help="name of the PNG and JSON to write")
+    command.set_defaults(report=lambda arguments: report_runs(arguments.folders, arguments.output))
     arguments = parser.parse_args()
-    report_run(arguments.folder)
+    arguments.report(arguments)
+
+
+def _variance(arguments: argparse.Namespace) -> None:
+    from megatron_mdm.parallel import platform
+
+    platform.quiet_libraries()
+    from report_variance import report_variance  # DeepSpeed and megatron-core are needed by this report only
+
+    report_variance(arguments)
 
 
 if __name__ == "__main__":

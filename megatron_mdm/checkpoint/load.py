@@ -2,41 +2,53 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import nn
 
+from megatron_mdm.checkpoint.initial import InitialWeights
 from megatron_mdm.checkpoint.store import TENSORS, CheckpointStore
 from megatron_mdm.checkpoint.tensors import TensorReader
 from megatron_mdm.config.errors import UserError
 from megatron_mdm.config.load import load_config
 from megatron_mdm.config.schema import ModelConfig, RunConfig
+from megatron_mdm.config.validate import validate_layout
 from megatron_mdm.engine.base import Engine
 from megatron_mdm.engine.build import build_engine, from_scratch
-from megatron_mdm.engine.inference import InferenceEngine
+from megatron_mdm.engine.inference import InferenceEngine, PipelinedInferenceEngine, build_stages
 from megatron_mdm.engine.master import MOMENTS, WEIGHT, canonical_name
 from megatron_mdm.models.stages import build_model
-from megatron_mdm.parallel.groups import ParallelContext
+from megatron_mdm.parallel.groups import ParallelContext, world_size_from_environment
 
 
-def run_config(folder: Path, tensor: int = 0) -> RunConfig:
-    """The resolved configuration of a run, for reading its model, which needs no pipeline.
+def run_config(folder: Path, tensor: int = 0, pipeline: int = 1) -> RunConfig:
+    """The resolved configuration of a run, for reading its model, on a layout of its own.
 
-    tensor: another tensor-parallel degree than it was trained with; 0: the same.
+    tensor: another tensor-parallel degree than it was trained with; 0: the same. Raises UserError where the ranks that
+    were started do not form the layout.
     """
     path = folder / "config.yaml"
     if not path.is_file():
         raise UserError(f"{folder}: not a run's folder (it has no config.yaml)")
     config = load_config(path)
-    parallel = {"pipeline": 1, "tensor": tensor or config.parallel.tensor, "sequence": False}
-    return config.model_copy(update={"parallel": config.parallel.model_copy(update=parallel)})
+    parallel = {"pipeline": pipeline, "tensor": tensor or config.parallel.tensor, "sequence": False}
+    config = config.model_copy(update={"parallel": config.parallel.model_copy(update=parallel)})
+    validate_layout(config, world_size_from_environment())
+    return config
 
 
 def restored_engine(checkpoint: Path | None, config: RunConfig, context: ParallelContext, steps: int) -> Engine:
-    """A training engine with a checkpoint's weights, moments and step count; None: initial weights. Collective."""
+    """A training engine with a checkpoint's weights, moments and step count; None: initial weights.
+
+    Collective. Initial weights are random, or those that model.init_from names.
+    """
     if checkpoint is None:
-        return build_engine(config, context, from_scratch)
+        if not config.model.init_from:
+            return build_engine(config, context, from_scratch)
+        initial = InitialWeights(config.model)
+        return build_engine(config, context, partial(initial.load, context=context))
     reader = TensorReader(checkpoint / TENSORS, config.model)
     shapes: dict[str, torch.Size] = {}
 
@@ -54,14 +66,21 @@ def restored_engine(checkpoint: Path | None, config: RunConfig, context: Paralle
     return engine
 
 
-def load_for_inference(folder: Path, config: RunConfig, context: ParallelContext) -> InferenceEngine:
-    """The model of the newest intact checkpoint, whole on every data-parallel rank."""
+def load_for_inference(
+    folder: Path, config: RunConfig, context: ParallelContext
+) -> InferenceEngine | PipelinedInferenceEngine:
+    """The model of the newest intact checkpoint: whole on every data-parallel rank, or on every pipeline's ranks."""
     checkpoint = CheckpointStore(folder / "checkpoints", config.checkpoint.keep_last, context).newest_intact()
     if checkpoint is None:
         raise UserError(f"{folder}: the run has no checkpoint yet")
+    reader, dtype = TensorReader(checkpoint / TENSORS, config.model), config.precision.dtype
+    if context.layout.pipeline > 1:
+        stages = build_stages(config.model, config.parallel, context, config.seed, config.data.max_length)
+        read_weights(stages, reader, config.model, context)
+        return PipelinedInferenceEngine(stages, config.model, dtype, context, checkpoint.name)
     model = build_model(config.model, config.parallel, context, config.seed)
-    read_weights(model, TensorReader(checkpoint / TENSORS, config.model), config.model, context)
-    return InferenceEngine(model, config.precision.dtype)
+    read_weights(model, reader, config.model, context)
+    return InferenceEngine(model, dtype, checkpoint.name)
 
 
 def read_weights(module: nn.Module, reader: TensorReader, model: ModelConfig, context: ParallelContext) -> None:

@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megatron_mdm.checkpoint.tensors import write_tensors
 from megatron_mdm.config.errors import UserError
 from megatron_mdm.config.files import sha256, write_json
-from megatron_mdm.engine.base import Engine
 from megatron_mdm.parallel.collectives import barrier, gather_objects
 from megatron_mdm.parallel.groups import ParallelContext
+
+if TYPE_CHECKING:
+    from megatron_mdm.engine.base import Engine  # brings DeepSpeed, which single-process tools do without
 
 MANIFEST, STATE, TENSORS = "manifest.json", "state.json", "tensors"
 
@@ -47,7 +49,7 @@ class CheckpointStore:
 
     def steps(self) -> list[Path]:
         """Complete checkpoints, oldest first."""
-        return sorted(self.folder.glob("step-*"))
+        return steps(self.folder)
 
     def newest_intact(self) -> Path | None:
         """The newest checkpoint whose files match its manifest; None where there is no checkpoint at all. Collective.
@@ -55,22 +57,11 @@ class CheckpointStore:
         The main rank reads and checks the files for all. Damaged ones are named and passed over. Raises UserError where
         none is intact.
         """
-        found = self._search() if self.context.is_main else None
+        found = search(self.folder) if self.context.is_main else None
         name, fault = gather_objects(found, self.context)[0]  # type: ignore[misc]
         if fault:
             raise UserError(f"{self.folder}: no intact checkpoint ({fault}); start anew with --overwrite")
         return self.folder / name if name else None
-
-    def _search(self) -> tuple[str, str]:
-        """(name of the newest intact checkpoint, what is wrong with the newest where none is intact)"""
-        first_fault = ""
-        for path in reversed(self.steps()):
-            fault = find_fault(path)
-            if fault is None:
-                return path.name, ""
-            first_fault = first_fault or fault
-            print(f"checkpoint {path} is damaged ({fault}); trying the one before", flush=True)
-        return "", first_fault
 
     def _write_manifest(self, folder: Path) -> None:
         """Every rank hashes its share of the files; the main rank writes size and sha256 of each."""
@@ -80,6 +71,23 @@ class CheckpointStore:
         if self.context.is_main:
             entries = {name: entry for share in shares for name, entry in share.items()}  # type: ignore[attr-defined]
             write_json(folder / MANIFEST, {"files": dict(sorted(entries.items()))})
+
+
+def steps(folder: Path) -> list[Path]:
+    """Complete checkpoints in a folder, oldest first."""
+    return sorted(folder.glob("step-*"))
+
+
+def search(folder: Path) -> tuple[str, str]:
+    """(name of the newest intact checkpoint, what is wrong with the newest where none is intact)"""
+    first_fault = ""
+    for path in reversed(steps(folder)):
+        fault = find_fault(path)
+        if fault is None:
+            return path.name, ""
+        first_fault = first_fault or fault
+        print(f"checkpoint {path} is damaged ({fault}); trying the one before", flush=True)
+    return "", first_fault
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:

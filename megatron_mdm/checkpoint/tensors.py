@@ -11,15 +11,17 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from megatron_mdm.checkpoint.safetensors_file import SafetensorsFile, StoredTensor
+from megatron_mdm.checkpoint.views import View, cut, merge, read, with_rows
 from megatron_mdm.config.errors import UserError
 from megatron_mdm.config.schema import ModelConfig
 from megatron_mdm.models.sharding import sharding_of
 from megatron_mdm.parallel.groups import ParallelContext
 
+WEIGHT = "weight"  # a kind; the others are Adam's moments
 _FILE = re.compile(r"stage-(\d+)\.tensor-(\d+)-of-(\d+)\.part-(\d+)\.safetensors")
 
 
@@ -30,50 +32,54 @@ def write_tensors(tensors: Iterable[tuple[str, str, Tensor]], folder: Path, cont
         if index % context.layout.data == context.data_rank:
             mine[f"{name}/{kind}"] = tensor.detach().to("cpu", torch.float32, copy=True).contiguous()
     folder.mkdir(parents=True, exist_ok=True)
-    shard = f"tensor-{context.tensor_rank:02d}-of-{context.layout.tensor:02d}"
-    save_file(mine, str(folder / f"stage-{context.pipeline_rank:02d}.{shard}.part-{context.data_rank:03d}.safetensors"))
+    save_file(
+        mine, folder / file_name(context.pipeline_rank, context.tensor_rank, context.layout.tensor, context.data_rank)
+    )
+
+
+def file_name(stage: int, tensor_rank: int, tensor_degree: int, part: int) -> str:
+    return f"stage-{stage:02d}.tensor-{tensor_rank:02d}-of-{tensor_degree:02d}.part-{part:03d}.safetensors"
 
 
 class TensorReader:
-    """Reads any tensor of a checkpoint, cut for a tensor-parallel rank; memory: one whole tensor at a time."""
+    """Reads any tensor of a checkpoint, cut for a tensor-parallel rank; only the bytes of that cut are read."""
 
     def __init__(self, folder: Path, model: ModelConfig) -> None:
         self.folder, self.model = folder, model
-        self.places: dict[str, dict[int, Path]] = {}  # key → tensor-parallel rank → file
+        self.places: dict[str, dict[int, StoredTensor]] = {}  # key → tensor-parallel rank → its shard
         self.degree = 0
         for path in sorted(folder.glob("*.safetensors")):
             match = _FILE.fullmatch(path.name)
             if match is None:
                 continue
             self.degree = int(match[3])
-            try:
-                with safe_open(str(path), "pt") as file:
-                    for key in file.keys():  # noqa: SIM118
-                        self.places.setdefault(key, {})[int(match[2])] = path
-            except (SafetensorError, OSError) as error:
-                raise UserError(f"{path}: cannot be read ({error})") from None
+            for key, tensor in SafetensorsFile(path).tensors.items():
+                self.places.setdefault(key, {})[int(match[2])] = tensor
         if not self.places:
             raise UserError(f"{folder}: holds no tensors of a checkpoint")
 
-    def read(self, name: str, kind: str, shape: torch.Size, rank: int, degree: int) -> Tensor:
-        """The shard, of this shape, that a tensor-parallel rank of another degree holds. float32."""
-        key, sharding = f"{name}/{kind}", sharding_of(name)
-        files = self.places.get(key)
-        if files is None:
+    def kinds(self) -> set[str]:
+        """Weights alone, or moments as well."""
+        return {key.rpartition("/")[2] for key in self.places}
+
+    def view(self, name: str, kind: str) -> View:
+        """The whole tensor, without the vocabulary's padding, in the type in which it is stored."""
+        sharding, shards = sharding_of(name), self.places.get(f"{name}/{kind}")
+        if shards is None:
             raise UserError(f"{self.folder}: the checkpoint is of another model: it has no '{name}'")
-        shards = [self._load(files[source], key) for source in sorted(files)]
         if len(shards) != self.degree:
             raise UserError(f"{self.folder}: '{name}' has {len(shards)} of {self.degree} tensor-parallel shards")
-        whole = sharding.merge(shards)
+        whole = merge([shards[rank] for rank in sorted(shards)], sharding)
+        if sharding.is_vocabulary and whole.shape[0] > self.model.vocab_size:
+            whole = with_rows(whole, self.model.vocab_size)
+        return whole
+
+    def read(self, name: str, kind: str, shape: torch.Size, rank: int, degree: int) -> Tensor:
+        """The shard, of this shape, that a tensor-parallel rank of another degree holds. float32."""
+        whole, sharding = self.view(name, kind), sharding_of(name)
         full_shape = sharding.full_shape(shape, degree)
         if sharding.is_vocabulary:  # rows of padding depend on the degree
-            whole = whole[: self.model.vocab_size]
-            whole = torch.cat([whole, whole.new_zeros(full_shape[0] - len(whole), *whole.shape[1:])])
-        if whole.shape != full_shape:
+            whole = with_rows(whole, full_shape[0])
+        if tuple(whole.shape) != tuple(full_shape):
             raise UserError(f"{self.folder}: '{name}' has shape {list(whole.shape)}, the model's is {list(full_shape)}")
-        return sharding.shard(whole, rank, degree).contiguous()
-
-    @staticmethod
-    def _load(path: Path, key: str) -> Tensor:
-        with safe_open(str(path), "pt") as file:
-            return file.get_tensor(key)
+        return read(cut(whole, sharding, rank, degree), torch.float32)

@@ -12,13 +12,18 @@ class Section(BaseModel):
 
 
 class ModelConfig(Section):
-    """A Llama-style bidirectional transformer: RMSNorm, rotary positions, SwiGLU, no biases."""
+    """A Llama-style transformer, bidirectional or causal: RMSNorm, rotary positions, SwiGLU, optional q/k/v biases."""
 
     num_layers: int = Field(gt=0)
     hidden_size: int = Field(gt=0)
     num_heads: int = Field(gt=0)
     num_kv_heads: int = Field(gt=0)
     ffn_hidden_size: int = Field(gt=0)
+    head_dim: int = Field(default=0, ge=0)  # of queries, keys and values; 0: hidden_size / num_heads
+    qkv_bias: bool = False  # Qwen2, Dream
+    qk_norm: bool = False  # RMSNorm of each head's query and key before rotation: Qwen3
+    # The state at position i − 1 predicts the token at i (at position 0, its own), as in Dream.
+    logit_shift: bool = False
     max_sequence_length: int = Field(gt=0)
     vocab_size: int | Literal["tokenizer"] = "tokenizer"  # "tokenizer": as many rows as the tokenizer has ids
     vocab_divisor: int = Field(default=128, gt=0)  # rows per tensor-parallel rank are padded to a multiple of this
@@ -28,10 +33,18 @@ class ModelConfig(Section):
     # full: initial weights are the same on every layout; sharded: each tensor-parallel rank draws its part only
     initialization: Literal["full", "sharded"] = "full"
     tie_embeddings: bool = False
+    attention: Literal["bidirectional", "causal"] = "bidirectional"  # causal: what diffusion.method autoregressive sets
     # Kernels of the layers; auto: Transformer Engine where it is installed and there is CUDA, else torch's.
     kernels: Literal["auto", "torch", "transformer_engine"] = "auto"
     fp8: bool = False  # matrix products of the layers in FP8, hybrid recipe; needs Transformer Engine
     z_loss: float = Field(default=0.0, ge=0)  # weight of (log Σ exp logits)² beside each cross-entropy
+    # Initial weights: a Hugging Face checkpoint's folder, or a run's; empty: random ones.
+    init_from: str = ""
+
+    @property
+    def kv_channels(self) -> int:
+        """Width of one head."""
+        return self.head_dim or self.hidden_size // self.num_heads
 
     @field_validator("vocab_size")
     @classmethod
@@ -143,6 +156,8 @@ class EmaConfig(Section):
 
 
 class DiffusionConfig(Section):
+    # autoregressive: the baseline, the same model trained causally on next tokens; no setting of noise applies to it
+    method: Literal["masked", "autoregressive"] = "masked"
     epsilon: float = Field(default=1e-3, gt=0.0, lt=1.0)  # p_mask(t) = (1 - epsilon) t + epsilon
     sampler: Literal["uniform", "ppots", "clipped"] = "uniform"
     views: Literal[1, 2] = 1  # 2: MIRROR, two complementary masks of each sample

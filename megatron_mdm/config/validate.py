@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from megatron_mdm.config.errors import UserError
-from megatron_mdm.config.schema import RunConfig
+from megatron_mdm.config.schema import DiffusionConfig, RunConfig
 
 # DeepSpeed keys that follow from other sections: setting them raw would let the two disagree.
 OWNED_DEEPSPEED_KEYS = {
@@ -23,8 +23,9 @@ OWNED_DEEPSPEED_KEYS = {
 
 def validate(config: RunConfig, world_size: int) -> None:
     """Check a configuration against itself and the number of ranks. Raises UserError with the remedy."""
-    _check_parallel(config, world_size)
-    _check_model(config)
+    validate_layout(config, world_size)
+    _check_parallel(config)
+    _check_method(config)
     _check_batch(config, world_size)
     _check_data(config)
     _check_diffusion(config)
@@ -33,6 +34,19 @@ def validate(config: RunConfig, world_size: int) -> None:
         value = config.deepspeed.get(tree)
         if value is not None and (not rest or (isinstance(value, dict) and rest[0] in value)):
             raise UserError(f"'deepspeed.{key}' is set by the section '{section}'; remove it from 'deepspeed'")
+
+
+def validate_layout(config: RunConfig, world_size: int) -> None:
+    """The part of it that concerns forward passes, too: how the model is split over the ranks."""
+    model, parallel = config.model, config.parallel
+    if parallel.pipeline > model.num_layers:
+        raise UserError(f"'parallel.pipeline' {parallel.pipeline} exceeds the {model.num_layers} 'model.num_layers'")
+    if world_size % (parallel.tensor * parallel.pipeline):
+        raise UserError(
+            f"'parallel.tensor' × 'parallel.pipeline' = {parallel.tensor * parallel.pipeline} does not divide the "
+            f"{world_size} ranks that were started"
+        )
+    _check_model(config)
 
 
 def data_parallel_size(config: RunConfig, world_size: int) -> int:
@@ -49,16 +63,12 @@ def accumulation_steps(config: RunConfig, world_size: int) -> int:
     return samples // config.batch.micro_size
 
 
-def _check_parallel(config: RunConfig, world_size: int) -> None:
+def _check_parallel(config: RunConfig) -> None:
     parallel = config.parallel
     if parallel.pipeline > 1 and parallel.zero > 1:
         raise UserError(
             f"'parallel.zero' {parallel.zero} cannot be combined with 'parallel.pipeline' {parallel.pipeline}: a "
             "pipeline keeps gradients until its last micro-batch, so they cannot be partitioned; use ZeRO 0 or 1"
-        )
-    if parallel.pipeline > config.model.num_layers:
-        raise UserError(
-            f"'parallel.pipeline' {parallel.pipeline} exceeds the {config.model.num_layers} 'model.num_layers'"
         )
     if parallel.sequence and parallel.tensor == 1:
         raise UserError("'parallel.sequence' splits over the tensor-parallel ranks; it needs 'parallel.tensor' > 1")
@@ -73,21 +83,20 @@ def _check_parallel(config: RunConfig, world_size: int) -> None:
             "'precision.gradients' fp32 cannot be combined with 'parallel.pipeline' in bf16: DeepSpeed's optimizer for "
             "it clears the last stage's gradients too early; use model"
         )
-    if world_size % (parallel.tensor * parallel.pipeline):
-        raise UserError(
-            f"'parallel.tensor' × 'parallel.pipeline' = {parallel.tensor * parallel.pipeline} does not divide the "
-            f"{world_size} ranks that were started"
-        )
 
 
 def _check_model(config: RunConfig) -> None:
     model, tensor = config.model, config.parallel.tensor
-    if model.hidden_size % model.num_heads:
+    if not model.head_dim and model.hidden_size % model.num_heads:
         raise UserError(
-            f"'model.hidden_size' {model.hidden_size} is not a multiple of 'model.num_heads' {model.num_heads}"
+            f"'model.hidden_size' {model.hidden_size} is not a multiple of 'model.num_heads' {model.num_heads}; change "
+            "one of them or set 'model.head_dim'"
         )
-    if (model.hidden_size // model.num_heads) % 2:
-        raise UserError("'model.hidden_size' / 'model.num_heads' must be even for rotary positions")
+    if model.kv_channels % 2:
+        raise UserError(
+            f"a head's width ('model.head_dim', or 'model.hidden_size' / 'model.num_heads') is {model.kv_channels}; it "
+            "must be even for rotary positions"
+        )
     if model.num_heads % model.num_kv_heads:
         raise UserError(
             f"'model.num_heads' {model.num_heads} is not a multiple of 'model.num_kv_heads' {model.num_kv_heads}"
@@ -95,6 +104,22 @@ def _check_model(config: RunConfig) -> None:
     for name in ("num_heads", "num_kv_heads", "ffn_hidden_size"):
         if getattr(model, name) % tensor:
             raise UserError(f"'model.{name}' {getattr(model, name)} is not a multiple of 'parallel.tensor' {tensor}")
+
+
+def _check_method(config: RunConfig) -> None:
+    """The autoregressive baseline has no noise, so none of the settings of noise may be set."""
+    diffusion = config.diffusion
+    if diffusion.method == "masked":
+        if config.model.attention == "causal":
+            raise UserError("'model.attention' causal is for 'diffusion.method' autoregressive; use bidirectional")
+        return
+    for name, field in DiffusionConfig.model_fields.items():
+        value = getattr(diffusion, name)
+        if name not in ("method", "normalization", "calibration") and value != field.default:
+            raise UserError(
+                f"'diffusion.{name}' {value} has no meaning for 'diffusion.method' {diffusion.method}, which draws no "
+                f"masks; use {field.default} (configs/methods/autoregressive.yaml)"
+            )
 
 
 def _check_batch(config: RunConfig, world_size: int) -> None:

@@ -21,7 +21,9 @@ class Purpose(IntEnum):
     SPLIT = 6
     INITIAL_WEIGHTS = 7
     GENERATION = 8
-    RANDOM_LENGTH = 20
+    VARIANCE = 9
+    LIKELIHOOD = 20
+    RANDOM_LENGTH = 21
 
 
 def stream(seed: int, purpose: Purpose, step: int = 0, index: int = 0) -> np.random.Generator:

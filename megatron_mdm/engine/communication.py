@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron_mdm.config.schema import ModelConfig, RunConfig
-from megatron_mdm.models.stages import padded_vocab_size, stage_costs
+from megatron_mdm.models.parameters import padded_vocab_size, stage_costs
 from megatron_mdm.parallel.layout import Layout, partition
 
 ELEMENT_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
@@ -43,9 +43,10 @@ class Stage:
 
     def num_parameters(self, model: ModelConfig, tensor: int) -> int:
         """On one tensor-parallel rank."""
-        hidden, head_dim = model.hidden_size, model.hidden_size // model.num_heads
-        qkv = hidden * head_dim * (model.num_heads + 2 * model.num_kv_heads)
-        block = (qkv + hidden * hidden + 3 * hidden * model.ffn_hidden_size) // tensor + 2 * hidden
+        hidden, width = model.hidden_size, model.kv_channels * model.num_heads
+        qkv = width + 2 * model.kv_channels * model.num_kv_heads
+        split = (hidden + model.qkv_bias) * qkv + width * hidden + 3 * hidden * model.ffn_hidden_size
+        block = split // tensor + 2 * hidden + 2 * model.kv_channels * model.qk_norm
         table = padded_vocab_size(model, tensor) // tensor * hidden
         tied_here = model.tie_embeddings and self.embedding and self.head
         head = (0 if tied_here else table) + hidden
@@ -119,6 +120,8 @@ def _tensor_parallel(config: RunConfig, stage: Stage, micro_batch: MicroBatchSha
         volume["tensor", "all_reduce"] += norms
     else:
         volume["tensor", "all_reduce"] += hidden * (4 * blocks + recomputed + stage.embedding)
+    if config.model.qk_norm:  # gradients of the norms of heads
+        volume["tensor", "all_reduce"] += 2 * blocks * config.model.kv_channels * ELEMENT_BYTES[config.precision.dtype]
     if stage.head:  # rows' gradients; maxima, normalisers and label logits in fp32
         row = config.model.hidden_size * ELEMENT_BYTES[config.precision.dtype] + 12
         volume["tensor", "all_reduce"] += micro_batch.selected * row

@@ -20,7 +20,8 @@ from megatron_mdm.engine.deepspeed_config import deepspeed_config
 from megatron_mdm.engine.master import MasterState
 from megatron_mdm.engine.optimizer import PlainClipping, adamw
 from megatron_mdm.engine.packets import prepared
-from megatron_mdm.models.stages import Packet, RowStatistics, prepare_parameters, stage_builders, stage_costs
+from megatron_mdm.models.parameters import stage_costs
+from megatron_mdm.models.stages import Packet, RowStatistics, prepare_parameters, stage_builders
 from megatron_mdm.parallel.groups import ParallelContext
 from megatron_mdm.parallel.layout import partition
 

@@ -10,7 +10,8 @@ from megatron_mdm.data.records import read_records
 from megatron_mdm.data.sft import encode_prompt, prompt_and_response
 from megatron_mdm.data.tokenizer import Tokenizer
 from megatron_mdm.evaluation.tasks import Task
-from megatron_mdm.generation.sampler import GenerationConfig, LogitsEngine, SpecialIds, generate
+from megatron_mdm.generation.generate import generate
+from megatron_mdm.generation.settings import GenerationConfig, LogitsEngine, SpecialIds
 from megatron_mdm.parallel.groups import ParallelContext
 
 WILSON_Z = 1.96  # 95 % interval
@@ -20,7 +21,7 @@ def read_questions(path: str, task: Task, limit: int) -> list[tuple[str, str]]:
     """(prompt, final answer) of the first `limit` records (0: all). Raises UserError where a reference has none."""
     questions = []
     for where, record in read_records(path):
-        prompt, response = prompt_and_response(record, where)
+        prompt, response = task.question(record) or prompt_and_response(record, where)
         answer = task.extract(response)
         if answer is None:
             raise UserError(f"{where}: the reference has no final answer of this task's form")
@@ -39,17 +40,25 @@ def evaluate_exact_match(
     tokenizer: Tokenizer,
     config: GenerationConfig,
     context: ParallelContext,
+    method: str = "masked",
 ) -> dict[str, Any]:
-    """Score and samples, JSON-able, the same on every rank. Collective."""
+    """Score and samples, JSON-able, the same on every rank. Collective. method: the model's training method."""
     prompts = [encode_prompt(prompt, tokenizer) for prompt, _ in questions]
-    special = SpecialIds(tokenizer.mask_id, tokenizer.pad_id)
-    responses = generate(engine, prompts, config, special, context)
+    special = SpecialIds(tokenizer.mask_id, tokenizer.pad_id, tokenizer.eos_id)
+    responses = generate(engine, prompts, config, special, context, method)
     samples = []
     for (prompt, answer), response in zip(questions, responses):
-        text = tokenizer.decode(response)
+        text = tokenizer.decode(response.tokens)
         predicted = task.extract(text)
         samples.append(
-            {"prompt": prompt, "response": text, "predicted": predicted, "answer": answer, "right": predicted == answer}
+            {
+                "prompt": prompt,
+                "response": text,
+                "predicted": predicted,
+                "answer": answer,
+                "right": predicted is not None and task.same(predicted, answer),
+                "steps": response.steps,
+            }
         )
     right = sum(sample["right"] for sample in samples)
     return {
@@ -57,6 +66,7 @@ def evaluate_exact_match(
         "interval": wilson_interval(right, len(samples)),
         "num_right": right,
         "num_questions": len(samples),
+        "mean_steps": sum(sample["steps"] for sample in samples) / len(samples),
         "generation": config.model_dump(mode="json"),
         "samples": samples,
     }

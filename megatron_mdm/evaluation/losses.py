@@ -17,7 +17,7 @@ from megatron_mdm.diffusion.noiser import NoisedBatch, noise
 from megatron_mdm.diffusion.objective import GlobalBatch, LossWeights, Normalization
 from megatron_mdm.engine.base import Forward
 from megatron_mdm.engine.packets import loss_packet
-from megatron_mdm.generation.sampler import SpecialIds
+from megatron_mdm.generation.settings import SpecialIds
 from megatron_mdm.models.stages import RowStatistics
 from megatron_mdm.parallel.collectives import fill_from_data_ranks
 from megatron_mdm.parallel.groups import ParallelContext

@@ -1,7 +1,8 @@
-"""Validation loss on a fixed stratified grid of t with common random numbers.
+"""Validation losses without noise of their own.
 
-The same (sample, t, mask) triples at every validation, in every run and for every training method: curves of different
-samplers can be compared, and the noise of t and of the masks cancels from their differences.
+Masked: a fixed stratified grid of t with common random numbers. The same (sample, t, mask) triples at every validation,
+in every run and for every training method: curves of different samplers can be compared, and the noise of t and of the
+masks cancels from their differences. Autoregressive: the negative log-likelihood itself.
 """
 
 from __future__ import annotations
@@ -17,8 +18,9 @@ from megatron_mdm.diffusion.moments import RowSums, group_moments
 from megatron_mdm.diffusion.objective import NORMALIZATIONS
 from megatron_mdm.diffusion.randomness import Purpose, stream
 from megatron_mdm.engine.base import Forward
+from megatron_mdm.evaluation.likelihood import LikelihoodConfig, negative_log_likelihoods
 from megatron_mdm.evaluation.losses import LossMeasurement
-from megatron_mdm.generation.sampler import SpecialIds
+from megatron_mdm.generation.settings import SpecialIds
 from megatron_mdm.parallel.groups import ParallelContext
 
 _VALIDATION_SEED = 0  # of masks and grid: not the run's seed, so that runs can be compared
@@ -62,3 +64,31 @@ class FixedGridValidation:
         shapes = SampleShapes.of(self.measure.data.num_eligible(), np.zeros(len(self.measure.data), dtype=np.int64))
         q = self.schedule.mask_probability(self.t)
         return group_moments(self.t, q, self.rows), exposures(self.design, shapes, self.normalization)
+
+
+class NextTokenValidation:
+    """−log p(x0)/P per sample of an autoregressive model, averaged over the samples, each once."""
+
+    def __init__(
+        self,
+        data: SftDataset,
+        config: EvaluationConfig,
+        schedule: MaskSchedule,
+        special: SpecialIds,
+        micro_size: int,
+        context: ParallelContext,
+    ) -> None:
+        """schedule: not used; the signature is FixedGridValidation's."""
+        self.samples = data.samples[: config.num_samples]
+        self.settings = LikelihoodConfig(batch_size=micro_size)
+        self.special, self.context = special, context
+
+    def __call__(self, engine: Forward) -> float:
+        """Mean over the samples, nats per learnt token. Collective; the same on every rank."""
+        found = negative_log_likelihoods(
+            engine, self.samples, self.settings, self.special, self.context, "autoregressive", progress=False
+        )
+        return float((found.nats / found.num_eligible).mean())
+
+
+VALIDATIONS = {"masked": FixedGridValidation, "autoregressive": NextTokenValidation}  # by diffusion.method

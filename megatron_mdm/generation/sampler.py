@@ -1,82 +1,19 @@
-"""Semi-autoregressive denoising in blocks (LLaDA's sampler), batched, on any number of data-parallel ranks."""
+"""Semi-autoregressive denoising in blocks (LLaDA's sampler), batched."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from collections.abc import Callable, Sequence
 
 import torch
-from pydantic import model_validator
 from torch import Tensor
 
-from megatron_mdm.config.schema import Section
 from megatron_mdm.diffusion.randomness import Purpose, stream
 from megatron_mdm.engine.packets import logits_packet
-from megatron_mdm.generation.remask import REMASKING, gumbel_argmax, tokens_per_step
-from megatron_mdm.models.stages import Packet
-from megatron_mdm.parallel.collectives import gather_objects
-from megatron_mdm.parallel.groups import ParallelContext
-from megatron_mdm.parallel.progress import progress_bar
+from megatron_mdm.generation.remask import COMMIT_SCHEDULES, REMASKING, gumbel_argmax
+from megatron_mdm.generation.settings import GenerationConfig, LogitsEngine, Response, SpecialIds
+from megatron_mdm.models.cache import KeyValueCache, Window
 
-
-class LogitsEngine(Protocol):
-    def logits(self, packet: Packet) -> Tensor: ...
-
-
-class GenerationConfig(Section):
-    gen_length: int = 128  # response tokens
-    block_length: int = 32  # blocks are finished left to right
-    steps: int = 128  # denoising steps in all, shared evenly by the blocks
-    temperature: float = 0.0
-    remasking: str = "low_confidence"
-    batch_size: int = 16  # prompts per forward pass and data-parallel rank
-    seed: int = 0
-
-    @model_validator(mode="after")
-    def _divisible(self) -> GenerationConfig:
-        if self.gen_length <= 0 or self.block_length <= 0 or self.gen_length % self.block_length:
-            raise ValueError(f"gen_length {self.gen_length} must be a multiple of block_length {self.block_length}")
-        if self.steps <= 0 or self.steps % (self.gen_length // self.block_length):
-            raise ValueError(
-                f"steps {self.steps} must be a multiple of the {self.gen_length // self.block_length} blocks"
-            )
-        if self.remasking not in REMASKING:
-            raise ValueError(f"remasking must be one of {', '.join(REMASKING)}")
-        return self
-
-
-class SpecialIds(NamedTuple):
-    mask: int
-    pad: int
-
-
-def generate(
-    engine: LogitsEngine,
-    prompts: Sequence[Sequence[int]],
-    config: GenerationConfig,
-    special: SpecialIds,
-    context: ParallelContext,
-) -> list[list[int]]:
-    """Responses of gen_length token ids, one per prompt, in order, on every rank. Collective.
-
-    Prompts are sorted by length into batches; each row holds its prompt, its response and padding on the right that
-    attention does not see, so a prompt's response does not depend on its batch.
-    """
-    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
-    batches = [order[start : start + config.batch_size] for start in range(0, len(order), config.batch_size)]
-    ranks = context.layout.data
-    mine: dict[int, list[int]] = {}
-    turns = range(-(-len(batches) // ranks))
-    for turn in progress_bar(turns, desc="generate", unit="batch", enabled=context.is_main):
-        index = turn * ranks + context.data_rank
-        batch = batches[min(index, len(batches) - 1)]  # ranks without work repeat the last batch, to keep step
-        responses = denoise(engine, [prompts[row] for row in batch], batch, config, special)
-        if index < len(batches):
-            mine.update(zip(batch, responses.tolist()))
-    everyone: dict[int, list[int]] = {}
-    for share in gather_objects(mine, context):
-        everyone.update(share)  # type: ignore[call-overload]
-    return [everyone[index] for index in range(len(prompts))]
+Watch = Callable[[Tensor], None]  # is shown the responses [R, gen_length] after every step
 
 
 def denoise(
@@ -85,51 +22,147 @@ def denoise(
     prompt_ids: Sequence[int],
     config: GenerationConfig,
     special: SpecialIds,
-) -> Tensor:
-    """One batch: response ids [R, gen_length]. Randomness is a function of (seed, prompt id, step)."""
-    starts = torch.tensor([len(prompt) for prompt in prompts])
-    tokens = torch.full((len(prompts), int(starts.max()) + config.gen_length), special.pad)
-    for row, prompt in enumerate(prompts):
-        tokens[row, : len(prompt)] = torch.tensor(prompt, dtype=torch.int64)
-        tokens[row, len(prompt) : len(prompt) + config.gen_length] = special.mask
-    lengths = starts + config.gen_length
-    steps_per_block = config.steps * config.block_length // config.gen_length
-    step = 0
-    for block in range(config.gen_length // config.block_length):
-        places = starts[:, None] + block * config.block_length + torch.arange(config.block_length)  # [R, block]
-        for num_commit in tokens_per_step(config.block_length, steps_per_block):
-            if num_commit:
-                _commit(engine, tokens, lengths, places, num_commit, step, prompt_ids, config, special)
-            step += 1
-    return tokens.gather(1, starts[:, None] + torch.arange(config.gen_length))
+    watch: Watch | None = None,
+) -> list[Response]:
+    """One batch: responses of gen_length ids. Randomness is a function of (seed, prompt id, block, step)."""
+    canvas = _Canvas(prompts, config, special)
+    steps_per_block = config.steps // config.num_blocks
+    counts = COMMIT_SCHEDULES[config.schedule](config.block_length, steps_per_block)
+    most = config.block_length if config.threshold else steps_per_block
+    for block in range(config.num_blocks):
+        places = canvas.block(block)
+        for step in range(most):
+            masked = canvas.tokens.gather(1, places) == special.mask  # [R, block]
+            if not masked.any():
+                break
+            if not config.threshold and not counts[step]:
+                continue
+            logits = _guided_logits(engine, canvas, block, places, masked)
+            counter = block * max(steps_per_block, config.block_length) + step
+            candidates, confidence = _candidates(logits, masked, prompt_ids, counter, config, special)
+            chosen = _most_confident(confidence, masked, counts[step] if not config.threshold else 1)
+            if config.threshold:
+                chosen |= confidence >= config.threshold
+            canvas.commit(places, chosen, candidates)
+            canvas.steps += masked.any(1)
+            if watch:
+                watch(canvas.responses())
+        if config.stop_at_eos and canvas.close_rows_with_eos(places):
+            break
+    return [Response(tokens, int(steps)) for tokens, steps in zip(canvas.responses().tolist(), canvas.steps)]
 
 
-def _commit(engine, tokens, lengths, places, num_commit, step, prompt_ids, config, special):
-    """Unmask the num_commit most confident positions of the block in each row. Every row has as many masked ones."""
-    still_masked = tokens.gather(1, places) == special.mask  # [R, block]
-    num_rows, num_masked = len(tokens), int(still_masked[0].sum())
-    where = places[still_masked].view(num_rows, num_masked)
-    selected = torch.zeros_like(tokens, dtype=torch.bool).scatter_(1, where, True)
-    logits = engine.logits(logits_packet(tokens, lengths, selected)).float().cpu()
-    logits = logits.view(num_rows, num_masked, -1)
-    logits[..., special.mask] = float("-inf")  # a mask is no answer
-    uniforms = _uniforms(prompt_ids, step, num_masked, logits.shape[2], config)
-    candidates = gumbel_argmax(logits, config.temperature, uniforms[1])
-    confidence = REMASKING[config.remasking](logits.softmax(-1), candidates, uniforms[0])
-    best = confidence.topk(num_commit, dim=1).indices
-    tokens.scatter_(1, where.gather(1, best), candidates.gather(1, best))
+class _Canvas:
+    """The rows being denoised: prompt, response, and padding on the right that attention does not see, so that a row
+    does not depend on its batch. Under guidance, R more rows hold the same responses behind a masked prompt."""
+
+    def __init__(self, prompts: Sequence[Sequence[int]], config: GenerationConfig, special: SpecialIds) -> None:
+        self.config, self.special = config, special
+        self.starts = torch.tensor([len(prompt) for prompt in prompts])
+        self.lengths = self.starts + config.gen_length
+        self.tokens = torch.full((len(prompts), int(self.lengths.max())), special.pad)  # [R, W]
+        for row, prompt in enumerate(prompts):
+            self.tokens[row, : len(prompt)] = torch.tensor(prompt, dtype=torch.int64)
+            self.tokens[row, len(prompt) : len(prompt) + config.gen_length] = special.mask
+        self.is_prompt = torch.arange(self.tokens.shape[1]) < self.starts[:, None]
+        self.steps = torch.zeros(len(prompts), dtype=torch.int64)
+        self.copies = 2 if config.cfg_scale else 1
+        self.cache = KeyValueCache(self.copies * len(prompts), self.tokens.shape[1])
+        self.cached_block = -1  # the block whose first pass filled the cache; −1: none yet
+
+    def block(self, index: int) -> Tensor:
+        """[R, block]: places of a block's positions."""
+        return self.starts[:, None] + index * self.config.block_length + torch.arange(self.config.block_length)
+
+    def responses(self) -> Tensor:
+        return self.tokens.gather(1, self.starts[:, None] + torch.arange(self.config.gen_length))
+
+    def commit(self, places: Tensor, chosen: Tensor, candidates: Tensor) -> None:
+        """All [R, block]."""
+        self.tokens.scatter_(1, places, torch.where(chosen, candidates, self.tokens.gather(1, places)))
+
+    def close_rows_with_eos(self, places: Tensor) -> bool:
+        """Fill what lies behind a finished block with eos where the block holds one. True: no masks are left."""
+        ended = (self.tokens.gather(1, places) == self.special.eos).any(1)
+        self.tokens[ended[:, None] & (self.tokens == self.special.mask) & ~self.is_prompt] = self.special.eos
+        return not bool((self.responses() == self.special.mask).any())
+
+    def rows(self) -> Tensor:
+        """[copies · R, W]: what the model sees."""
+        if self.copies == 1:
+            return self.tokens
+        return torch.cat([self.tokens, self.tokens.masked_fill(self.is_prompt, self.special.mask)])
+
+    def window(self, block: int) -> Window:
+        """The first pass of a block computes every position, later ones only what the setting does not re-use. The
+        place before the block is among them: a model with shifted logits predicts from it."""
+        if self.cached_block != block:
+            self.cached_block = block
+            positions = torch.arange(self.tokens.shape[1]).expand(len(self.tokens), -1)
+        else:
+            length = self.config.block_length
+            end = (block + 1) * length if self.config.cache == "dual" else self.config.gen_length
+            positions = (self.starts[:, None] + torch.arange(block * length - 1, end)).clamp(min=0)
+        return Window(self.cache, positions.repeat(self.copies, 1), self.lengths.repeat(self.copies))
+
+
+def _guided_logits(engine: LogitsEngine, canvas: _Canvas, block: int, places: Tensor, masked: Tensor) -> Tensor:
+    """Logits [N, V] float32 of the block's masked positions, row by row, after guidance."""
+    tokens, lengths = canvas.rows(), canvas.lengths.repeat(canvas.copies)
+    selected = torch.zeros_like(canvas.tokens, dtype=torch.bool).scatter_(1, places, masked).repeat(canvas.copies, 1)
+    if canvas.config.cache == "none":
+        logits = engine.logits(logits_packet(tokens, lengths, selected)).float()
+    else:
+        window = canvas.window(block)
+        seen, chosen = tokens.gather(1, window.positions), selected.gather(1, window.positions)
+        chosen[:, 0] &= window.positions[:, 0] != window.positions[:, 1]  # an empty prompt has no place before it
+        logits = engine.logits(logits_packet(seen, lengths, chosen), window).float()
+    if canvas.copies == 2:
+        conditional, unconditional = logits.chunk(2)
+        logits = unconditional + (canvas.config.cfg_scale + 1.0) * (conditional - unconditional)
+    logits[:, canvas.special.mask] = float("-inf")  # a mask is no answer
+    if canvas.config.eos == "forbidden" and canvas.special.eos >= 0:
+        logits[:, canvas.special.eos] = float("-inf")
+    return logits
+
+
+def _candidates(
+    logits: Tensor,
+    masked: Tensor,
+    prompt_ids: Sequence[int],
+    counter: int,
+    config: GenerationConfig,
+    special: SpecialIds,
+) -> tuple[Tensor, Tensor]:
+    """(candidates, confidence) [R, block]; confidence is −inf where nothing is masked. logits [N, V]."""
+    orders, gumbels = _uniforms(prompt_ids, counter, masked, logits.shape[1], config)
+    chosen = gumbel_argmax(logits, config.temperature, gumbels)
+    confident = REMASKING[config.remasking](logits, chosen, orders).cpu()
+    chosen = chosen.cpu()
+    if config.eos == "last":
+        confident = confident - 2.0 * (chosen == special.eos)  # below every other, in the same order
+    candidates = torch.zeros(masked.shape, dtype=torch.int64).masked_scatter_(masked, chosen)
+    confidence = torch.full(masked.shape, float("-inf")).masked_scatter_(masked, confident)
+    return candidates, confidence
+
+
+def _most_confident(confidence: Tensor, masked: Tensor, count: int) -> Tensor:
+    """[R, block] bool: the count most confident positions of each row, as far as it has masked ones."""
+    best = confidence.topk(count, dim=1).indices
+    return torch.zeros_like(masked).scatter_(1, best, True) & masked
 
 
 def _uniforms(
-    prompt_ids: Sequence[int], step: int, num_masked: int, vocab_size: int, config: GenerationConfig
+    prompt_ids: Sequence[int], counter: int, masked: Tensor, vocab_size: int, config: GenerationConfig
 ) -> tuple[Tensor, Tensor]:
-    """(order [R, m], Gumbel [R, m, V]) uniforms; what the settings do not use is left empty."""
+    """(order [N], Gumbel [N, V]) uniforms of the masked positions; what the settings do not use is left empty."""
     if config.temperature == 0.0 and config.remasking != "random":
         return torch.empty(0), torch.empty(0)
     orders, gumbels = [], []
-    for prompt in prompt_ids:
-        generator = stream(config.seed, Purpose.GENERATION, step, prompt)
+    for row, prompt in enumerate(prompt_ids):
+        generator = stream(config.seed, Purpose.GENERATION, counter, prompt)
+        num_masked = int(masked[row].sum())
         orders.append(torch.from_numpy(generator.random(num_masked)))
         if config.temperature > 0.0:
             gumbels.append(torch.from_numpy(generator.random((num_masked, vocab_size))))
-    return torch.stack(orders), torch.stack(gumbels) if gumbels else torch.empty(0)
+    return torch.cat(orders), torch.cat(gumbels) if gumbels else torch.empty(0)

@@ -10,7 +10,8 @@ from megatron_mdm.models.sharding import sharding_of
 
 
 def initialize_weights(model: torch.nn.Module, config: ModelConfig, seed: int, tensor_rank: int, degree: int) -> None:
-    """Megatron's scheme: N(0, σ²) matrices, σ / √(2 · layers) for the projections into the residual stream, norms 1.
+    """Megatron's scheme: N(0, σ²) matrices, σ / √(2 · layers) for projections into the residual stream; norms
+    are 1, biases 0.
 
     With `initialization: sharded` a rank draws its shard alone: fast for large models, but another layout draws others.
     """
@@ -18,6 +19,9 @@ def initialize_weights(model: torch.nn.Module, config: ModelConfig, seed: int, t
         with torch.no_grad():
             if name.endswith(("norm.weight", "layer_norm_weight")):
                 parameter.fill_(1.0)
+                continue
+            if name.endswith(".bias"):
+                parameter.zero_()
                 continue
             sharding = sharding_of(name)
             residual = name.endswith(("linear_proj.weight", "linear_fc2.weight"))

@@ -6,7 +6,6 @@ import re
 from dataclasses import dataclass
 
 import torch
-from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes
 from torch import Tensor
 
 
@@ -24,6 +23,12 @@ class Sharding:
         if self.dim >= 0:
             shape[self.dim] *= degree
         return torch.Size(shape)
+
+    def intervals(self, size: int, rank: int, degree: int) -> list[tuple[int, int]]:
+        """Where along dim, of this size in full, the slice of a rank lies: [start, stop) of each part, in order."""
+        part = size // self.interleave
+        length = part // degree
+        return [(i * part + rank * length, i * part + (rank + 1) * length) for i in range(self.interleave)]
 
     def shard(self, full: Tensor, rank: int, degree: int) -> Tensor:
         """The slice of the full tensor that a rank holds."""
@@ -48,6 +53,7 @@ _SHARDINGS = (
     (r"\.linear_(proj|fc2)\.weight$", Sharding(1)),
     (r"(norm\.weight|\.layer_norm_weight)$", Sharding(-1)),
 )
+HEAD_NORMS = ("q_layernorm.weight", "k_layernorm.weight")  # whole on every rank, which has some of the heads
 
 
 def sharding_of(name: str) -> Sharding:
@@ -60,6 +66,8 @@ def sharding_of(name: str) -> Sharding:
 
 def mark_shards(model: torch.nn.Module) -> None:
     """Set megatron-core's attributes, by which gradient norms count a replicated parameter once per TP group."""
+    from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes  # single-process tools need none
+
     for name, parameter in model.named_parameters():
         sharding = sharding_of(name)
         if sharding.dim >= 0 and not hasattr(parameter, "tensor_model_parallel"):

@@ -15,7 +15,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayerSubmodul
 
 from megatron_mdm.config.errors import UserError
 from megatron_mdm.config.schema import ModelConfig, ParallelConfig
-from megatron_mdm.models.attention import BidirectionalAttention
+from megatron_mdm.models.attention import CoreAttention
 from megatron_mdm.models.norms import RMSNorm
 from megatron_mdm.parallel import platform
 
@@ -28,6 +28,7 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig) -> Transfor
         ffn_hidden_size=model.ffn_hidden_size,
         num_attention_heads=model.num_heads,
         num_query_groups=model.num_kv_heads,
+        kv_channels=model.kv_channels,
         tensor_model_parallel_size=parallel.tensor,
         sequence_parallel=parallel.sequence,
         normalization="RMSNorm",
@@ -35,6 +36,8 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig) -> Transfor
         gated_linear_unit=True,
         activation_func=F.silu,
         add_bias_linear=False,
+        add_qkv_bias=model.qkv_bias,
+        qk_layernorm=model.qk_norm,
         hidden_dropout=0.0,
         attention_dropout=0.0,
         bias_activation_fusion=False,
@@ -47,28 +50,36 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig) -> Transfor
     )
 
 
-def torch_layers(recompute_attention: bool) -> TransformerLayerSubmodules:
+def torch_layers(model: ModelConfig, recompute_attention: bool) -> TransformerLayerSubmodules:
     """megatron-core's local pre-norm layer, torch's RMSNorm and attention kernels."""
-    spec = get_gpt_layer_local_spec(normalization="RMSNorm").submodules
+    spec = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=model.qk_norm).submodules
     spec.input_layernorm = spec.pre_mlp_layernorm = RMSNorm
-    return _with_our_attention(spec, recompute_attention)
+    if model.qk_norm:
+        attention = spec.self_attention.submodules
+        attention.q_layernorm = attention.k_layernorm = RMSNorm
+    return _with_our_attention(spec, recompute_attention, model)
 
 
-def transformer_engine_layers(recompute_attention: bool) -> TransformerLayerSubmodules:
+def transformer_engine_layers(model: ModelConfig, recompute_attention: bool) -> TransformerLayerSubmodules:
     """Transformer Engine's fused norm + linear modules. Not run by the authors: it needs CUDA.
 
     Parameter names differ from the torch layers' in the norms; NORM_NAMES translates them for checkpoints.
     """
-    return _with_our_attention(get_gpt_layer_with_transformer_engine_spec().submodules, recompute_attention)
+    spec = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=model.qk_norm).submodules
+    return _with_our_attention(spec, recompute_attention, model)
 
 
-def _with_our_attention(spec: TransformerLayerSubmodules, recompute: bool) -> TransformerLayerSubmodules:
+def _with_our_attention(
+    spec: TransformerLayerSubmodules, recompute: bool, model: ModelConfig
+) -> TransformerLayerSubmodules:
     spec.self_attention.params["attn_mask_type"] = AttnMaskType.padding
-    spec.self_attention.submodules.core_attention = partial(BidirectionalAttention, recompute=recompute)
+    spec.self_attention.submodules.core_attention = partial(
+        CoreAttention, recompute=recompute, causal=model.attention == "causal"
+    )
     return spec
 
 
-LAYER_SPECS: dict[str, Callable[[bool], TransformerLayerSubmodules]] = {
+LAYER_SPECS: dict[str, Callable[[ModelConfig, bool], TransformerLayerSubmodules]] = {
     "torch": torch_layers,
     "transformer_engine": transformer_engine_layers,
 }

@@ -21,10 +21,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from megatron_mdm.config.schema import ModelConfig, ParallelConfig
+from megatron_mdm.models.cache import Window
 from megatron_mdm.models.cross_entropy import weighted_cross_entropy
 from megatron_mdm.models.initialize import initialize_weights
 from megatron_mdm.models.norms import RMSNorm
-from megatron_mdm.models.sharding import mark_shards
+from megatron_mdm.models.parameters import padded_vocab_size
+from megatron_mdm.models.sharding import HEAD_NORMS, mark_shards
 from megatron_mdm.models.spec import LAYER_SPECS, resolve_kernels, transformer_config
 from megatron_mdm.parallel import platform
 from megatron_mdm.parallel.groups import ParallelContext
@@ -95,7 +97,7 @@ class Block(nn.Module):
 
     def __init__(self, model: ModelConfig, config: TransformerConfig, index: int, parallel: ParallelConfig) -> None:
         super().__init__()
-        spec = LAYER_SPECS[resolve_kernels(model)](parallel.recompute == "selective")
+        spec = LAYER_SPECS[resolve_kernels(model)](model, parallel.recompute == "selective")
         self.layer = TransformerLayer(config, spec, layer_number=index + 1)
         self.rotary = RotaryEmbedding(
             kv_channels=config.kv_channels,
@@ -107,9 +109,12 @@ class Block(nn.Module):
         self.sequence_shards = config.tensor_model_parallel_size if config.sequence_parallel else 1
         self.recompute = parallel.recompute == "full" and index % parallel.recompute_interval == 0
 
-    def forward(self, state: StageState) -> StageState:
+    def forward(self, state: StageState, window: Window | None = None) -> StageState:
+        """window: the state holds only these positions; the others' keys and values are in a cache."""
         hidden, lengths = state
-        if self.recompute and torch.is_grad_enabled():
+        if window is not None:
+            hidden = self._windowed_layer(hidden, window)
+        elif self.recompute and torch.is_grad_enabled():
             # There is no dropout, so no random state has to be kept.
             hidden = checkpoint(self._layer, hidden, lengths, use_reentrant=False, preserve_rng_state=False)
         else:
@@ -127,6 +132,11 @@ class Block(nn.Module):
         with get_fp8_context(self.config, self.layer.layer_number - 1):  # does nothing without FP8
             return self.layer(hidden, attention_mask=attention, rotary_pos_emb=rotary)[0]
 
+    def _windowed_layer(self, hidden: Tensor, window: Window) -> Tensor:
+        rotary = self.rotary(window.cache.width)[window.positions.t()].squeeze(2)  # [S, R, 1, D]
+        with get_fp8_context(self.config, self.layer.layer_number - 1):
+            return self.layer(hidden, attention_mask=window, rotary_pos_emb=rotary)[0]
+
 
 class Head(nn.Module):
     """Final norm and vocabulary projection, of the selected positions only: [R, S, V] never exists."""
@@ -136,6 +146,7 @@ class Head(nn.Module):
         degree = config.tensor_model_parallel_size
         self.vocab_size, self.group, self.z_loss = model.vocab_size, group, model.z_loss
         self.row_gradients = False  # compute RowStatistics.gradient_square without autograd, too
+        self.logit_shift = model.logit_shift
         self.sequence_parallel = config.sequence_parallel
         self.final_norm = RMSNorm(config, model.hidden_size, eps=model.norm_eps)
         self.final_norm.weight.sequence_parallel = False  # it sees whole, gathered rows
@@ -167,7 +178,7 @@ class Head(nn.Module):
     def logits(self, hidden: Tensor, packet: Packet) -> Tensor:
         """hidden [S, R, H] or packed [T, 1, H] → [N, V]."""
         row, position = packet.selected.nonzero(as_tuple=True)
-        rows = self._normed_rows(hidden, _places_in_hidden(row, position, packet))
+        rows = self._normed_rows(hidden, self._places_in_hidden(row, position, packet))
         logits = gather_from_tensor_model_parallel_region(rows @ self.vocabulary_weight.t())
         return logits[:, : self.vocab_size]
 
@@ -177,7 +188,7 @@ class Head(nn.Module):
         places, num_rows = selected.reshape(-1).nonzero().squeeze(1), len(packet.selected)
         weights = (token_weight * packet.row_weight).reshape(-1)[places]
         total, cross_entropy, gradient_square = weighted_cross_entropy(
-            self._normed_rows(hidden, _places_in_hidden(places % num_rows, places // num_rows, packet)),
+            self._normed_rows(hidden, self._places_in_hidden(places % num_rows, places // num_rows, packet)),
             self.vocabulary_weight,
             packet.labels.t().reshape(-1)[places],
             weights,
@@ -194,6 +205,15 @@ class Head(nn.Module):
         gradient = grids[1].sum(0) / packet.row_weight.square().clamp_min(1e-30)  # without the rows' weights
         return total, RowStatistics(weighted.sum(0), weighted.square().sum(0), gradient)
 
+    def _places_in_hidden(self, row: Tensor, position: Tensor, packet: Packet) -> Tensor:
+        """[N] int64: where the states that predict positions of rows, [N] each, lie along hidden's memory, [S, R] or
+        packed [T]: at the positions themselves, or, with shifted logits, one before, but for a row's first."""
+        if self.logit_shift:
+            position = (position - 1).clamp_min(0)
+        if packet.is_packed:
+            return packet.row_starts[row] + position
+        return position * len(packet.selected) + row
+
     def _normed_rows(self, hidden: Tensor, places: Tensor) -> Tensor:
         return self.final_norm(hidden.reshape(-1, hidden.shape[-1]).index_select(0, places))
 
@@ -201,11 +221,13 @@ class Head(nn.Module):
 class MaskedDiffusionModel(nn.Sequential):
     """All stages in one process; parameters are named by stage index, as in a pipeline."""
 
-    def forward(self, packet: Packet, want_logits: bool = False) -> tuple[Tensor, RowStatistics] | Tensor:
-        *body, head = self
-        state = (packet.tokens, packet.lengths)
-        for stage in body:
-            state = stage(state)
+    def forward(
+        self, packet: Packet, want_logits: bool = False, window: Window | None = None
+    ) -> tuple[Tensor, RowStatistics] | Tensor:
+        embed, *blocks, head = self
+        state = embed((packet.tokens, packet.lengths))
+        for block in blocks:
+            state = block(state, window)
         return head(state, packet, want_logits)
 
 
@@ -234,15 +256,19 @@ def build_model(
 
 def prepare_parameters(stages: nn.Module, model: ModelConfig, context: ParallelContext, seed: int) -> None:
     """Initial weights, sharding attributes, and the sum of sequence-parallel gradients, for any part of the stages."""
-    initialize_weights(stages, model, seed, context.tensor_rank, context.layout.tensor)
+    if not model.init_from:  # else every parameter is read
+        initialize_weights(stages, model, seed, context.tensor_rank, context.layout.tensor)
     mark_shards(stages)
-    for parameter in stages.parameters():
-        if getattr(parameter, "sequence_parallel", False):
+    for name, parameter in stages.named_parameters():
+        sees_a_part = getattr(parameter, "sequence_parallel", False)  # of the positions
+        if name.endswith(HEAD_NORMS):  # of the heads
+            sees_a_part = context.layout.tensor > 1
+        if sees_a_part:
             parameter.register_hook(partial(_sum_over_group, group=context.tensor_group))
 
 
 def _sum_over_group(gradient: Tensor, group: torch.distributed.ProcessGroup) -> Tensor:
-    """A norm inside a sequence-parallel layer has seen this rank's positions only."""
+    """A norm inside a sequence-parallel layer has seen this rank's positions only, a norm of heads its heads."""
     gradient = gradient.contiguous()
     torch.distributed.all_reduce(gradient, group=group)
     return gradient
@@ -258,26 +284,3 @@ def segment_positions(lengths: Tensor, width: int) -> Tensor:
     ends = lengths[0].cumsum(0)
     begins = torch.repeat_interleave(ends - lengths[0], lengths[0], output_size=width)
     return torch.arange(width, device=lengths.device) - begins
-
-
-def _places_in_hidden(row: Tensor, position: Tensor, packet: Packet) -> Tensor:
-    """[N] int64: where positions of rows, [N] each, lie along hidden's memory: [S, R], or [T] where packed."""
-    if packet.is_packed:
-        return packet.row_starts[row] + position
-    return position * len(packet.selected) + row
-
-
-def padded_vocab_size(model: ModelConfig, degree: int) -> int:
-    """Rows of the vocabulary tables: a multiple of vocab_divisor × tensor-parallel degree."""
-    multiple = model.vocab_divisor * degree
-    return (model.vocab_size + multiple - 1) // multiple * multiple
-
-
-def stage_costs(model: ModelConfig, length: int) -> list[float]:
-    """Forward FLOPs per position of each stage: what partitioning balances. Half of the positions reach the head."""
-    head_dim = model.hidden_size // model.num_heads
-    qkv = model.hidden_size * head_dim * (model.num_heads + 2 * model.num_kv_heads)
-    matrices = qkv + model.hidden_size**2 + 3 * model.hidden_size * model.ffn_hidden_size
-    block = 2.0 * matrices + 4.0 * length * model.hidden_size
-    head = 0.5 * 2.0 * model.hidden_size * model.vocab_size
-    return [0.0, *[block] * model.num_layers, head]

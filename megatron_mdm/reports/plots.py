@@ -82,3 +82,29 @@ def training_figure(records: Sequence[dict[str, Any]]) -> Figure:
     rate.set_ylabel("learning rate", color="tab:orange")
     figure.tight_layout()
     return figure
+
+
+def variance_figure(record: dict[str, Any]) -> Figure:
+    """Of tools/report.py variance: the decomposition, and each method's variances relative to the standard one."""
+    methods = sorted(record["methods"], key=lambda method: -method["gradient"][0])
+    figure = Figure(figsize=(13, 1.5 + 0.3 * len(methods)))
+    axes = figure.add_subplot(1, 3, 1)
+    names = {"masks": "A: masks", "rate": "B: rate t", "data": "C: data"}
+    values = np.array([record["decomposition"][key] for key in names])
+    error = np.abs(values[:, 1:] - values[:, :1]).T
+    axes.bar(list(names.values()), values[:, 0], yerr=error, capsize=4, color=["tab:blue", "tab:orange", "tab:green"])
+    axes.set(ylabel="variance of the loss", title="Var(l) = A + B + C")
+    places = np.arange(len(methods))
+    for column, kind in ((2, "loss"), (3, "gradient")):
+        axes = figure.add_subplot(1, 3, column)
+        for offset, label, factor in ((0.2, "equal samples", False), (-0.2, "equal compute", True)):
+            bars = np.array([method[kind] for method in methods])
+            bars = bars * np.array([[method["passes"] if factor else 1] for method in methods])
+            error = np.abs(bars[:, 1:] - bars[:, :1]).T
+            axes.barh(places + offset, bars[:, 0], 0.38, xerr=error, label=label)
+        axes.axvline(1.0, color="grey", linestyle="--", linewidth=0.8)
+        axes.set_yticks(places, [method["name"] for method in methods] if column == 2 else [], fontsize=8)
+        axes.set(title=f"variance of the {kind} / standard")
+        axes.legend(fontsize=8)
+    figure.tight_layout()
+    return figure

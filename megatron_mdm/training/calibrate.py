@@ -42,7 +42,7 @@ def calibrate(engine: Forward, config: RunConfig, data: RunData, context: Parall
     prepass = Prepass(engine, config, data, context)
     calibrator = calibrator_of(config, data.train)
     nested = config.diffusion.calibration.estimator == "naive"
-    fit, rounds = (_nested if nested else _adaptive)(prepass, calibrator)
+    fit, rounds = (_nested if nested else measure_adaptively)(prepass, calibrator)
     artifact = _artifact(fit, rounds, prepass.moments, calibrator, config)
     artifact["data_fingerprint"] = data.train.fingerprint
     artifact["seconds"] = round(time.monotonic() - began, 3)
@@ -104,14 +104,12 @@ class Prepass:
         self.moments.append(group_moments(t, design.schedule.mask_probability(t), rows))
 
 
-def _adaptive(prepass: Prepass, calibrator: Calibrator) -> tuple[Fit, list[dict[str, float]]]:
+def measure_adaptively(prepass: Prepass, calibrator: Calibrator) -> tuple[Fit, list[dict[str, float]]]:
     """Rounds that double the groups until the bootstrap's lower bound of the efficiency reaches its target."""
     settings, data = calibrator.settings, prepass.data.train
-    order = stream(calibrator.seed, Purpose.CALIBRATION).permutation(len(data))
     total, rounds = min(max(2, settings.initial_forwards // prepass.views), prepass.budget), []
     while True:
-        places = np.arange(prepass.num_groups, total)
-        prepass.add(order[places % len(data)], (0.5 + places * _GOLDEN) % 1.0)
+        prepass.add(*spread_groups(len(data), range(prepass.num_groups, total), calibrator.seed))
         moments = np.concatenate(prepass.moments)
         fit = calibrator.fit(halves_of(moments, settings.num_times))
         low, high = np.quantile(calibrator.bootstrap(moments, fit), [LOWER_QUANTILE, 1.0 - LOWER_QUANTILE])
@@ -119,6 +117,12 @@ def _adaptive(prepass: Prepass, calibrator: Calibrator) -> tuple[Fit, list[dict[
         if low >= settings.target_efficiency < 1.0 or total >= prepass.budget:
             return fit, rounds
         total = min(2 * total, prepass.budget)
+
+
+def spread_groups(num_samples: int, places: range, seed: int) -> tuple[np.ndarray, Floats]:
+    """(sample, t) of the groups at these places of an endless sequence that spreads over data set and [0, 1]."""
+    order, index = stream(seed, Purpose.CALIBRATION).permutation(num_samples), np.array(places)
+    return order[index % num_samples], (0.5 + index * _GOLDEN) % 1.0
 
 
 def _nested(prepass: Prepass, calibrator: Calibrator) -> tuple[Fit, list[dict[str, float]]]:

@@ -25,8 +25,8 @@ def memory_estimate(config: RunConfig, layout: Layout) -> dict[str, float]:
     share = {stage: 1 / layout.data if zero >= stage else 1.0 for stage in (1, 2, 3)}
     per_batch = config.batch.micro_size * config.diffusion.rows_per_sample * config.data.max_length
     places = config.batch.micro_tokens or per_batch
-    head_dim = model.hidden_size // model.num_heads
-    split = 2 * head_dim * (model.num_heads + 2 * model.num_kv_heads) + model.hidden_size + 4 * model.ffn_hidden_size
+    heads = model.num_heads + 2 * model.num_kv_heads
+    split = (2 * heads + model.num_heads) * model.kv_channels + 4 * model.ffn_hidden_size
     per_layer = 5 * model.hidden_size + split / layout.tensor
     return {
         "weights": parameters * size * share[3] / GIB,
@@ -52,8 +52,10 @@ def describe(config: RunConfig, world_size: int, num_steps: int) -> str:
             f"layout: {layout}, ZeRO {config.parallel.zero}, {config.precision.dtype}",
             f"model: {num_parameters(config.model) / 1e6:.2f} M parameters, vocabulary {config.model.vocab_size}",
             f"batch: {batch.global_size} samples a step = {cut}, {batch.mode}, "
-            f"{rows} row{'s' * (rows > 1)} each; {num_steps} steps",
-            f"method: t {diffusion.sampler}, strata {diffusion.strata}, masking {diffusion.masking}",
+            f"{rows} view{'s' * (rows > 1)} each; {num_steps} steps",
+            "method: autoregressive"
+            if diffusion.method == "autoregressive"
+            else f"method: t {diffusion.sampler}, strata {diffusion.strata}, masking {diffusion.masking}",
             f"memory per rank, GiB (estimate): {sum(memory.values()):.2f} = {parts}",
         ]
     )

@@ -17,7 +17,7 @@ from megatron_mdm.data.corpus import CorpusDataset, read_corpora
 from megatron_mdm.data.sft import SftDataset, read_sft, split_validation
 from megatron_mdm.data.syntax import add_syntax, mark_delimiters
 from megatron_mdm.data.tokenizer import Tokenizer, load_tokenizer, resolve_vocabulary
-from megatron_mdm.generation.sampler import SpecialIds
+from megatron_mdm.generation.settings import SpecialIds
 from megatron_mdm.models.spec import resolve_kernels
 from megatron_mdm.parallel import platform
 
@@ -32,21 +32,35 @@ class RunData:
 
     @property
     def special_ids(self) -> SpecialIds:
-        return SpecialIds(self.tokenizer.mask_id, self.tokenizer.pad_id)
+        return SpecialIds(self.tokenizer.mask_id, self.tokenizer.pad_id, self.tokenizer.eos_id)
 
 
 def resolve(config: RunConfig) -> tuple[RunConfig, RunData]:
     """Read tokenizer and data; return them with the configuration in which every 'auto' has its value."""
     tokenizer = load_tokenizer(config.data)
     model = resolve_vocabulary(config.model, tokenizer)
-    model = model.model_copy(update={"kernels": resolve_kernels(model)})
+    causal = config.diffusion.method == "autoregressive"
+    attention = "causal" if causal else model.attention
+    model = model.model_copy(update={"kernels": resolve_kernels(model), "attention": attention})
     precision = resolve_precision(config)
     config = config.model_copy(update={"model": model, "precision": precision})
     data = config.data
     train, validation = SOURCES[data.format](config, tokenizer)
+    if causal:
+        _check_next_tokens(train, data.train)
     if config.diffusion.sampler == "ppots" and len(train) < 2:
         raise UserError(f"{data.train}: calibration needs at least 2 training samples")
     return config, RunData(tokenizer, train, validation)
+
+
+def _check_next_tokens(data: SftDataset, path: str) -> None:
+    """A first token follows none and so is not learnt autoregressively; a sample must have another."""
+    for row, sample in enumerate(data.samples):
+        if not sample.eligible[1:].any():
+            raise UserError(
+                f"{path}: sample {row + 1} has no learnt token that follows another; 'diffusion.method' autoregressive "
+                "needs one"
+            )
 
 
 def _samples(config: RunConfig, tokenizer: Tokenizer) -> tuple[SftDataset, SftDataset | None]:

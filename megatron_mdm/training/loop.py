@@ -11,6 +11,7 @@ import numpy as np
 
 from megatron_mdm.config.schema import RunConfig
 from megatron_mdm.data.loader import LocalBatch, PrefetchLoader, TrainLoader
+from megatron_mdm.diffusion.autoregressive import NextTokens
 from megatron_mdm.diffusion.mask_schedule import Floats
 from megatron_mdm.diffusion.moments import Moments, group_moments
 from megatron_mdm.diffusion.noiser import NoisedBatch, Noiser
@@ -55,7 +56,7 @@ class Trainer:
     config: RunConfig
     context: ParallelContext
     loader: TrainLoader | PrefetchLoader
-    noiser: Noiser
+    noiser: Noiser | NextTokens  # clean micro-batches → what is scored where
     engine: Engine
     num_steps: int
 

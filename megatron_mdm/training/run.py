@@ -9,13 +9,16 @@ from typing import Any
 
 import numpy as np
 
+from megatron_mdm.checkpoint.initial import InitialWeights
 from megatron_mdm.checkpoint.load import restored_engine
+from megatron_mdm.checkpoint.native import HUGGINGFACE, keep_companions
 from megatron_mdm.checkpoint.store import CheckpointStore, read_state
 from megatron_mdm.config.errors import UserError
 from megatron_mdm.config.files import write_atomically, write_json
 from megatron_mdm.config.load import dump_config
 from megatron_mdm.config.schema import RunConfig
 from megatron_mdm.data.loader import NO_EOS_PADDING, PrefetchLoader, TrainLoader
+from megatron_mdm.diffusion.autoregressive import NextTokens
 from megatron_mdm.diffusion.mask_schedule import Floats, MaskSchedule
 from megatron_mdm.diffusion.masking import MaskDesign
 from megatron_mdm.diffusion.noiser import Noiser
@@ -27,7 +30,7 @@ from megatron_mdm.diffusion.t_samplers import (
     number_of_strata,
 )
 from megatron_mdm.engine.base import Engine
-from megatron_mdm.evaluation.validation import FixedGridValidation
+from megatron_mdm.evaluation.validation import VALIDATIONS
 from megatron_mdm.parallel.collectives import barrier
 from megatron_mdm.parallel.groups import ParallelContext
 from megatron_mdm.reports.plots import calibration_figure, save_figure, training_figure
@@ -43,7 +46,7 @@ from megatron_mdm.training.state import TrainState
 CONFIG, CALIBRATION, CHECKPOINTS = "config.yaml", "calibration.json", "checkpoints"
 _ARTIFACTS = (
     *(CONFIG, CALIBRATION, "calibration.png", "metrics.jsonl", "summary.json", "curves.png"),
-    *("evaluation.json", "samples.jsonl"),
+    *("evaluation.json", "samples.jsonl", HUGGINGFACE),
 )
 
 
@@ -61,6 +64,9 @@ def train_run(config: RunConfig, data: RunData, context: ParallelContext, mode: 
     _prepare_folder(folder, config, mode, context)
     store = CheckpointStore(folder / CHECKPOINTS, config.checkpoint.keep_last, context)
     checkpoint, state = _newest(store, config, data, context) if mode.resume else (None, TrainState())
+    if checkpoint is None and config.model.init_from and context.is_main:
+        print(InitialWeights(config.model).describe(data.tokenizer.mask_id), flush=True)
+        keep_companions(Path(config.model.init_from), folder)
     engine = restored_engine(checkpoint, config, context, state.step)
     artifact = _calibration(folder, engine, config, data, context)
     trainer = build_trainer(config, data, engine, artifact, context)
@@ -108,6 +114,11 @@ def _newest(
             print(f"{store.folder}: no checkpoint yet; starting at step 0", flush=True)
         return None, TrainState()
     saved = read_state(checkpoint)
+    if "imported_from" in saved:
+        raise UserError(
+            f"{checkpoint}: imported weights, without an optimizer's state; train in another 'checkpoint.directory' "
+            f"with model.init_from={config.checkpoint.directory}"
+        )
     if saved["data"] != data.train.fingerprint:
         raise UserError(f"{config.data.train}: the file has changed since {checkpoint} was written")
     state = TrainState.from_json(saved["train"])
@@ -155,9 +166,11 @@ def build_trainer(
     return Trainer(config, context, PrefetchLoader(loader), noiser, engine, total_steps(config, len(data.train)))
 
 
-def build_noiser(config: RunConfig, cell_density: Floats, mask_id: int) -> Noiser:
+def build_noiser(config: RunConfig, cell_density: Floats, mask_id: int) -> Noiser | NextTokens:
     """The noise that a configuration asks for; cell_density: the calibration's, where the sampler needs one."""
     diffusion, global_size, bounds = config.diffusion, config.batch.global_size, config.diffusion.clipping.bounds
+    if diffusion.method == "autoregressive":
+        return NextTokens(global_size)
     return Noiser(
         design=MaskDesign.of(diffusion),
         sampler=T_SAMPLERS[diffusion.sampler](
@@ -183,7 +196,7 @@ def _hooks(
     if artifact and config.diffusion.calibration.refit_every:
         hooks.append(Refit(calibrator_of(config, data.train), trainer.noiser, artifact, state, metrics))
     if config.evaluation.every and data.validation is not None:
-        validation = FixedGridValidation(
+        validation = VALIDATIONS[config.diffusion.method](
             data.validation,
             config.evaluation,
             MaskSchedule(config.diffusion.epsilon),

@@ -9,7 +9,7 @@ import pytest
 from megatron_mdm.config.errors import UserError
 from megatron_mdm.config.load import dump_config, load_config, load_section
 from megatron_mdm.config.validate import validate
-from megatron_mdm.generation.sampler import GenerationConfig
+from megatron_mdm.generation.settings import GenerationConfig
 from tests.small import small_config
 
 CONFIGS = Path(__file__).parent.parent.parent / "configs"

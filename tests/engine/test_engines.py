@@ -20,7 +20,8 @@ def forward_only(config: RunConfig) -> dict[str, Any]:
     """On a rank: logits of a padded batch, row statistics of two packets, and generated responses."""
     from megatron_mdm.checkpoint.load import restored_engine
     from megatron_mdm.engine.packets import logits_packet
-    from megatron_mdm.generation.sampler import GenerationConfig, SpecialIds, generate
+    from megatron_mdm.generation.generate import generate
+    from megatron_mdm.generation.settings import GenerationConfig, SpecialIds
     from megatron_mdm.models.stages import Packet
     from megatron_mdm.parallel.groups import initialize
 

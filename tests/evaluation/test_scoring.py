@@ -38,6 +38,7 @@ def test_wilson_interval() -> None:
 
 
 def validated(config: RunConfig) -> float:
+    from megatron_mdm.config.schema import EvaluationConfig
     from megatron_mdm.diffusion.mask_schedule import MaskSchedule
     from megatron_mdm.engine.inference import InferenceEngine
     from megatron_mdm.evaluation.validation import FixedGridValidation
@@ -50,13 +51,11 @@ def validated(config: RunConfig) -> float:
     engine = InferenceEngine(build_model(config.model, config.parallel, context, 1), "fp32")
     validation = FixedGridValidation(
         data.train,
-        num_samples=7,
-        num_times=3,
-        micro_size=config.batch.micro_size,
-        schedule=MaskSchedule(1e-3),
-        mask_id=data.tokenizer.mask_id,
-        pad_id=data.tokenizer.pad_id,
-        context=context,
+        EvaluationConfig(num_samples=7, num_times=3),
+        MaskSchedule(1e-3),
+        data.special_ids,
+        config.batch.micro_size,
+        context,
     )
     first = validation(engine)
     assert first == validation(engine)

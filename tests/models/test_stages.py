@@ -1,4 +1,4 @@
-"""The stages against transformers' Llama with a full attention mask, and against themselves under padding."""
+"""The stages against transformers' Llama with a full or causal mask, and against themselves under padding."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from tests.ranks import run_ranks
 from tests.small import small_model
 
 
-def llama_logits(model: ModelConfig, parameters: dict[str, torch.Tensor], tokens: torch.Tensor) -> torch.Tensor:
-    """transformers' LlamaForCausalLM with our weights, every position seeing every other. [R, S, V]"""
+def llama_of(model: ModelConfig, parameters: dict[str, torch.Tensor]) -> Any:
+    """transformers' LlamaForCausalLM with our weights."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     head_dim = model.hidden_size // model.num_heads
@@ -54,9 +54,14 @@ def llama_logits(model: ModelConfig, parameters: dict[str, torch.Tensor], tokens
             f"{theirs}post_attention_layernorm.weight": parameters[ours + "pre_mlp_layernorm.weight"],
         }
     llama.load_state_dict(state)
+    return llama
+
+
+def llama_logits(model: ModelConfig, llama: Any, tokens: torch.Tensor) -> torch.Tensor:
+    """[R, S, V], with the model's kind of attention."""
     everything = torch.zeros(len(tokens), 1, tokens.shape[1], tokens.shape[1])
     with torch.no_grad():
-        return llama(tokens, attention_mask=everything).logits
+        return llama(tokens, attention_mask=everything if model.attention == "bidirectional" else None).logits
 
 
 def our_logits(model: ModelConfig) -> dict[str, Any]:
@@ -89,12 +94,14 @@ def our_logits(model: ModelConfig) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("changes", [{}, {"num_kv_heads": 4}, {"tie_embeddings": True}, {"rope_theta": 500.0}])
-def test_equals_llama_with_a_full_mask(changes: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    "changes", [{}, {"num_kv_heads": 4}, {"tie_embeddings": True}, {"rope_theta": 500.0}, {"attention": "causal"}]
+)
+def test_equals_llama(changes: dict[str, Any]) -> None:
     model = small_model(init_std=0.2, **changes)
     ours = run_ranks(our_logits, 1, model)[0]
     parameters = {name: torch.from_numpy(value) for name, value in ours["parameters"].items()}
-    expected = llama_logits(model, parameters, torch.from_numpy(ours["tokens"])).flatten(0, 1).numpy()
+    expected = llama_logits(model, llama_of(model, parameters), torch.from_numpy(ours["tokens"])).flatten(0, 1).numpy()
     np.testing.assert_allclose(ours["logits"], expected, rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(ours["with_padding"], ours["logits"], rtol=1e-5, atol=1e-5)
 
@@ -107,7 +114,12 @@ def explicit_and_fused() -> tuple[torch.Tensor, torch.Tensor]:
     key, value = (torch.randn(2, 2, 9, 8, generator=generator) for _ in range(2))
     mask = torch.arange(9)[None, None, None, :] < torch.tensor([9, 6])[:, None, None, None]
     fused = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=True)
-    return explicit_attention(query, key, value, mask, None), fused
+    causal = torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
+    explicit = (
+        explicit_attention(query, key, value, mask, None),
+        explicit_attention(query, key, value, None, None, True),
+    )
+    return torch.stack(explicit), torch.stack([fused, causal])
 
 
 def test_explicit_attention_equals_fused() -> None:

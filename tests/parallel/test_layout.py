@@ -7,7 +7,7 @@ import itertools
 import numpy as np
 import pytest
 
-from megatron_mdm.models.stages import stage_costs
+from megatron_mdm.models.parameters import stage_costs
 from megatron_mdm.parallel.layout import Layout, partition
 from tests.small import small_model
 

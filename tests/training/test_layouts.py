@@ -77,7 +77,7 @@ def train_and_watch(config: RunConfig, folder: Path) -> dict[str, Any]:
             masks[place] = hashlib.sha256(shown).hexdigest()
         return noised
 
-    watched.times, watched.views = noiser.times, noiser.views  # type: ignore[attr-defined]
+    watched.times, watched.design = noiser.times, noiser.design  # type: ignore[attr-defined]
     trainer = dataclasses.replace(trainer, noiser=watched)  # type: ignore[arg-type]
     steps = [trainer.train_step(step) for step in range(10)]
     write_tensors(trainer.engine.master.tensors(), folder, context)
@@ -157,13 +157,35 @@ def assert_equal_runs(results: list[dict[str, Any]], reference: dict[str, Any]) 
         assert result["calibration"]["cell_density"] == reference["calibration"]["cell_density"]
         ours, theirs = (dict(flatten(run["calibration"])) for run in (result, reference))
         assert ours.keys() == theirs.keys()
-        for name in ours.keys() - {"seconds", "data_fingerprint", "settings.estimator", "settings.target"}:
-            np.testing.assert_allclose(ours[name], theirs[name], rtol=1e-6, err_msg=name)
+        for name in ours.keys() - {"seconds"}:
+            if isinstance(ours[name], str):
+                assert ours[name] == theirs[name], name
+            else:  # powers of losses, and a bootstrap of rounded curves, enlarge the losses' last bits
+                loose = {"moments": 1e-5, "rounds": 1e-4, "efficiency_interval": 1e-4}
+                assert_close(ours[name], theirs[name], loose.get(name, 1e-6), name)
         np.testing.assert_array_equal(result["t"], reference["t"])
         assert all(reference["masks"][place] == mask for place, mask in result["masks"].items())
     seen = set().union(*(result["masks"].keys() for result in results))
     assert seen == reference["masks"].keys()
 
 
-def test_losses_fall(reference: dict[str, Any]) -> None:
-    assert np.mean(reference["losses"][-3:]) < np.mean(reference["losses"][:3])
+def assert_close(ours: Any, theirs: Any, tolerance: float, name: str) -> None:
+    """Numbers, or nested lists and objects of them."""
+    if isinstance(ours, dict):
+        assert ours.keys() == theirs.keys(), name
+        for key in ours:
+            assert_close(ours[key], theirs[key], tolerance, name)
+    elif isinstance(ours, list) and ours and isinstance(ours[0], dict):
+        for pair in zip(ours, theirs, strict=True):
+            assert_close(*pair, tolerance, name)
+    else:
+        np.testing.assert_allclose(ours, theirs, rtol=tolerance, err_msg=name)
+
+
+def test_training_lowers_the_losses(folder: Path, reference: dict[str, Any]) -> None:
+    """Of the same samples, t and masks, compared with a run whose weights stay as they were."""
+    config = config_of(folder, {"zero": 0}, 8)
+    still = config.model_copy(update={"optimizer": config.optimizer.model_copy(update={"lr": 1e-12})})
+    untrained = run_ranks(train_and_watch, 1, still, folder / "untrained")[0]
+    assert untrained["losses"][0] == reference["losses"][0]
+    assert np.mean(reference["losses"][5:]) < np.mean(untrained["losses"][5:])

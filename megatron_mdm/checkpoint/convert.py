@@ -1,0 +1,225 @@
+"""Hugging Face checkpoint → a run's folder, and back; both streaming, atomic and resumable."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from megatron_mdm.checkpoint.huggingface import (
+    CONFIG,
+    INDEX,
+    SINGLE,
+    HuggingFaceCheckpoint,
+    is_checkpoint,
+    mapped,
+    read_json,
+)
+from megatron_mdm.checkpoint.native import CHECKPOINTS, HUGGINGFACE, RUN_CONFIG, NativeCheckpoint, keep_companions
+from megatron_mdm.checkpoint.special_tokens import TOKENIZERS, SpecialTokens, special_tokens
+from megatron_mdm.checkpoint.store import MANIFEST, STATE, TENSORS
+from megatron_mdm.checkpoint.stream import JOURNAL, Output, OutputFile, split, write_files
+from megatron_mdm.checkpoint.tensors import WEIGHT, file_name
+from megatron_mdm.checkpoint.views import View, cut, with_grown_tables, with_rows
+from megatron_mdm.config.errors import UserError
+from megatron_mdm.config.files import sha256, write_atomically, write_json
+from megatron_mdm.config.load import dump_config
+from megatron_mdm.config.schema import ModelConfig, RunConfig
+from megatron_mdm.data.tokenizer import load_tokenizer
+from megatron_mdm.models.families import FAMILIES, family_of
+from megatron_mdm.models.families.family import Json
+from megatron_mdm.models.families.keymap import family_tensors
+from megatron_mdm.models.parameters import padded_vocab_size, stage_costs
+from megatron_mdm.models.sharding import sharding_of
+from megatron_mdm.parallel.layout import partition
+
+TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_TYPE_NAMES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}  # config.json's → ours
+GENERATION_CONFIG = "generation_config.json"
+_LENGTH = 4096  # of sequences in an imported run's configuration, where the model allows longer ones
+
+
+@dataclass(frozen=True)
+class ImportOptions:
+    tensor: int
+    pipeline: int
+    dtype: str  # of TYPES, or auto: as stored
+    shard_bytes: int
+    tokens: dict[str, str]  # mask, pad, eos: a text or an id where asked for
+
+
+def import_checkpoint(source: Path, output: Path, options: ImportOptions) -> SpecialTokens:
+    """Write a run's folder with the weights of a Hugging Face checkpoint. Raises UserError before it writes anything
+    where the checkpoint is not whole, and naming the tensor where it meets a bad one."""
+    checkpoint = HuggingFaceCheckpoint.open(source)
+    generation = read_json(source / GENERATION_CONFIG) if (source / GENERATION_CONFIG).is_file() else {}
+    special = special_tokens(checkpoint, generation, options.tokens)
+    model = checkpoint.model.model_copy(update={"vocab_size": special.vocab_size})
+    _check_layout(model, options)
+    views = with_grown_tables(checkpoint.views(), special.vocab_size)
+    outputs = {name: _output(view, options.dtype) for name, view in views.items()}
+    step = f"{CHECKPOINTS}/step-{0:08d}"
+    files = _native_files(outputs, model, options, f"{step}/{TENSORS}")
+    temporary = _temporary(output)
+    entries = write_files(files, temporary, _fingerprint(checkpoint.tensors))
+    write_json(temporary / step / STATE, {"imported_from": str(source)})
+    state = {"bytes": (temporary / step / STATE).stat().st_size, "sha256": sha256(temporary / step / STATE)}
+    names = {path.removeprefix(f"{step}/"): entry for path, entry in entries.items()}
+    write_json(temporary / step / MANIFEST, {"files": {STATE: state, **names}})
+    keep_companions(source, temporary)
+    run = _run_config(model, special, source, output, next(iter(outputs.values())).dtype)
+    write_atomically(temporary / RUN_CONFIG, dump_config(run))
+    _publish(temporary, output)
+    return special
+
+
+def export_checkpoint(run_folder: Path, output: Path, family_name: str, dtype: str, shard_bytes: int) -> Json:
+    """Write the newest checkpoint of a run, of any layout, as a Hugging Face checkpoint. Returns its config.json.
+
+    family_name: of FAMILIES, or auto: the one it was imported from. dtype auto: as stored where the weights were
+    imported, what config.json says (else fp32) where they have been trained.
+    """
+    run = NativeCheckpoint.open(run_folder)
+    base = run.huggingface_config()
+    if family_name == "auto" and not base:
+        raise UserError(f"{run_folder}: was not imported; choose its form with --family ({', '.join(FAMILIES)})")
+    family = family_of(base, f"{run_folder}/{HUGGINGFACE}/{CONFIG}") if family_name == "auto" else FAMILIES[family_name]
+    base = base if family.architecture in base.get("architectures", []) else {}
+    config = _huggingface_config(family.write(run.config.model, base), base, run)
+    views = mapped(run.views(), family_tensors(family, run.config.model))
+    as_imported = dtype == "auto" and run.weights_only and bool(base)
+    if dtype == "auto" and not run.weights_only:
+        dtype = _TYPE_NAMES.get(config.get("dtype", config.get("torch_dtype")), "fp32")
+    outputs = {name: _output(view, dtype) for name, view in views.items()}
+    if not as_imported:
+        config = _with_dtype(config, {output.dtype for output in outputs.values()})
+    groups = split(outputs.items(), shard_bytes)
+    files = [OutputFile(shard_name(number, len(groups)), group) for number, group in enumerate(groups, 1)]
+    temporary = _temporary(output)
+    write_files(files, temporary, {"checkpoint": str(run.path), "manifest": sha256(run.path / MANIFEST)})
+    if len(files) > 1:
+        total = sum(file.num_bytes for file in files)
+        places = {name: file.path for file in files for name in file.tensors}
+        write_json(temporary / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))})
+    _write_companions(run, temporary, config)
+    _publish(temporary, output)
+    return config
+
+
+def _output(view: View, dtype: str) -> Output:
+    return Output(view, view.dtype if dtype == "auto" else TYPES[dtype])
+
+
+def _native_files(
+    outputs: dict[str, Output], model: ModelConfig, options: ImportOptions, folder: str
+) -> list[OutputFile]:
+    """The files that a run of this layout would have written."""
+    bounds = partition(stage_costs(model, min(_LENGTH, model.max_sequence_length)), options.pipeline)
+    files = []
+    for stage in range(options.pipeline):
+        stages = range(bounds[stage], bounds[stage + 1])
+        mine = [(name, output) for name, output in outputs.items() if int(name.partition(".")[0]) in stages]
+        for rank in range(options.tensor):
+            shards = [(f"{name}/{WEIGHT}", _shard(name, output, model, rank, options.tensor)) for name, output in mine]
+            for part, group in enumerate(split(shards, options.shard_bytes)):
+                files.append(OutputFile(f"{folder}/{file_name(stage, rank, options.tensor, part)}", group))
+    return files
+
+
+def _shard(name: str, output: Output, model: ModelConfig, rank: int, degree: int) -> Output:
+    view, sharding = output.view, sharding_of(name)
+    if sharding.is_vocabulary:
+        view = with_rows(view, padded_vocab_size(model, degree))
+    return Output(cut(view, sharding, rank, degree), output.dtype)
+
+
+def _check_layout(model: ModelConfig, options: ImportOptions) -> None:
+    for name in ("num_heads", "num_kv_heads", "ffn_hidden_size"):
+        if getattr(model, name) % options.tensor:
+            raise UserError(f"the model's {name} {getattr(model, name)} is not a multiple of --tensor {options.tensor}")
+    if options.pipeline > model.num_layers:
+        raise UserError(f"--pipeline {options.pipeline} exceeds the model's {model.num_layers} layers")
+
+
+def _run_config(
+    model: ModelConfig, special: SpecialTokens, source: Path, output: Path, dtype: torch.dtype
+) -> RunConfig:
+    """A configuration by which programs find model and tokenizer; its training sections are placeholders."""
+    tokenizer = next((name for name in TOKENIZERS if (source / name).is_file()), "")
+    length = min(_LENGTH, model.max_sequence_length)
+    tokens = {"mask_token": special.mask_id, "pad_token": special.pad_id, "eos_token": special.eos_id}
+    return RunConfig.model_validate(
+        {
+            "model": model.model_dump(),
+            "data": {
+                "train": "",
+                "tokenizer": str(output / HUGGINGFACE / tokenizer) if tokenizer else "",
+                "max_length": length,
+                **tokens,
+            },
+            "batch": {"global_size": 1, "micro_size": 1},
+            "optimizer": {"lr": 1e-5},
+            "schedule": {"steps": 1},
+            "precision": {"dtype": "bf16" if dtype == torch.bfloat16 else "fp32"},
+            "checkpoint": {"directory": str(output)},
+        }
+    )
+
+
+def _huggingface_config(config: Json, base: Json, run: NativeCheckpoint) -> Json:
+    """With the special tokens' ids where the file does not come from the checkpoint that was imported unchanged."""
+    if config == base and run.weights_only:
+        return config
+    tokenizer = load_tokenizer(run.config.data)
+    ids = {"mask_token_id": tokenizer.mask_id, "pad_token_id": tokenizer.pad_id, "eos_token_id": tokenizer.eos_id}
+    return {**config, **{name: value for name, value in ids.items() if base.get(name) is None or name[0] == "m"}}
+
+
+def _with_dtype(config: Json, dtypes: set[torch.dtype]) -> Json:
+    """With the weights' type, if they have one alone."""
+    if len(dtypes) > 1:
+        return config
+    key = "dtype" if "dtype" in config else "torch_dtype"
+    return {**config, key: str(dtypes.pop()).removeprefix("torch.")}
+
+
+def _write_companions(run: NativeCheckpoint, folder: Path, config: Json) -> None:
+    kept = run.folder / HUGGINGFACE
+    if is_checkpoint(kept):
+        for path in kept.iterdir():
+            shutil.copyfile(path, folder / path.name)
+    else:
+        tokenizer = Path(run.config.data.tokenizer) if run.config.data.tokenizer else None
+        if tokenizer and tokenizer.is_dir():
+            tokenizer = tokenizer / TOKENIZERS[0]
+        if tokenizer:
+            shutil.copyfile(tokenizer, folder / ("tokenizer" + tokenizer.suffix))
+        ids = {name: config[name] for name in ("eos_token_id", "pad_token_id")}
+        write_json(folder / GENERATION_CONFIG, ids)
+    write_json(folder / CONFIG, config)
+
+
+def shard_name(number: int, count: int) -> str:
+    return SINGLE if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
+
+
+def _fingerprint(tensors: dict[str, object]) -> dict[str, object]:
+    """What tells whether input files are those of the interrupted conversion."""
+    paths = sorted({tensor.path for tensor in tensors.values()})  # type: ignore[attr-defined]
+    return {str(path): [path.stat().st_size, path.stat().st_mtime_ns] for path in paths}
+
+
+def _temporary(output: Path) -> Path:
+    """Where the output grows; a later call with the same output goes on there."""
+    if output.exists():
+        raise UserError(f"{output}: exists already; remove it or choose another --output")
+    temporary = output.with_name(f".{output.name}.tmp")
+    temporary.mkdir(parents=True, exist_ok=True)
+    return temporary
+
+
+def _publish(temporary: Path, output: Path) -> None:
+    (temporary / JOURNAL).unlink()
+    temporary.rename(output)

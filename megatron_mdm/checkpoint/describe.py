@@ -1,0 +1,111 @@
+"""What a checkpoint holds, as a tree of names with shapes, types, sizes and checksums."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_mdm.checkpoint.huggingface import CONFIG, is_checkpoint, model_section, open_tensors, read_json
+from megatron_mdm.checkpoint.native import NativeCheckpoint
+from megatron_mdm.checkpoint.safetensors_file import NAMES
+from megatron_mdm.checkpoint.views import View, blocks, num_bytes
+from megatron_mdm.config.schema import ModelConfig
+from megatron_mdm.models.families import family_of
+from megatron_mdm.models.families.family import ARCHITECTURE
+from megatron_mdm.parallel.progress import progress_bar
+
+Json = dict[str, Any]
+_CHECKSUM_DIGITS = 16  # of sha256, on a line for eyes
+
+
+def description(folder: Path, checksums: bool) -> Json:
+    """{"checkpoint", "architecture", "model": our section, "tensors": name → shape, dtype, bytes[, sha256]}"""
+    views: Mapping[str, View]
+    if is_checkpoint(folder):
+        config = read_json(folder / CONFIG)
+        family = family_of(config, str(folder / CONFIG))
+        model, architecture = model_section(family, config, str(folder / CONFIG)), family.architecture
+        views, path = open_tensors(folder), folder
+    else:
+        run = NativeCheckpoint.open(folder)
+        model, architecture, path = run.config.model, "megatron-mdm run", run.path
+        views = {
+            f"{name}/{kind}": view for kind in sorted(run.reader.kinds()) for name, view in run.views(kind).items()
+        }
+    total = sum(num_bytes(view, view.dtype) for view in views.values())
+    tensors: dict[str, Json] = {}
+    with progress_bar(total=total, enabled=checksums, unit="B", unit_scale=True, unit_divisor=1024, desc="read") as bar:
+        for name, view in views.items():
+            entry: Json = {"shape": list(view.shape), "dtype": NAMES[view.dtype], "bytes": num_bytes(view, view.dtype)}
+            if checksums:
+                entry["sha256"] = _sha256(view)
+            tensors[name] = entry
+            bar.update(entry["bytes"])
+    return {"checkpoint": str(path), "architecture": architecture, "model": _section(model), "tensors": tensors}
+
+
+def tree_lines(described: Json) -> list[str]:
+    """The description for a terminal."""
+    tensors = described["tensors"]
+    total = sum(entry["bytes"] for entry in tensors.values())
+    settings = ", ".join(f"{name} {value}" for name, value in described["model"].items())
+    lines = [
+        f"{described['checkpoint']}: {described['architecture']}, {len(tensors)} tensors, {_bytes(total)}",
+        f"model: {{{settings.replace(' ', ': ').replace(',:', ',')}}}",
+    ]
+    tree: Json = {}
+    for name, entry in tensors.items():
+        node = tree
+        *path, leaf = re.split(r"[./]", name)
+        for part in path:
+            node = node.setdefault(part, {})
+        node[leaf] = entry
+    _add_lines(tree, "", lines)
+    return lines
+
+
+def _add_lines(node: Json, indent: str, lines: list[str]) -> None:
+    for number, (name, child) in enumerate(node.items()):
+        last = number == len(node) - 1
+        branch, below = ("└─ ", "   ") if last else ("├─ ", "│  ")
+        if "shape" in child and isinstance(child["shape"], list):
+            shape = " × ".join(map(str, child["shape"])) or "scalar"
+            checksum = child.get("sha256", "")[:_CHECKSUM_DIGITS]
+            lines.append(
+                f"{indent}{branch}{name}  {shape}  {child['dtype']}  {_bytes(child['bytes'])}  {checksum}".rstrip()
+            )
+        else:
+            lines.append(f"{indent}{branch}{name}  ({_bytes(_total(child))})")
+            _add_lines(child, indent + below, lines)
+
+
+def _total(node: Json) -> int:
+    if "shape" in node and isinstance(node["shape"], list):
+        return node["bytes"]
+    return sum(_total(child) for child in node.values())
+
+
+def _section(model: ModelConfig) -> Json:
+    """The keys of our model section by which the weights are read, as YAML takes them."""
+    return {name: getattr(model, name) for name in ARCHITECTURE}
+
+
+def _sha256(view: View) -> str:
+    digest = hashlib.sha256()
+    for block in blocks(view, view.dtype):
+        digest.update(block.view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _bytes(count: int) -> str:
+    size = float(count)
+    for unit in ("B", "KiB", "MiB"):
+        if size < 1024:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.2f} GiB"

@@ -1,0 +1,54 @@
+"""Writing large files past the page cache: several times as fast as through it, and nothing in it is displaced."""
+
+from __future__ import annotations
+
+import fcntl
+import mmap
+import os
+from pathlib import Path
+
+_BUFFER_BYTES = 16 * 1024 * 1024  # a multiple of every device's block size
+_DIRECT = getattr(os, "O_DIRECT", 0)  # Linux only
+
+
+class DirectWriter:
+    """A new file. Where the file system takes no direct writes, they go through the cache."""
+
+    def __init__(self, path: Path) -> None:
+        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
+        try:
+            self.descriptor = os.open(path, flags | _DIRECT, 0o644)
+        except OSError:  # not there, or only not directly: the second attempt tells
+            self.descriptor = os.open(path, flags, 0o644)
+        self.buffer = mmap.mmap(-1, _BUFFER_BYTES)  # direct writes need memory that begins at a page
+        self.filled = 0
+
+    def write(self, data: memoryview) -> None:
+        while data:
+            part = data[: _BUFFER_BYTES - self.filled]
+            self.buffer[self.filled : self.filled + len(part)] = part
+            self.filled += len(part)
+            data = data[len(part) :]
+            if self.filled == _BUFFER_BYTES:
+                self._flush()
+
+    def finish(self) -> None:
+        """Write the rest, which need not be whole blocks, and wait until everything is on the disk."""
+        self._through_the_cache()
+        self._flush()
+        os.fsync(self.descriptor)
+
+    def close(self) -> None:
+        os.close(self.descriptor)
+
+    def _flush(self) -> None:
+        with memoryview(self.buffer) as whole:
+            start = 0
+            while start < self.filled:
+                start += os.write(self.descriptor, whole[start : self.filled])
+                if start % mmap.PAGESIZE:  # the disk took a part that ends inside a block
+                    self._through_the_cache()
+        self.filled = 0
+
+    def _through_the_cache(self) -> None:
+        fcntl.fcntl(self.descriptor, fcntl.F_SETFL, fcntl.fcntl(self.descriptor, fcntl.F_GETFL) & ~_DIRECT)

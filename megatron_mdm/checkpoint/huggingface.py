@@ -1,0 +1,166 @@
+"""A Hugging Face checkpoint's folder: opened lazily, and checked before any of its tensors is used."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+
+from megatron_mdm.checkpoint.safetensors_file import SafetensorsFile, StoredTensor
+from megatron_mdm.checkpoint.views import Part, Rows, View, blocks
+from megatron_mdm.config.errors import UserError
+from megatron_mdm.config.schema import ModelConfig
+from megatron_mdm.models.families import family_of
+from megatron_mdm.models.families.family import Family, Json
+from megatron_mdm.models.families.keymap import RowRange, family_shapes, our_parameters
+
+CONFIG, INDEX, SINGLE = "config.json", "model.safetensors.index.json", "model.safetensors"
+# Files beside the weights that are handed on as they are. Code is not: it is never run, and so never needed.
+COMPANIONS = (
+    *(CONFIG, "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
+    *("added_tokens.json", "vocab.json", "merges.txt", "tokenizer.model", "chat_template.jinja", "chat_template.json"),
+)
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+_NUMBERED = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.safetensors")
+# Buffers that old versions of transformers saved; they follow from the configuration.
+_DERIVED = re.compile(r"\.rotary_emb\.inv_freq$")
+
+
+@dataclass(frozen=True)
+class HuggingFaceCheckpoint:
+    folder: Path
+    config: Json
+    family: Family
+    model: ModelConfig  # what config.json describes
+    tensors: dict[str, StoredTensor]
+
+    @classmethod
+    def open(cls, folder: Path) -> HuggingFaceCheckpoint:
+        """Read configuration and headers. Raises UserError naming what is missing, damaged, unknown or unsupported."""
+        config = read_json(folder / CONFIG)
+        where = str(folder / CONFIG)
+        family = family_of(config, where)
+        model = model_section(family, config, where)
+        tensors = open_tensors(folder)
+        checkpoint = cls(folder, config, family, model, tensors)
+        checkpoint._check()
+        return checkpoint
+
+    def views(self) -> dict[str, View]:
+        """Our parameters (canonical names, whole tensors) as views of the files."""
+        return mapped(self.tensors, our_parameters(self.family, self.model))
+
+    def _check(self) -> None:
+        shapes = family_shapes(self.family, self.model)
+        for name, shape in shapes.items():
+            tensor = self.tensors.get(name)
+            if tensor is None:
+                raise UserError(f"{self.folder}: no file holds the tensor '{name}' of a {self.family.architecture}")
+            if tensor.shape != shape:
+                raise UserError(
+                    f"{tensor.path}: '{name}' has shape {list(tensor.shape)}; by {CONFIG} it would be {list(shape)}"
+                )
+        for name, tensor in self.tensors.items():
+            if name in shapes or _DERIVED.search(name):
+                continue
+            if name == self.family.keys.head and self.model.tie_embeddings:
+                self._check_tied(tensor)
+                continue
+            raise UserError(f"{tensor.path}: '{name}' has no place in a {self.family.architecture} with this {CONFIG}")
+
+    def _check_tied(self, head: StoredTensor) -> None:
+        embedding = self.tensors[self.family.keys.embedding]
+        if not same_values(embedding, head):
+            raise UserError(
+                f"{head.path}: '{head.name}' differs from '{embedding.name}', but {CONFIG} says that they are tied"
+            )
+
+
+def open_tensors(folder: Path) -> dict[str, StoredTensor]:
+    """The tensors of a folder's safetensors files, by the index where there is one."""
+    index = folder / INDEX
+    if not index.is_file():
+        files = sorted(folder.glob("*.safetensors"))
+        _check_files(folder, files)
+        return {name: tensor for path in files for name, tensor in SafetensorsFile(path).tensors.items()}
+    places = read_json(index).get("weight_map")
+    if not isinstance(places, dict):
+        raise UserError(f"{index}: has no 'weight_map'")
+    opened: dict[str, SafetensorsFile] = {}
+    tensors = {}
+    for name, file in places.items():
+        if file not in opened:
+            path = folder / file
+            if path.parent != folder or not path.is_file():
+                raise UserError(f"{index}: names the file '{file}' (for '{name}'), which is absent")
+            opened[file] = SafetensorsFile(path)
+        if name not in opened[file].tensors:
+            raise UserError(f"{folder / file}: does not hold '{name}', which {INDEX} places there")
+        tensors[name] = opened[file].tensors[name]
+    return tensors
+
+
+def model_section(family: Family, config: Json, where: str) -> ModelConfig:
+    """Our model section for a config.json."""
+    try:
+        return ModelConfig.model_validate(family.read(config, where))
+    except ValidationError as error:
+        detail = error.errors()[0]
+        field = str(detail["loc"][0]) if detail["loc"] else ""
+        theirs = family.fields.get(field, field)
+        raise UserError(f"{where}: '{theirs}': {detail['msg']}, got {detail['input']!r}") from None
+
+
+def mapped(tensors: dict[str, Any], ranges: dict[str, list[RowRange]]) -> dict[str, View]:
+    """Tensors put together from rows of others."""
+    return {
+        name: Rows([Part(tensors[source], start, stop - start) for source, start, stop in rows])
+        for name, rows in ranges.items()
+    }
+
+
+def same_values(one: View, other: View) -> bool:
+    """Whether two views have the same shape, type and bits."""
+    if one.shape != other.shape or one.dtype != other.dtype:
+        return False
+    pairs = zip(blocks(one, one.dtype), blocks(other, other.dtype))
+    return all(torch.equal(a.view(torch.uint8), b.view(torch.uint8)) for a, b in pairs)
+
+
+def is_checkpoint(folder: Path) -> bool:
+    """Whether a folder is a Hugging Face checkpoint, good or bad, rather than a run's."""
+    return (folder / CONFIG).is_file()
+
+
+def read_json(path: Path) -> Json:
+    """A JSON object. Raises UserError naming the file."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: not readable as JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: expected a JSON object")
+    return value
+
+
+def _check_files(folder: Path, files: list[Path]) -> None:
+    if not files:
+        pickles = sorted(path for pattern in _PICKLES for path in folder.glob(pattern))
+        if pickles:
+            raise UserError(
+                f"{pickles[0]}: pickled weights are not read, since that can run code; convert them to safetensors"
+            )
+        raise UserError(f"{folder}: holds no safetensors files")
+    for path in files:
+        match = _NUMBERED.fullmatch(path.name)
+        for number in range(1, int(match[3]) + 1) if match else ():
+            other = folder / f"{match[1]}-{number:05d}-of-{match[3]}.safetensors"
+            if not other.is_file():
+                raise UserError(f"{folder}: the file '{other.name}' is missing")

@@ -1,0 +1,67 @@
+"""A run's folder as a source of weights: its configuration, its newest intact checkpoint, its Hugging Face side."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_mdm.checkpoint.huggingface import COMPANIONS, CONFIG, is_checkpoint, read_json
+from megatron_mdm.checkpoint.store import TENSORS, search
+from megatron_mdm.checkpoint.tensors import WEIGHT, TensorReader
+from megatron_mdm.checkpoint.views import View
+from megatron_mdm.config.errors import UserError
+from megatron_mdm.config.load import load_config
+from megatron_mdm.config.schema import RunConfig
+from megatron_mdm.models.families.family import Json
+from megatron_mdm.models.parameters import parameter_shapes
+
+RUN_CONFIG, CHECKPOINTS, HUGGINGFACE = "config.yaml", "checkpoints", "huggingface"
+
+
+@dataclass(frozen=True)
+class NativeCheckpoint:
+    folder: Path  # the run's
+    config: RunConfig
+    path: Path  # of the checkpoint
+    reader: TensorReader
+
+    @classmethod
+    def open(cls, folder: Path) -> NativeCheckpoint:
+        """The newest checkpoint whose files match their checksums. Raises UserError where there is none."""
+        if not (folder / RUN_CONFIG).is_file():
+            raise UserError(f"{folder}: neither a Hugging Face checkpoint ({CONFIG}) nor a run's folder ({RUN_CONFIG})")
+        config = load_config(folder / RUN_CONFIG)
+        name, fault = search(folder / CHECKPOINTS)
+        if not name:
+            raise UserError(f"{folder}: no intact checkpoint ({fault or 'there is none yet'})")
+        path = folder / CHECKPOINTS / name
+        return cls(folder, config, path, TensorReader(path / TENSORS, config.model))
+
+    @property
+    def weights_only(self) -> bool:
+        """Imported, not trained: the weights are in the types they came in."""
+        return self.reader.kinds() == {WEIGHT}
+
+    def views(self, kind: str = WEIGHT) -> dict[str, View]:
+        """Whole tensors by canonical name."""
+        views = {}
+        for name, shape in parameter_shapes(self.config.model).items():
+            views[name] = self.reader.view(name, kind)
+            if tuple(views[name].shape) != shape:
+                raise UserError(f"{self.path}: '{name}' has shape {list(views[name].shape)}, not {list(shape)}")
+        return views
+
+    def huggingface_config(self) -> Json:
+        """The config.json that the weights came with; {} where they did not."""
+        path = self.folder / HUGGINGFACE / CONFIG
+        return read_json(path) if path.is_file() else {}
+
+
+def keep_companions(source: Path, run_folder: Path) -> None:
+    """Copy configuration and tokenizer files of a checkpoint (or of another run's) beside a run's own."""
+    origin = source if is_checkpoint(source) else source / HUGGINGFACE
+    for name in COMPANIONS:
+        if (origin / name).is_file():
+            (run_folder / HUGGINGFACE).mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(origin / name, run_folder / HUGGINGFACE / name)

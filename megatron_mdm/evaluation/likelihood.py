@@ -1,0 +1,184 @@
+"""−log p(response | prompt): an upper bound by Monte Carlo for masked models, exactly for autoregressive ones.
+
+A masked model's bound on P eligible tokens (method, Section 1, for ε → 0) is ∫₀¹ E[Σ_{i masked} CE_i / t] dt, which is,
+with the noise of how many are masked integrated out,
+
+    P · E over M ~ U{1 … P} and a uniformly random set S of M positions of (1/M) Σ_{i ∈ S} CE_i.
+
+M is drawn by strata of t: M = ⌊t P⌋ + 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from pydantic import Field, field_validator
+
+from megatron_mdm.config.schema import Section
+from megatron_mdm.data.sft import Sample
+from megatron_mdm.diffusion.mask_schedule import Floats
+from megatron_mdm.diffusion.randomness import Purpose, stream
+from megatron_mdm.engine.base import Forward
+from megatron_mdm.generation.settings import SpecialIds
+from megatron_mdm.models.stages import Packet
+from megatron_mdm.parallel.collectives import fill_from_data_ranks
+from megatron_mdm.parallel.groups import ParallelContext
+from megatron_mdm.parallel.progress import progress_bar
+
+Counts = NDArray[np.int64]
+
+
+def stratified(num_eligible: int, num_times: int, generator: np.random.Generator) -> Counts:
+    """One t in each of num_times equal strata of [0, 1), independently. [num_times] in 1 … P."""
+    t = (np.arange(num_times) + generator.random(num_times)) / num_times
+    return np.minimum((t * num_eligible).astype(np.int64), num_eligible - 1) + 1
+
+
+def systematic(num_eligible: int, num_times: int, generator: np.random.Generator) -> Counts:
+    """LLaDA's: evenly spaced from one random count on, modulo P. [num_times] in 1 … P.
+
+    LLaDA rounds to the nearest count, halves to even ones, which makes even counts likelier; here fractions are cut
+    off, so that every count is as likely.
+    """
+    first = int(generator.integers(num_eligible))
+    return (first + np.arange(num_times) * num_eligible // num_times) % num_eligible + 1
+
+
+COUNTS: dict[str, Callable[[int, int, np.random.Generator], Counts]] = {
+    "stratified": stratified,
+    "systematic": systematic,
+}
+
+
+class LikelihoodConfig(Section):
+    """Autoregressive models use batch_size only. LLaDA's setting is counts=systematic num_times=128 num_repeats=1."""
+
+    num_times: int = Field(default=16, gt=0)  # mask counts per repeat
+    num_repeats: int = Field(default=4, gt=0)  # independent repeats, from which the standard error is taken
+    counts: str = "stratified"
+    batch_size: int = Field(default=32, gt=0)  # rows per forward pass and data-parallel rank
+    seed: int = 0
+
+    @field_validator("counts")
+    @classmethod
+    def _known(cls, value: str) -> str:
+        if value not in COUNTS:
+            raise ValueError(f"must be one of {', '.join(COUNTS)}")
+        return value
+
+
+class Likelihoods(NamedTuple):
+    """Of n samples, float64, the same on every rank."""
+
+    nats: Floats  # [n]: the estimate of −log p, or of its bound
+    standard_error: Floats  # [n]: of the estimate, from the masks' noise; not a number with one repeat
+    num_eligible: NDArray[np.int64]  # [n]
+
+
+def negative_log_likelihoods(
+    engine: Forward,
+    samples: Sequence[Sample],
+    config: LikelihoodConfig,
+    special: SpecialIds,
+    context: ParallelContext,
+    method: str = "masked",
+    progress: bool = True,
+) -> Likelihoods:
+    """Of each sample's eligible positions. Collective. method: how the model was trained."""
+    rows = _ROWS[method](samples, config, special)
+    num_eligible = np.array([np.count_nonzero(_learnt(sample, method)) for sample in samples], dtype=np.int64)
+    losses = _mean_losses(engine, rows, config.batch_size, special, context, progress)
+    repeats = losses.reshape(len(samples), rows.num_repeats, -1).mean(2) * num_eligible[:, None]
+    if method != "masked":
+        error = np.zeros(len(samples))
+    elif rows.num_repeats == 1:
+        error = np.full(len(samples), np.nan)
+    else:
+        error = repeats.std(1, ddof=1) / rows.num_repeats**0.5
+    return Likelihoods(repeats.mean(1), error, num_eligible)
+
+
+class _Row(NamedTuple):
+    tokens: NDArray[np.int32]  # [S]: what the model sees
+    labels: NDArray[np.int32]  # [S]
+    scored: NDArray[np.bool_]  # [S]
+
+
+class _Rows(NamedTuple):
+    """Made when they are asked for: row i is repeat and time i % per_sample of sample i // per_sample."""
+
+    lengths: NDArray[np.int64]
+    num_repeats: int
+    make: Callable[[int], _Row]
+
+
+def _masked_rows(samples: Sequence[Sample], config: LikelihoodConfig, special: SpecialIds) -> _Rows:
+    per_sample = config.num_repeats * config.num_times
+
+    def make(index: int) -> _Row:
+        sample_index, place = divmod(index, per_sample)
+        repeat, time = divmod(place, config.num_times)
+        sample = samples[sample_index]
+        places = np.flatnonzero(sample.eligible)
+        count_stream = stream(config.seed, Purpose.LIKELIHOOD, repeat, sample_index)
+        count = COUNTS[config.counts](len(places), config.num_times, count_stream)[time]
+        mask_stream = stream(config.seed, Purpose.LIKELIHOOD, config.num_repeats + place, sample_index)
+        scored = np.zeros(len(sample.tokens), dtype=np.bool_)
+        scored[mask_stream.permutation(places)[:count]] = True
+        return _Row(np.where(scored, special.mask, sample.tokens), sample.tokens, scored)
+
+    lengths = np.repeat([len(sample.tokens) for sample in samples], per_sample)
+    return _Rows(lengths, config.num_repeats, make)
+
+
+def _next_token_rows(samples: Sequence[Sample], _: LikelihoodConfig, __: SpecialIds) -> _Rows:
+    def make(index: int) -> _Row:
+        sample = samples[index]
+        scored = _learnt(sample, "autoregressive")
+        return _Row(sample.tokens, np.append(sample.tokens[1:], 0), np.append(scored[1:], False))
+
+    return _Rows(np.array([len(sample.tokens) for sample in samples]), 1, make)
+
+
+_ROWS = {"masked": _masked_rows, "autoregressive": _next_token_rows}  # by diffusion.method
+
+
+def _learnt(sample: Sample, method: str) -> NDArray[np.bool_]:
+    """[S]: the eligible positions; autoregressively, without a first token that follows none."""
+    if method == "masked":
+        return sample.eligible
+    return np.append(False, sample.eligible[1:])
+
+
+def _mean_losses(
+    engine: Forward, rows: _Rows, batch_size: int, special: SpecialIds, context: ParallelContext, progress: bool
+) -> Floats:
+    """Mean cross-entropy of each row's scored positions, in nats [number of rows], over all data-parallel ranks."""
+    order = np.argsort(rows.lengths, kind="stable")
+    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    losses = np.zeros(len(order))
+    turns = range(-(-len(batches) // context.layout.data))
+    for turn in progress_bar(turns, desc="likelihood", unit="batch", enabled=progress and context.is_main):
+        index = turn * context.layout.data + context.data_rank
+        batch = batches[min(index, len(batches) - 1)]  # ranks without work repeat the last batch, to keep step
+        (statistics,) = engine.evaluate([_packet([rows.make(row) for row in batch], special.pad)])
+        if index < len(batches):
+            losses[batch] = statistics.loss.double().cpu().numpy()
+    return fill_from_data_ranks(losses, context)
+
+
+def _packet(rows: Sequence[_Row], pad_id: int) -> Packet:
+    lengths = torch.tensor([len(row.tokens) for row in rows])
+    shape = (len(rows), int(lengths.max()))
+    tokens, labels = torch.full(shape, pad_id), torch.zeros(shape, dtype=torch.int64)
+    scored = torch.zeros(shape, dtype=torch.bool)
+    for index, row in enumerate(rows):
+        tokens[index, : len(row.tokens)] = torch.from_numpy(row.tokens)
+        labels[index, : len(row.labels)] = torch.from_numpy(row.labels)
+        scored[index, : len(row.scored)] = torch.from_numpy(row.scored)
+    weight = scored.float() / scored.sum(1, keepdim=True)
+    return Packet(tokens, lengths, scored, labels, weight, torch.ones(len(rows)))

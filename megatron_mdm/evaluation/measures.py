@@ -1,0 +1,97 @@
+"""What can be measured of a run, by name: each with its settings, its data and the lines that sum it up."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+from megatron_mdm.config.schema import RunConfig, Section
+from megatron_mdm.data.sft import read_sft
+from megatron_mdm.data.tokenizer import Tokenizer
+from megatron_mdm.evaluation.exact_match import evaluate_exact_match, read_questions
+from megatron_mdm.evaluation.likelihood import LikelihoodConfig
+from megatron_mdm.evaluation.perplexity import evaluate_choices, evaluate_perplexity, read_choices
+from megatron_mdm.evaluation.tasks import TASKS
+from megatron_mdm.generation.settings import GenerationConfig, SpecialIds
+from megatron_mdm.parallel.groups import ParallelContext
+
+Result = dict[str, Any]
+
+
+class Source(NamedTuple):
+    """What is asked: the first `limit` records of a file; 0: all."""
+
+    path: str
+    limit: int
+
+
+class Measure(NamedTuple):
+    settings: type[Section]
+    # (source, settings, run's configuration, tokenizer) → what evaluates an engine. Reading comes first, so that
+    # mistakes in the data show before a model is loaded.
+    prepare: Callable[[Source, Any, RunConfig, Tokenizer], Callable[[Any, ParallelContext], Result]]
+    summary: Callable[[Result], list[str]]
+    file: str  # the result's, in the run's folder
+    samples_file: str  # of its "samples", a line each
+
+
+def _exact_match(name: str, source: Source, settings: GenerationConfig, config: RunConfig, tokenizer: Tokenizer):
+    task, method = TASKS[name], config.diffusion.method
+    questions = read_questions(source.path, task, source.limit)
+    return lambda engine, context: evaluate_exact_match(engine, questions, task, tokenizer, settings, context, method)
+
+
+def _exact_match_summary(result: Result) -> list[str]:
+    low, high = result["interval"]
+    return [
+        f"exact match: {result['exact_match']:.2f}",
+        f"{result['num_right']} of {result['num_questions']} right, 95 % interval {low:.3f} to {high:.3f}; "
+        f"{result['mean_steps']:.1f} forward passes an answer",
+    ]
+
+
+def _perplexity(source: Source, settings: LikelihoodConfig, config: RunConfig, tokenizer: Tokenizer):
+    assert isinstance(config.model.vocab_size, int)
+    data = read_sft(source.path, tokenizer, config.data.max_length, config.data.too_long, config.model.vocab_size)
+    samples = data.samples[: source.limit or None]
+    special = SpecialIds(tokenizer.mask_id, tokenizer.pad_id, tokenizer.eos_id)
+    method = config.diffusion.method
+
+    def run(engine: Any, context: ParallelContext) -> Result:
+        result = evaluate_perplexity(engine, samples, settings, special, context, method)
+        return {**result, "num_too_long": data.num_too_long}
+
+    return run
+
+
+def _perplexity_summary(result: Result) -> list[str]:
+    error = result["standard_error"]
+    bound = f"at most {result['perplexity']:.4f}" if result["is_bound"] else f"{result['perplexity']:.4f}"
+    return [
+        f"perplexity: {bound}",
+        f"{result['nats_per_token']:.5f} nats per token, standard error {error if error is None else f'{error:.5f}'}; "
+        f"{result['num_samples']} samples, {result['num_tokens']} tokens, {result['num_too_long']} samples too long",
+    ]
+
+
+def _choices(source: Source, settings: LikelihoodConfig, config: RunConfig, tokenizer: Tokenizer):
+    questions, method = read_choices(source.path, source.limit), config.diffusion.method
+    return lambda engine, context: evaluate_choices(engine, questions, tokenizer, settings, context, method)
+
+
+def _choices_summary(result: Result) -> list[str]:
+    (low, high), (low_each, high_each) = result["interval"], result["interval_per_token"]
+    return [
+        f"accuracy: {result['accuracy']:.3f}, 95 % interval {low:.3f} to {high:.3f}",
+        f"by likelihood per token: {result['accuracy_per_token']:.3f}, {low_each:.3f} to {high_each:.3f}",
+    ]
+
+
+_ANSWERS = ("evaluation.json", "samples.jsonl")
+_CHOICES = ("multiple_choice.json", "multiple_choice_samples.jsonl")
+MEASURES: dict[str, Measure] = {
+    **{name: Measure(GenerationConfig, partial(_exact_match, name), _exact_match_summary, *_ANSWERS) for name in TASKS},
+    "perplexity": Measure(LikelihoodConfig, _perplexity, _perplexity_summary, "perplexity.json", ""),
+    "multiple_choice": Measure(LikelihoodConfig, _choices, _choices_summary, *_CHOICES),
+}

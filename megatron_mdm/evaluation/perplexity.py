@@ -1,0 +1,123 @@
+"""The perplexity of a data set's responses (for masked models, an upper bound), and multiple choice by likelihood."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from megatron_mdm.config.errors import UserError
+from megatron_mdm.data.sft import Sample, encode_prompt, read_records
+from megatron_mdm.data.tokenizer import Tokenizer
+from megatron_mdm.engine.base import Forward
+from megatron_mdm.evaluation.exact_match import wilson_interval
+from megatron_mdm.evaluation.likelihood import LikelihoodConfig, negative_log_likelihoods
+from megatron_mdm.generation.settings import SpecialIds
+from megatron_mdm.parallel.groups import ParallelContext
+
+
+def evaluate_perplexity(
+    engine: Forward,
+    samples: Sequence[Sample],
+    config: LikelihoodConfig,
+    special: SpecialIds,
+    context: ParallelContext,
+    method: str,
+) -> dict[str, Any]:
+    """exp of the mean nats per eligible token. Collective; JSON-able.
+
+    standard_error: of nats_per_token on these samples, from the masks' noise; standard_error_over_samples: from the
+    choice of samples, too (of a ratio of means, by the delta method).
+    """
+    found = negative_log_likelihoods(engine, samples, config, special, context, method)
+    total = int(found.num_eligible.sum())
+    mean = float(found.nats.sum() / total)
+    residual = found.nats - mean * found.num_eligible
+    spread = float(residual.std(ddof=1) * len(samples) ** 0.5 / total) if len(samples) > 1 else float("nan")
+    noise = float(np.sqrt(np.square(found.standard_error).sum()) / total)
+    return {
+        "perplexity": float(np.exp(mean)),
+        "is_bound": method == "masked",
+        "nats_per_token": mean,
+        "standard_error": noise if np.isfinite(noise) else None,
+        "standard_error_over_samples": spread if np.isfinite(spread) else None,
+        "num_samples": len(samples),
+        "num_tokens": total,
+        "settings": config.model_dump(mode="json"),
+    }
+
+
+class Question(NamedTuple):
+    prompt: str
+    choices: list[str]
+    answer: int
+
+
+def read_choices(path: str, limit: int) -> list[Question]:
+    """Records {"prompt" or "question", "choices": […], "answer": index}; the first `limit`, 0: all."""
+    questions = []
+    for where, record in read_records(path):
+        prompt = record.get("prompt", record.get("question"))
+        choices, answer = record.get("choices"), record.get("answer")
+        if not isinstance(prompt, str) or not isinstance(choices, list) or not all(isinstance(c, str) for c in choices):
+            raise UserError(f"{where}: expected a string 'prompt' or 'question' and a list of strings 'choices'")
+        if type(answer) is not int or not 0 <= answer < len(choices):
+            raise UserError(f"{where}: 'answer' must be the index of one of the {len(choices)} choices")
+        if not all(choices):
+            raise UserError(f"{where}: a choice is empty")
+        questions.append(Question(prompt, choices, answer))
+        if len(questions) == limit:
+            break
+    if not questions:
+        raise UserError(f"{path}: no questions")
+    return questions
+
+
+def evaluate_choices(
+    engine: Forward,
+    questions: Sequence[Question],
+    tokenizer: Tokenizer,
+    config: LikelihoodConfig,
+    context: ParallelContext,
+    method: str,
+) -> dict[str, Any]:
+    """The most likely choice, in all and per token. Collective; JSON-able."""
+    samples = [
+        continuation(encode_prompt(question.prompt, tokenizer), tokenizer.encode(choice))
+        for question in questions
+        for choice in question.choices
+    ]
+    special = SpecialIds(tokenizer.mask_id, tokenizer.pad_id, tokenizer.eos_id)
+    found = negative_log_likelihoods(engine, samples, config, special, context, method)
+    records, first = [], 0
+    for question in questions:
+        mine = slice(first, first + len(question.choices))
+        nats, per_token = found.nats[mine], found.nats[mine] / found.num_eligible[mine]
+        records.append(
+            {
+                "prompt": question.prompt,
+                "nats": nats.tolist(),
+                "predicted": int(nats.argmin()),
+                "predicted_per_token": int(per_token.argmin()),
+                "answer": question.answer,
+            }
+        )
+        first = mine.stop
+    right, per_token_right = (
+        sum(record[key] == record["answer"] for record in records) for key in ("predicted", "predicted_per_token")
+    )
+    return {
+        "accuracy": right / len(records),
+        "interval": wilson_interval(right, len(records)),
+        "accuracy_per_token": per_token_right / len(records),
+        "interval_per_token": wilson_interval(per_token_right, len(records)),
+        "num_questions": len(records),
+        "settings": config.model_dump(mode="json"),
+        "samples": records,
+    }
+
+
+def continuation(prompt_ids: list[int], response_ids: list[int]) -> Sample:
+    """A sample of which the response is scored."""
+    return Sample.of(np.array(prompt_ids + response_ids, dtype=np.int32), len(prompt_ids))

@@ -1,0 +1,120 @@
+"""A file of responses that an interrupted job can go on with."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_mdm.config.errors import UserError
+from megatron_mdm.config.files import write_atomically
+from megatron_mdm.data.sft import encode_prompt
+from megatron_mdm.data.tokenizer import Tokenizer
+from megatron_mdm.generation.generate import generate_by_turns
+from megatron_mdm.generation.settings import GenerationConfig, LogitsEngine, SpecialIds
+from megatron_mdm.parallel.collectives import gather_objects
+from megatron_mdm.parallel.groups import ParallelContext
+
+
+class AnswerFile:
+    """JSON lines {"prompt", "response", "steps"}: as they come, in FILE.partial; at the end, in the prompts'
+    order, FILE.
+
+    The partial file begins with what its responses depend on; one that was made with other settings is refused.
+    """
+
+    def __init__(self, path: Path, prompts: Sequence[str], settings: dict[str, Any], context: ParallelContext) -> None:
+        """settings: JSON-able, all that the responses depend on besides the prompts. Collective."""
+        self.path, self.partial = path, path.with_name(path.name + ".partial")
+        self.prompts, self.is_main = prompts, context.is_main
+        digest = hashlib.sha256("\0".join(prompts).encode()).hexdigest()
+        self.header = {**settings, "prompts (sha256)": digest}
+        self.records: dict[int, dict[str, Any]] = {}
+        error = ""
+        if context.is_main:
+            try:
+                self._open()
+            except UserError as problem:
+                error = str(problem)
+        first = gather_objects((sorted(self.records), error), context)[0]
+        self.done, error = first  # type: ignore[misc]
+        if error:
+            raise UserError(error)
+
+    @property
+    def missing(self) -> list[int]:
+        """Rows of the prompts that have no response yet, the same on every rank."""
+        done = set(self.done)
+        return [row for row in range(len(self.prompts)) if row not in done]
+
+    def add(self, responses: dict[int, dict[str, Any]]) -> None:
+        """Keep a record of each row. Writes on the main rank."""
+        if not self.is_main:
+            return
+        self.records.update(responses)
+        with self.partial.open("a", encoding="utf-8") as file:
+            for row, record in responses.items():
+                file.write(json.dumps({"row": row, **record}, ensure_ascii=False) + "\n")
+
+    def finish(self) -> None:
+        if not self.is_main:
+            return
+        records = ({"prompt": prompt, **self.records[row]} for row, prompt in enumerate(self.prompts))
+        write_atomically(self.path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+        self.partial.unlink()
+
+    def _open(self) -> None:
+        """Read what an interrupted job left, or begin."""
+        lines = self.partial.read_text(encoding="utf-8").splitlines() if self.partial.exists() else []
+        records = [record for record in map(_parsed, lines) if record is not None]
+        if not records:
+            self._begin()
+            return
+        header, *rest = records
+        for name in sorted(header.keys() | self.header.keys()):
+            if header.get(name) != self.header.get(name):
+                raise UserError(
+                    f"{self.partial}: begun with {name} = {header.get(name)!r}, not {self.header.get(name)!r}; go on "
+                    "with the same settings, or remove the file"
+                )
+        self.records = {record.pop("row"): record for record in rest}
+        self._begin()  # without the line that was being written when the job died
+        self.add(self.records)
+
+    def _begin(self) -> None:
+        try:
+            write_atomically(self.partial, json.dumps(self.header, ensure_ascii=False) + "\n")
+        except OSError as error:
+            raise UserError(f"{self.partial}: cannot be written ({error.strerror})") from None
+
+
+def answer_prompts(
+    file: AnswerFile,
+    engine: LogitsEngine,
+    tokenizer: Tokenizer,
+    config: GenerationConfig,
+    method: str,
+    context: ParallelContext,
+) -> None:
+    """Generate what the file lacks and finish it. Collective."""
+    if len(file.missing) < len(file.prompts) and context.is_main:
+        print(f"{file.partial}: {len(file.prompts) - len(file.missing)} responses are there already", flush=True)
+    ids = [encode_prompt(prompt, tokenizer) for prompt in file.prompts]
+    special = SpecialIds(tokenizer.mask_id, tokenizer.pad_id, tokenizer.eos_id)
+    for share in generate_by_turns(engine, ids, file.missing, config, special, context, method):
+        file.add(
+            {
+                row: {"response": tokenizer.decode(response.tokens), "steps": response.steps}
+                for row, response in share.items()
+            }
+        )
+    file.finish()
+
+
+def _parsed(line: str) -> dict[str, Any] | None:
+    try:
+        return json.loads(line)
+    except ValueError:
+        return None

@@ -1,0 +1,70 @@
+"""Left-to-right decoding of a causal model with cached keys and values: the baseline's generation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from megatron_mdm.config.errors import UserError
+from megatron_mdm.diffusion.randomness import Purpose, stream
+from megatron_mdm.engine.packets import logits_packet
+from megatron_mdm.generation.remask import gumbel_argmax
+from megatron_mdm.generation.settings import GenerationConfig, LogitsEngine, Response, SpecialIds
+from megatron_mdm.models.cache import KeyValueCache, Window
+
+
+def decode_greedily(
+    engine: LogitsEngine,
+    prompts: Sequence[Sequence[int]],
+    prompt_ids: Sequence[int],
+    config: GenerationConfig,
+    special: SpecialIds,
+    watch: Callable[[Tensor], None] | None = None,
+) -> list[Response]:
+    """One batch: each response ends with its first eos or after gen_length tokens.
+
+    The prompts are read in one forward pass; then each pass computes one position of every row, whose place differs
+    from row to row, and the cache holds what stands before it. At a temperature above 0, tokens are drawn instead; the
+    randomness is a function of (seed, prompt id, step).
+    """
+    if not all(prompts):
+        raise UserError("an autoregressive model needs at least one token to begin with; a prompt is empty")
+    lengths = torch.tensor([len(prompt) for prompt in prompts])
+    num_rows, width = len(prompts), int(lengths.max())
+    tokens = torch.full((num_rows, width), special.pad)
+    for row, prompt in enumerate(prompts):
+        tokens[row, : len(prompt)] = torch.tensor(prompt, dtype=torch.int64)
+    cache = KeyValueCache(num_rows, width + config.gen_length)
+    positions = torch.arange(width).expand(num_rows, -1)
+    last = positions == lengths[:, None] - 1
+    responses = torch.full((num_rows, config.gen_length), special.eos)
+    running = torch.ones(num_rows, dtype=torch.bool)
+    for step in range(config.gen_length):
+        window = Window(cache, positions, lengths + step)
+        logits = engine.logits(logits_packet(tokens, lengths, last), window).float()
+        logits[:, special.mask] = float("-inf")  # a mask is no answer
+        chosen = gumbel_argmax(logits, config.temperature, _uniforms(prompt_ids, step, logits.shape[1], config)).cpu()
+        responses[:, step] = torch.where(running, chosen, special.eos)
+        if watch:
+            watch(responses)
+        running &= chosen != special.eos
+        if not running.any():
+            break
+        tokens, last = responses[:, step, None], torch.ones(num_rows, 1, dtype=torch.bool)
+        positions = (lengths + step)[:, None]
+    kept = [_up_to_eos(response, special.eos) for response in responses.tolist()]
+    return [Response(response, len(response)) for response in kept]
+
+
+def _up_to_eos(response: list[int], eos: int) -> list[int]:
+    return response[: response.index(eos) + 1] if eos in response else response
+
+
+def _uniforms(prompt_ids: Sequence[int], step: int, vocab_size: int, config: GenerationConfig) -> Tensor:
+    """[R, V]; empty where nothing is drawn."""
+    if config.temperature == 0.0:
+        return torch.empty(0)
+    generators = (stream(config.seed, Purpose.GENERATION, step, prompt) for prompt in prompt_ids)
+    return torch.stack([torch.from_numpy(generator.random(vocab_size)) for generator in generators])

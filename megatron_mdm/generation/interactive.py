@@ -1,0 +1,90 @@
+"""A conversation in the terminal that shows a response as it is denoised."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterable
+from typing import TextIO
+
+from torch import Tensor
+
+from megatron_mdm.data.sft import encode_prompt
+from megatron_mdm.data.tokenizer import Tokenizer
+from megatron_mdm.generation.generate import DECODERS
+from megatron_mdm.generation.settings import GenerationConfig, LogitsEngine, SpecialIds
+from megatron_mdm.parallel.collectives import gather_objects
+from megatron_mdm.parallel.groups import ParallelContext
+
+MASK_SIGN = "▒"
+
+
+def converse(
+    engine: LogitsEngine,
+    tokenizer: Tokenizer,
+    config: GenerationConfig,
+    method: str,
+    context: ParallelContext,
+    lines: Iterable[str],
+    output: TextIO,
+) -> None:
+    """Answer each line that the main rank reads until they end. Collective: the other ranks follow it.
+
+    On a terminal the response is drawn anew after every step; elsewhere only its end is written.
+    """
+    special = SpecialIds(tokenizer.mask_id, tokenizer.pad_id, tokenizer.eos_id)
+    source = iter(lines)
+    for turn in range(2**31):
+        if context.is_main and output.isatty():
+            output.write("> ")
+            output.flush()
+        prompt = gather_objects(next(source, None) if context.is_main else None, context)[0]
+        if prompt is None:
+            return
+        assert isinstance(prompt, str)
+        if not prompt.strip():
+            continue
+        screen = _Screen(tokenizer, output) if context.is_main else None
+        watch = screen.draw if screen and output.isatty() else None
+        ids = encode_prompt(prompt.strip(), tokenizer)
+        (response,) = DECODERS[method](engine, [ids], [turn], config, special, watch)
+        if screen:
+            screen.clear()
+            output.write(f"{tokenizer.decode(response.tokens)}\n")
+            output.write(f"({response.steps} forward passes)\n" if output.isatty() else "")
+            output.flush()
+
+
+class _Screen:
+    """The lines below the prompt."""
+
+    def __init__(self, tokenizer: Tokenizer, output: TextIO) -> None:
+        self.tokenizer, self.output, self.num_lines = tokenizer, output, 0
+
+    def draw(self, responses: Tensor) -> None:
+        """responses [1, gen_length]."""
+        text = partly_masked_text(responses[0].tolist(), self.tokenizer.mask_id, self.tokenizer.decode)
+        self.clear()
+        self.output.write(text + "\n")
+        self.output.flush()
+        width = max(1, shutil.get_terminal_size().columns)
+        self.num_lines = sum(-(-max(1, len(line)) // width) for line in text.split("\n"))
+
+    def clear(self) -> None:
+        if self.num_lines:
+            self.output.write(f"\x1b[{self.num_lines}A\r\x1b[J")  # up, to the left, and erase to the end
+            self.num_lines = 0
+
+
+def partly_masked_text(ids: list[int], mask_id: int, decode: Callable[[list[int]], str]) -> str:
+    """Text of what is unmasked, runs apart by spaces, with a sign for each mask."""
+    parts: list[str] = []
+    run: list[int] = []
+    for token in [*ids, mask_id]:
+        if token != mask_id:
+            run.append(token)
+            continue
+        if run:
+            parts.append(f" {decode(run)} ")
+            run = []
+        parts.append(MASK_SIGN)
+    return "".join(parts[:-1]).strip()

@@ -1,0 +1,69 @@
+"""What generation is told and what it gives: lengths, steps, rules; special ids; responses; the engine it asks."""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple, Protocol
+
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from megatron_mdm.config.schema import Section
+from megatron_mdm.generation.remask import COMMIT_SCHEDULES, REMASKING
+from megatron_mdm.models.cache import Window
+from megatron_mdm.models.stages import Packet
+
+
+class LogitsEngine(Protocol):
+    """engine.base.Engine, or engine.inference.InferenceEngine, which alone takes windows of a cache."""
+
+    def logits(self, packet: Packet, window: Window | None = None) -> Tensor: ...
+
+
+class GenerationConfig(Section):
+    """Autoregressive models use gen_length, temperature, batch_size and seed only."""
+
+    gen_length: int = Field(default=128, gt=0)  # response tokens
+    block_length: int = Field(default=32, gt=0)  # blocks are finished left to right
+    steps: int = Field(default=128, gt=0)  # denoising steps in all, shared evenly by the blocks
+    schedule: str = "linear"  # how many tokens each step of a block commits: linear (LLaDA) or cosine (MMaDA)
+    temperature: float = Field(default=0.0, ge=0.0)
+    remasking: str = "low_confidence"
+    # Parallel decoding: every step commits all candidates at least this confident, and at least one. 0: by schedule.
+    threshold: float = Field(default=0.0, ge=0.0, le=1.0)
+    cfg_scale: float = Field(default=0.0, ge=0.0)  # classifier-free guidance s: l_u + (s + 1)(l_c - l_u)
+    # forbidden: never produced; last: committed only where nothing else is left to commit
+    eos: Literal["free", "forbidden", "last"] = "free"
+    stop_at_eos: bool = False  # leave out the blocks behind an eos; the text is the same
+    # Approximate: within a block, keys and values from the pass that began it are used again. prefix: of the prompt and
+    # the finished blocks; dual: of the blocks to come, too.
+    cache: Literal["none", "prefix", "dual"] = "none"
+    batch_size: int = Field(default=16, gt=0)  # prompts per forward pass and data-parallel rank
+    seed: int = 0
+
+    @model_validator(mode="after")
+    def _consistent(self) -> GenerationConfig:
+        if self.gen_length % self.block_length:
+            raise ValueError(f"gen_length {self.gen_length} must be a multiple of block_length {self.block_length}")
+        if self.steps % self.num_blocks:
+            raise ValueError(f"steps {self.steps} must be a multiple of the {self.num_blocks} blocks")
+        for name, table in (("remasking", REMASKING), ("schedule", COMMIT_SCHEDULES)):
+            if getattr(self, name) not in table:
+                raise ValueError(f"{name} must be one of {', '.join(table)}")
+        if self.threshold and self.remasking != "low_confidence":
+            raise ValueError("threshold compares confidences; it needs remasking low_confidence")
+        return self
+
+    @property
+    def num_blocks(self) -> int:
+        return self.gen_length // self.block_length
+
+
+class SpecialIds(NamedTuple):
+    mask: int
+    pad: int
+    eos: int = -1  # −1: none
+
+
+class Response(NamedTuple):
+    tokens: list[int]
+    steps: int  # forward passes until the last of them was chosen

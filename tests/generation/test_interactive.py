@@ -1,0 +1,65 @@
+"""The conversation in a terminal."""
+
+from __future__ import annotations
+
+import io
+
+import torch
+
+from megatron_mdm.data.tokenizer import Tokenizer
+from megatron_mdm.generation.interactive import converse, partly_masked_text
+from megatron_mdm.generation.settings import GenerationConfig
+from megatron_mdm.models.stages import Packet
+from tests.ranks import run_ranks
+from tests.small import EOS, MASK, PAD, VOCAB
+
+
+class Words:
+    num_ids = MASK
+
+    def encode(self, text: str) -> list[int]:
+        return [10 + len(word) for word in text.split()]
+
+    def decode(self, ids: list[int]) -> str:
+        return " ".join(f"w{token}" for token in ids)
+
+
+class FixedLogits:
+    """Every position's token is its place."""
+
+    def logits(self, packet: Packet) -> torch.Tensor:
+        positions = packet.selected.nonzero()[:, 1]
+        return torch.nn.functional.one_hot(positions + 2, VOCAB).float()
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def conversation() -> tuple[str, str]:
+    """What is written to a terminal and to a file."""
+    from megatron_mdm.parallel.groups import initialize
+
+    context, tokenizer = initialize(1), Tokenizer(Words(), VOCAB, MASK, PAD, EOS)
+    config = GenerationConfig(gen_length=4, block_length=2, steps=4)
+    terminal, file = Terminal(), io.StringIO()
+    for output in (terminal, file):
+        lines = ["two words\n", "\n", "one\n"]
+        converse(FixedLogits(), tokenizer, config, "masked", context, lines, output)
+    return terminal.getvalue(), file.getvalue()
+
+
+def test_each_line_is_answered_and_the_denoising_shown() -> None:
+    terminal, file = run_ranks(conversation, 1)[0]
+    assert file == "w4 w5 w6 w7\nw3 w4 w5 w6\n"
+    first, second = terminal.split("(4 forward passes)")[:2]
+    for shown in (first, second):
+        assert shown.count("▒") == 3 + 2 + 1  # one token a step
+        assert shown.count("\x1b[1A") == 4  # each drawing erases the one before
+    assert first.endswith("w4 w5 w6 w7\n")
+
+
+def test_masks_between_words() -> None:
+    assert partly_masked_text([5, MASK, MASK, 6, 7], MASK, Words().decode) == "w5 ▒▒ w6 w7"
+    assert partly_masked_text([MASK, MASK], MASK, Words().decode) == "▒▒"

@@ -1,0 +1,107 @@
+"""The autoregressive baseline: what is scored, on any layout, and what it refuses."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_mdm.config.errors import UserError
+from megatron_mdm.config.schema import EvaluationConfig, RunConfig
+from megatron_mdm.config.validate import validate
+from megatron_mdm.diffusion.autoregressive import next_tokens
+from megatron_mdm.diffusion.noiser import CleanBatch
+from megatron_mdm.diffusion.objective import NORMALIZATIONS, GlobalBatch
+from tests.ranks import run_ranks
+from tests.small import small_config, write_ids
+
+METHOD = {"method": "autoregressive"}
+NOT_FOR_IT = {"sampler": "ppots", "views": 2, "strata": "sqrt"}
+
+
+def trained(config: RunConfig) -> dict[str, Any]:
+    """On a rank: 8 steps' losses and gradient norms, the last step's per-sample losses, the validation loss."""
+    from megatron_mdm.checkpoint.load import restored_engine
+    from megatron_mdm.diffusion.mask_schedule import MaskSchedule
+    from megatron_mdm.evaluation.validation import VALIDATIONS
+    from megatron_mdm.parallel.groups import initialize
+    from megatron_mdm.training import inputs, run
+
+    config, data = inputs.resolve(config)
+    assert config.model.attention == "causal"
+    context = initialize(config.parallel.tensor, config.parallel.pipeline)
+    engine = restored_engine(None, config, context, 0)
+    trainer = run.build_trainer(config, data, engine, None, context)
+    steps = [trainer.train_step(step) for step in range(8)]
+    validation = VALIDATIONS[config.diffusion.method](
+        data.train, EvaluationConfig(num_samples=7), MaskSchedule(1e-3), data.special_ids, 3, context
+    )
+    return {
+        "losses": [step.loss for step in steps],
+        "grad_norms": [step.grad_norm for step in steps],
+        "sample_loss": steps[-1].sample_loss,
+        "validation": validation(engine),
+    }
+
+
+def test_positions_before_eligible_tokens_are_scored() -> None:
+    batch = CleanBatch(
+        tokens=torch.tensor([[5, 6, 7, 8], [9, 3, 4, 0]]),
+        eligible=torch.tensor([[False, False, True, True], [True, True, True, False]]),
+        delimiters=torch.zeros(2, 4, dtype=torch.bool),
+        lengths=torch.tensor([4, 3]),
+        positions=torch.arange(2),
+        sample_ids=torch.arange(2),
+    )
+    scored = next_tokens(batch)
+    assert scored.noisy.tolist() == batch.tokens.tolist()
+    assert scored.masked.tolist() == [[False, True, True, False], [True, True, False, False]]
+    assert scored.clean.tokens[scored.masked].tolist() == [7, 8, 3, 4]
+    weights = NORMALIZATIONS["sample"](scored, GlobalBatch(2, 5))
+    assert weights.token[scored.masked].tolist() == [0.5] * 4  # 1/P
+    assert weights.row.tolist() == [0.5, 0.5]
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("autoregressive")
+    write_ids(folder / "train.jsonl", 24)
+    return folder, run_ranks(trained, 1, small_config(folder, diffusion=METHOD, parallel={"zero": 0}))[0]
+
+
+@pytest.mark.parametrize(
+    ("num_ranks", "parallel"),
+    [(2, {"zero": 3}), (4, {"tensor": 2, "pipeline": 2, "sequence": True, "zero": 1, "recompute": "full"})],
+    ids=str,
+)
+def test_every_layout_trains_alike(
+    num_ranks: int, parallel: dict[str, Any], reference: tuple[Path, dict[str, Any]]
+) -> None:
+    folder, expected = reference
+    for result in run_ranks(trained, num_ranks, small_config(folder, diffusion=METHOD, parallel=parallel)):
+        np.testing.assert_allclose(result["losses"], expected["losses"], rtol=1e-5)
+        np.testing.assert_allclose(result["grad_norms"], expected["grad_norms"], rtol=1e-4)
+        np.testing.assert_allclose(result["sample_loss"], expected["sample_loss"], rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(result["validation"], expected["validation"], rtol=1e-5)
+
+
+def test_it_learns_and_its_only_noise_is_the_data(reference: tuple[Path, dict[str, Any]]) -> None:
+    _, expected = reference
+    assert np.mean(expected["losses"][-2:]) < np.mean(expected["losses"][:2])
+    assert expected["losses"][-1] == pytest.approx(expected["sample_loss"].mean(), rel=1e-6)
+
+
+@pytest.mark.parametrize("name", NOT_FOR_IT)
+def test_settings_of_noise_are_refused(name: str, tmp_path: Path) -> None:
+    config = small_config(tmp_path, diffusion={**METHOD, name: NOT_FOR_IT[name]})
+    with pytest.raises(UserError, match=f"'diffusion.{name}'.*no meaning"):
+        validate(config, 1)
+
+
+def test_causal_attention_needs_the_method(tmp_path: Path) -> None:
+    config = small_config(tmp_path, model={"attention": "causal"})
+    with pytest.raises(UserError, match=r"model\.attention.*autoregressive"):
+        validate(config, 1)

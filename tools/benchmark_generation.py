@@ -1,0 +1,88 @@
+"""Ways of decoding, side by side: a run's answers to the same questions with each, timed in interleaved repeats.
+
+python tools/benchmark_generation.py --run-dir runs/quickstart --data runs/quickstart_data/test.jsonl \\
+    gen_length=16 block_length=8 steps=16 batch_size=64
+
+Prints for each way the exact-match score, the share of responses equal to exact decoding's, forward passes an answer,
+and the speed-up over exact decoding: the ratio of the medians of seconds. One process; on a CPU its own CPU seconds,
+which other processes of the machine disturb less than the clock.
+"""
+
+import argparse
+import statistics
+import time
+from pathlib import Path
+
+from megatron_mdm.parallel import platform
+
+platform.quiet_libraries()
+
+from megatron_mdm.checkpoint.load import load_for_inference, run_config  # noqa: E402
+from megatron_mdm.config.load import load_section  # noqa: E402
+from megatron_mdm.data.sft import encode_prompt  # noqa: E402
+from megatron_mdm.data.tokenizer import load_tokenizer  # noqa: E402
+from megatron_mdm.evaluation.exact_match import read_questions  # noqa: E402
+from megatron_mdm.evaluation.tasks import TASKS  # noqa: E402
+from megatron_mdm.generation.generate import generate  # noqa: E402
+from megatron_mdm.generation.settings import GenerationConfig, SpecialIds  # noqa: E402
+from megatron_mdm.parallel.groups import initialize  # noqa: E402
+from megatron_mdm.parallel.program import run_program  # noqa: E402
+
+WAYS = {  # changes of the settings on the command line
+    "exact": {},
+    "half the steps": None,
+    "stop at eos": {"stop_at_eos": True},
+    "threshold 0.95": {"threshold": 0.95},
+    "threshold 0.9": {"threshold": 0.9},
+    "threshold 0.8": {"threshold": 0.8},
+    "prefix cache": {"cache": "prefix"},
+    "dual cache": {"cache": "dual"},
+    "prefix cache, threshold 0.9": {"cache": "prefix", "threshold": 0.9},
+    "dual cache, threshold 0.9, stop at eos": {"cache": "dual", "threshold": 0.9, "stop_at_eos": True},
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run-dir", required=True, type=Path)
+    parser.add_argument("--data", required=True)
+    parser.add_argument("--task", choices=sorted(TASKS), default="gsm8k")
+    parser.add_argument("--limit", type=int, default=0)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("generation", nargs="*", metavar="key=value")
+    arguments = parser.parse_intermixed_args()
+
+    base = load_section(GenerationConfig, arguments.generation)
+    task = TASKS[arguments.task]
+    questions = read_questions(arguments.data, task, arguments.limit)
+    config = run_config(arguments.run_dir, 1)
+    tokenizer, context = load_tokenizer(config.data), initialize(1)
+    special = SpecialIds(tokenizer.mask_id, tokenizer.pad_id, tokenizer.eos_id)
+    engine = load_for_inference(arguments.run_dir, config, context)
+    prompts = [encode_prompt(prompt, tokenizer) for prompt, _ in questions]
+    clock = time.perf_counter if platform.is_cuda() else time.process_time
+    seconds: dict[str, list[float]] = {name: [] for name in WAYS}
+    responses = {}
+    for repeat in range(arguments.repeats + 1):  # the first warms up
+        for name, changes in WAYS.items():
+            settings = base.model_copy(update={"steps": base.steps // 2} if changes is None else changes)
+            began = clock()
+            responses[name] = generate(engine, prompts, settings, special, context)
+            if repeat:
+                seconds[name].append(clock() - began)
+    texts = {name: [tokenizer.decode(r.tokens) for r in found] for name, found in responses.items()}
+    print(f"{len(prompts)} questions, {base.gen_length} tokens in blocks of {base.block_length}, {base.steps} steps")
+    print(f"{'':40s}{'score':>8s}{'same text':>11s}{'passes':>9s}{'seconds':>9s}{'speed-up':>10s}")
+    for name in WAYS:
+        right = sum(task.extract(text) == answer for text, (_, answer) in zip(texts[name], questions))
+        same = sum(ours == theirs for ours, theirs in zip(texts[name], texts["exact"]))
+        passes = sum(response.steps for response in responses[name]) / len(prompts)
+        median = statistics.median(seconds[name])
+        speedup = statistics.median(seconds["exact"]) / median
+        print(
+            f"{name:40s}{right / len(prompts):8.3f}{same / len(prompts):11.3f}{passes:9.2f}{median:9.2f}{speedup:9.2f}×"
+        )
+
+
+if __name__ == "__main__":
+    run_program(main)
