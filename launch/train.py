@@ -1,13 +1,14 @@
 """Train a masked diffusion model: torchrun --nproc-per-node N launch/train.py --config FILE [section.key=value …]"""
 
 import argparse
+import sys
 
 from megatron_mdm.parallel import platform
 
 platform.quiet_libraries()
 
 from megatron_mdm.config.load import load_config  # noqa: E402
-from megatron_mdm.config.validate import validate  # noqa: E402
+from megatron_mdm.config.validate import validate, warnings  # noqa: E402
 from megatron_mdm.parallel.groups import initialize, world_size_from_environment  # noqa: E402
 from megatron_mdm.parallel.program import run_program  # noqa: E402
 from megatron_mdm.training.dry_run import describe  # noqa: E402
@@ -39,6 +40,8 @@ def main() -> None:
         check_layout(config, data, context)
         return
     if context.is_main:
+        for line in warnings(config):
+            print(f"warning: {line}", file=sys.stderr)
         print(f"{description}\n{describe_data(data, config)}", flush=True)
     summary = train_run(config, data, context, StartMode(arguments.resume, arguments.overwrite))
     if context.is_main:

@@ -47,7 +47,9 @@ class TabulatedSampler:
         density = np.asarray(cell_density, dtype=np.float64)
         if density.ndim != 1 or not np.isfinite(density).all() or (density <= 0).any():
             raise ValueError("a tabulated density must be one-dimensional, finite and positive")
-        self.cell_density = density / density.mean()
+        mean = density.mean()
+        # What is normalised already stays as it is, to the last bit: a resumed run draws the same t.
+        self.cell_density = density if abs(mean - 1.0) < 1e-12 else density / mean
         self.cumulative = np.concatenate([[0.0], np.cumsum(self.cell_density) / len(density)])
         self.cumulative[-1] = 1.0
 
