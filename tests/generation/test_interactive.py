@@ -6,6 +6,7 @@ import io
 
 import torch
 
+from megatron_mdm.data.templates import TEMPLATES
 from megatron_mdm.data.tokenizer import Tokenizer
 from megatron_mdm.generation.interactive import converse, partly_masked_text
 from megatron_mdm.generation.settings import GenerationConfig
@@ -41,7 +42,7 @@ def conversation() -> tuple[str, str]:
     """What is written to a terminal and to a file."""
     from megatron_mdm.parallel.groups import initialize
 
-    context, tokenizer = initialize(1), Tokenizer(Words(), VOCAB, MASK, PAD, EOS)
+    context, tokenizer = initialize(1), Tokenizer(Words(), VOCAB, MASK, PAD, EOS, TEMPLATES["plain"](""))
     config = GenerationConfig(gen_length=4, block_length=2, steps=4)
     terminal, file = Terminal(), io.StringIO()
     for output in (terminal, file):

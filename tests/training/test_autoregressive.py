@@ -65,6 +65,19 @@ def test_positions_before_eligible_tokens_are_scored() -> None:
     assert weights.row.tolist() == [0.5, 0.5]
 
 
+def test_a_segment_does_not_predict_the_next() -> None:
+    batch = CleanBatch(
+        tokens=torch.tensor([[5, 6, 7, 8, 9]]),
+        eligible=torch.ones(1, 5, dtype=torch.bool),
+        delimiters=torch.zeros(1, 5, dtype=torch.bool),
+        lengths=torch.tensor([5]),
+        positions=torch.arange(1),
+        sample_ids=torch.arange(1),
+        segments=torch.tensor([[2, 3, 0]]),
+    )
+    assert next_tokens(batch).masked.tolist() == [[True, False, True, True, False]]
+
+
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     folder = tmp_path_factory.mktemp("autoregressive")
