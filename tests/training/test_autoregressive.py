@@ -86,15 +86,20 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str,
 
 
 @pytest.mark.parametrize(
-    ("num_ranks", "parallel"),
-    [(2, {"zero": 3}), (4, {"tensor": 2, "pipeline": 2, "sequence": True, "zero": 1, "recompute": "full"})],
+    ("num_ranks", "parallel", "mode"),
+    [
+        (2, {"zero": 3}, "bucketed"),
+        (2, {"zero": 1}, "packed"),
+        (4, {"tensor": 2, "pipeline": 2, "sequence": True, "zero": 1, "recompute": "full"}, "bucketed"),
+    ],
     ids=str,
 )
 def test_every_layout_trains_alike(
-    num_ranks: int, parallel: dict[str, Any], reference: tuple[Path, dict[str, Any]]
+    num_ranks: int, parallel: dict[str, Any], mode: str, reference: tuple[Path, dict[str, Any]]
 ) -> None:
     folder, expected = reference
-    for result in run_ranks(trained, num_ranks, small_config(folder, diffusion=METHOD, parallel=parallel)):
+    config = small_config(folder, diffusion=METHOD, parallel=parallel, batch={"mode": mode})
+    for result in run_ranks(trained, num_ranks, config):
         np.testing.assert_allclose(result["losses"], expected["losses"], rtol=1e-5)
         np.testing.assert_allclose(result["grad_norms"], expected["grad_norms"], rtol=1e-4)
         np.testing.assert_allclose(result["sample_loss"], expected["sample_loss"], rtol=1e-4, atol=1e-5)
