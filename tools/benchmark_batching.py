@@ -9,6 +9,8 @@ backward, clipping, AdamW. Every mode trains on the same global batches. Runs on
 from __future__ import annotations
 
 import argparse
+import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,13 +26,16 @@ from benchmark_measure import compare, interleaved, machine_info  # noqa: E402
 from megatron_mdm.config.files import write_json  # noqa: E402
 from megatron_mdm.config.schema import RunConfig  # noqa: E402
 from megatron_mdm.data.batching import computed_tokens, cut  # noqa: E402
+from megatron_mdm.diffusion.objective import NORMALIZATIONS  # noqa: E402
 from megatron_mdm.engine.build import build_engine, from_scratch  # noqa: E402
+from megatron_mdm.engine.packets import loss_packet  # noqa: E402
 from megatron_mdm.parallel.groups import initialize  # noqa: E402
 from megatron_mdm.parallel.program import run_program  # noqa: E402
 from megatron_mdm.training.inputs import resolve  # noqa: E402
-from megatron_mdm.training.loop import Trainer  # noqa: E402
+from megatron_mdm.training.loop import StepResult, Trainer  # noqa: E402
 from megatron_mdm.training.run import build_trainer  # noqa: E402
 
+CLOCKS = {"wall": time.monotonic, "cpu": time.process_time}  # cpu: with one thread, on a machine that others use, too
 TARGET = 1.4  # useful tokens per second, packed or bucketed / padded to the batch maximum
 SAME_LOSS = {"fp32": 1e-5, "bf16": 2e-2}  # relative, of the first step
 
@@ -62,16 +67,39 @@ def configuration(arguments: argparse.Namespace, batch: dict[str, Any]) -> RunCo
 
 
 def trainers(arguments: argparse.Namespace) -> dict[str, Trainer]:
-    """One for each mode, each with its own copy of the model."""
+    """One for each mode; all share an engine."""
     base, data = resolve(configuration(arguments, {}))
     context = initialize(1, 1)
     torch.set_num_threads(arguments.threads)
-    result = {}
+    engine = build_engine(base, context, from_scratch)
+    result: dict[str, Trainer] = {}
     for mode in ("padded", "bucketed", "packed"):
-        batch = configuration(arguments, {"mode": mode}).batch
-        config = base.model_copy(update={"batch": batch})
-        result[mode] = build_trainer(config, data, build_engine(config, context, from_scratch), None, context)
+        config = base.model_copy(update={"batch": configuration(arguments, {"mode": mode}).batch})
+        result[mode] = build_trainer(config, data, engine, None, context)
     return result
+
+
+def step_of(trainer: Trainer) -> Callable[[int], StepResult]:
+    def train_step(step: int) -> StepResult:
+        trainer.engine.pack = trainer.config.batch.mode == "packed"
+        return trainer.train_step(step)
+
+    return train_step
+
+
+def check_losses(modes: dict[str, Trainer], tolerance: float) -> None:
+    """The same micro-batches' losses without a step in between, whatever the mode."""
+    losses = {}
+    for mode, trainer in modes.items():
+        trainer.engine.pack = mode == "packed"
+        batch = trainer.loader.batch(0)
+        noised = [trainer.noiser(micro_batch, 0) for micro_batch in batch.micro_batches]
+        normalize = NORMALIZATIONS[trainer.config.diffusion.normalization]
+        weights = [normalize(micro, batch.global_batch) for micro in noised]
+        rows = trainer.engine.evaluate([loss_packet(*pair) for pair in zip(noised, weights)])
+        losses[mode] = sum(float((row.loss * weight.row).sum()) for row, weight in zip(rows, weights))
+    for loss in losses.values():
+        assert abs(loss / losses["padded"] - 1) < tolerance, losses
 
 
 def efficiency(trainer: Trainer, num_steps: int) -> float:
@@ -90,21 +118,20 @@ def main() -> None:
     parser.add_argument("--data", required=True, help="JSONL of samples, as in training")
     parser.add_argument("--tokenizer", required=True)
     parser.add_argument("--eos", default="</s>", help="the tokenizer's end token")
-    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--hidden", type=int, default=512)
     parser.add_argument("--global-size", type=int, default=32)
     parser.add_argument("--micro-size", type=int, default=8)
     parser.add_argument("--dtype", default="bf16", choices=list(SAME_LOSS))
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--clock", default="wall", choices=list(CLOCKS), help="cpu: the process's own time")
     parser.add_argument("--output", default="", help="JSON file for the results")
     arguments = parser.parse_args()
     modes = trainers(arguments)
-    first = {mode: trainer.train_step(0) for mode, trainer in modes.items()}
-    for mode, result in first.items():
-        assert abs(result.loss / first["padded"].loss - 1) < SAME_LOSS[arguments.dtype], (mode, result.loss)
-    steps = {mode: trainer.train_step for mode, trainer in modes.items()}
-    seconds = interleaved(steps, arguments.repeats, "batching")
+    check_losses(modes, SAME_LOSS[arguments.dtype])
+    steps = {mode: step_of(trainer) for mode, trainer in modes.items()}
+    seconds = interleaved(steps, arguments.repeats, "batching", CLOCKS[arguments.clock])
     tokens = [modes["padded"].loader.batch(2 + step).num_tokens for step in range(arguments.repeats)]
     rows: dict[str, Any] = {}
     ratio = partial(compare, slow=seconds["padded"], bound=">=")

@@ -84,11 +84,18 @@ class Method:
     multisample: int = 1
     strata: str = "none"
     masking: str = "bernoulli"
-    isad: bool = False
+    isad: bool = False  # two delimiters in each response
+    syrm: bool = False  # every tenth token of the prompt is syntax
 
     def diffusion(self) -> DiffusionConfig:
-        fields = {key: value for key, value in vars(self).items() if key != "isad"}
+        fields = {key: value for key, value in vars(self).items() if key not in ("isad", "syrm")}
         return DiffusionConfig(**fields, isad={"delimiters": [NUM_SPECIAL]} if self.isad else {})
+
+    def marked(self, sample: Sample) -> Sample:
+        """The sample as ISAD or SyRM would have marked it."""
+        place, length = np.arange(len(sample.tokens)), len(sample.tokens)
+        delimiters = (place == length - 3) | (place == length - 4) if self.isad else sample.delimiters
+        return sample._replace(delimiters=delimiters, eligible=sample.eligible | (self.syrm & (place % 10 == 0)))
 
     @property
     def rows_per_sample(self) -> int:
@@ -149,7 +156,7 @@ def trainer(
     """
     batch = config.batch
     loader = TrainLoader(
-        data,
+        data.with_samples([method.marked(sample) for sample in data.samples]),
         batch=batch.model_copy(update={"micro_size": max(1, batch.micro_size // method.rows_per_sample)}),
         views=method.rows_per_sample,
         data_rank=context.data_rank,

@@ -23,16 +23,21 @@ _OF_THE_JOB = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16", "amx_tile")
 
 
-def interleaved(variants: dict[str, Callable[[int], Any]], repeats: int, what: str) -> dict[str, list[float]]:
+def interleaved(
+    variants: dict[str, Callable[[int], Any]],
+    repeats: int,
+    what: str,
+    clock: Callable[[], float] = time.monotonic,
+) -> dict[str, list[float]]:
     """Seconds of each variant's steps. A round runs every variant's step of the same number, beginning with another
     variant each time; the first rounds are warm-up and are left out."""
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     order = list(variants)
     for step in progress_bar(range(NUM_WARM_UPS + repeats), desc=what, unit="round"):
         for name in order[step % len(order) :] + order[: step % len(order)]:
-            began = time.monotonic()
+            began = clock()
             variants[name](1 + step)  # step 0 was the comparison of losses
-            elapsed = time.monotonic() - began
+            elapsed = clock() - began
             if step >= NUM_WARM_UPS:
                 seconds[name].append(elapsed)
     return seconds

@@ -16,10 +16,12 @@ from benchmark_head import head_suite
 from benchmark_measure import compare, interleaved, peak_memory, report_memory, resident_mib
 
 from megatron_mdm.config.errors import UserError
+from megatron_mdm.diffusion.control_variate import BinwiseControlVariate
+from megatron_mdm.diffusion.moments import MomentSums
 from megatron_mdm.engine.build import build_engine, from_scratch
 from megatron_mdm.parallel import platform
 from megatron_mdm.parallel.groups import ParallelContext
-from megatron_mdm.training.loop import Trainer
+from megatron_mdm.training.loop import StepResult, Trainer
 
 LOSS_TOLERANCE = 1e-5  # relative, fp32
 NUM_MEMORY_STEPS = 3
@@ -49,6 +51,14 @@ METHODS = {
     "P-POTS + MIRROR": (Method(sampler="ppots", views=2), 2.05),
     "MIRROR": (Method(views=2), 2.05),
     "strata": (Method(strata="sqrt"), 1.02),
+    "exact count": (Method(masking="exact_count"), 1.02),
+    "exact count + MIRROR": (Method(masking="exact_count", views=2), 2.05),
+    "MultiSample-2": (Method(multisample=2), 2.05),
+    "clipped": (Method(sampler="clipped"), 1.02),
+    "ISAD": (Method(isad=True), 1.02),
+    "SyRM": (Method(syrm=True), 1.02),
+    "EMA": (Method(), 1.02),
+    "re-fitting": (Method(sampler="ppots"), 1.02),
 }
 
 
@@ -180,8 +190,10 @@ def method(bench: Bench) -> Iterator[dict[str, Any]]:
     uniform but has mean 1/2, so that as many masked rows reach the head; methods share each step's quantiles."""
     case = bench.size(quickstart_case("bf16" if platform.multiplies_bf16() else "fp32"))
     trainers = dict(zip(METHODS, bench.ours(case, None, [method for method, _ in METHODS.values()])))
-    variants = {name: ours.train_step for name, ours in trainers.items()}
-    seconds = interleaved(variants, bench.repeats(15), "method")
+    variants: dict[str, Callable[[int], Any]] = {name: ours.train_step for name, ours in trainers.items()}
+    variants["EMA"] = _watched(trainers["EMA"], _ema)
+    variants["re-fitting"] = _watched(trainers["re-fitting"], _collect_moments)
+    seconds = interleaved(variants, bench.repeats(25), "method")
     result = record(case, seconds)
     result["note"] = "P-POTS with p(t) = 1 + 0.5 cos(2 pi t): mean t 1/2, as many masked rows as the standard method"
     result["ratios"] = [
@@ -190,6 +202,32 @@ def method(bench: Bench) -> Iterator[dict[str, Any]]:
         if name != "standard"
     ]
     yield result
+
+
+def _watched(trainer: Trainer, watch: Callable[[StepResult, dict[str, Any]], None]) -> Callable[[int], StepResult]:
+    """A step with what a hook of the method does after it."""
+    memory: dict[str, Any] = {}
+
+    def step(index: int) -> StepResult:
+        result = trainer.train_step(index)
+        watch(result, memory)
+        return result
+
+    return step
+
+
+def _ema(result: StepResult, memory: dict[str, Any]) -> None:
+    variate = memory.setdefault("variate", BinwiseControlVariate.new(10, 0.01))
+    variate.adjusted(result.t, result.sample_loss)
+    variate.update(result.t, result.sample_loss)
+    variate.state()
+
+
+def _collect_moments(result: StepResult, memory: dict[str, Any]) -> None:
+    """Every step of re-fitting but the fit itself."""
+    sums = MomentSums.of(result.moments, 70)
+    memory["sums"] = memory.get("sums", sums).plus(sums, 0.99)
+    memory["sums"].sums.tolist()
 
 
 def record(case: Case, seconds: dict[str, list[float]]) -> dict[str, Any]:

@@ -75,6 +75,9 @@ def task(arguments: argparse.Namespace) -> None:
 
 
 def inspect(arguments: argparse.Namespace) -> None:
+    from megatron_mdm.parallel import platform
+
+    platform.quiet_libraries()
     from prepare_data_inspect import inspect_data
 
     inspect_data(arguments)

@@ -100,7 +100,7 @@ def _batching(config: RunConfig, data: Dataset, mode: str) -> dict[str, float]:
 def length_figure(data: Dataset) -> Figure:
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
-    bins = np.histogram_bin_edges(data.lengths(), bins=40)
+    bins = np.histogram_bin_edges(np.concatenate([data.lengths(), data.num_eligible()]), bins=40)
     axes.hist(data.lengths(), bins=bins, alpha=0.6, label="tokens")
     axes.hist(data.num_eligible(), bins=bins, alpha=0.6, label="eligible tokens")
     axes.set(xlabel="tokens of a sample", ylabel="samples")

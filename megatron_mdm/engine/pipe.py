@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import io
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 
 import deepspeed
 import torch
@@ -32,11 +31,8 @@ class PipeEngine:
     def __init__(self, config: RunConfig, context: ParallelContext, load: Callable[[nn.Module], None]) -> None:
         """load: called with this rank's stages before the optimizer takes its master weights from them."""
         self.context, self.layout, self.model = context, context.layout, config.model
-        self._prepared = partial(
-            prepared,
-            pack=config.batch.mode == "packed",
-            multiple=config.parallel.tensor if config.parallel.sequence else 1,
-        )
+        self.sequence_multiple = config.parallel.tensor if config.parallel.sequence else 1
+        self.pack = config.batch.mode == "packed"
         module = _Stages(config, context, self._score)
         load(module)
         self.engine, *_ = deepspeed.initialize(
@@ -87,7 +83,7 @@ class PipeEngine:
         self.engine.eval_batch(_batches(packets), num_micro_batches=len(packets), reduce_output=None, bcast_loss=False)
 
     def _prepare(self, packets: Sequence[Packet]) -> list[Packet]:
-        return [self._prepared(packet).to_device() for packet in packets]
+        return [prepared(packet, pack=self.pack, multiple=self.sequence_multiple).to_device() for packet in packets]
 
     def _score(self, state: tuple[Tensor, Tensor], targets: tuple[Tensor, ...]) -> Tensor:
         """The last stage's loss function: keeps the packet's answer, returns the total to differentiate."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 
 import deepspeed
 import torch
@@ -25,11 +24,8 @@ class ZeroEngine:
     def __init__(self, config: RunConfig, context: ParallelContext, load: Callable[[nn.Module], None]) -> None:
         """load: called with the model before the optimizer takes its master weights from it."""
         self.context = context
-        self._prepared = partial(
-            prepared,
-            pack=config.batch.mode == "packed",
-            multiple=config.parallel.tensor if config.parallel.sequence else 1,
-        )
+        self.sequence_multiple = config.parallel.tensor if config.parallel.sequence else 1
+        self.pack = config.batch.mode == "packed"
         model = build_model(config.model, config.parallel, context, config.seed)
         load(model)
         self.engine, *_ = deepspeed.initialize(
@@ -70,4 +66,4 @@ class ZeroEngine:
             return self.engine(self._prepare(packet), want_logits=True)
 
     def _prepare(self, packet: Packet) -> Packet:
-        return self._prepared(packet).to_device()
+        return prepared(packet, pack=self.pack, multiple=self.sequence_multiple).to_device()

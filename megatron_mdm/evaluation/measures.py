@@ -53,7 +53,7 @@ def _exact_match_summary(result: Result) -> list[str]:
 
 def _perplexity(source: Source, settings: LikelihoodConfig, config: RunConfig, tokenizer: Tokenizer):
     assert isinstance(config.model.vocab_size, int)
-    data = read_sft(source.path, tokenizer, config.data, config.model.vocab_size)
+    data = read_sft(source.path, tokenizer, config.data, int(config.model.vocab_size))
     samples = data.samples[: source.limit or None]
     special = SpecialIds(tokenizer.mask_id, tokenizer.pad_id, tokenizer.eos_id)
     method = config.diffusion.method

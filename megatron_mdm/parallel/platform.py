@@ -13,12 +13,15 @@ import torch
 
 
 def quiet_libraries() -> None:
-    """Keep imports of DeepSpeed and megatron-core from printing notices that no user can act on.
+    """Keep imports of DeepSpeed and megatron-core from printing notices that no user can act on, and oneDNN from
+    keeping memory.
 
     Call before importing them. DEEPSPEED_LOG_LEVEL=info brings DeepSpeed's own log back.
     """
     os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "error")
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+    # oneDNN keeps the last 1,024 shapes' bf16 products with their buffers: gigabytes, where lengths vary.
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
     warnings.filterwarnings("ignore", module=r"(megatron|deepspeed|torch\.distributed|torch\.autograd)")
     logging.getLogger("megatron").setLevel(logging.ERROR)
 

@@ -51,8 +51,8 @@ def describe(config: RunConfig, world_size: int, num_steps: int) -> str:
         [
             f"layout: {layout}, ZeRO {config.parallel.zero}, {config.precision.dtype}",
             f"model: {num_parameters(config.model) / 1e6:.2f} M parameters, vocabulary {config.model.vocab_size}",
-            f"batch: {batch.global_size} samples a step = {cut}, {batch.mode}, "
-            f"{rows} view{'s' * (rows > 1)} each; {num_steps} steps",
+            f"batch: {batch.global_size} samples a step = {cut}, "
+            f"{rows} row{'s' * (rows > 1)} each; {num_steps} steps, {batch.mode}",
             "method: autoregressive"
             if diffusion.method == "autoregressive"
             else f"method: t {diffusion.sampler}, strata {diffusion.strata}, masking {diffusion.masking}",

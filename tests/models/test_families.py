@@ -39,7 +39,7 @@ def our_logits(folders: dict[str, str], scratch: str, parallel: dict[str, Any]) 
         config = small_config(Path(scratch), model=model, parallel=parallel, batch={"global_size": 2, "micro_size": 1})
         engine = restored_engine(None, config, context, 0)
         logits[name] = engine.logits(packet).float().numpy().copy()
-        logits[name, "cross-entropy"] = engine.evaluate([scored])[0].ce_sum.numpy().copy()
+        logits[name, "cross-entropy"] = engine.evaluate([scored])[0].loss.numpy().copy()
     return logits
 
 

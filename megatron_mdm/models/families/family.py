@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -139,6 +140,4 @@ class Family:
 
 def json_text(value: Any) -> str:
     """A value as config.json spells it."""
-    import json
-
     return json.dumps(value)
