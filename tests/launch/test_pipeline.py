@@ -202,7 +202,7 @@ def test_training_with_a_named_artifact(folder: Path, trained: Path) -> None:
 def test_dry_run(folder: Path) -> None:
     output = run("launch/train.py", "--config", str(folder / "config.yaml"), "--dry-run", "--world-size", "4")
     assert "tensor 1 × pipeline 1 × data 4 = 4 ranks" in output
-    assert "16 samples a step = 4 × 4 ranks × 1 micro-batches, bucketed, 2 views each; 16 steps" in output
+    assert "16 samples a step = 4 × 4 ranks × 1 micro-batches, 2 rows each; 16 steps" in output
     assert "memory per rank" in output
 
 
