@@ -34,13 +34,16 @@ class NextTokens:
 def next_tokens(batch: CleanBatch) -> NoisedBatch:
     """Every position whose next token is eligible is scored against that token: l = (1/P) Σ_i CE_{i→i+1}.
 
-    In the result, clean holds what stands behind each position: P counts the tokens that are learnt. A sample's first
-    token follows none and is left out.
+    In the result, clean holds what stands behind each position: P counts the tokens that are learnt. The first token of
+    a sample, and of each of its segments, follows none and is left out.
     """
+    eligible = _shifted(batch.eligible)
+    if batch.segments is not None:  # the last token of a segment does not predict the next one's first
+        eligible = eligible.scatter(1, batch.segments.cumsum(1) - 1, False)
     targets = replace(
         batch,
         tokens=_shifted(batch.tokens),
-        eligible=_shifted(batch.eligible),
+        eligible=eligible,
         delimiters=_shifted(batch.delimiters),
     )
     ones = torch.ones(len(batch.tokens), dtype=torch.float64)

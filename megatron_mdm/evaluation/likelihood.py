@@ -86,12 +86,11 @@ def negative_log_likelihoods(
     special: SpecialIds,
     context: ParallelContext,
     method: str = "masked",
-    progress: bool = True,
 ) -> Likelihoods:
     """Of each sample's eligible positions. Collective. method: how the model was trained."""
     rows = _ROWS[method](samples, config, special)
     num_eligible = np.array([np.count_nonzero(_learnt(sample, method)) for sample in samples], dtype=np.int64)
-    losses = _mean_losses(engine, rows, config.batch_size, special, context, progress)
+    losses = _mean_losses(engine, rows, config.batch_size, special, context)
     repeats = losses.reshape(len(samples), rows.num_repeats, -1).mean(2) * num_eligible[:, None]
     if method != "masked":
         error = np.zeros(len(samples))
@@ -155,14 +154,14 @@ def _learnt(sample: Sample, method: str) -> NDArray[np.bool_]:
 
 
 def _mean_losses(
-    engine: Forward, rows: _Rows, batch_size: int, special: SpecialIds, context: ParallelContext, progress: bool
+    engine: Forward, rows: _Rows, batch_size: int, special: SpecialIds, context: ParallelContext
 ) -> Floats:
     """Mean cross-entropy of each row's scored positions, in nats [number of rows], over all data-parallel ranks."""
     order = np.argsort(rows.lengths, kind="stable")
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
     losses = np.zeros(len(order))
     turns = range(-(-len(batches) // context.layout.data))
-    for turn in progress_bar(turns, desc="likelihood", unit="batch", enabled=progress and context.is_main):
+    for turn in progress_bar(turns, desc="likelihood", unit="batch", enabled=context.is_main):
         index = turn * context.layout.data + context.data_rank
         batch = batches[min(index, len(batches) - 1)]  # ranks without work repeat the last batch, to keep step
         (statistics,) = engine.evaluate([_packet([rows.make(row) for row in batch], special.pad)])

@@ -10,17 +10,20 @@ from __future__ import annotations
 import numpy as np
 
 from megatron_mdm.config.schema import EvaluationConfig
+from megatron_mdm.data.collate import collate
 from megatron_mdm.data.sft import SftDataset
+from megatron_mdm.diffusion.autoregressive import next_tokens
 from megatron_mdm.diffusion.exposure import Exposures, SampleShapes, exposures
 from megatron_mdm.diffusion.mask_schedule import Floats, MaskSchedule
 from megatron_mdm.diffusion.masking import MASKING_RULES, MaskDesign
 from megatron_mdm.diffusion.moments import RowSums, group_moments
-from megatron_mdm.diffusion.objective import NORMALIZATIONS
+from megatron_mdm.diffusion.objective import NORMALIZATIONS, GlobalBatch
 from megatron_mdm.diffusion.randomness import Purpose, stream
 from megatron_mdm.engine.base import Forward
-from megatron_mdm.evaluation.likelihood import LikelihoodConfig, negative_log_likelihoods
+from megatron_mdm.engine.packets import loss_packet
 from megatron_mdm.evaluation.losses import LossMeasurement
 from megatron_mdm.generation.settings import SpecialIds
+from megatron_mdm.parallel.collectives import fill_from_data_ranks
 from megatron_mdm.parallel.groups import ParallelContext
 
 _VALIDATION_SEED = 0  # of masks and grid: not the run's seed, so that runs can be compared
@@ -79,16 +82,24 @@ class NextTokenValidation:
         context: ParallelContext,
     ) -> None:
         """schedule: not used; the signature is FixedGridValidation's."""
-        self.samples = data.samples[: config.num_samples]
-        self.settings = LikelihoodConfig(batch_size=micro_size)
-        self.special, self.context = special, context
+        self.data, self.special, self.context = data, special, context
+        rows = np.arange(min(config.num_samples, len(data)))
+        rows = rows[np.argsort(data.lengths()[rows], kind="stable")]
+        self.parts = [rows[start : start + micro_size] for start in range(0, len(rows), micro_size)]
+        self.num_samples = len(rows)
 
     def __call__(self, engine: Forward) -> float:
         """Mean over the samples, nats per learnt token. Collective; the same on every rank."""
-        found = negative_log_likelihoods(
-            engine, self.samples, self.settings, self.special, self.context, "autoregressive", progress=False
-        )
-        return float((found.nats / found.num_eligible).mean())
+        losses, ranks = np.zeros(self.num_samples), self.context.layout.data
+        for turn in range(-(-len(self.parts) // ranks)):
+            index = turn * ranks + self.context.data_rank
+            part = self.parts[min(index, len(self.parts) - 1)]  # ranks without work repeat the last, to keep step
+            batch = collate([self.data.samples[row] for row in part], part, part, self.special.pad)
+            scored = next_tokens(batch)
+            (rows,) = engine.evaluate([loss_packet(scored, NORMALIZATIONS["sample"](scored, GlobalBatch(1, 1)))])
+            if index < len(self.parts):
+                losses[part] = rows.loss.double().cpu().numpy()
+        return float(fill_from_data_ranks(losses, self.context).mean())
 
 
 VALIDATIONS = {"masked": FixedGridValidation, "autoregressive": NextTokenValidation}  # by diffusion.method

@@ -46,7 +46,7 @@ def resolve(config: RunConfig) -> tuple[RunConfig, RunData]:
     config = config.model_copy(update={"model": model, "precision": precision})
     data = config.data
     train, validation = SOURCES[data.format](config, tokenizer)
-    if causal:
+    if causal and data.format == "sft":
         _check_next_tokens(train, data.train)
     if config.diffusion.sampler == "ppots" and len(train) < 2:
         raise UserError(f"{data.train}: calibration needs at least 2 training samples")

@@ -65,6 +65,19 @@ def test_positions_before_eligible_tokens_are_scored() -> None:
     assert weights.row.tolist() == [0.5, 0.5]
 
 
+def test_a_segment_does_not_predict_the_next() -> None:
+    batch = CleanBatch(
+        tokens=torch.tensor([[5, 6, 7, 8, 9]]),
+        eligible=torch.ones(1, 5, dtype=torch.bool),
+        delimiters=torch.zeros(1, 5, dtype=torch.bool),
+        lengths=torch.tensor([5]),
+        positions=torch.arange(1),
+        sample_ids=torch.arange(1),
+        segments=torch.tensor([[2, 3, 0]]),
+    )
+    assert next_tokens(batch).masked.tolist() == [[True, False, True, True, False]]
+
+
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     folder = tmp_path_factory.mktemp("autoregressive")
@@ -73,15 +86,20 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str,
 
 
 @pytest.mark.parametrize(
-    ("num_ranks", "parallel"),
-    [(2, {"zero": 3}), (4, {"tensor": 2, "pipeline": 2, "sequence": True, "zero": 1, "recompute": "full"})],
+    ("num_ranks", "parallel", "mode"),
+    [
+        (2, {"zero": 3}, "bucketed"),
+        (2, {"zero": 1}, "packed"),
+        (4, {"tensor": 2, "pipeline": 2, "sequence": True, "zero": 1, "recompute": "full"}, "bucketed"),
+    ],
     ids=str,
 )
 def test_every_layout_trains_alike(
-    num_ranks: int, parallel: dict[str, Any], reference: tuple[Path, dict[str, Any]]
+    num_ranks: int, parallel: dict[str, Any], mode: str, reference: tuple[Path, dict[str, Any]]
 ) -> None:
     folder, expected = reference
-    for result in run_ranks(trained, num_ranks, small_config(folder, diffusion=METHOD, parallel=parallel)):
+    config = small_config(folder, diffusion=METHOD, parallel=parallel, batch={"mode": mode})
+    for result in run_ranks(trained, num_ranks, config):
         np.testing.assert_allclose(result["losses"], expected["losses"], rtol=1e-5)
         np.testing.assert_allclose(result["grad_norms"], expected["grad_norms"], rtol=1e-4)
         np.testing.assert_allclose(result["sample_loss"], expected["sample_loss"], rtol=1e-4, atol=1e-5)
