@@ -78,10 +78,14 @@ def _encode(chunk: Chunk) -> Encoded:
             bad.append(f"{chunk.path}, {chunk.unit} {number}: {error}")
         number += record.count(b"\n") + chunk.lines_between if isinstance(record, bytes) else 1
     end = [tokenizer.eos_id] if settings.end_token else []
-    parts = [np.array(ids + end, dtype=settings.dtype) for ids in tokenizer.encode_batch(texts)]
-    lengths = np.array([len(part) for part in parts], dtype=np.int64)
-    tokens = np.concatenate(parts) if parts else np.empty(0, dtype=settings.dtype)
-    return Encoded(tokens, lengths, bad, chunk.size, chunk.following)
+    tokens: list[int] = []
+    lengths: list[int] = []
+    for ids in tokenizer.encode_batch(texts):  # one array for all: an array a document costs a tenth of the time
+        tokens += ids
+        tokens += end
+        lengths.append(len(ids) + len(end))
+    arrays = np.array(tokens, dtype=settings.dtype), np.array(lengths, dtype=np.int64)
+    return Encoded(*arrays, bad, chunk.size, chunk.following)
 
 
 def _from_text(record: bytes, _: str) -> str:
