@@ -11,6 +11,7 @@ from megatron_mdm.diffusion.densities import kl_divergence
 from megatron_mdm.diffusion.moments import MomentSums
 from megatron_mdm.diffusion.noiser import Noiser
 from megatron_mdm.diffusion.t_samplers import TabulatedSampler
+from megatron_mdm.evaluation.validation import FixedGridValidation
 from megatron_mdm.training.loop import StepResult
 from megatron_mdm.training.metrics import MetricsLog
 from megatron_mdm.training.state import TrainState
@@ -74,3 +75,44 @@ class Refit:
         )
         self.noiser.use(fit.sampler)
         state.cell_density = fit.sampler.cell_density.tolist()
+
+
+class JudgeSampler:
+    """At every validation, the efficiency that the present p(t) has on the losses just validated, beside that of the
+    calibration's p(t) and of uniform t. For estimators of one Bernoulli mask, which is what validation measures. Runs
+    after Validate."""
+
+    def __init__(
+        self,
+        calibrator: Calibrator,
+        noiser: Noiser,
+        artifact: dict[str, Any],
+        validation: FixedGridValidation,
+        every: int,
+        metrics: MetricsLog,
+    ) -> None:
+        self.calibrator, self.noiser, self.validation = calibrator, noiser, validation
+        self.every, self.metrics = every, metrics
+        self.first = TabulatedSampler(np.array(artifact["cell_density"]))
+
+    def after_step(self, state: TrainState, _: StepResult) -> None:
+        if state.step % self.every == 0:
+            self._judge(state)
+
+    def after_run(self, _: TrainState) -> None:
+        pass
+
+    def _judge(self, state: TrainState) -> None:
+        moments, known = self.validation.moments()
+        settings = self.calibrator.settings.model_copy(
+            update={"estimator": "token_moments", "target": "second_moment", "density": "token_moments"}
+        )
+        judge = Calibrator(settings, known, self.calibrator.seed)
+        sums = MomentSums.of(moments, settings.num_times)
+        present = judge.judge(sums, self.noiser.sampler)
+        values = {
+            "validation_efficiency": present.of_sampler,
+            "validation_efficiency_without_refit": judge.judge(sums, self.first).of_sampler,
+            "validation_efficiency_of_uniform": present.of_uniform,
+        }
+        self.metrics.write(state.step, values)

@@ -30,7 +30,7 @@ from megatron_mdm.diffusion.t_samplers import (
     number_of_strata,
 )
 from megatron_mdm.engine.base import Engine
-from megatron_mdm.evaluation.validation import VALIDATIONS
+from megatron_mdm.evaluation.validation import VALIDATIONS, FixedGridValidation
 from megatron_mdm.parallel.collectives import barrier
 from megatron_mdm.parallel.groups import ParallelContext
 from megatron_mdm.reports.plots import calibration_figure, save_figure, training_figure
@@ -39,7 +39,7 @@ from megatron_mdm.training.hooks import AdaptiveClipping, Log, Save, Validate
 from megatron_mdm.training.inputs import RunData, total_steps
 from megatron_mdm.training.loop import Hook, Trainer
 from megatron_mdm.training.metrics import MetricsLog
-from megatron_mdm.training.refit import Refit
+from megatron_mdm.training.refit import JudgeSampler, Refit
 from megatron_mdm.training.resume import check_same_run
 from megatron_mdm.training.state import TrainState
 
@@ -205,6 +205,10 @@ def _hooks(
             context,
         )
         hooks.append(Validate(config, validation, trainer, metrics))
+        one_mask = config.diffusion.rows_per_sample == 1 and config.diffusion.masking == "bernoulli"
+        if artifact and one_mask and isinstance(validation, FixedGridValidation):
+            judged = (calibrator_of(config, data.train), trainer.noiser, artifact, validation)
+            hooks.append(JudgeSampler(*judged, config.evaluation.every, metrics))
         if config.diffusion.sampler == "clipped" and config.diffusion.clipping.bounds == "adaptive":
             hooks.append(AdaptiveClipping(config, validation, trainer.noiser, state, metrics))
     hooks.append(Save(config, store, trainer.engine, lambda: {"data": data.train.fingerprint}))

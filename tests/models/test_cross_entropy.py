@@ -43,6 +43,19 @@ def test_equals_torch(chunk: int) -> None:
     torch.testing.assert_close(head.grad, grad_head)
 
 
+def test_gradients_of_rows_are_measured_with_and_without_autograd() -> None:
+    rows, head, labels, weights = inputs()
+    expected = reference()[1].square().sum(1) / 9.0  # of 3 × the total
+    with torch.no_grad():
+        losses = weighted_cross_entropy(rows, head, labels, weights, VOCAB, row_gradients=True)
+        assert not weighted_cross_entropy(rows, head, labels, weights, VOCAB).gradient_square.any()
+    torch.testing.assert_close(losses.gradient_square, expected)
+    rows.requires_grad_()
+    torch.testing.assert_close(
+        weighted_cross_entropy(rows, head, labels, weights, VOCAB).gradient_square.detach(), expected
+    )
+
+
 def test_bf16_is_close_to_fp32() -> None:
     rows, head, labels, weights = inputs(torch.bfloat16)
     rows.requires_grad_(), head.requires_grad_()
