@@ -3,7 +3,8 @@
 python tools/calibration_study.py --run-dir runs/quickstart --output runs/calibration_study
 
 Measures losses of many groups (a sample at one t) once, 10 times the paper's 15·70·15 by default. Every seed calibrates
-on groups of its own; its density is judged by the second moment E[l² | t] of all the other groups.
+on groups of its own; its density is judged on all the other groups, twice: by the second moment E[l² | t] that they
+give (efficiency), and without any curve, by the importance-weighted losses themselves (variance over uniform t's).
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from megatron_mdm.config.schema import RunConfig  # noqa: E402
 from megatron_mdm.diffusion.calibrator import Calibrator, Efficiency, efficiency  # noqa: E402
 from megatron_mdm.diffusion.densities import DENSITIES, FitInputs, kl_divergence  # noqa: E402
 from megatron_mdm.diffusion.mask_schedule import Floats  # noqa: E402
-from megatron_mdm.diffusion.moments import MomentSums, token_moments  # noqa: E402
+from megatron_mdm.diffusion.moments import Moments, MomentSums, token_moments  # noqa: E402
 from megatron_mdm.diffusion.t_samplers import CENTRES, TSampler, UniformSampler  # noqa: E402
 from megatron_mdm.parallel.groups import initialize  # noqa: E402
 from megatron_mdm.parallel.program import run_program  # noqa: E402
@@ -70,22 +71,38 @@ def study(moments: Floats, maker: Calibrator, views: int) -> dict[str, Any]:
     num_cells, per_seed = maker.settings.num_times, LARGEST // views
     everything = MomentSums.of(moments, num_cells)
     seeds = min(NUM_SEEDS, len(moments) // per_seed - 1)
-    result: dict[str, Any] = {"forwards": list(SIZES), "variants": {name: [] for name in VARIANTS}, "floors": {}}
+    result: dict[str, Any] = {"forwards": list(SIZES), "floors": {}}
+    result |= {key: {name: [] for name in VARIANTS} for key in ("variants", "variance_over_uniform")}
     result["uniform"] = judge(everything, maker, UniformSampler()).of_uniform
     for name, changes in VARIANTS.items():
         settings = type(maker.settings).model_validate({**maker.settings.model_dump(), **changes})
         variant = Calibrator(settings, maker.exposures, maker.seed)
         for size in SIZES:
-            values = []
+            values, ratios = [], []
             for seed in range(seeds):
-                mine = moments[seed * per_seed : seed * per_seed + size // views]
+                first = seed * per_seed
+                mine = moments[first : first + size // views]
                 others = everything.plus(MomentSums(-MomentSums.of(mine, num_cells).sums))
                 fit = variant.fit(halves_of(mine, num_cells))
                 values.append(judge(others, maker, fit.sampler).of_sampler)
+                rest = np.delete(moments, np.s_[first : first + size // views], axis=0)
+                ratios.append(_variance_over_uniform(rest, fit.sampler))
                 result["floors"].setdefault(name, []).append(fit.floor)
             result["variants"][name].append(values)
-            print(f"{name}, {size:,} forwards: mean {np.mean(values):.4f}, worst {np.min(values):.4f}", flush=True)
+            result["variance_over_uniform"][name].append(ratios)
+            print(
+                f"{name}, {size:,} forwards: efficiency {np.mean(values):.4f}, worst {np.min(values):.4f}; variance "
+                f"over uniform's {np.mean(ratios):.4f}, worst {np.max(ratios):.4f}",
+                flush=True,
+            )
     return result
+
+
+def _variance_over_uniform(moments: Floats, sampler: TSampler) -> float:
+    """Var(w·l) under a sampler over Var(l) under uniform t, from losses at uniform t."""
+    t, loss = (moments[:, Moments._fields.index(name)] for name in ("t", "loss"))
+    square, mean = loss**2, loss.mean()
+    return float(((square / sampler.density(t)).mean() - mean**2) / (square.mean() - mean**2))
 
 
 def held_out_divergence(moments: Floats, maker: Calibrator) -> dict[str, float]:

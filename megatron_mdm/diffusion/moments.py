@@ -19,6 +19,7 @@ from megatron_mdm.diffusion.smoothing import log_linear_rate
 # Curves are rounded far below their statistical error: losses differ between layouts in the last bits, and a fit of
 # seven parameters would enlarge that until t itself differed.
 SIGNIFICANT_DIGITS = 4
+_LEAST_EXPOSURE = 1e-3  # of the mean over t: a sample of one token has no pairs
 
 
 class RowSums(NamedTuple):
@@ -98,6 +99,9 @@ def nested_masking_variance(moments: Floats, num_masks: int) -> Floats:
     return moments
 
 
+Curve = Callable[[Floats], Floats]
+
+
 @dataclass(frozen=True)
 class MomentSums:
     """Sums of groups' moments in N equal cells of t, (0, 1/N], (1/N, 2/N], …"""
@@ -135,14 +139,11 @@ class MomentSums:
         held = self.column("one") > 0
         return self.centres[held], self.column(name)[held] / self.column("one")[held]
 
-    def smooth_ratio(self, name: str, weight: str, t: Floats) -> Floats:
-        """A smooth, positive curve through column/weight, t [T] → [T]."""
+    def smooth_ratio(self, name: str, weight: str, t: Floats, shape: Curve) -> Floats:
+        """A smooth, positive curve through column/weight, t [T] → [T]; the fewer the losses, the closer to `shape`."""
         amounts = self.column(name)
         num_events = amounts.sum() ** 2 / self.column(f"{name}_events").sum()
-        return _rounded(log_linear_rate(self.centres, amounts, self.column(weight), num_events, t))
-
-
-Curve = Callable[[Floats], Floats]
+        return _rounded(log_linear_rate(self.centres, amounts, self.column(weight), num_events, t, shape))
 
 
 @dataclass(frozen=True)
@@ -180,19 +181,25 @@ def token_moments(sums: MomentSums, exposures: Exposures) -> MomentCurves:
         E[l² | t] = (μ₂(t) · E[Σ w²] + κ(t) · E[Σ_{i≠j} w w]) / V + κ'(t) · E[Σ_rows≠ w w'] / V²
 
     The three are smooth in t and free of 1/t; each is a ratio of sums over groups. The expectations of the weights are
-    known exactly (exposure.py), so the same formula serves every masking rule, MIRROR, repeated masks and ISAD.
+    known exactly (exposure.py), so the same formula serves every masking rule, MIRROR, repeated masks and ISAD. Where
+    losses are too few to tell, each term is taken to be the same at all t: then uniform t is the optimum, and a
+    calibration that knows little does little.
     """
     grid = np.linspace(0.0, 1.0, len(sums.sums) + 1)
 
-    def smooth(name: str, weight: str) -> Curve:
+    def smooth(name: str, weight: str, exposure: str) -> Curve:
+        def shape(t: Floats) -> Floats:
+            expected = getattr(exposures(t), exposure)
+            return 1.0 / np.maximum(expected, _LEAST_EXPOSURE * expected.mean())
+
         if not sums.column(name).any():
             return np.zeros_like
-        values = sums.smooth_ratio(name, weight, grid)
+        values = sums.smooth_ratio(name, weight, grid, shape)
         return lambda t: np.interp(t, grid, values)
 
-    token_loss = smooth("token_loss", "weight_loss")
-    squares, pairs = smooth("squares", "weight_squares"), smooth("pairs", "weight_pairs")
-    cross, gradients = smooth("cross", "weight_cross"), smooth("token_gradients", "weight_squares")
+    token_loss = smooth("token_loss", "weight_loss", "total")
+    squares, pairs = smooth("squares", "weight_squares", "squares"), smooth("pairs", "weight_pairs", "pairs")
+    cross, gradients = smooth("cross", "weight_cross", "cross"), smooth("token_gradients", "weight_squares", "squares")
 
     def second_moment(t: Floats) -> Floats:
         known = exposures(t)
