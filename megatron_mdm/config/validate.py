@@ -23,8 +23,8 @@ OWNED_DEEPSPEED_KEYS = {
 
 def validate(config: RunConfig, world_size: int) -> None:
     """Check a configuration against itself and the number of ranks. Raises UserError with the remedy."""
-    validate_layout(config, world_size)
     _check_parallel(config)
+    validate_layout(config, world_size)
     _check_method(config)
     _check_batch(config, world_size)
     _check_data(config)

@@ -163,7 +163,8 @@ def test_noise_is_a_function_of_step_and_position_alone() -> None:
     again = noiser(SAMPLERS["steep"], DESIGNS["two_pairs"], 4)
     again(batch, 3)
     for rows in ([5, 2], [0, 15, 9]):
-        part = type(batch)(*(getattr(batch, name)[rows] for name in batch.__dataclass_fields__))
+        fields = {name: value[rows] for name, value in vars(batch).items() if value is not None}
+        part = type(batch)(**fields)
         noised = again(part, 7)
         views = whole.masked.view(4, GLOBAL_SIZE, P)
         assert (noised.masked.view(4, len(rows), P) == views[:, rows]).all()
