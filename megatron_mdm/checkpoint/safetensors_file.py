@@ -30,6 +30,7 @@ NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _NOT_FINITE = {"F64": 0xFFE0 << 48, "F32": 0xFF00 << 16, "F16": 0xF800, "BF16": 0xFF00}
 _SCRATCH_ELEMENTS = 4 * 1024 * 1024  # of conversions, at a time
 _AHEAD_BYTES = 16 * 1024 * 1024
+_LINES = 256  # of a call; the system takes 1024 buffers
 _MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 
 
@@ -106,9 +107,7 @@ class StoredTensor:
             if out.is_contiguous() and out.shape[1] == num_columns:
                 self._fill(file.fileno(), out.view(-1).view(torch.uint8).numpy(), offset)
             else:
-                for line in out:
-                    self._fill(file.fileno(), line.view(torch.uint8).numpy(), offset)
-                    offset += num_columns * size
+                self._fill_lines(file.fileno(), list(out.view(torch.uint8).numpy()), offset, num_columns * size)
         if not is_finite(out):
             raise UserError(f"{self.path}: '{self.name}' holds values that are infinite or not numbers (NaN)")
 
@@ -119,6 +118,18 @@ class StoredTensor:
             self.window, start = window, self.offset + window * _AHEAD_BYTES
             stop = min(start + 2 * _AHEAD_BYTES, self.offset + math.prod(self.shape) * self.dtype.itemsize)
             os.posix_fadvise(descriptor, start, stop - start, os.POSIX_FADV_WILLNEED)
+
+    def _fill_lines(self, descriptor: int, lines: list[np.ndarray[Any, Any]], offset: int, stride: int) -> None:
+        """Parts of rows that lie a stride apart, many with one call: what lies between is read and left."""
+        between = bytearray(stride - len(lines[0]))
+        for start in range(0, len(lines), _LINES):
+            group = lines[start : start + _LINES]
+            buffers = [buffer for line in group for buffer in (line, between)][:-1]
+            expected = (len(group) - 1) * stride + len(group[0])
+            if os.preadv(descriptor, buffers, offset) != expected:
+                for number, line in enumerate(group):
+                    self._fill(descriptor, line, offset + number * stride)
+            offset += len(group) * stride
 
     def _fill(self, descriptor: int, buffer: np.ndarray[Any, np.dtype[np.uint8]], offset: int) -> None:
         view = memoryview(buffer)

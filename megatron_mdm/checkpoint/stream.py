@@ -100,7 +100,7 @@ def _write(file: OutputFile, folder: Path, workers: tuple[ThreadPoolExecutor, Th
         for data in itertools.chain([header], _blocks(file, order)):
             pending.extend(worker.submit(job, data) for worker, job in zip(workers, (digest.update, output.write)))
             _wait(pending, path, 2 * _WAITING_BLOCKS)
-            bar.update(len(data))
+            bar.update(len(data) if data is not header else 0)
         _wait(pending, path, 0)
         output.finish()
     temporary.replace(path)
