@@ -29,6 +29,8 @@ NAMES = {dtype: name for name, dtype in DTYPES.items()}
 # Bits of the exponent, without the sign bit, shifted up by one: infinities and NaNs have no less.
 _NOT_FINITE = {"F64": 0xFFE0 << 48, "F32": 0xFF00 << 16, "F16": 0xF800, "BF16": 0xFF00}
 _SCRATCH_ELEMENTS = 4 * 1024 * 1024  # of conversions, at a time
+_AHEAD_BYTES = 16 * 1024 * 1024
+_LINES = 256  # of a call; the system takes 1024 buffers
 _MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 
 
@@ -79,6 +81,7 @@ class StoredTensor:
 
     def __init__(self, path: Path, name: str, dtype: torch.dtype, shape: tuple[int, ...], offset: int) -> None:
         self.path, self.name, self.dtype, self.shape, self.offset = path, name, dtype, shape, offset
+        self.window = -1  # the last part of the file that was asked for ahead
 
     def read_into(self, out: Tensor, row: int, column: int) -> None:
         """Fill out [r, c] of any dtype on the CPU, with adjacent columns, from this row and column on.
@@ -100,14 +103,33 @@ class StoredTensor:
         size = self.dtype.itemsize
         offset = self.offset + (row * num_columns + column) * size
         with self.path.open("rb", buffering=0) as file:  # not kept open: a checkpoint may have thousands of files
+            self._read_ahead(file.fileno(), offset)
             if out.is_contiguous() and out.shape[1] == num_columns:
                 self._fill(file.fileno(), out.view(-1).view(torch.uint8).numpy(), offset)
             else:
-                for line in out:
-                    self._fill(file.fileno(), line.view(torch.uint8).numpy(), offset)
-                    offset += num_columns * size
+                self._fill_lines(file.fileno(), list(out.view(torch.uint8).numpy()), offset, num_columns * size)
         if not is_finite(out):
             raise UserError(f"{self.path}: '{self.name}' holds values that are infinite or not numbers (NaN)")
+
+    def _read_ahead(self, descriptor: int, offset: int) -> None:
+        """Let the disk work on what comes next: rows of several tensors are read in turns, which it cannot foresee."""
+        window = (offset - self.offset) // _AHEAD_BYTES
+        if window != self.window and hasattr(os, "posix_fadvise"):
+            self.window, start = window, self.offset + window * _AHEAD_BYTES
+            stop = min(start + 2 * _AHEAD_BYTES, self.offset + math.prod(self.shape) * self.dtype.itemsize)
+            os.posix_fadvise(descriptor, start, stop - start, os.POSIX_FADV_WILLNEED)
+
+    def _fill_lines(self, descriptor: int, lines: list[np.ndarray[Any, Any]], offset: int, stride: int) -> None:
+        """Parts of rows that lie a stride apart, many with one call: what lies between is read and left."""
+        between = bytearray(stride - len(lines[0]))
+        for start in range(0, len(lines), _LINES):
+            group = lines[start : start + _LINES]
+            buffers = [buffer for line in group for buffer in (line, between)][:-1]
+            expected = (len(group) - 1) * stride + len(group[0])
+            if os.preadv(descriptor, buffers, offset) != expected:
+                for number, line in enumerate(group):
+                    self._fill(descriptor, line, offset + number * stride)
+            offset += len(group) * stride
 
     def _fill(self, descriptor: int, buffer: np.ndarray[Any, np.dtype[np.uint8]], offset: int) -> None:
         view = memoryview(buffer)

@@ -1,12 +1,14 @@
 """Views of tensors → safetensors files, one block at a time: resumable, and hashed as they are written.
 
-While one thread reads and converts a block, another hashes and writes the one before.
+While one thread reads and converts a block, others hash and write the ones before.
 """
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
@@ -15,7 +17,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
 from megatron_mdm.checkpoint.direct_writer import DirectWriter
 from megatron_mdm.checkpoint.safetensors_file import NAMES, file_order, header_bytes, is_finite
@@ -25,6 +26,7 @@ from megatron_mdm.config.files import sha256, write_json
 from megatron_mdm.parallel.progress import progress_bar
 
 JOURNAL = "journal.json"
+_WAITING_BLOCKS = 3  # read, and not yet hashed and written
 METADATA = {"format": "pt"}
 Entry = dict[str, Any]  # bytes, sha256
 
@@ -62,12 +64,12 @@ def write_files(files: list[OutputFile], folder: Path, fingerprint: Mapping[str,
     bar = progress_bar(
         total=sum(file.num_bytes for file in files), unit="B", unit_scale=True, unit_divisor=1024, desc=folder.name
     )
-    with bar, ThreadPoolExecutor(1) as writer:
+    with bar, ThreadPoolExecutor(1) as hasher, ThreadPoolExecutor(1) as writer:
         for file in files:
             if file.path in finished:
                 bar.update(file.num_bytes)
                 continue
-            finished[file.path] = _write(file, folder, writer, bar)
+            finished[file.path] = _write(file, folder, (hasher, writer), bar)
             write_json(folder / JOURNAL, {"identity": identity, "files": finished})
     return {file.path: finished[file.path] for file in files}
 
@@ -85,45 +87,40 @@ def split(outputs: Iterable[tuple[str, Output]], max_bytes: int) -> list[dict[st
     return groups
 
 
-def _write(file: OutputFile, folder: Path, writer: ThreadPoolExecutor, bar: Any) -> Entry:
-    """One file, under a temporary name until it is whole and on disk."""
+def _write(file: OutputFile, folder: Path, workers: tuple[ThreadPoolExecutor, ThreadPoolExecutor], bar: Any) -> Entry:
+    """One file, under a temporary name until it is whole and on disk. workers: one that hashes, one that writes."""
     path = folder / file.path
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
     specifications = {name: (output.dtype, output.view.shape) for name, output in file.tensors.items()}
     order = file_order(specifications)
-    digest, pending = hashlib.sha256(), None
+    digest, pending = hashlib.sha256(), deque[Future[Any]]()
     with closing(DirectWriter(temporary)) as output:
-        _put(memoryview(header_bytes({name: specifications[name] for name in order}, METADATA)), output, digest)
-        for block in _blocks(file, order):
-            data = memoryview(block.view(-1).view(torch.uint8).numpy())
-            _wait(pending, path)  # at most two blocks are in memory
-            pending = writer.submit(_put, data, output, digest)
-            bar.update(len(data))
-        _wait(pending, path)
+        header = memoryview(header_bytes({name: specifications[name] for name in order}, METADATA))
+        for data in itertools.chain([header], _blocks(file, order)):
+            pending.extend(worker.submit(job, data) for worker, job in zip(workers, (digest.update, output.write)))
+            _wait(pending, path, 2 * _WAITING_BLOCKS)
+            bar.update(len(data) if data is not header else 0)
+        _wait(pending, path, 0)
         output.finish()
     temporary.replace(path)
     return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
 
 
-def _blocks(file: OutputFile, order: list[str]) -> Iterator[Tensor]:
+def _blocks(file: OutputFile, order: list[str]) -> Iterator[memoryview]:
     for name in order:
         view, dtype = file.tensors[name]
         for block in blocks(view, dtype):
             if dtype != view.dtype and not is_finite(block):
                 raise UserError(f"'{name}' holds values that are too great for {NAMES[dtype]}; choose another --dtype")
-            yield block
+            yield memoryview(block.view(-1).view(torch.uint8).numpy())
 
 
-def _put(data: memoryview, file: DirectWriter, digest: Any) -> None:
-    digest.update(data)
-    file.write(data)
-
-
-def _wait(pending: Future[None] | None, path: Path) -> None:
+def _wait(pending: deque[Future[Any]], path: Path, most: int) -> None:
+    """Until at most so many jobs are left, which bounds the blocks in memory."""
     try:
-        if pending is not None:
-            pending.result()
+        while len(pending) > most:
+            pending.popleft().result()
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror})") from None
 
