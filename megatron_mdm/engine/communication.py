@@ -7,16 +7,17 @@ step (gradient norms, losses) is left out. tests/engine/test_communication.py co
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron_mdm.config.schema import ModelConfig, RunConfig
+from megatron_mdm.models.kernel_memory import ELEMENT_BYTES
 from megatron_mdm.models.parameters import padded_vocab_size, stage_costs
 from megatron_mdm.parallel.layout import Layout, partition
 
-ELEMENT_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 # DeepSpeed's default stage3_max_reuse_distance: a stage of fewer parameters stays gathered from forward to backward.
 ZERO3_REUSE_DISTANCE = 10**9
 PIPELINE_SHAPE_BYTES = 1024  # DeepSpeed's message before every activation of dynamic shape
@@ -56,12 +57,18 @@ class Stage:
 def stages(config: RunConfig) -> list[Stage]:
     """The pipeline's stages, first to last."""
     costs = stage_costs(config.model, config.data.max_length)
-    bounds = partition(costs, config.parallel.pipeline)
+    bounds = _bounds(tuple(costs), config.parallel.pipeline)
     last = len(costs) - 1
     return [
         Stage(min(stop, last) - max(start, 1), start == 0, stop == last + 1)
         for start, stop in itertools.pairwise(bounds)
     ]
+
+
+@functools.lru_cache(maxsize=256)
+def _bounds(costs: tuple[float, ...], num_stages: int) -> list[int]:
+    """Of the stages; kept, since planning asks for the same again and again."""
+    return partition(costs, num_stages)
 
 
 def step_communication(

@@ -63,7 +63,7 @@ def smallest_layout(config: RunConfig, world_size: int) -> RunConfig:
         micro_size = next(size for size in range(min(config.batch.micro_size, share), 0, -1) if share % size == 0)
         batch = config.batch.model_copy(update={"micro_size": micro_size})
         candidate = config.model_copy(update={"parallel": parallel, "batch": batch})
-        if sum(memory_estimate(candidate, layout).values()) * 2**30 < platform.memory_bytes():
+        if memory_estimate(candidate, layout).total < platform.memory_bytes():
             validate(candidate, world_size)
             return candidate
     raise UserError("layout check: no layout fits that splits the model less than the chosen one")

@@ -1,0 +1,161 @@
+"""How much memory a rank fills, by kind, from the layout alone: what DeepSpeed 0.19 and the model's stages allocate.
+
+tests/engine/test_memory.py counts the real allocations. The peak is reached either where the last forward pass in
+flight meets its backward pass, or, without any activations, in the optimizer's step.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_mdm.config.schema import RunConfig
+from megatron_mdm.config.validate import accumulation_steps
+from megatron_mdm.engine.communication import MicroBatchShape, Stage, stages
+from megatron_mdm.models.cross_entropy import CHUNK_ELEMENTS
+from megatron_mdm.models.kernel_memory import ELEMENT_BYTES, SAVED, Kernels
+from megatron_mdm.models.parameters import padded_vocab_size
+from megatron_mdm.parallel.layout import Layout
+
+MASTER, MOMENTS = 4, 8  # bytes of a parameter's fp32 copy and of Adam's two moments
+# DeepSpeed's defaults, which the section `deepspeed.zero_optimization` may change.
+REDUCE_BUCKET = 500_000_000  # elements of the buffer that gradients are reduced in, whatever the model's size
+ZERO3_LIVE = 1_000_000_000  # parameters that stay gathered at a time
+
+
+@dataclass(frozen=True)
+class RankMemory:
+    """Bytes on the device of one rank, and of its host."""
+
+    weights: float
+    gradients: float
+    optimizer: float  # fp32 weights where those of the model are not used as such, and moments
+    activations: float  # what the backward passes of all micro-batches in flight keep, and one block that runs again
+    recomputed: float  # the part of it that only exists while that block runs again
+    logits: float  # of one chunk, with the gradients that the head takes from it
+    workspace: float  # temporary tensors of a block's backward pass
+    buffers: float  # communication: buckets, gathered parameters, a pipeline's messages
+    step: float  # copies that exist only while the optimizer steps
+    host: float  # offloaded states
+
+    @property
+    def states(self) -> float:
+        return self.weights + self.gradients + self.optimizer
+
+    @property
+    def total(self) -> float:
+        """The peak on the device. Logits and a block's temporary tensors do not exist at the same time."""
+        passing = self.activations + max(self.logits, self.workspace)
+        return self.states + self.buffers + max(passing, self.step)
+
+
+def longest_micro_batch(config: RunConfig) -> MicroBatchShape:
+    """The greatest micro-batch that the configuration allows: every row of full length, every position masked."""
+    rows = config.batch.micro_size * config.diffusion.rows_per_sample
+    if config.batch.micro_tokens:
+        return MicroBatchShape(1, config.batch.micro_tokens, config.batch.micro_tokens)
+    return MicroBatchShape(rows, config.data.max_length, rows * config.data.max_length)
+
+
+def fullest_stage(config: RunConfig, layout: Layout, kernels: Kernels) -> RankMemory:
+    """The memory of a rank of the pipeline stage that takes most, at the greatest micro-batches."""
+    shape, number = longest_micro_batch(config), accumulation_steps(config, layout.world_size)
+    ranks = range(layout.pipeline)
+    return max(
+        (rank_memory(config, layout, rank, shape, number, kernels) for rank in ranks), key=lambda memory: memory.total
+    )
+
+
+def rank_memory(
+    config: RunConfig,
+    layout: Layout,
+    pipeline_rank: int,
+    micro_batch: MicroBatchShape,
+    num_micro_batches: int,
+    kernels: Kernels,
+) -> RankMemory:
+    """The memory of one rank of a pipeline stage that trains on micro-batches of this shape."""
+    stage = stages(config)[pipeline_rank]
+    number = stage.num_parameters(config.model, layout.tensor)
+    in_flight = min(layout.pipeline - pipeline_rank, num_micro_batches)
+    states, host = _states(config, layout, number)
+    saved = SAVED[kernels]
+    block = saved.block(config, micro_batch)
+    first = sum(before.num_blocks for before in stages(config)[:pipeline_rank])
+    kept = [saved.kept(config, micro_batch, first + index) for index in range(stage.num_blocks)]
+    # While a block runs again, those behind it have been released.
+    running = [sum(kept[:index]) + block for index in range(stage.num_blocks)]
+    recomputed = max(0.0, max(running, default=0.0) - sum(kept)) if config.parallel.recompute == "full" else 0.0
+    activations = in_flight * (sum(kept) + stage.embedding * 8 * micro_batch.rows * micro_batch.length)
+    head, chunk = _head(config, layout, micro_batch, saved.norm_copies(config)) if stage.head else (0.0, 0.0)
+    return RankMemory(
+        **states,
+        activations=activations + in_flight * head + recomputed,
+        recomputed=recomputed,
+        logits=chunk,
+        workspace=saved.workspace(config, micro_batch) if stage.num_blocks else 0.0,
+        buffers=_bucket(config, number, kernels) + _buffers(config, layout, stage, number, micro_batch, in_flight),
+        host=host,
+    )
+
+
+def _states(config: RunConfig, layout: Layout, number: int) -> tuple[dict[str, float], float]:
+    """(bytes by kind, bytes on the host) of this many parameters on a tensor-parallel rank."""
+    size, zero, data = ELEMENT_BYTES[config.precision.dtype], config.parallel.zero, layout.data
+    accumulated = 4 if config.precision.gradients == "fp32" else size
+    if zero == 0:  # in fp32 torch's own optimizer updates the model's weights
+        master = 0 if config.precision.dtype == "fp32" else MASTER
+        copies = master * number
+        states = {"weights": size * number, "gradients": size * number, "optimizer": (master + MOMENTS) * number}
+        return {**states, "step": copies}, 0.0
+    weights = size * number / (data if zero == 3 else 1)
+    # ZeRO 1 sums whole gradients over the micro-batches; in fp32 beside those of the current one.
+    gradients = accumulated * number / (data if zero > 1 else 1)
+    if zero == 1 and accumulated > size:
+        gradients += size * number
+    optimizer = (MASTER + MOMENTS) * number / data
+    step = 0.0 if size == 4 else MASTER * number / data
+    host = 0.0
+    if config.parallel.offload != "none":
+        host = optimizer + (gradients if zero > 1 else 0.0)
+        optimizer, gradients, step = 0.0, (0.0 if zero > 1 else gradients), 0.0
+    if config.parallel.offload == "all":
+        host, weights = host + weights, 0.0
+    return {"weights": weights, "gradients": gradients, "optimizer": optimizer, "step": step}, host
+
+
+def _head(config: RunConfig, layout: Layout, micro_batch: MicroBatchShape, norm_copies: float) -> tuple[float, float]:
+    """(bytes that the norm of the selected rows keeps, bytes beside them while a chunk's logits exist)."""
+    size, hidden = ELEMENT_BYTES[config.precision.dtype], config.model.hidden_size
+    vocabulary = padded_vocab_size(config.model, layout.tensor) // layout.tensor
+    gradients = vocabulary * hidden * size + micro_batch.selected * hidden * size
+    kept = micro_batch.selected * (8 + 4 + hidden * norm_copies)
+    rows = min(micro_batch.selected, max(1, CHUNK_ELEMENTS // vocabulary))
+    chunk = rows * vocabulary * (4 if size == 4 else 4 + size)
+    return kept, gradients + chunk + micro_batch.selected * hidden * size  # the normed rows
+
+
+def _bucket(config: RunConfig, number: int, kernels: Kernels) -> float:
+    """Of ZeRO: allocated whole, although on a CPU what is never written to takes no memory."""
+    if config.parallel.zero == 0:
+        return 0.0
+    settings = config.deepspeed.get("zero_optimization", {})
+    elements = settings.get("reduce_bucket_size", REDUCE_BUCKET)
+    if kernels == "cpu":
+        elements = min(elements, number)
+    return ELEMENT_BYTES[config.precision.dtype] * elements * (2 if settings.get("overlap_comm") else 1)
+
+
+def _buffers(
+    config: RunConfig, layout: Layout, stage: Stage, number: int, micro_batch: MicroBatchShape, in_flight: int
+) -> float:
+    size, settings = ELEMENT_BYTES[config.precision.dtype], config.deepspeed.get("zero_optimization", {})
+    buffers = 0.0
+    if config.parallel.zero == 3:
+        buffers += size * min(number, settings.get("stage3_max_live_parameters", ZERO3_LIVE))
+    hidden = micro_batch.rows * micro_batch.length * config.model.hidden_size * size
+    if config.parallel.sequence:
+        buffers += hidden  # megatron-core keeps what a column-parallel matrix gathers
+    if layout.pipeline > 1:  # received and sent activations of each micro-batch in flight, and their gradients
+        each = hidden / (layout.tensor if config.parallel.sequence else 1)
+        buffers += each * (in_flight * (not stage.head) + 2 * max(2, in_flight) * (not stage.embedding))
+    return buffers

@@ -1,0 +1,100 @@
+"""What the layers keep for their backward pass, by the kernels that run them. Formulas only: no module is built.
+
+Bytes on one tensor-parallel rank for a micro-batch. The counts follow from what each operation of models/ and of
+megatron-core's local layers saves; tests/engine/test_memory.py checks those of the CPU against the saved tensors.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from megatron_mdm.config.schema import RunConfig
+
+Kernels = Literal["cpu", "cuda"]
+ELEMENT_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+EXPLICIT_LENGTH = 1024  # models/attention.py, which this file must not import: it would load megatron-core
+
+
+class Shape(Protocol):
+    """engine.communication.MicroBatchShape."""
+
+    @property
+    def rows(self) -> int: ...
+    @property
+    def length(self) -> int: ...
+
+
+@dataclass(frozen=True)
+class SavedTensors:
+    kernels: Kernels
+
+    def kept(self, config: RunConfig, shape: Shape, index: int) -> float:
+        """Of the block with this index, with the recomputation that is configured."""
+        parallel = config.parallel
+        if parallel.recompute == "full" and index % parallel.recompute_interval == 0:
+            return self._positions(config, shape, split=parallel.sequence) * config.model.hidden_size * _size(config)
+        return self.block(config, shape, attention_again=parallel.recompute == "selective")
+
+    def block(self, config: RunConfig, shape: Shape, attention_again: bool = False) -> float:
+        """Of one block without full recomputation; attention_again: scores and contexts are computed again."""
+        model, size = config.model, _size(config)
+        residual = self._positions(config, shape, split=config.parallel.sequence)
+        shard = self._positions(config, shape) / config.parallel.tensor
+        # Two norms: their inputs and outputs, the reciprocal roots in fp32, and copies where kernels are not fused.
+        norms = 2 * (model.hidden_size * (size + self.norm_copies(config)) + 4)
+        # megatron-core's gated unit: [gate; up], silu(gate), a copy of up, and their product.
+        mlp = 5 * model.ffn_hidden_size * size
+        rotary = 4 * shape.length * model.kv_channels * size  # cosines and sines of queries and of keys
+        return residual * norms + shard * (self._attention(config, shape, attention_again) + mlp) + rotary
+
+    def norm_copies(self, config: RunConfig) -> float:
+        """Bytes that a norm keeps per element of its input. On CPUs torch's RMSNorm is a chain of operations, in fp32
+        whatever the type, that keeps its input and the normed input; on CUDA one kernel keeps the input."""
+        if self.kernels == "cuda":
+            return _size(config)
+        return 8
+
+    def workspace(self, config: RunConfig, shape: Shape) -> float:
+        """The greatest temporary tensors of a block's backward pass: the gated unit's gradients."""
+        width = config.model.hidden_size + 5 * config.model.ffn_hidden_size / config.parallel.tensor
+        return self._positions(config, shape) * width * _size(config)
+
+    def _attention(self, config: RunConfig, shape: Shape, again: bool) -> float:
+        """Per position, of all heads together."""
+        model, size = config.model, _size(config)
+        query, key = model.num_heads * model.kv_channels, model.num_kv_heads * model.kv_channels
+        normed = 0.0
+        if model.qk_norm:
+            normed = (query + key) * self.norm_copies(config) + 4 * (model.num_heads + model.num_kv_heads)
+        inputs = 2 * query + 3 * key  # turned queries and keys, and [q, k, v], of which v is a part
+        if again:
+            return normed + (inputs + query) * size
+        if (
+            self.kernels == "cpu"
+            and config.precision.dtype == "bf16"
+            and self._segment(config, shape) <= EXPLICIT_LENGTH
+        ):
+            # Explicit scores: scaled q, k, v of every head, the softmax, and the contexts in another order.
+            return normed + (4 * query + model.num_heads * self._segment(config, shape)) * size
+        return normed + (inputs + query) * size + 4 * model.num_heads  # a normaliser of each row of scores
+
+    @staticmethod
+    def _segment(config: RunConfig, shape: Shape) -> int:
+        """The greatest length that attention runs over."""
+        return min(shape.length, config.data.max_length)
+
+    @staticmethod
+    def _positions(config: RunConfig, shape: Shape, split: bool = False) -> float:
+        """On this rank; split: of which sequence parallelism gives each rank a part."""
+        length = shape.length
+        if config.parallel.sequence:
+            length += -length % config.parallel.tensor
+        return shape.rows * length / (config.parallel.tensor if split else 1)
+
+
+def _size(config: RunConfig) -> int:
+    return ELEMENT_BYTES[config.precision.dtype]
+
+
+SAVED: dict[Kernels, SavedTensors] = {kernels: SavedTensors(kernels) for kernels in ("cpu", "cuda")}

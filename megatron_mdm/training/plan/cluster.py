@@ -1,0 +1,102 @@
+"""The machines that a plan is made for, and what is assumed of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import yaml
+from pydantic import Field, ValidationError
+
+from megatron_mdm.config.errors import UserError
+from megatron_mdm.config.schema import Section
+
+GIB = 2**30
+
+
+class Cluster(Section):
+    """Nodes of equal GPUs. Rates are per GPU, in one direction, as data sheets give them."""
+
+    nodes: int = Field(default=1, gt=0)
+    gpus_per_node: int = Field(default=8, gt=0)
+    memory_gib: float = Field(gt=0)  # of one GPU, as nvidia-smi shows it
+    reserve_gib: float = Field(default=3.0, ge=0)  # CUDA context, NCCL's buffers, libraries' workspaces
+    fragmentation: float = Field(default=0.05, ge=0, lt=1)  # share of the memory that the allocator cannot hand out
+    host_memory_gib: float = Field(default=1024.0, gt=0)  # of one node, for offloaded states
+    peak_tflops: float = Field(gt=0)  # dense bf16 matrix products
+    efficiency: float = Field(default=0.55, gt=0, le=1)  # share of the peak that a layer's products and kernels reach
+    memory_gbytes_per_s: float = Field(gt=0)  # the GPU's own memory, which bounds the optimizer's step
+    intra_node_gbytes_per_s: float = Field(gt=0)  # between GPUs of a node
+    inter_node_gbytes_per_s: float = Field(gt=0)  # of each GPU, when all of a node talk to another node
+    link_efficiency: float = Field(default=0.8, gt=0, le=1)  # share of the links' rates that collectives reach
+    storage_gbytes_per_s: float = Field(default=2.0, gt=0)  # of the whole job, for checkpoints
+    price_per_gpu_hour: float = Field(default=0.0, ge=0)
+
+    @property
+    def world_size(self) -> int:
+        return self.nodes * self.gpus_per_node
+
+    @property
+    def usable_bytes(self) -> float:
+        """What a rank's tensors may fill."""
+        return (self.memory_gib * (1 - self.fragmentation) - self.reserve_gib) * GIB
+
+    def flops_per_s(self) -> float:
+        """Of one GPU, sustained."""
+        return self.peak_tflops * 1e12 * self.efficiency
+
+    def link_bytes_per_s(self, span: int) -> float:
+        """Of a group whose first and last rank are span − 1 apart: within a node, or over the slower links."""
+        within = span <= self.gpus_per_node
+        rate = self.intra_node_gbytes_per_s if within else self.inter_node_gbytes_per_s
+        return rate * 1e9 * self.link_efficiency
+
+
+PRESETS = {
+    "a100-80gb": Cluster(
+        memory_gib=79.2,
+        peak_tflops=312,
+        memory_gbytes_per_s=2039,
+        intra_node_gbytes_per_s=300,
+        inter_node_gbytes_per_s=25,
+    ),
+    "h100-80gb": Cluster(
+        memory_gib=79.6,
+        peak_tflops=989,
+        efficiency=0.45,
+        memory_gbytes_per_s=3350,
+        intra_node_gbytes_per_s=450,
+        inter_node_gbytes_per_s=50,
+    ),
+}
+
+
+def read_cluster(name: str, nodes: int = 0, gpus_per_node: int = 0) -> Cluster:
+    """A preset, or a YAML file with the fields above (`preset:` names one to start from). Numbers above 0 replace
+    those of the cluster. Raises UserError."""
+    values: dict[str, object] = {}
+    if name in PRESETS:
+        values = PRESETS[name].model_dump()
+    else:
+        values = _from_file(Path(name))
+    values.update({key: value for key, value in (("nodes", nodes), ("gpus_per_node", gpus_per_node)) if value})
+    try:
+        return Cluster.model_validate(values)
+    except ValidationError as error:
+        detail = error.errors()[0]
+        key = ".".join(str(part) for part in detail["loc"])
+        raise UserError(f"{name}: '{key}': {detail['msg'].lower()}") from None
+
+
+def _from_file(path: Path) -> dict[str, object]:
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError):
+        raise UserError(f"cluster {path}: neither a preset ({', '.join(PRESETS)}) nor a readable file") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: expected a mapping, found {type(values).__name__}")
+    preset = values.pop("preset", "")
+    if preset and preset not in PRESETS:
+        raise UserError(f"{path}: 'preset' {preset} is unknown; choose of {', '.join(PRESETS)}")
+    return {**(PRESETS[preset].model_dump() if preset else {}), **values}

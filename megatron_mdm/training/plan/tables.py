@@ -1,0 +1,106 @@
+"""Plans as text."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+from megatron_mdm.training.plan.cluster import GIB
+from megatron_mdm.training.plan.plan import Plan
+from megatron_mdm.training.plan.search import describe_layout
+from megatron_mdm.training.plan.timing import ASSUMPTIONS
+
+
+def plan_text(plan: Plan) -> str:
+    """One plan in full."""
+    cluster, step = plan.cluster, plan.step
+    shares = ", ".join(f"{name} {seconds:.2f}" for name, seconds in dataclasses.asdict(step).items() if seconds)
+    lines = [
+        f"model: {plan.num_parameters / 1e9:.3f} B parameters; {plan.layout}, ZeRO {plan.config.parallel.zero}, "
+        f"{plan.config.precision.dtype}; {plan.num_micro_batches} micro-batches a step",
+        "",
+        "memory per rank, GiB, at its peak:",
+        *_memory_lines(plan),
+        f"a rank may fill {cluster.usable_bytes / GIB:.1f} GiB: "
+        + ("it fits" if plan.is_feasible else f"DOES NOT FIT: {plan.obstacle}"),
+        "activations by parallel.recompute: "
+        + ", ".join(f"{choice} {size / GIB:.2f}" for choice, size in plan.activations.items()),
+        *([f"on each host, offloaded: {plan.host_bytes / GIB:.0f} GiB"] if plan.host_bytes else []),
+        "",
+        "communication per step and rank, GB: " + _communication(plan),
+        f"step: {step.total:.2f} s ({shares}); {plan.tokens_per_step / step.total:,.0f} tokens/s; "
+        f"{plan.flops_per_step:.2e} FLOPs; MFU {plan.mfu:.1%}; bubble {plan.bubble:.1%}",
+    ]
+    rows = plan.config.diffusion.rows_per_sample
+    if rows > 1:
+        lines.append(f"{rows} rows a sample: a step takes {plan.views_factor:.2f} times one with a single row")
+    if plan.calibration[1]:
+        least, most = plan.calibration
+        share = f", at most {most / plan.step.total:.0f} steps' worth"
+        lines.append(f"calibration: {least:.0f} to {most:.0f} s, depending on when it is good enough{share}")
+    return "\n".join([*lines, _duration(plan), "", "assumed:", *(f"  - {line}" for line in ASSUMPTIONS)])
+
+
+def search_text(plans: Sequence[Plan]) -> str:
+    """The best layouts, a line each, then the first as overrides."""
+    header = ("tensor", "pipeline", "data", "ZeRO", "recompute", "micro", "GiB", "step s", "tokens/s", "MFU", "bubble")
+    rows = [header, *(_search_row(plan) for plan in plans)]
+    best = plans[0]
+    return "\n".join(
+        [
+            f"{best.num_parameters / 1e9:.3f} B parameters on {best.cluster.world_size} GPUs; a rank may fill "
+            f"{best.cluster.usable_bytes / GIB:.1f} GiB",
+            *_aligned(rows),
+            f"first: {describe_layout(best)}",
+            _duration(best),
+        ]
+    )
+
+
+def _search_row(plan: Plan) -> tuple[str, ...]:
+    parallel = plan.config.parallel
+    return (
+        f"{parallel.tensor}{' + sequence' * parallel.sequence}",
+        str(parallel.pipeline),
+        str(plan.layout.data),
+        str(parallel.zero),
+        parallel.recompute,
+        str(plan.config.batch.micro_tokens or plan.config.batch.micro_size),
+        f"{plan.fullest.total / GIB:.1f}",
+        f"{plan.step.total:.2f}",
+        f"{plan.tokens_per_step / plan.step.total:,.0f}",
+        f"{plan.mfu:.1%}",
+        f"{plan.bubble:.1%}",
+    )
+
+
+def _memory_lines(plan: Plan) -> list[str]:
+    kinds = [field.name for field in dataclasses.fields(plan.memory[0]) if field.name not in ("recomputed", "host")]
+    rows = [("stage", *kinds, "total")]
+    for number, memory in enumerate(plan.memory):
+        rows.append((str(number), *(f"{getattr(memory, kind) / GIB:.2f}" for kind in (*kinds, "total"))))
+    return _aligned(rows)
+
+
+def _communication(plan: Plan) -> str:
+    """Of the stage that communicates most."""
+    volume = max(plan.communication, key=lambda volume: sum(volume.values()))
+    return ", ".join(f"{name} {size / 1e9:.2f}" for name, size in volume.items()) or "none"
+
+
+def _duration(plan: Plan) -> str:
+    if math.isnan(plan.days):
+        return "total: unknown; give the number of samples or 'schedule.steps'"
+    hours = plan.days * 24
+    gpu_hours = hours * plan.cluster.world_size
+    price = plan.cluster.price_per_gpu_hour * gpu_hours
+    cost = f", {price:,.0f} at {plan.cluster.price_per_gpu_hour:g} per GPU hour" if price else ""
+    return (
+        f"total: {plan.num_steps:,} steps in {plan.days:.2f} days ({hours:.1f} hours, {gpu_hours:,.0f} GPU hours{cost})"
+    )
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return ["  " + "  ".join(cell.rjust(width) for cell, width in zip(row, widths)) for row in rows]

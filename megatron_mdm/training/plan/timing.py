@@ -1,0 +1,112 @@
+"""How long a step takes: FLOPs at a sustained rate, collectives at the links' rates, nothing overlapped.
+
+What is assumed is in ASSUMPTIONS; a plan prints it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_mdm.config.schema import RunConfig
+from megatron_mdm.engine.communication import MicroBatchShape, Stage, Volume, stages, step_communication
+from megatron_mdm.models.parameters import stage_costs
+from megatron_mdm.parallel.layout import Layout
+from megatron_mdm.training.plan.cluster import Cluster
+
+ASSUMPTIONS = (
+    "a layer's operations reach the cluster's 'efficiency' of the peak; collectives 'link_efficiency' of the links",
+    "communication and computation do not overlap (DeepSpeed's overlap_comm is off unless set)",
+    "collectives are rings; a group that leaves a node runs at the rate between nodes",
+    "a backward pass takes twice a forward pass; full recomputation one more; half of the eligible positions are masked",
+    "samples have the mean length given, and micro-batches are cut without waste",
+    "data loading, validation's decoding and the host's own work cost nothing",
+)
+# Bytes that a ring moves over a link, per byte of the whole tensor, in a group of n.
+_RING = {
+    "all_reduce": lambda n: 2 * (n - 1) / n,
+    "all_gather": lambda n: (n - 1) / n,
+    "reduce_scatter": lambda n: (n - 1) / n,
+    "send": lambda n: 1.0,
+}
+MASKED_SHARE = 0.5  # of the eligible positions, on average over t
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds of one optimizer step."""
+
+    compute: float  # the slowest stage's, of all micro-batches
+    tensor: float  # its tensor-parallel collectives
+    pipeline: float  # messages between stages
+    bubble: float  # waiting for the pipeline to fill and drain
+    data: float  # gradients and parameters over the data-parallel ranks
+    optimizer: float
+
+    @property
+    def total(self) -> float:
+        return self.compute + self.tensor + self.pipeline + self.bubble + self.data + self.optimizer
+
+
+def forward_flops(config: RunConfig, stage: Stage, micro_batch: MicroBatchShape) -> float:
+    """Of a stage, all tensor-parallel ranks together."""
+    _, block, *_ = stage_costs(config.model, micro_batch.length)
+    head = 2.0 * config.model.hidden_size * int(config.model.vocab_size) * micro_batch.selected
+    return stage.num_blocks * block * micro_batch.rows * micro_batch.length + stage.head * head
+
+
+def step_flops(config: RunConfig, micro_batch: MicroBatchShape, num_micro_batches: int, layout: Layout) -> float:
+    """Of the whole job in one step, without what is computed again: what MFU counts."""
+    forward = sum(forward_flops(config, stage, micro_batch) for stage in stages(config))
+    return 3.0 * forward * num_micro_batches * layout.data
+
+
+def recomputed_flops(config: RunConfig, stage: Stage, micro_batch: MicroBatchShape) -> float:
+    """Of one micro-batch."""
+    parallel, blocks = config.parallel, stage.num_blocks
+    if parallel.recompute == "full":
+        blocks = len(range(0, blocks, parallel.recompute_interval))
+        return forward_flops(config, Stage(blocks, stage.embedding, False), micro_batch)
+    if parallel.recompute == "selective":
+        width = config.model.kv_channels * config.model.num_heads
+        return blocks * 4.0 * micro_batch.length * width * micro_batch.rows * micro_batch.length
+    return 0.0
+
+
+def step_time(
+    config: RunConfig, layout: Layout, cluster: Cluster, micro_batch: MicroBatchShape, num_micro_batches: int
+) -> StepTime:
+    rate = cluster.flops_per_s() * layout.tensor * (0.5 if config.precision.dtype == "fp32" else 1.0)
+    shapes = [micro_batch] * num_micro_batches
+    compute, tensor, pipeline, data, optimizer = 0.0, 0.0, 0.0, 0.0, 0.0
+    for rank, stage in enumerate(stages(config)):
+        passes = 3 * forward_flops(config, stage, micro_batch) + recomputed_flops(config, stage, micro_batch)
+        volume = step_communication(config, layout, rank, shapes)
+        seconds = {axis: communication_seconds(volume, axis, layout, cluster) for axis in SPANS}
+        if passes * num_micro_batches / rate + seconds["tensor"] > compute + tensor:
+            compute, tensor = passes * num_micro_batches / rate, seconds["tensor"]
+        pipeline, data = max(pipeline, seconds["pipeline"]), max(data, seconds["data"])
+        optimizer = max(optimizer, _optimizer_seconds(config, stage, layout, cluster))
+    waits = (layout.pipeline - 1) / num_micro_batches
+    return StepTime(compute, tensor, pipeline, (compute + tensor + pipeline) * waits, data, optimizer)
+
+
+# Ranks from a group's first to its last, by axis: tensor fastest, then data, then pipeline.
+SPANS = {
+    "tensor": lambda layout: layout.tensor,
+    "data": lambda layout: layout.tensor * layout.data,
+    "pipeline": lambda layout: layout.world_size,
+}
+
+
+def communication_seconds(volume: Volume, axis: str, layout: Layout, cluster: Cluster) -> float:
+    size, rate = getattr(layout, axis), cluster.link_bytes_per_s(SPANS[axis](layout))
+    return sum(_RING[name](size) * number for (of, name), number in volume.items() if of == axis) / rate
+
+
+def _optimizer_seconds(config: RunConfig, stage: Stage, layout: Layout, cluster: Cluster) -> float:
+    """Reads weights, gradients and moments and writes them, all in fp32: 28 bytes per parameter."""
+    number = stage.num_parameters(config.model, layout.tensor) / (layout.data if config.parallel.zero else 1)
+    rate = cluster.memory_gbytes_per_s * 1e9
+    if config.parallel.offload != "none":
+        rate = 50e9 / cluster.gpus_per_node + 1e9  # a host's memory, shared by its GPUs
+    return 28.0 * number / rate

@@ -1,0 +1,205 @@
+"""Bytes of real allocations on real ranks against what the layout predicts."""
+
+from __future__ import annotations
+
+import weakref
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from megatron_mdm.config.schema import RunConfig
+from megatron_mdm.engine.communication import MicroBatchShape
+from megatron_mdm.engine.memory import RankMemory, rank_memory
+from megatron_mdm.models import attention, kernel_memory
+from megatron_mdm.parallel.layout import Layout
+from tests.ranks import run_ranks
+from tests.small import small_config, small_model, write_ids
+
+LENGTH, BUCKET = 64, 1000  # tokens of every sample; elements of DeepSpeed's buckets, negligible here
+LAYOUTS: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {  # ranks, parallel, precision
+    "dp2_zero0": (2, {"zero": 0}, {"dtype": "fp32"}),
+    "dp2_zero0_bf16": (2, {"zero": 0}, {"dtype": "bf16"}),
+    "dp2_zero1": (2, {"zero": 1}, {"dtype": "bf16"}),
+    "dp2_zero2": (2, {"zero": 2}, {"dtype": "bf16"}),
+    "dp2_zero2_fp32_gradients": (2, {"zero": 2}, {"dtype": "bf16", "gradients": "fp32"}),
+    "dp2_zero3": (2, {"zero": 3}, {"dtype": "fp32"}),
+    "tp2": (2, {"zero": 0, "tensor": 2}, {"dtype": "fp32"}),
+    "tp2_sp": (2, {"zero": 1, "tensor": 2, "sequence": True}, {"dtype": "bf16"}),
+    "pp2": (2, {"zero": 0, "pipeline": 2}, {"dtype": "fp32"}),
+    "pp2_dp2_zero1": (4, {"zero": 1, "pipeline": 2}, {"dtype": "bf16"}),
+    "tp2_pp2_sp": (4, {"zero": 0, "tensor": 2, "pipeline": 2, "sequence": True}, {"dtype": "fp32"}),
+    "full": (1, {"zero": 0, "recompute": "full"}, {"dtype": "fp32"}),
+    "full_every_second": (1, {"zero": 0, "recompute": "full", "recompute_interval": 2}, {"dtype": "bf16"}),
+    "selective": (1, {"zero": 0, "recompute": "selective"}, {"dtype": "bf16"}),
+}
+
+
+STATES = (  # of DeepSpeed's optimizers, beside the inner one's own
+    *("all_grad_tensors", "averaged_gradients", "grad_partitions_flat_buffer", "fp32_partitioned_groups_flat"),
+)
+
+
+class Counted(NamedTuple):
+    """Bytes on one rank."""
+
+    states: int  # peak of weights, gradients and optimizer states
+    saved: int  # peak of what autograd keeps, but for parameters
+    peak: int  # of all tensors
+    micro_batches: list[MicroBatchShape]
+    pipeline_rank: int
+
+
+class LiveBytes(TorchDispatchMode):
+    """Follows the storage of every tensor that an operation takes or makes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: dict[int, tuple[Any, int]] = {}
+        self.now = self.peak = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves((args, kwargs, result)):
+            if isinstance(leaf, Tensor) and leaf.device.type != "meta":
+                self._follow(leaf.untyped_storage())
+        return result
+
+    def _follow(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        reference, before = self.sizes.get(key, (None, 0))
+        if reference is None:
+            reference = weakref.ref(storage, lambda _: self._forget(key))
+        self.sizes[key] = (reference, size)
+        self.now += size - before
+        self.peak = max(self.peak, self.now)
+
+    def _forget(self, key: int) -> None:
+        self.now -= self.sizes.pop(key)[1]
+
+
+class SavedBytes(torch.autograd.graph.saved_tensors_hooks):
+    """Follows what autograd keeps."""
+
+    def __init__(self) -> None:
+        self.owners: Counter[int] = Counter()
+        self.now = self.peak = 0
+        super().__init__(lambda tensor: _Kept(self, tensor), lambda kept: kept.tensor)
+
+
+class _Kept:
+    def __init__(self, count: SavedBytes, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        is_parameter = tensor.is_leaf and tensor.requires_grad
+        self.count, self.tensor, self.key = count, tensor, storage._cdata
+        self.size = 0 if is_parameter or count.owners[self.key] else storage.nbytes()
+        count.owners[self.key] += 1
+        count.now += self.size
+        count.peak = max(count.peak, count.now)
+
+    def __del__(self) -> None:
+        self.count.owners[self.key] -= 1
+        self.count.now -= self.size
+
+
+def state_bytes(engine: Any) -> int:
+    """Storages of weights, gradients and optimizer states, each once, as DeepSpeed's optimizers hold them."""
+    tensors: list[Tensor] = []
+    for parameter in engine.module.parameters():
+        tensors.append(getattr(parameter, "ds_tensor", parameter.data))  # ZeRO 3: its part, not what is gathered
+        tensors += [parameter.grad] if parameter.grad is not None else []
+    wrapper = engine.optimizer
+    for name in STATES:
+        tensors += tensor_leaves(getattr(wrapper, name, []))
+    tensors += [parameter.grad_accum for parameter in engine.module.parameters() if has_accumulator(parameter)]
+    inner = wrapper
+    while hasattr(inner, "optimizer"):
+        inner = inner.optimizer
+    tensors += [tensor for group in inner.param_groups for tensor in group["params"]]
+    tensors += tensor_leaves([list(state.values()) for state in inner.state.values()])
+    sizes = {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in tensors}
+    return sum(sizes.values())
+
+
+def has_accumulator(parameter: Any) -> bool:
+    return getattr(parameter, "grad_accum", None) is not None
+
+
+def tensor_leaves(tree: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+def counted_step(config: RunConfig) -> Counted:
+    """On a rank: the second step."""
+    from megatron_mdm.checkpoint.load import restored_engine
+    from megatron_mdm.parallel.groups import initialize
+    from megatron_mdm.training import inputs, run
+
+    config, data = inputs.resolve(config)
+    context = initialize(config.parallel.tensor, config.parallel.pipeline)
+    live = LiveBytes()
+    with live:
+        trainer = run.build_trainer(config, data, restored_engine(None, config, context, 0), None, context)
+        trainer.train_step(0)
+        engine, states = trainer.engine.engine, [0]
+        block = next(module for name, module in engine.module.named_modules() if name.endswith("layer"))
+        block.register_forward_pre_hook(lambda *_: states.append(state_bytes(engine)))
+        step = engine._take_model_step
+        engine._take_model_step = lambda *a, **k: (states.append(state_bytes(engine)), step(*a, **k))[1]
+        live.peak = live.now
+        trainer.train_step(1)
+        peak = live.peak
+        saved = SavedBytes()
+        with saved:  # apart, since it keeps tensors a little longer
+            trainer.train_step(2)
+    return Counted(max(states), saved.peak, peak, list(shapes(trainer)), context.pipeline_rank)
+
+
+def shapes(trainer: Any) -> Iterator[MicroBatchShape]:
+    for step in (1, 2):
+        for noised in (trainer.noiser(batch, step) for batch in trainer.loader.batch(step).micro_batches):
+            yield MicroBatchShape(*noised.noisy.shape, int(noised.masked.sum()))
+
+
+@pytest.fixture(scope="module", params=LAYOUTS)
+def case(request: Any, tmp_path_factory: Any) -> list[tuple[RunConfig, Counted, RankMemory]]:
+    num_ranks, parallel, precision = LAYOUTS[request.param]
+    folder: Path = tmp_path_factory.mktemp(request.param)
+    write_ids(folder / "train.jsonl", 60, length=(LENGTH, LENGTH + 1))
+    model = small_model(num_layers=4, num_kv_heads=4, hidden_size=128, ffn_hidden_size=256)
+    config = small_config(
+        folder,
+        model=model.model_dump(),
+        parallel=parallel,
+        precision=precision,
+        batch={"global_size": 24, "micro_size": 4},
+        deepspeed={"zero_optimization": {"reduce_bucket_size": BUCKET, "stage3_prefetch_bucket_size": BUCKET}},
+    )
+    layout = Layout.of(num_ranks, config.parallel.tensor, config.parallel.pipeline)
+    results = []
+    for counted in run_ranks(counted_step, num_ranks, config):
+        greatest = max(counted.micro_batches, key=lambda shape: shape.selected)
+        number = len(counted.micro_batches) // 2
+        predicted = rank_memory(config, layout, counted.pipeline_rank, greatest, number, "cpu")
+        results.append((config, counted, predicted))
+    return results
+
+
+def test_predicted_memory_is_that_of_a_real_step(case: list[tuple[RunConfig, Counted, RankMemory]]) -> None:
+    for config, counted, predicted in case:
+        assert counted.states == pytest.approx(predicted.states, rel=0.03)
+        kept = predicted.activations
+        if config.parallel.recompute == "full":  # what runs again is kept by the checkpoint, not by autograd
+            kept -= predicted.recomputed
+        assert counted.saved == pytest.approx(kept, rel=0.15)
+        assert counted.peak == pytest.approx(predicted.total, rel=0.15)
+
+
+def test_attention_changes_its_kernel_where_the_formula_says() -> None:
+    assert kernel_memory.EXPLICIT_LENGTH == attention.EXPLICIT_LENGTH
