@@ -51,9 +51,10 @@ class RankMemory:
 def longest_micro_batch(config: RunConfig) -> MicroBatchShape:
     """The greatest micro-batch that the configuration allows: every row of full length, every position masked."""
     rows = config.batch.micro_size * config.diffusion.rows_per_sample
-    if config.batch.micro_tokens:
-        return MicroBatchShape(1, config.batch.micro_tokens, config.batch.micro_tokens)
-    return MicroBatchShape(rows, config.data.max_length, rows * config.data.max_length)
+    tokens = config.batch.micro_tokens or rows * config.data.max_length
+    if config.batch.mode == "packed" or config.batch.micro_tokens:
+        return MicroBatchShape(1, tokens, tokens)
+    return MicroBatchShape(rows, config.data.max_length, tokens)
 
 
 def fullest_stage(config: RunConfig, layout: Layout, kernels: Kernels) -> RankMemory:

@@ -70,19 +70,11 @@ class SavedTensors:
         inputs = 2 * query + 3 * key  # turned queries and keys, and [q, k, v], of which v is a part
         if again:
             return normed + (inputs + query) * size
-        if (
-            self.kernels == "cpu"
-            and config.precision.dtype == "bf16"
-            and self._segment(config, shape) <= EXPLICIT_LENGTH
-        ):
+        longest = min(shape.length, config.data.max_length)  # that attention runs over
+        if self.kernels == "cpu" and config.precision.dtype == "bf16" and longest <= EXPLICIT_LENGTH:
             # Explicit scores: scaled q, k, v of every head, the softmax, and the contexts in another order.
-            return normed + (4 * query + model.num_heads * self._segment(config, shape)) * size
+            return normed + (4 * query + model.num_heads * longest) * size
         return normed + (inputs + query) * size + 4 * model.num_heads  # a normaliser of each row of scores
-
-    @staticmethod
-    def _segment(config: RunConfig, shape: Shape) -> int:
-        """The greatest length that attention runs over."""
-        return min(shape.length, config.data.max_length)
 
     @staticmethod
     def _positions(config: RunConfig, shape: Shape, split: bool = False) -> float:

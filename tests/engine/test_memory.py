@@ -22,10 +22,9 @@ from megatron_mdm.parallel.layout import Layout
 from tests.ranks import run_ranks
 from tests.small import small_config, small_model, write_ids
 
-LENGTH, BUCKET = 64, 1000  # tokens of every sample; elements of DeepSpeed's buckets, negligible here
+LENGTH, BUCKET = 64, 1000  # tokens of a sample; elements of DeepSpeed's buckets, negligible here
 LAYOUTS: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {  # ranks, parallel, precision
     "dp2_zero0": (2, {"zero": 0}, {"dtype": "fp32"}),
-    "dp2_zero0_bf16": (2, {"zero": 0}, {"dtype": "bf16"}),
     "dp2_zero1": (2, {"zero": 1}, {"dtype": "bf16"}),
     "dp2_zero2": (2, {"zero": 2}, {"dtype": "bf16"}),
     "dp2_zero2_fp32_gradients": (2, {"zero": 2}, {"dtype": "bf16", "gradients": "fp32"}),
@@ -35,8 +34,9 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {  # ranks, par
     "pp2": (2, {"zero": 0, "pipeline": 2}, {"dtype": "fp32"}),
     "pp2_dp2_zero1": (4, {"zero": 1, "pipeline": 2}, {"dtype": "bf16"}),
     "tp2_pp2_sp": (4, {"zero": 0, "tensor": 2, "pipeline": 2, "sequence": True}, {"dtype": "fp32"}),
-    "full": (1, {"zero": 0, "recompute": "full"}, {"dtype": "fp32"}),
     "full_every_second": (1, {"zero": 0, "recompute": "full", "recompute_interval": 2}, {"dtype": "bf16"}),
+    "packed_views": (1, {"zero": 0}, {"dtype": "bf16"}),
+    "padded": (1, {"zero": 0}, {"dtype": "fp32"}),
     "selective": (1, {"zero": 0, "recompute": "selective"}, {"dtype": "bf16"}),
 }
 
@@ -44,6 +44,13 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {  # ranks, par
 STATES = (  # of DeepSpeed's optimizers, beside the inner one's own
     *("all_grad_tensors", "averaged_gradients", "grad_partitions_flat_buffer", "fp32_partitioned_groups_flat"),
 )
+
+
+GROUPED = {"num_kv_heads": 2, "qk_norm": True, "qkv_bias": True}
+MODELS: dict[str, dict[str, Any]] = {"tp2": GROUPED, "selective": GROUPED, "dp2_zero2": GROUPED}
+
+PACKED = {"batch": {"global_size": 12, "micro_size": 2, "mode": "packed"}, "diffusion": {"views": 2}}
+SECTIONS: dict[str, dict[str, Any]] = {"packed_views": PACKED}
 
 
 class Counted(NamedTuple):
@@ -132,6 +139,8 @@ def has_accumulator(parameter: Any) -> bool:
 
 
 def tensor_leaves(tree: Any) -> list[Tensor]:
+    if isinstance(tree, dict):  # of DeepSpeed's own kind of list
+        tree = [list(values) for values in tree.values() if values is not None]
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
@@ -164,22 +173,27 @@ def counted_step(config: RunConfig) -> Counted:
 def shapes(trainer: Any) -> Iterator[MicroBatchShape]:
     for step in (1, 2):
         for noised in (trainer.noiser(batch, step) for batch in trainer.loader.batch(step).micro_batches):
-            yield MicroBatchShape(*noised.noisy.shape, int(noised.masked.sum()))
+            rows, length = noised.noisy.shape
+            if trainer.engine.pack:
+                rows, length = 1, rows * length
+            yield MicroBatchShape(rows, length, int(noised.masked.sum()))
 
 
 @pytest.fixture(scope="module", params=LAYOUTS)
 def case(request: Any, tmp_path_factory: Any) -> list[tuple[RunConfig, Counted, RankMemory]]:
     num_ranks, parallel, precision = LAYOUTS[request.param]
     folder: Path = tmp_path_factory.mktemp(request.param)
-    write_ids(folder / "train.jsonl", 60, length=(LENGTH, LENGTH + 1))
-    model = small_model(num_layers=4, num_kv_heads=4, hidden_size=128, ffn_hidden_size=256)
+    shortest = LENGTH - 1 if request.param == "padded" else LENGTH
+    write_ids(folder / "train.jsonl", 60, length=(shortest, LENGTH + 1))
+    sizes = {"num_layers": 4, "num_kv_heads": 4, "hidden_size": 128, "ffn_hidden_size": 256}
+    model = small_model(**{**sizes, **MODELS.get(request.param, {})})
     config = small_config(
         folder,
         model=model.model_dump(),
         parallel=parallel,
         precision=precision,
-        batch={"global_size": 24, "micro_size": 4},
         deepspeed={"zero_optimization": {"reduce_bucket_size": BUCKET, "stage3_prefetch_bucket_size": BUCKET}},
+        **{"batch": {"global_size": 24, "micro_size": 4}, **SECTIONS.get(request.param, {})},
     )
     layout = Layout.of(num_ranks, config.parallel.tensor, config.parallel.pipeline)
     results = []

@@ -24,6 +24,7 @@ class Cluster(Section):
     host_memory_gib: float = Field(default=1024.0, gt=0)  # of one node, for offloaded states
     peak_tflops: float = Field(gt=0)  # dense bf16 matrix products
     efficiency: float = Field(default=0.55, gt=0, le=1)  # share of the peak that a layer's products and kernels reach
+    layer_ms: float = Field(default=0.6, ge=0)  # a host's time to start a layer's kernels, forward and backward
     memory_gbytes_per_s: float = Field(gt=0)  # the GPU's own memory, which bounds the optimizer's step
     intra_node_gbytes_per_s: float = Field(gt=0)  # between GPUs of a node
     inter_node_gbytes_per_s: float = Field(gt=0)  # of each GPU, when all of a node talk to another node

@@ -92,13 +92,11 @@ def _communication(plan: Plan) -> str:
 def _duration(plan: Plan) -> str:
     if math.isnan(plan.days):
         return "total: unknown; give the number of samples or 'schedule.steps'"
-    hours = plan.days * 24
+    steps, hours = f"{plan.num_steps:,} steps", plan.days * 24
     gpu_hours = hours * plan.cluster.world_size
     price = plan.cluster.price_per_gpu_hour * gpu_hours
     cost = f", {price:,.0f} at {plan.cluster.price_per_gpu_hour:g} per GPU hour" if price else ""
-    return (
-        f"total: {plan.num_steps:,} steps in {plan.days:.2f} days ({hours:.1f} hours, {gpu_hours:,.0f} GPU hours{cost})"
-    )
+    return f"total: {steps} in {plan.days:.2f} days ({hours:.1f} hours, {gpu_hours:,.0f} GPU hours{cost})"
 
 
 def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:

@@ -15,9 +15,10 @@ from megatron_mdm.training.plan.cluster import Cluster
 
 ASSUMPTIONS = (
     "a layer's operations reach the cluster's 'efficiency' of the peak; collectives 'link_efficiency' of the links",
+    "a layer's forward and backward pass take no less than 'layer_ms', however few the tokens",
     "communication and computation do not overlap (DeepSpeed's overlap_comm is off unless set)",
     "collectives are rings; a group that leaves a node runs at the rate between nodes",
-    "a backward pass takes twice a forward pass; full recomputation one more; half of the eligible positions are masked",
+    "a backward pass takes twice a forward pass; half of the eligible positions are masked",
     "samples have the mean length given, and micro-batches are cut without waste",
     "data loading, validation's decoding and the host's own work cost nothing",
 )
@@ -82,8 +83,9 @@ def step_time(
         passes = 3 * forward_flops(config, stage, micro_batch) + recomputed_flops(config, stage, micro_batch)
         volume = step_communication(config, layout, rank, shapes)
         seconds = {axis: communication_seconds(volume, axis, layout, cluster) for axis in SPANS}
-        if passes * num_micro_batches / rate + seconds["tensor"] > compute + tensor:
-            compute, tensor = passes * num_micro_batches / rate, seconds["tensor"]
+        busy = num_micro_batches * max(passes / rate, stage.num_blocks * cluster.layer_ms / 1e3)
+        if busy + seconds["tensor"] > compute + tensor:
+            compute, tensor = busy, seconds["tensor"]
         pipeline, data = max(pipeline, seconds["pipeline"]), max(data, seconds["data"])
         optimizer = max(optimizer, _optimizer_seconds(config, stage, layout, cluster))
     waits = (layout.pipeline - 1) / num_micro_batches

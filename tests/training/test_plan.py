@@ -1,0 +1,168 @@
+"""Plans: what must fit fits, what does not is said, and the figures follow from the formulas."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_mdm.config.errors import UserError
+from megatron_mdm.config.load import load_config
+from megatron_mdm.config.schema import RunConfig
+from megatron_mdm.engine.communication import MicroBatchShape, stages
+from megatron_mdm.training.plan.cluster import PRESETS, read_cluster
+from megatron_mdm.training.plan.plan import Plan, Samples, make_plan
+from megatron_mdm.training.plan.search import search
+from megatron_mdm.training.plan.timing import forward_flops
+from tests.ranks import run_program_ranks, run_ranks
+from tests.small import small_config, small_model, write_ids
+
+ROOT = Path(__file__).parent.parent.parent
+SFT = sorted(ROOT.glob("configs/sft/llada_8b_*.yaml"))
+STARTS = [*SFT, *(ROOT / f"configs/pretrain/{size}.yaml" for size in ("125m", "1b", "8b"))]
+
+
+def planned(path: Path, *overrides: str, nodes: int = 1, cluster: str = "h100-80gb") -> Plan:
+    return make_plan(load_config(path, overrides), read_cluster(cluster, nodes), Samples(7473))
+
+
+@pytest.mark.parametrize("path", STARTS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("nodes", [1, 4])
+@pytest.mark.parametrize("cluster", PRESETS)
+def test_the_configurations_to_start_from_fit(path: Path, nodes: int, cluster: str) -> None:
+    plan = planned(path, nodes=nodes, cluster=cluster)
+    assert plan.is_feasible, plan.obstacle
+    assert plan.layout.world_size == 8 * nodes
+    assert 0 < plan.mfu < plan.cluster.efficiency
+
+
+@pytest.mark.parametrize("path", SFT, ids=lambda path: path.stem)
+def test_fine_tuning_has_the_settings_of_the_paper(path: Path) -> None:
+    config = load_config(path)
+    optimizer, schedule = config.optimizer, config.schedule
+    assert (optimizer.lr, optimizer.weight_decay, optimizer.gradient_clipping) == (5e-5, 0.1, 1.0)
+    assert (schedule.name, schedule.epochs, schedule.warmup_steps, schedule.min_lr_ratio) == ("linear", 5, 0, 0.0)
+    assert (config.batch.global_size, config.data.max_length, config.data.too_long) == (32, 4096, "drop")
+    assert (config.precision.dtype, config.evaluation.patience, config.seed) == ("bf16", 3, 42)
+
+
+def test_8b_has_the_parameters_of_llada() -> None:
+    assert planned(STARTS[-1]).num_parameters == pytest.approx(8.02e9, rel=1e-3)
+
+
+def test_what_does_not_fit_is_said() -> None:
+    plan = planned(SFT[0], "parallel.tensor=1", "parallel.sequence=false", "parallel.zero=0")
+    assert not plan.is_feasible
+    # 8.0 B parameters: 2 bytes of weights, 2 of gradients, 12 of the optimizer.
+    assert plan.fullest.states == 16 * plan.num_parameters
+    assert "stage 0 needs" in plan.obstacle
+
+
+def test_every_layout_that_a_search_offers_fits_and_the_first_is_the_fastest() -> None:
+    plans = search(load_config(STARTS[-1]), read_cluster("a100-80gb"), Samples(), 10)
+    assert len(plans) == 10
+    assert all(plan.is_feasible for plan in plans)
+    assert plans[0].step.total <= 1.01 * min(plan.step.total for plan in plans)
+    assert planned(STARTS[-1], cluster="a100-80gb").step.total >= 0.99 * plans[0].step.total
+
+
+def test_a_search_without_a_result_names_the_nearest(tmp_path: Path) -> None:
+    (tmp_path / "cluster.yaml").write_text("{preset: a100-80gb, memory_gib: 16}", encoding="utf-8")
+    with pytest.raises(UserError, match=r"no layout of 8 ranks fits; the nearest, .*GiB"):
+        search(load_config(STARTS[-1]), read_cluster(str(tmp_path / "cluster.yaml")), Samples(), 3)
+
+
+def test_figures_of_a_pipeline() -> None:
+    overrides = ("parallel.pipeline=4", "parallel.zero=1", "parallel.tensor=1", "parallel.sequence=false")
+    plan = planned(STARTS[-1], *overrides)
+    batches = 1024 // 2
+    assert plan.num_micro_batches == batches
+    assert plan.bubble == pytest.approx(3 / (batches + 3))
+    kept = [memory.activations for memory in plan.memory]
+    assert kept == sorted(kept, reverse=True)  # the first stage has the most micro-batches in flight
+    assert plan.activations["full"] < plan.activations["selective"] < plan.activations["none"]
+    # 6 FLOPs per parameter and token, but that the embedding multiplies nothing and half of the tokens reach the head;
+    # attention's products come on top.
+    config = plan.config
+    tables = int(config.model.vocab_size) * config.model.hidden_size
+    matrices = plan.num_parameters - 1.5 * tables
+    scores = 12 * config.model.num_layers * config.model.hidden_size * 4096
+    assert plan.flops_per_step == pytest.approx((6 * matrices + scores) * plan.tokens_per_step, rel=1e-3)
+
+
+def test_mirror_doubles_the_work_and_calibration_is_bounded() -> None:
+    plan = planned(SFT[0])
+    assert 1.5 < plan.views_factor <= 2.0
+    rows = 15 * 70 * 15  # the paper's
+    assert plan.calibration[1] == pytest.approx(plan.calibration[0] * rows / 256)
+    assert plan.num_steps == 1168
+    assert plan.days > 0
+
+
+def counted_flops(config: RunConfig, rows: int, length: int) -> int:
+    """On a rank: of a forward pass, by torch's counter."""
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from megatron_mdm.engine.build import build_engine, from_scratch
+    from megatron_mdm.models.stages import Packet
+    from megatron_mdm.parallel.groups import initialize
+
+    engine = build_engine(config, initialize(1), from_scratch)
+    tokens, ones = torch.randint(0, 50, (rows, length)), torch.ones(rows, length)
+    packet = Packet(tokens, torch.tensor(length), ones.bool(), tokens, ones, torch.ones(rows))
+    with FlopCounterMode(display=False) as counter:
+        engine.evaluate([packet])
+    return counter.get_total_flops()
+
+
+def test_flops_are_those_that_torch_counts(tmp_path: Path) -> None:
+    write_ids(tmp_path / "train.jsonl", 20)
+    model = small_model(num_kv_heads=2, ffn_hidden_size=96, vocab_size=64)
+    config = small_config(tmp_path, model=model.model_dump(), precision={"dtype": "bf16"})
+    (counted,) = run_ranks(counted_flops, 1, config, 3, 64)
+    (stage,) = stages(config)
+    assert counted == forward_flops(config, stage, MicroBatchShape(3, 64, 3 * 64))
+
+
+def test_program(tmp_path: Path) -> None:
+    arguments: list[Any] = ["--config", str(SFT[0]), "--samples", "7473"]
+    (text,) = run_program_ranks(str(ROOT / "tools/plan.py"), arguments)
+    assert text.exit_code == 0
+    assert "it fits" in text.stdout
+    assert "total: 1,168 steps" in text.stdout
+    (result,) = run_program_ranks(str(ROOT / "tools/plan.py"), [*arguments, "--json", "parallel.recompute=full"])
+    plan = json.loads(result.stdout)
+    assert plan["is_feasible"]
+    assert plan["memory_bytes_by_stage"][0]["total"] > plan["activations"]["full"]
+    (refused,) = run_program_ranks(str(ROOT / "tools/plan.py"), [*arguments, "parallel.zero=0", "parallel.tensor=1"])
+    assert refused.exit_code == 1
+    assert "'parallel.sequence'" in refused.stderr
+    (too_much,) = run_program_ranks(str(ROOT / "tools/plan.py"), [*arguments, "batch.micro_size=8"])
+    assert too_much.exit_code == 2
+    assert "DOES NOT FIT" in too_much.stdout
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{preset: b200}", "'preset' b200 is unknown"),
+        ("{preset: a100-80gb, bandwith: 1}", "'bandwith': extra inputs are not permitted"),
+        ("[1]", "expected a mapping"),
+        ("{preset: a100-80gb, memory_gib: -1}", "'memory_gib'"),
+    ],
+)
+def test_bad_clusters(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "cluster.yaml").write_text(text, encoding="utf-8")
+    with pytest.raises(UserError, match=message):
+        read_cluster(str(tmp_path / "cluster.yaml"))
+
+
+def test_unknown_clusters_and_vocabularies(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="neither a preset"):
+        read_cluster("dgx")
+    config = small_config(tmp_path, model=small_model(vocab_size="tokenizer").model_dump())
+    with pytest.raises(UserError, match=r"model\.vocab_size"):
+        make_plan(config, read_cluster("a100-80gb"), Samples())
