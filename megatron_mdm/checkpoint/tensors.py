@@ -44,9 +44,9 @@ def write_tensors(tensors: Iterable[tuple[str, str, Tensor]], folder: Path, cont
 
 
 def _cause(error: SafetensorError) -> str:
-    """The system's words in the library's message, as in: Os { code: 28, …, message: "No space left on device" }"""
-    match = re.search(r'message: "([^"]+)"', str(error))
-    return match[1] if match else str(error)
+    """The system's words in the library's message, as in: … I/O error: No space left on device (os error 28)"""
+    match = re.search(r"([^:]+?) \(os error \d+\)", str(error))
+    return match[1].strip() if match else str(error)
 
 
 def file_name(stage: int, tensor_rank: int, tensor_degree: int, part: int) -> str:

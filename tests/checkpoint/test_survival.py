@@ -128,7 +128,7 @@ def test_retention(settings: dict[str, int], kept: set[int], tmp_path: Path) -> 
 
 def test_the_best_by_validation_loss_is_kept(tmp_path: Path) -> None:
     config = config_file(tmp_path, tmp_path / "run")
-    arguments = ["--config", str(config), "data.validation_fraction=0.2", "evaluation.every=2", "evaluation.num_times=2"]
+    arguments = ["--config", str(config), "data.validation_fraction=0.2", "evaluation.every=2"]
     arguments += ["checkpoint.keep_last=1", "checkpoint.keep_best=true", "optimizer.lr=0.5", "schedule.name=constant"]
     result = run_program_ranks("launch/train.py", arguments)[0]
     assert result.exit_code == 0, result.stderr
