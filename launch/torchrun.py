@@ -1,12 +1,19 @@
-"""torchrun, less the traceback it prints when a rank has already said in one line what is wrong."""
+"""torchrun, less the traceback it prints when a rank has already said in one line what is wrong.
+
+Exit code 1: a user's mistake, or a fault that would come again; 75: a rank or a node died, and another try may do.
+"""
 
 import logging
 import os
 import signal
 import sys
 
+from torch.distributed import DistError
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.elastic.rendezvous import RendezvousError
 from torch.distributed.run import get_args_parser, run
+
+TRY_AGAIN = 75  # sysexits.h: EX_TEMPFAIL
 
 
 def main() -> int:
@@ -19,7 +26,11 @@ def main() -> int:
             if failure.exitcode < 0 and failure.exitcode != -signal.SIGTERM:  # SIGTERM: the agent ended it
                 name = signal.Signals(-failure.exitcode).name
                 print(f"error: rank {rank} was ended by {name}; the other ranks were stopped", file=sys.stderr)
-        return 1  # a rank that ended with an exit code has printed its reason
+        # A rank that ended with an exit code has printed its reason.
+        return 1 if any(failure.exitcode == 1 for failure in error.failures.values()) else TRY_AGAIN
+    except (RendezvousError, DistError) as error:
+        print(f"error: the nodes did not find each other, or lost each other: {error}", file=sys.stderr)
+        return TRY_AGAIN
     return 0
 
 

@@ -9,6 +9,7 @@ platform.quiet_libraries()
 
 from megatron_mdm.config.load import load_config  # noqa: E402
 from megatron_mdm.config.validate import validate, warnings  # noqa: E402
+from megatron_mdm.parallel.collectives import largest  # noqa: E402
 from megatron_mdm.parallel.groups import initialize, world_size_from_environment  # noqa: E402
 from megatron_mdm.parallel.program import run_program  # noqa: E402
 from megatron_mdm.training.dry_run import describe  # noqa: E402
@@ -43,7 +44,8 @@ def main() -> None:
         for line in warnings(config):
             print(f"warning: {line}", file=sys.stderr)
         print(f"{description}\n{describe_data(data, config)}", flush=True)
-    summary = train_run(config, data, context, StartMode(arguments.resume, arguments.overwrite))
+    resume = bool(largest(arguments.resume))  # a node that was started anew joins those that were restarted
+    summary = train_run(config, data, context, StartMode(resume, arguments.overwrite and not resume))
     if context.is_main:
         reason = f" ({summary['stopped_early']})" if summary["stopped_early"] else ""
         print(f"trained {summary['steps']} steps{reason}; run folder: {config.checkpoint.directory}", flush=True)

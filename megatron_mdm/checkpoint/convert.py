@@ -17,9 +17,10 @@ from megatron_mdm.checkpoint.huggingface import (
     mapped,
     read_json,
 )
+from megatron_mdm.checkpoint.manifest import MANIFEST, TENSORS, entry_of, write_manifest
 from megatron_mdm.checkpoint.native import CHECKPOINTS, HUGGINGFACE, RUN_CONFIG, NativeCheckpoint, keep_companions
 from megatron_mdm.checkpoint.special_tokens import TOKENIZERS, SpecialTokens, special_tokens
-from megatron_mdm.checkpoint.store import MANIFEST, STATE, TENSORS
+from megatron_mdm.checkpoint.store import STATE
 from megatron_mdm.checkpoint.stream import JOURNAL, Output, OutputFile, split, write_files
 from megatron_mdm.checkpoint.tensors import WEIGHT, file_name
 from megatron_mdm.checkpoint.views import View, cut, with_grown_tables, with_rows
@@ -65,9 +66,8 @@ def import_checkpoint(source: Path, output: Path, options: ImportOptions) -> Spe
     temporary = _temporary(output)
     entries = write_files(files, temporary, _fingerprint(checkpoint.tensors))
     write_json(temporary / step / STATE, {"imported_from": str(source)})
-    state = {"bytes": (temporary / step / STATE).stat().st_size, "sha256": sha256(temporary / step / STATE)}
     names = {path.removeprefix(f"{step}/"): entry for path, entry in entries.items()}
-    write_json(temporary / step / MANIFEST, {"files": {STATE: state, **names}})
+    write_manifest(temporary / step, {STATE: entry_of(temporary / step / STATE), **names})
     keep_companions(source, temporary)
     run = _run_config(model, special, source, output, next(iter(outputs.values())).dtype)
     write_atomically(temporary / RUN_CONFIG, dump_config(run))

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from megatron_mdm.checkpoint.initial import InitialWeights
-from megatron_mdm.checkpoint.store import TENSORS, CheckpointStore
+from megatron_mdm.checkpoint.manifest import TENSORS
+from megatron_mdm.checkpoint.store import CheckpointStore
 from megatron_mdm.checkpoint.tensors import TensorReader
 from megatron_mdm.config.errors import UserError
 from megatron_mdm.config.load import load_config
@@ -70,7 +71,7 @@ def load_for_inference(
     folder: Path, config: RunConfig, context: ParallelContext
 ) -> InferenceEngine | PipelinedInferenceEngine:
     """The model of the newest intact checkpoint: whole on every data-parallel rank, or on every pipeline's ranks."""
-    checkpoint = CheckpointStore(folder / "checkpoints", config.checkpoint.keep_last, context).newest_intact()
+    checkpoint = CheckpointStore(folder / "checkpoints", config.checkpoint, context).newest_intact()
     if checkpoint is None:
         raise UserError(f"{folder}: the run has no checkpoint yet")
     reader, dtype = TensorReader(checkpoint / TENSORS, config.model), config.precision.dtype

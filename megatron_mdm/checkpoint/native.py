@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_mdm.checkpoint.huggingface import COMPANIONS, CONFIG, is_checkpoint, read_json
-from megatron_mdm.checkpoint.store import TENSORS, search
+from megatron_mdm.checkpoint.manifest import TENSORS
+from megatron_mdm.checkpoint.store import search
 from megatron_mdm.checkpoint.tensors import WEIGHT, TensorReader
 from megatron_mdm.checkpoint.views import View
 from megatron_mdm.config.errors import UserError

@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -26,15 +27,26 @@ _FILE = re.compile(r"stage-(\d+)\.tensor-(\d+)-of-(\d+)\.part-(\d+)\.safetensors
 
 
 def write_tensors(tensors: Iterable[tuple[str, str, Tensor]], folder: Path, context: ParallelContext) -> None:
-    """(name, kind, this tensor-parallel rank's shard) of a stage → this rank's file. Collective."""
+    """(name, kind, this tensor-parallel rank's shard) of a stage → this rank's file. Collective.
+
+    Raises OSError where the file cannot be written, after the last communication.
+    """
     mine: dict[str, Tensor] = {}
     for index, (name, kind, tensor) in enumerate(tensors):
         if index % context.layout.data == context.data_rank:
             mine[f"{name}/{kind}"] = tensor.detach().to("cpu", torch.float32, copy=True).contiguous()
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(
-        mine, folder / file_name(context.pipeline_rank, context.tensor_rank, context.layout.tensor, context.data_rank)
-    )
+    name = file_name(context.pipeline_rank, context.tensor_rank, context.layout.tensor, context.data_rank)
+    try:
+        save_file(mine, folder / name)
+    except SafetensorError as error:  # the library's own wrapping of a failed write
+        raise OSError(_cause(error)) from None
+
+
+def _cause(error: SafetensorError) -> str:
+    """The system's words in the library's message, as in: … I/O error: No space left on device (os error 28)"""
+    match = re.search(r"([^:]+?) \(os error \d+\)", str(error))
+    return match[1].strip() if match else str(error)
 
 
 def file_name(stage: int, tensor_rank: int, tensor_degree: int, part: int) -> str:

@@ -238,7 +238,17 @@ class PrecisionConfig(Section):
 class CheckpointConfig(Section):
     directory: str  # the run's folder; everything it writes is below it
     save_every: int = Field(default=500, ge=0)  # steps; 0: only at the end
-    keep_last: int = Field(default=2, gt=0)
+    keep_last: int = Field(default=2, gt=0)  # the newest, which are always kept; besides them:
+    keep_every: int = Field(default=0, ge=0)  # those of every so many steps; 0: none
+    keep_best: bool = False  # the one with the least validation loss, of those saved at a validation
+
+
+class FaultsConfig(Section):
+    """What is done about losses and gradients that are infinite, not numbers, or far off the others."""
+
+    max_skipped_in_a_row: int = Field(default=5, gt=0)  # skipped steps after which the run stops
+    spike_score: float = Field(default=8.0, ge=0)  # robust z-score from which a loss is logged as a spike; 0: never
+    spike_window: int = Field(default=100, ge=20)  # steps whose losses it is judged by
 
 
 class LoggingConfig(Section):
@@ -266,6 +276,7 @@ class RunConfig(Section):
     precision: PrecisionConfig = PrecisionConfig()
     checkpoint: CheckpointConfig
     logging: LoggingConfig = LoggingConfig()
+    faults: FaultsConfig = FaultsConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     seed: int = Field(default=42, ge=0)
     deepspeed: dict[str, Any] = {}  # further DeepSpeed keys; those the stack owns are refused

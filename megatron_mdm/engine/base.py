@@ -13,7 +13,7 @@ from megatron_mdm.models.stages import Packet, RowStatistics
 
 class TrainOutput(NamedTuple):
     statistics: list[RowStatistics]  # one per micro-batch of this data-parallel rank
-    grad_norm: float  # of the global batch's gradient, before clipping
+    grad_norm: float  # of the global batch's gradient, before clipping; not finite: the step was skipped on every rank
 
 
 class Forward(Protocol):

@@ -29,7 +29,8 @@ def deepspeed_config(config: RunConfig, world_size: int) -> dict[str, Any]:
         "gradient_accumulation_steps": accumulation_steps(config, world_size),
         # Where clipping is ours (engine/optimizer.py), it must always be called, as it measures the norm.
         "gradient_clipping": config.optimizer.gradient_clipping or (1e30 if _plain(config) else 0.0),
-        "bf16": {"enabled": config.precision.dtype == "bf16"},
+        # In fp32 and fp16, DeepSpeed skips steps with infinite gradients by itself.
+        "bf16": {"enabled": config.precision.dtype == "bf16", "check_grad_overflow": True},
         "fp16": {"enabled": config.precision.dtype == "fp16", "initial_scale_power": 16},
         "data_types": {"grad_accum_dtype": "fp32"} if config.precision.gradients == "fp32" else {},
         "zero_optimization": zero,

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from deepspeed.runtime.utils import is_model_parallel_parameter
+from torch import Tensor
 
 from megatron_mdm.config.schema import OptimizerConfig
 from megatron_mdm.parallel.groups import ParallelContext
@@ -21,6 +24,21 @@ def adamw(model: torch.nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
     ]
     groups = [group for group in groups if group["params"]]  # a pipeline stage may have no norms
     return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
+
+
+def scaled_unless_faulty(total: Tensor, factor: float) -> Tensor:
+    """A micro-batch's loss times a factor; where it is infinite or not a number, so are all its gradients.
+
+    The reduced gradient's norm, by which every rank skips the step, then tells of a faulty loss anywhere.
+    """
+    return total * torch.where(total.detach().isfinite(), factor, float("nan"))
+
+
+def norm_of_step(engine: Any, clipping: PlainClipping | None) -> float:
+    """The gradient's norm in the step just taken; infinite where DeepSpeed skipped it, which it does by that norm."""
+    if clipping:
+        return clipping.norm
+    return float("inf") if engine.optimizer.overflow else float(engine.get_global_grad_norm())
 
 
 class PlainClipping:
@@ -43,6 +61,9 @@ class PlainClipping:
         if self.context.layout.pipeline > 1:
             dist.all_reduce(squares, group=self.context.pipeline_group)
         self.norm = float(squares.sqrt())
+        if not math.isfinite(self.norm):
+            for parameter in self.model.parameters():
+                parameter.grad = None  # the optimizer then leaves weight and moments as they are
         if 0.0 < self.max_norm < self.norm:
             for gradient in gradients:
                 gradient.mul_(self.max_norm / (self.norm + 1e-6))

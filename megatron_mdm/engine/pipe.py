@@ -17,7 +17,7 @@ from megatron_mdm.config.schema import ModelConfig, RunConfig
 from megatron_mdm.engine.base import TrainOutput
 from megatron_mdm.engine.deepspeed_config import deepspeed_config
 from megatron_mdm.engine.master import MasterState
-from megatron_mdm.engine.optimizer import PlainClipping, adamw
+from megatron_mdm.engine.optimizer import PlainClipping, adamw, norm_of_step, scaled_unless_faulty
 from megatron_mdm.engine.packets import prepared
 from megatron_mdm.models.parameters import stage_costs
 from megatron_mdm.models.stages import Packet, RowStatistics, prepare_parameters, stage_builders
@@ -58,8 +58,8 @@ class PipeEngine:
             per_micro_batch = self.engine.train_micro_batch_size_per_gpu() * self.layout.data
             self.engine.set_train_batch_size(len(packets) * per_micro_batch)
         self.engine.train_batch(_batches(packets))
-        norm = self.clipping.norm if self.clipping else self.engine.get_global_grad_norm()
-        return TrainOutput(self._statistics(packets), float(norm))
+        norm = norm_of_step(self.engine, self.clipping)
+        return TrainOutput(self._statistics(packets), norm)
 
     def evaluate(self, packets: Sequence[Packet], row_gradients: bool = False) -> list[RowStatistics]:
         packets = self._prepare(packets)
@@ -96,7 +96,7 @@ class PipeEngine:
         total, statistics = result
         self._answers.append(torch.stack(list(statistics)))
         # The engine divides by the accumulation steps and averages over data-parallel ranks; the total wants neither.
-        return total * (self.engine.gradient_accumulation_steps() * self.layout.data)
+        return scaled_unless_faulty(total, self.engine.gradient_accumulation_steps() * self.layout.data)
 
     def _statistics(self, packets: Sequence[Packet]) -> list[RowStatistics]:
         rows = [len(packet.selected) for packet in packets]

@@ -12,7 +12,7 @@ from megatron_mdm.config.schema import RunConfig
 from megatron_mdm.engine.base import TrainOutput
 from megatron_mdm.engine.deepspeed_config import deepspeed_config
 from megatron_mdm.engine.master import MasterState
-from megatron_mdm.engine.optimizer import PlainClipping, adamw
+from megatron_mdm.engine.optimizer import PlainClipping, adamw, norm_of_step, scaled_unless_faulty
 from megatron_mdm.engine.packets import prepared
 from megatron_mdm.models.stages import Packet, RowStatistics, build_model
 from megatron_mdm.parallel.groups import ParallelContext
@@ -49,11 +49,10 @@ class ZeroEngine:
             engine.set_gradient_accumulation_boundary(index == len(packets) - 1)
             total, rows = engine(self._prepare(packet))
             # Totals are shares of the global batch's mean; DeepSpeed averages gradients over data-parallel ranks.
-            engine.backward(total * self.context.layout.data, scale_wrt_gas=False)
+            engine.backward(scaled_unless_faulty(total, self.context.layout.data), scale_wrt_gas=False)
             statistics.append(rows)
             engine.step()
-        norm = self.clipping.norm if self.clipping else engine.get_global_grad_norm()
-        return TrainOutput(statistics, float(norm))
+        return TrainOutput(statistics, norm_of_step(engine, self.clipping))
 
     def evaluate(self, packets: Sequence[Packet], row_gradients: bool = False) -> list[RowStatistics]:
         self.engine.eval()

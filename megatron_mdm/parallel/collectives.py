@@ -30,5 +30,12 @@ def gather_objects(value: object, context: ParallelContext) -> list[object]:
     return gathered
 
 
+def largest(value: int) -> int:
+    """The greatest of the ranks' values, on every rank."""
+    tensor = torch.tensor(value, device=platform.device())
+    dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+    return int(tensor)
+
+
 def barrier() -> None:
     dist.barrier()

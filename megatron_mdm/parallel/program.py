@@ -1,4 +1,5 @@
-"""How a program under a launcher ends: cleanly, or with one clear line and exit code 1 on every rank."""
+"""How a program under a launcher ends: cleanly; with one clear line and exit code 1 on every rank; or with a traceback
+and another code."""
 
 from __future__ import annotations
 
@@ -13,6 +14,7 @@ from pydantic import ValidationError
 from megatron_mdm.config.errors import UserError
 from megatron_mdm.parallel.groups import rank_from_environment, shut_down
 
+_CRASHED = 70  # sysexits.h: EX_SOFTWARE; also where another rank has gone, so that a launcher may try again
 _SECOND_RANK_WAITS = 1.5  # seconds; the launcher ends the other ranks as soon as the first has failed
 
 
@@ -34,7 +36,7 @@ def run_program(main: Callable[[], None]) -> None:
         _fail("interrupted")
     except Exception:
         traceback.print_exc()
-        _exit_now(1)
+        _exit_now(_CRASHED)
     shut_down()
 
 

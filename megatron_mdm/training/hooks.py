@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+from tqdm import tqdm
 
-from megatron_mdm.checkpoint.store import CheckpointStore
+from megatron_mdm.checkpoint.store import VALIDATION_LOSS, CheckpointStore, SaveError
+from megatron_mdm.config.errors import UserError
 from megatron_mdm.config.schema import RunConfig
 from megatron_mdm.diffusion.control_variate import BinwiseControlVariate
 from megatron_mdm.diffusion.noiser import Noiser
@@ -38,18 +41,8 @@ class Log:
         self._reset()
 
     def after_step(self, state: TrainState, result: StepResult) -> None:
-        if self.control_variate:
-            adjusted = self.control_variate.adjusted(result.t, result.sample_loss)
-            state.adjusted_variance.update(result.weight, adjusted)
-            self.control_variate.update(result.t, result.sample_loss)
-            state.control_variate = self.control_variate.state()
-        state.run_variance.update(result.weight, result.sample_loss)
-        state.window_variance.update(result.weight, result.sample_loss)
-        bins = np.minimum((result.t * NUM_T_BINS).astype(int), NUM_T_BINS - 1)
-        for index, count in enumerate(np.bincount(bins, minlength=NUM_T_BINS)):
-            state.t_histogram[index] += int(count)
-        self.bin_loss += np.bincount(bins, weights=result.sample_loss, minlength=NUM_T_BINS)
-        self.bin_count += np.bincount(bins, minlength=NUM_T_BINS)
+        if not result.is_skipped:
+            self._count(state, result)
         self.num_tokens += result.num_tokens
         self.seconds += result.seconds
         rate = self.num_tokens / self.seconds
@@ -63,6 +56,21 @@ class Log:
 
     def after_run(self, _: TrainState) -> None:
         self.bar.close()
+
+    def _count(self, state: TrainState, result: StepResult) -> None:
+        """What is averaged over steps."""
+        if self.control_variate:
+            adjusted = self.control_variate.adjusted(result.t, result.sample_loss)
+            state.adjusted_variance.update(result.weight, adjusted)
+            self.control_variate.update(result.t, result.sample_loss)
+            state.control_variate = self.control_variate.state()
+        state.run_variance.update(result.weight, result.sample_loss)
+        state.window_variance.update(result.weight, result.sample_loss)
+        bins = np.minimum((result.t * NUM_T_BINS).astype(int), NUM_T_BINS - 1)
+        for index, count in enumerate(np.bincount(bins, minlength=NUM_T_BINS)):
+            state.t_histogram[index] += int(count)
+        self.bin_loss += np.bincount(bins, weights=result.sample_loss, minlength=NUM_T_BINS)
+        self.bin_count += np.bincount(bins, minlength=NUM_T_BINS)
 
     def _record(self, state: TrainState, result: StepResult, rate: float) -> dict[str, Any]:
         adjusted = state.adjusted_variance
@@ -101,12 +109,13 @@ class Validate:
             self._validate(state)
 
     def after_run(self, state: TrainState) -> None:
-        if self.last_step != state.step and state.step % self.every:
+        if self.last_step != state.step and state.step % self.every and not state.interrupted:
             self._validate(state)
 
     def _validate(self, state: TrainState) -> None:
         loss = self.validation(self.trainer.engine)
         self.last_step = state.step
+        state.validated_step, state.validation_loss = state.step, loss
         if loss < state.best_validation:
             state.best_validation, state.validations_without_best = loss, 0
         else:
@@ -144,7 +153,10 @@ class AdaptiveClipping:
 
 
 class Save:
-    """A checkpoint every `checkpoint.save_every` steps and at the end. Runs after the hooks whose state it saves."""
+    """A checkpoint every `checkpoint.save_every` steps and at the end. Runs after the hooks whose state it saves.
+
+    One that cannot be written costs a line, and training goes on to the next; at the end, it is the program's error.
+    """
 
     def __init__(
         self, config: RunConfig, store: CheckpointStore, engine: Engine, describe: Callable[[], dict[str, Any]]
@@ -155,12 +167,26 @@ class Save:
 
     def after_step(self, state: TrainState, _: StepResult) -> None:
         if self.every and state.step % self.every == 0:
-            self._save(state)
+            try:
+                self._save(state)
+            except SaveError as error:
+                if self.store.context.is_main:
+                    tqdm.write(f"error: step {state.step}: {error}; training goes on", file=sys.stderr)
 
     def after_run(self, state: TrainState) -> None:
-        if self.last_step != state.step:
+        if self.last_step == state.step:
+            return
+        try:
             self._save(state)
+        except SaveError as error:
+            raise UserError(
+                f"{error}: the run has trained to step {state.step}, and --resume goes on from the newest checkpoint "
+                "there is; make room, or give the right to write, before it"
+            ) from None
 
     def _save(self, state: TrainState) -> None:
-        self.store.save(state.step, self.engine, {**self.describe(), "train": state.to_json()})
+        content = {**self.describe(), "train": state.to_json()}
+        if state.validated_step == state.step:
+            content[VALIDATION_LOSS] = state.validation_loss
+        self.store.save(state.step, self.engine, content)
         self.last_step = state.step

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
 from megatron_mdm.config.schema import RunConfig
 from megatron_mdm.data.loader import LocalBatch, PrefetchLoader, TrainLoader
@@ -24,6 +26,8 @@ from megatron_mdm.parallel.groups import ParallelContext
 from megatron_mdm.training.schedules import learning_rate
 from megatron_mdm.training.state import TrainState
 
+Ints = NDArray[np.int64]
+
 
 @dataclass(frozen=True)
 class StepResult:
@@ -39,6 +43,12 @@ class StepResult:
     moments: Floats  # [n, len(Moments._fields)], for re-fitting p(t): see diffusion/moments.py
     num_tokens: int
     seconds: float
+    sample_ids: Ints  # [n] rows of the data set
+
+    @property
+    def is_skipped(self) -> bool:
+        """Whether weights and moments stayed as they were, as loss or gradient was infinite or not a number."""
+        return not math.isfinite(self.grad_norm)
 
 
 class Hook(Protocol):
@@ -73,29 +83,45 @@ class Trainer:
     def train_step(self, step: int) -> StepResult:
         """clean → noised → weighted → one optimizer step."""
         began = time.monotonic()
-        batch = self.loader.batch(step)
-        noised = [self.noiser(micro_batch, step) for micro_batch in batch.micro_batches]
-        normalize = NORMALIZATIONS[self.config.diffusion.normalization]
-        weights = [normalize(micro, batch.global_batch) for micro in noised]
+        batch, noised, weights = self.noised_batch(step)
         packets = [loss_packet(*pair) for pair in zip(noised, weights)]
         lr = learning_rate(step, self.num_steps, self.config.optimizer.lr, self.config.schedule)
         output = self.engine.train_batch(packets, lr)
-        total, sample_loss, moments = self._collect(batch, noised, weights, output)
+        values = self._collect(batch, noised, weights, output)
         t, weight = self.noiser.times(step)
-        seconds = time.monotonic() - began
-        return StepResult(step, total, output.grad_norm, lr, t, weight, sample_loss, moments, batch.num_tokens, seconds)
+        return StepResult(
+            step=step,
+            loss=float(values[:, 0].sum()),
+            grad_norm=output.grad_norm,
+            lr=lr,
+            t=t,
+            weight=weight,
+            sample_loss=values[:, 1],
+            moments=values[:, 3:],
+            num_tokens=batch.num_tokens,
+            seconds=time.monotonic() - began,
+            sample_ids=values[:, 2].astype(np.int64),
+        )
+
+    def noised_batch(self, step: int) -> tuple[LocalBatch, list[NoisedBatch], list[LossWeights]]:
+        """This data-parallel rank's part of a step's batch: a function of the step and the sampler of t alone."""
+        batch = self.loader.batch(step)
+        noised = [self.noiser(micro_batch, step) for micro_batch in batch.micro_batches]
+        normalize = NORMALIZATIONS[self.config.diffusion.normalization]
+        return batch, noised, [normalize(micro, batch.global_batch) for micro in noised]
 
     def _collect(
         self, batch: LocalBatch, noised: Sequence[NoisedBatch], weights: Sequence[LossWeights], output: TrainOutput
-    ) -> tuple[float, Floats, Floats]:
-        """The global loss, per-sample losses [n] and moments [n, …] from every data-parallel rank's rows."""
-        values = np.zeros((self.loader.global_size, 2 + len(Moments._fields)))
+    ) -> Floats:
+        """[n, 3 + …]: share of the global loss, sample's own loss, its row of the data, moments; of every rank's
+        samples, by position."""
+        values = np.zeros((self.loader.global_size, 3 + len(Moments._fields)))
         for micro, weight, rows in zip(noised, weights, output.statistics):
             loss = rows.loss.double().cpu().view(micro.views, -1)  # [V, B]
             positions, t = micro.clean.positions.numpy(), micro.t.numpy()
             values[positions, 0] = (loss * weight.row.double().view(micro.views, -1)).sum(0).numpy()
             values[positions, 1] = loss.mean(0).numpy()
+            values[positions, 2] = micro.clean.sample_ids.numpy()
             q = self.noiser.design.schedule.mask_probability(t)
-            values[positions, 2:] = group_moments(t, q, row_sums(micro, weight, batch.global_batch, rows))
-        values = fill_from_data_ranks(values, self.context)
-        return float(values[:, 0].sum()), values[:, 1], values[:, 2:]
+            values[positions, 3:] = group_moments(t, q, row_sums(micro, weight, batch.global_batch, rows))
+        return fill_from_data_ranks(values, self.context)

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import sys
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
 from tqdm import tqdm
+
+SHOWN = ("loss", "validation_loss", "lr", "grad_norm")
 
 
 class MetricsLog:
@@ -16,6 +20,7 @@ class MetricsLog:
 
     def __init__(self, folder: Path, tensorboard: bool, is_main: bool, first_step: int) -> None:
         self.path, self.is_main, self.writer = folder / "metrics.jsonl", is_main, None
+        self.unwritten = ""
         if is_main:
             folder.mkdir(parents=True, exist_ok=True)
             truncate_records(self.path, first_step)
@@ -30,9 +35,8 @@ class MetricsLog:
         if not self.is_main:
             return
         values = {key: None if _is_nan(value) else value for key, value in values.items()}
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, **values}) + "\n")
-        shown = {key: values[key] for key in ("loss", "validation_loss", "lr", "grad_norm") if key in values}
+        self._append(json.dumps({"step": step, **values}) + "\n")
+        shown = {key: values[key] for key in SHOWN if values.get(key) is not None}
         tqdm.write(f"step {step:>6}  " + "  ".join(f"{key} {value:.6g}" for key, value in shown.items()))
         if self.writer:
             for key, value in values.items():
@@ -42,6 +46,22 @@ class MetricsLog:
                             self.writer.add_scalar(f"{key}/bin_{index}", item, step)
                 elif value is not None:
                     self.writer.add_scalar(key, value, step)
+
+    def _append(self, line: str) -> None:
+        """Lines that a full disk refuses are kept, and written as soon as there is room."""
+        self.unwritten += line
+        try:
+            size = self.path.stat().st_size if self.path.exists() else 0
+            with self.path.open("a", encoding="utf-8") as file:
+                try:
+                    file.write(self.unwritten)
+                    file.flush()
+                except OSError:
+                    os.truncate(self.path, size)  # no half lines
+                    raise
+            self.unwritten = ""
+        except OSError as error:
+            tqdm.write(f"error: {self.path} cannot be written ({error.strerror}); training goes on", file=sys.stderr)
 
     def figure(self, name: str, figure: Figure, step: int) -> None:
         if self.writer:

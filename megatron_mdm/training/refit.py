@@ -43,10 +43,9 @@ class Refit:
         self.halves = [MomentSums(np.array(sums)) for sums in state.moment_sums]
 
     def after_step(self, state: TrainState, result: StepResult) -> None:
-        num_cells = len(self.halves[0].sums)
+        nothing = MomentSums(np.zeros_like(self.halves[0].sums))
         mine = result.step % 2
-        new = MomentSums.of(result.moments, num_cells)
-        nothing = MomentSums(np.zeros_like(new.sums))
+        new = nothing if result.is_skipped else MomentSums.of(result.moments, len(nothing.sums))
         self.halves = [
             half.plus(new if index == mine else nothing, self.memory) for index, half in enumerate(self.halves)
         ]

@@ -9,7 +9,7 @@ from megatron_mdm.config.load import flatten, load_config
 from megatron_mdm.config.schema import RunConfig
 
 # Sections that change what is watched and kept, or where it is computed, not what is trained.
-FREE_SECTIONS = ("logging", "checkpoint", "evaluation", "parallel", "deepspeed")
+FREE_SECTIONS = ("logging", "checkpoint", "evaluation", "faults", "parallel", "deepspeed")
 FREE_KEYS = ("batch.micro_size", "batch.mode", "batch.micro_tokens", "precision.gradients", "model.kernels")
 
 

@@ -35,18 +35,20 @@ from megatron_mdm.parallel.collectives import barrier
 from megatron_mdm.parallel.groups import ParallelContext
 from megatron_mdm.reports.plots import calibration_figure, save_figure, training_figure
 from megatron_mdm.training.calibrate import calibrate, calibrator_of, load_artifact, save_artifact
+from megatron_mdm.training.faults import DUMPS, FAULTS, Faults
 from megatron_mdm.training.hooks import AdaptiveClipping, Log, Save, Validate
 from megatron_mdm.training.inputs import RunData, total_steps
 from megatron_mdm.training.loop import Hook, Trainer
 from megatron_mdm.training.metrics import MetricsLog
 from megatron_mdm.training.refit import JudgeSampler, Refit
 from megatron_mdm.training.resume import check_same_run
+from megatron_mdm.training.signals import StopOnSignal
 from megatron_mdm.training.state import TrainState
 
 CONFIG, CALIBRATION, CHECKPOINTS = "config.yaml", "calibration.json", "checkpoints"
 _ARTIFACTS = (
     *(CONFIG, CALIBRATION, "calibration.png", "metrics.jsonl", "summary.json", "curves.png"),
-    *("evaluation.json", "samples.jsonl", HUGGINGFACE),
+    *("evaluation.json", "samples.jsonl", HUGGINGFACE, FAULTS, DUMPS),
 )
 
 
@@ -62,18 +64,20 @@ def train_run(config: RunConfig, data: RunData, context: ParallelContext, mode: 
     """Train (or finish training) one run. Collective. Returns the summary that is also written to summary.json."""
     folder = Path(config.checkpoint.directory)
     _prepare_folder(folder, config, mode, context)
-    store = CheckpointStore(folder / CHECKPOINTS, config.checkpoint.keep_last, context)
+    store = CheckpointStore(folder / CHECKPOINTS, config.checkpoint, context)
     checkpoint, state = _newest(store, config, data, context) if mode.resume else (None, TrainState())
     if checkpoint is None and config.model.init_from and context.is_main:
         print(InitialWeights(config.model).describe(data.tokenizer.mask_id), flush=True)
         keep_companions(Path(config.model.init_from), folder)
-    engine = restored_engine(checkpoint, config, context, state.step)
+    engine = restored_engine(checkpoint, config, context, state.num_updates)
     artifact = _calibration(folder, engine, config, data, context)
     trainer = build_trainer(config, data, engine, artifact, context)
     metrics = MetricsLog(folder, config.logging.tensorboard, context.is_main, state.step)
     if artifact:
         metrics.figure("calibration", calibration_figure(artifact), state.step)
     trainer.train(state, _hooks(trainer, data, store, metrics, state, artifact))
+    if state.failure:
+        raise UserError(state.failure)
     summary = _summary(config, state, artifact, trainer)
     if context.is_main:
         write_json(folder / "summary.json", summary)
@@ -122,7 +126,7 @@ def _newest(
     if saved["data"] != data.train.fingerprint:
         raise UserError(f"{config.data.train}: the file has changed since {checkpoint} was written")
     state = TrainState.from_json(saved["train"])
-    state.stop_reason = ""
+    state.stop_reason, state.failure, state.interrupted, state.skipped_in_a_row = "", "", False, 0
     if context.is_main:
         print(f"resumed from {checkpoint} at step {state.step}", flush=True)
     return checkpoint, state
@@ -192,7 +196,10 @@ def _hooks(
     artifact: dict[str, Any] | None,
 ) -> list[Hook]:
     config, context = trainer.config, trainer.context
-    hooks: list[Hook] = [Log(config, metrics, state, trainer.num_steps, context.is_main)]
+    hooks: list[Hook] = [
+        Faults(trainer, metrics, Path(config.checkpoint.directory)),
+        Log(config, metrics, state, trainer.num_steps, context.is_main),
+    ]
     if artifact and config.diffusion.calibration.refit_every:
         hooks.append(Refit(calibrator_of(config, data.train), trainer.noiser, artifact, state, metrics))
     if config.evaluation.every and data.validation is not None:
@@ -211,6 +218,7 @@ def _hooks(
             hooks.append(JudgeSampler(*judged, config.evaluation.every, metrics))
         if config.diffusion.sampler == "clipped" and config.diffusion.clipping.bounds == "adaptive":
             hooks.append(AdaptiveClipping(config, validation, trainer.noiser, state, metrics))
+    hooks.append(StopOnSignal())
     hooks.append(Save(config, store, trainer.engine, lambda: {"data": data.train.fingerprint}))
     return hooks
 
@@ -221,6 +229,7 @@ def _summary(config: RunConfig, state: TrainState, artifact: dict[str, Any] | No
     return {
         "steps": state.step,
         "stopped_early": state.stop_reason,
+        "skipped_steps": state.num_skipped,
         "best_validation_loss": state.best_validation if np.isfinite(state.best_validation) else None,
         "variance_of_loss": state.run_variance.of_loss(),
         "variance_of_estimator": state.run_variance.of_estimator(),

@@ -21,7 +21,19 @@ class TrainState:
     control_variate: dict[str, Any] = field(default_factory=dict)  # BinwiseControlVariate's state
     clipping: list[float] = field(default_factory=list)  # the adaptive clipped schedule's interval
     adjusted_variance: OnlineVariance = field(default_factory=OnlineVariance)  # of the loss less its control variate
+    validated_step: int = -1  # the last validation's step …
+    validation_loss: float = float("inf")  # … and loss
+    num_skipped: int = 0  # steps without an update, since loss or gradient was infinite or not a number
+    skipped_in_a_row: int = 0
+    recent_losses: list[float] = field(default_factory=list)  # which a spike is judged by
     stop_reason: str = ""  # not empty: stop before the next step
+    interrupted: bool = False  # stopped by a signal, to be resumed: what belongs to the end of a run is left out
+    failure: str = ""  # stopped by a fault: the error that the program ends with
+
+    @property
+    def num_updates(self) -> int:
+        """Steps that the optimizer has taken."""
+        return self.step - self.num_skipped
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

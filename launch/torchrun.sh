@@ -1,0 +1,50 @@
+#!/usr/bin/env bash
+# Train on one node or many: the same command on every node, with the arguments of launch/train.py.
+#   NODES=4 NODE_RANK=0 MASTER_ADDR=node0 bash launch/torchrun.sh --config my.yaml parallel.tensor=8
+# NODES (1), NODE_RANK (0; Slurm's, where it started this), RANKS_PER_NODE (the GPUs), MASTER_ADDR (127.0.0.1: node 0),
+# MASTER_PORT (29400), RUN_ID (mdm), LOCAL_ADDR (this node's address, where its name does not tell), INTERFACE,
+# MAX_RESTARTS (3) after a rank or a node has died, each with --resume. A user's mistake is not tried again.
+# SIGTERM and SIGUSR1 go to the ranks as SIGUSR1: they save, and this ends with 0.
+set -uo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+activate_environment
+
+nodes=${NODES:-1}
+node=${NODE_RANK:-${SLURM_NODEID:-0}}
+restarts_left=${MAX_RESTARTS:-3}
+try_again=75 # launch/torchrun.py's exit code where a rank died for no fault of the user's
+launcher=(--nnodes "$nodes" --node-rank "$node" --nproc-per-node "${RANKS_PER_NODE:-$(count_devices)}"
+    --rdzv-backend c10d --rdzv-id "${RUN_ID:-mdm}" --max-restarts 0
+    --rdzv-endpoint "${MASTER_ADDR:-127.0.0.1}:${MASTER_PORT:-29400}"
+    --rdzv-conf "is_host=$([ "$node" = 0 ] && echo true || echo false)")
+[ -n "${LOCAL_ADDR:-}" ] && launcher+=(--local-addr "$LOCAL_ADDR")
+arguments=("$@")
+child="" stopping=""
+
+stop() {
+    stopping=1
+    [ -n "$child" ] && pkill -USR1 -P "$child" # its ranks; the launcher itself would give them 30 s only
+}
+trap stop TERM USR1
+
+while true; do
+    python "$root/launch/torchrun.py" "${launcher[@]}" "$root/launch/train.py" "${arguments[@]}" &
+    child=$!
+    wait "$child"
+    code=$?
+    while kill -0 "$child" 2>/dev/null; do # a signal ended the waiting, not the child
+        wait "$child"
+        code=$?
+    done
+    if [ "$code" != "$try_again" ] || [ -n "$stopping" ] || [ "$restarts_left" -le 0 ]; then
+        exit "$code"
+    fi
+    restarts_left=$((restarts_left - 1))
+    echo "node $node: a rank died; going on from the newest checkpoint ($restarts_left more restarts)" >&2
+    kept=(--resume)
+    for argument in "${arguments[@]}"; do
+        case "$argument" in --resume | --overwrite) ;; *) kept+=("$argument") ;; esac
+    done
+    arguments=("${kept[@]}")
+    sleep "${RESTART_SECONDS:-5}" # the other nodes' launchers end, too
+done

@@ -1,0 +1,71 @@
+"""The manifest of a checkpoint: size and checksum of every file, and a checksum of itself."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from megatron_mdm.config.files import sha256, write_atomically
+
+MANIFEST, TENSORS = "manifest.json", "tensors"
+_HASHING_THREADS = 8
+
+
+def write_manifest(folder: Path, entries: Mapping[str, dict[str, Any]]) -> None:
+    """entries: path below the folder → {"bytes": …, "sha256": …}."""
+    write_atomically(folder / MANIFEST, _text(dict(sorted(entries.items()))))
+
+
+def entry_of(path: Path) -> dict[str, Any]:
+    """A file's entry. The file is on the disk, not only in its cache, when this returns."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+    return {"bytes": path.stat().st_size, "sha256": sha256(path)}
+
+
+def find_fault(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint's files, or None."""
+    try:
+        entries = _read(checkpoint / MANIFEST)
+        for name, entry in entries.items():
+            path = checkpoint / name
+            if not path.is_file():
+                return f"{name} is missing"
+            if path.stat().st_size != entry["bytes"]:
+                return f"{name} has {path.stat().st_size} bytes, not {entry['bytes']}"
+        for path in sorted((checkpoint / TENSORS).glob("*")):  # the reader takes whatever lies there
+            if str(path.relative_to(checkpoint)) not in entries:
+                return f"{TENSORS}/{path.name} is not in {MANIFEST}"
+        with ThreadPoolExecutor(min(_HASHING_THREADS, os.cpu_count() or 1)) as pool:
+            digests = pool.map(lambda name: sha256(checkpoint / name), entries)
+            wrong = [name for name, digest in zip(entries, digests) if digest != entries[name]["sha256"]]
+    except OSError as error:
+        return f"{error.filename or checkpoint} cannot be read ({error.strerror})"
+    except ValueError:
+        return f"{MANIFEST} is missing or unreadable"
+    return f"{wrong[0]} does not match its checksum" if wrong else None
+
+
+def _read(path: Path) -> dict[str, dict[str, Any]]:
+    """The entries. Raises ValueError unless the file is, byte for byte, what write_manifest writes."""
+    if not path.is_file():
+        raise ValueError("missing")
+    text = path.read_text(encoding="utf-8")
+    content = json.loads(text)
+    entries = content.get("files") if isinstance(content, dict) else None
+    if not isinstance(entries, dict) or _text(entries) != text:
+        raise ValueError("damaged")
+    return entries
+
+
+def _text(entries: dict[str, dict[str, Any]]) -> str:
+    digest = hashlib.sha256(json.dumps(entries, sort_keys=True).encode()).hexdigest()
+    return json.dumps({"files": entries, "sha256": digest}, indent=1) + "\n"

@@ -1,0 +1,134 @@
+"""Losses and gradients that are infinite or not numbers, and losses far off the others: counted, logged, dumped."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.torch import save_file
+from tqdm import tqdm
+
+from megatron_mdm.config.files import write_json
+from megatron_mdm.engine.packets import loss_packet
+from megatron_mdm.models.stages import Packet
+from megatron_mdm.parallel.collectives import barrier
+from megatron_mdm.training.loop import StepResult, Trainer
+from megatron_mdm.training.metrics import MetricsLog, truncate_records
+from megatron_mdm.training.state import TrainState
+
+FAULTS, DUMPS = "faults.jsonl", "faults"
+_LEAST_LOSSES = 20  # before a spike can be told
+_MAD_TO_SIGMA = 1.4826  # a normal distribution's standard deviation per median absolute deviation
+_SHOWN_IDS = 8
+
+
+class Faults:
+    """A hook, the first, so that others have not changed the sampler of t when it dumps a batch.
+
+    The engine has skipped the step already, on every rank; see engine/optimizer.py. Lines go to faults.jsonl.
+    """
+
+    def __init__(self, trainer: Trainer, metrics: MetricsLog, folder: Path) -> None:
+        self.trainer, self.metrics, self.folder = trainer, metrics, folder
+        self.settings, self.is_main = trainer.config.faults, trainer.context.is_main
+        self.first = True
+
+    def after_step(self, state: TrainState, result: StepResult) -> None:
+        if self.first and self.is_main:  # of steps that a resumed run does again
+            truncate_records(self.folder / FAULTS, result.step)
+        self.first = False
+        if result.is_skipped:
+            self._skipped(state, result)
+            return
+        state.skipped_in_a_row = 0
+        if self.settings.spike_score:
+            self._watch(state, result)
+
+    def after_run(self, _: TrainState) -> None:
+        pass
+
+    def _skipped(self, state: TrainState, result: StepResult) -> None:
+        state.num_skipped += 1
+        state.skipped_in_a_row += 1
+        suspects = result.sample_ids[~np.isfinite(result.sample_loss)]
+        ids = suspects if len(suspects) else result.sample_ids  # only the gradient is at fault: any of them
+        self._log(state.step, "skipped", result, {"sample_ids": ids.tolist(), "in_a_row": state.skipped_in_a_row})
+        self.metrics.write(state.step, {"skipped_steps": state.num_skipped})
+        if state.skipped_in_a_row >= self.settings.max_skipped_in_a_row:
+            dump = self.folder / DUMPS / f"step-{state.step:08d}"
+            write_batch(self.trainer, result, dump)
+            state.stop_reason = f"{state.skipped_in_a_row} steps in a row were skipped"
+            state.failure = (
+                f"step {state.step}: loss or gradient was infinite or not a number in {state.skipped_in_a_row} steps "
+                f"in a row ('faults.max_skipped_in_a_row'); weights are those before them; last batch: {dump}"
+            )
+
+    def _watch(self, state: TrainState, result: StepResult) -> None:
+        score = robust_score(result.loss, state.recent_losses)
+        if score > self.settings.spike_score:
+            worst = np.argsort(-result.sample_loss * result.weight)[:_SHOWN_IDS]
+            self._log(state.step, "spike", result, {"score": score, "sample_ids": result.sample_ids[worst].tolist()})
+            self.metrics.write(state.step, {"loss_spike_score": score})
+        state.recent_losses = [*state.recent_losses, result.loss][-self.settings.spike_window :]
+
+    def _log(self, step: int, kind: str, result: StepResult, more: dict[str, Any]) -> None:
+        if not self.is_main:
+            return
+        record = {"step": step, "kind": kind, "loss": str(result.loss), "grad_norm": str(result.grad_norm), **more}
+        ids = more["sample_ids"]
+        shown = ", ".join(map(str, ids[:_SHOWN_IDS])) + (", …" if len(ids) > _SHOWN_IDS else "")
+        tqdm.write(
+            f"warning: step {step} {_WORDS[kind]}: loss {result.loss:.6g}, gradient norm {result.grad_norm:.6g}; "
+            f"samples {shown}",
+            file=sys.stderr,
+        )
+        try:
+            with (self.folder / FAULTS).open("a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
+        except OSError as error:
+            tqdm.write(f"error: {self.folder / FAULTS} cannot be written ({error.strerror})", file=sys.stderr)
+
+
+_WORDS = {"skipped": "was skipped", "spike": "has an unusual loss"}
+
+
+def robust_score(loss: float, before: list[float]) -> float:
+    """How many robust standard deviations a loss is above the median of those before; 0 while they are few."""
+    if len(before) < _LEAST_LOSSES:
+        return 0.0
+    median = float(np.median(before))
+    spread = _MAD_TO_SIGMA * float(np.median(np.abs(np.array(before) - median)))
+    return (loss - median) / max(spread, np.finfo(np.float64).eps * max(1.0, abs(median)))
+
+
+def write_batch(trainer: Trainer, result: StepResult, folder: Path) -> None:
+    """The packets of a step as the engine got them, a file for each data-parallel rank, and what they were made of.
+
+    Collective. A disk that refuses them costs a line only: batch.json's step and the configuration make them anew.
+    """
+    context = trainer.context
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if context.tensor_rank == 0 and context.pipeline_rank == 0:
+            _, noised, weights = trainer.noised_batch(result.step)
+            tensors = {}
+            for index, pair in enumerate(zip(noised, weights)):
+                for name, tensor in zip(Packet._fields, loss_packet(*pair)):
+                    tensors[f"{index}/{name}"] = tensor.clone().contiguous()
+            save_file(tensors, folder / f"data-rank-{context.data_rank:03d}.safetensors")
+        if context.is_main:
+            content = {
+                "step": result.step,  # counted from 0: the argument of the loader and of the noise
+                "seed": trainer.config.seed,
+                "lr": result.lr,
+                "sample_ids": result.sample_ids.tolist(),
+                "t": result.t.tolist(),
+                "sample_loss": [str(loss) for loss in result.sample_loss],
+            }
+            write_json(folder / "batch.json", content)
+    except Exception as error:  # OSError, or the safetensors library's own
+        tqdm.write(f"error: {folder} cannot be written ({error})", file=sys.stderr)
+    barrier()

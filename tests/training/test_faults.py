@@ -1,0 +1,112 @@
+"""Runs with faulty batches: what is logged, what is dumped, how they end, and that they resume to the last bit."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.torch import load_file
+
+from megatron_mdm.config.load import load_config
+from megatron_mdm.training.faults import robust_score
+from tests.ranks import run_program_ranks, run_ranks
+from tests.training.test_resume import losses, write_config
+
+# launch/train.py, in which the second data-parallel rank's first sample of step 4 has a weight that is not a number.
+WRAPPER = """
+import runpy
+from megatron_mdm.training.loop import Trainer
+noised_batch = Trainer.noised_batch
+def faulty(self, step):
+    batch, noised, weights = noised_batch(self, step)
+    if step == 3 and self.context.data_rank == 1:
+        weights[0].row[0] = float("nan")
+    return batch, noised, weights
+Trainer.noised_batch = faulty
+runpy.run_path("launch/train.py", run_name="__main__")
+"""
+
+
+def test_a_skipped_step_is_logged_and_resumes_to_the_last_bit(tmp_path: Path) -> None:
+    config = write_config(tmp_path, {"zero": 1}, "fp32")
+    wrapper = tmp_path / "wrapper.py"
+    wrapper.write_text(WRAPPER, encoding="utf-8")
+    arguments = ["--config", str(config), "schedule.steps=8", "checkpoint.save_every=2", "checkpoint.keep_last=9"]
+    result, _ = run_program_ranks(str(wrapper), arguments, 2)
+    assert result.exit_code == 0, result.stderr
+    assert "warning: step 4 was skipped: loss nan" in result.stderr
+    assert json.loads((tmp_path / "run/summary.json").read_text())["skipped_steps"] == 1
+    (fault,) = map(json.loads, (tmp_path / "run/faults.jsonl").read_text().splitlines())
+    assert (fault["step"], fault["kind"], fault["in_a_row"]) == (4, "skipped", 1)
+    records = losses(tmp_path / "run")
+    assert [record["loss"] is None for record in records if "lr" in record] == [False] * 3 + [True] + [False] * 4
+    assert all(record["variance_of_loss"] is not None for record in records if "lr" in record and record["step"] != 4)
+
+    for name in ("step-00000006", "step-00000008"):
+        shutil.rmtree(tmp_path / "run/checkpoints" / name)
+    resumed, _ = run_program_ranks(str(wrapper), [*arguments, "--resume"], 2)
+    assert resumed.exit_code == 0, resumed.stderr
+    assert losses(tmp_path / "run") == records
+
+
+def reproduce(folder: Path) -> dict[str, Any]:
+    """On a rank: the dumped batch against the one made anew from the configuration; the gradient norm it gives the last
+    weights."""
+    from megatron_mdm.checkpoint.load import restored_engine
+    from megatron_mdm.checkpoint.store import read_state
+    from megatron_mdm.engine.packets import loss_packet
+    from megatron_mdm.models.stages import Packet
+    from megatron_mdm.parallel.groups import initialize
+    from megatron_mdm.training.calibrate import load_artifact
+    from megatron_mdm.training.inputs import resolve
+    from megatron_mdm.training.run import build_trainer
+
+    config, data = resolve(load_config(folder / "config.yaml"))
+    context = initialize(1)
+    (dump,) = (folder / "faults").iterdir()
+    (checkpoint,) = (folder / "checkpoints").iterdir()
+    batch = json.loads((dump / "batch.json").read_text())
+    updates = read_state(checkpoint)["train"]["step"] - read_state(checkpoint)["train"]["num_skipped"]
+    engine = restored_engine(checkpoint, config, context, updates)
+    trainer = build_trainer(config, data, engine, load_artifact(folder / "calibration.json"), context)
+    _, noised, weights = trainer.noised_batch(batch["step"])
+    packets = [loss_packet(*pair) for pair in zip(noised, weights)]
+    dumped = load_file(dump / f"data-rank-{context.data_rank:03d}.safetensors")
+    again = [Packet(*(dumped[f"{index}/{name}"] for name in Packet._fields)) for index in range(len(packets))]
+    return {
+        "same": all(bool((a == b).all()) for x, y in zip(packets, again) for a, b in zip(x, y)),
+        "norm": engine.train_batch(again, batch["lr"]).grad_norm,
+        "ids": batch["sample_ids"],
+        "expected_ids": trainer.loader.loader.sample_ids(batch["step"]).tolist(),
+    }
+
+
+def test_faults_in_a_row_stop_the_run_with_a_batch_that_reproduces_them(tmp_path: Path) -> None:
+    """A learning rate of 10³⁰: after the first step, every loss overflows."""
+    config = write_config(tmp_path, {"zero": 1}, "fp32")
+    arguments = ["--config", str(config), "optimizer.lr=1e30", "schedule.warmup_steps=0"]
+    result, other = run_program_ranks("launch/train.py", [*arguments, "faults.max_skipped_in_a_row=3"], 2)
+    assert result.exit_code == other.exit_code == 1
+    error = result.stderr.splitlines()[-1]
+    assert error.startswith("error: step 4: loss or gradient was infinite or not a number in 3 steps in a row")
+    assert str(tmp_path / "run/faults/step-00000004") in error
+    found = run_ranks(reproduce, 2, tmp_path / "run")
+    for rank in found:
+        assert rank["same"]
+        assert rank["ids"] == rank["expected_ids"]
+        assert not np.isfinite(rank["norm"])  # the fault is there again
+
+
+def test_spikes_are_judged_by_median_and_spread() -> None:
+    generator = np.random.default_rng(0)
+    before = list(2.0 + 0.1 * generator.standard_normal(100))
+    assert robust_score(2.05, before[:10]) == 0.0  # too few to judge by
+    # Median and MAD of 100 normal losses have standard errors of 0.13 and 0.12 σ: 10 σ are told to within 4 of them.
+    assert robust_score(3.0, before) == pytest.approx(10.0, rel=0.5)
+    assert robust_score(3.0, [*before[:60], *[50.0] * 30]) == pytest.approx(robust_score(3.0, before), rel=0.7)
+    assert robust_score(1.0, before) < 0  # a fall is none
+    assert robust_score(2.0, [2.0] * 30) == 0.0

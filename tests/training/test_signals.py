@@ -1,0 +1,45 @@
+"""SIGTERM or SIGUSR1 to a single rank: all save after the same step, end in order, and resume to the last bit."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.ranks import ProgramRanks, run_program_ranks
+from tests.training.test_resume import losses, write_config
+
+LAYOUTS = {
+    "zero2": (2, {"zero": 2}),
+    "tp2_pp2": (4, {"zero": 1, "tensor": 2, "pipeline": 2}),
+}
+
+
+@pytest.mark.parametrize(("name", "number"), [("zero2", signal.SIGTERM), ("tp2_pp2", signal.SIGUSR1)])
+def test_signalled_and_resumed_run_equals_undisturbed(name: str, number: signal.Signals, tmp_path: Path) -> None:
+    num_ranks, parallel = LAYOUTS[name]
+    config = write_config(tmp_path, parallel, "fp32")
+
+    def arguments(run: str, *more: str) -> list[str]:
+        settings = ["checkpoint.save_every=0", "schedule.steps=24", "evaluation.every=7"]
+        return ["--config", str(config), f"checkpoint.directory={tmp_path / run}", *settings, *more]
+
+    whole = run_program_ranks("launch/train.py", arguments("whole"), num_ranks)
+    assert whole[0].exit_code == 0, whole[0].stderr
+    ranks = ProgramRanks("launch/train.py", arguments("stopped"), num_ranks)
+    metrics = tmp_path / "stopped" / "metrics.jsonl"
+    while ranks.is_running() and not (metrics.exists() and '"step": 3,' in metrics.read_text(encoding="utf-8")):
+        time.sleep(0.005)
+    os.kill(ranks.processes[-1].pid, number)
+    results = ranks.wait()
+    assert [result.exit_code for result in results] == [0] * num_ranks, results[0].stderr
+    assert f"stopped by {number.name}; go on with --resume" in results[0].stdout
+    (saved,) = os.listdir(tmp_path / "stopped" / "checkpoints")
+    assert 3 <= int(saved.removeprefix("step-")) < 24, "stopped too late to show anything"
+
+    resumed = run_program_ranks("launch/train.py", arguments("stopped", "--resume"), num_ranks)
+    assert resumed[0].exit_code == 0, resumed[0].stderr
+    assert losses(tmp_path / "stopped") == losses(tmp_path / "whole")
