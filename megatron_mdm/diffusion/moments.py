@@ -19,6 +19,7 @@ from megatron_mdm.diffusion.smoothing import log_linear_rate
 # Curves are rounded far below their statistical error: losses differ between layouts in the last bits, and a fit of
 # seven parameters would enlarge that until t itself differed.
 SIGNIFICANT_DIGITS = 4
+_LEAST_SPREAD = 1e-4  # of a loss's mean square over its squared mean
 _LEAST_EXPOSURE = 1e-3  # of the mean over t: a sample of one token has no pairs
 
 
@@ -204,7 +205,9 @@ def token_moments(sums: MomentSums, exposures: Exposures) -> MomentCurves:
     def second_moment(t: Floats) -> Floats:
         known = exposures(t)
         own = squares(t) * known.squares + pairs(t) * known.pairs
-        return own / known.views + cross(t) * known.cross / known.views**2
+        total = own / known.views + cross(t) * known.cross / known.views**2
+        # Three curves fitted apart may contradict a fourth, but no square's mean is below the mean's square.
+        return np.maximum(total, (1.0 + _LEAST_SPREAD) * np.square(token_loss(t) * known.total))
 
     def gradient(t: Floats) -> Floats:
         known = exposures(t)

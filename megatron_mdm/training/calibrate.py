@@ -150,7 +150,7 @@ def _artifact(
     fit: Fit, rounds: list[dict[str, float]], moments: Sequence[Floats], calibrator: Calibrator, config: RunConfig
 ) -> dict[str, Any]:
     settings, curves = calibrator.settings, fit.curves
-    if not np.isfinite(fit.sampler.cell_density).all() or not fit.efficiency.uniform_variance > 0.0:
+    if not (np.isfinite(fit.sampler.cell_density).all() and np.isfinite(fit.efficiency.uniform_variance)):
         raise UserError("calibration: the losses are not finite; check the model's weights")
     t = (np.arange(settings.num_times) + 1.0) / settings.num_times
     optimum = fit.optimum(t)
