@@ -81,8 +81,7 @@ def rank_memory(
     states, host = _states(config, layout, number)
     saved = SAVED[kernels]
     block = saved.block(config, micro_batch)
-    first = sum(before.num_blocks for before in stages(config)[:pipeline_rank])
-    kept = [saved.kept(config, micro_batch, first + index) for index in range(stage.num_blocks)]
+    kept = [saved.kept(config, micro_batch, stage.first_block + index) for index in range(stage.num_blocks)]
     # While a block runs again, those behind it have been released.
     running = [sum(kept[:index]) + block for index in range(stage.num_blocks)]
     recomputed = max(0.0, max(running, default=0.0) - sum(kept)) if config.parallel.recompute == "full" else 0.0
