@@ -157,5 +157,5 @@ def _buffers(
         buffers += hidden  # megatron-core keeps what a column-parallel matrix gathers
     if layout.pipeline > 1:  # received and sent activations of each micro-batch in flight, and their gradients
         each = hidden / (layout.tensor if config.parallel.sequence else 1)
-        buffers += each * (in_flight * (not stage.head) + 2 * max(2, in_flight) * (not stage.embedding))
+        buffers += each * ((in_flight + 1) * (not stage.head) + 2 * max(2, in_flight) * (not stage.embedding))
     return buffers
