@@ -41,6 +41,14 @@ class Stage:
     num_blocks: int
     embedding: bool
     head: bool
+    first_block: int = 0  # its number in the whole model
+
+    def num_recomputed(self, config: RunConfig) -> int:
+        """Blocks that run again as a whole in the backward pass."""
+        if config.parallel.recompute != "full":
+            return 0
+        blocks = range(self.first_block, self.first_block + self.num_blocks)
+        return sum(block % config.parallel.recompute_interval == 0 for block in blocks)
 
     def num_parameters(self, model: ModelConfig, tensor: int) -> int:
         """On one tensor-parallel rank."""
@@ -60,7 +68,7 @@ def stages(config: RunConfig) -> list[Stage]:
     bounds = _bounds(tuple(costs), config.parallel.pipeline)
     last = len(costs) - 1
     return [
-        Stage(min(stop, last) - max(start, 1), start == 0, stop == last + 1)
+        Stage(min(stop, last) - max(start, 1), start == 0, stop == last + 1, max(start, 1) - 1)
         for start, stop in itertools.pairwise(bounds)
     ]
 
@@ -115,8 +123,7 @@ def _data_parallel(config: RunConfig, stage: Stage, num_micro_batches: int) -> V
 def _tensor_parallel(config: RunConfig, stage: Stage, micro_batch: MicroBatchShape) -> Volume:
     """Activations over the tensor-parallel ranks: two pairs of operations per block and direction."""
     hidden, blocks = _hidden_bytes(config, micro_batch), stage.num_blocks
-    again = config.parallel.recompute == "full"  # forward operations once more, but for each block's last
-    recomputed = len(range(0, blocks, config.parallel.recompute_interval)) if again else 0
+    recomputed = stage.num_recomputed(config)  # their forward operations once more, but for each block's last
     volume: Volume = Counter()
     if config.parallel.sequence:
         # A block gathers twice going forward and scatters twice; going back the reverse, and its two column-parallel

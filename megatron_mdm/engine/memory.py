@@ -81,8 +81,7 @@ def rank_memory(
     states, host = _states(config, layout, number)
     saved = SAVED[kernels]
     block = saved.block(config, micro_batch)
-    first = sum(before.num_blocks for before in stages(config)[:pipeline_rank])
-    kept = [saved.kept(config, micro_batch, first + index) for index in range(stage.num_blocks)]
+    kept = [saved.kept(config, micro_batch, stage.first_block + index) for index in range(stage.num_blocks)]
     # While a block runs again, those behind it have been released.
     running = [sum(kept[:index]) + block for index in range(stage.num_blocks)]
     recomputed = max(0.0, max(running, default=0.0) - sum(kept)) if config.parallel.recompute == "full" else 0.0
@@ -158,5 +157,5 @@ def _buffers(
         buffers += hidden  # megatron-core keeps what a column-parallel matrix gathers
     if layout.pipeline > 1:  # received and sent activations of each micro-batch in flight, and their gradients
         each = hidden / (layout.tensor if config.parallel.sequence else 1)
-        buffers += each * (in_flight * (not stage.head) + 2 * max(2, in_flight) * (not stage.embedding))
+        buffers += each * ((in_flight + 1) * (not stage.head) + 2 * max(2, in_flight) * (not stage.embedding))
     return buffers

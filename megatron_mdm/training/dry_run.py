@@ -38,6 +38,13 @@ def describe(config: RunConfig, world_size: int, num_steps: int) -> str:
             "method: autoregressive"
             if diffusion.method == "autoregressive"
             else f"method: t {diffusion.sampler}, strata {diffusion.strata}, masking {diffusion.masking}",
-            f"memory per rank, GiB (estimate): {memory.total / GIB:.2f} = {parts}",
+            f"memory per rank, GiB (estimate): {memory.total / GIB:.2f} = {parts}{_too_much(memory)}",
         ]
     )
+
+
+def _too_much(memory: RankMemory) -> str:
+    """A CPU's free memory says little about what a run may take, so only a GPU's is compared."""
+    if not platform.is_cuda() or memory.total < platform.memory_bytes():
+        return ""
+    return f"; MORE THAN THIS GPU'S {platform.memory_bytes() / GIB:.1f} (tools/plan.py --search finds what fits)"

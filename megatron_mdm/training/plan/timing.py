@@ -63,13 +63,12 @@ def step_flops(config: RunConfig, micro_batch: MicroBatchShape, num_micro_batche
 
 def recomputed_flops(config: RunConfig, stage: Stage, micro_batch: MicroBatchShape) -> float:
     """Of one micro-batch."""
-    parallel, blocks = config.parallel, stage.num_blocks
-    if parallel.recompute == "full":
-        blocks = len(range(0, blocks, parallel.recompute_interval))
-        return forward_flops(config, Stage(blocks, stage.embedding, False), micro_batch)
-    if parallel.recompute == "selective":
+    recompute = config.parallel.recompute
+    if recompute == "full":
+        return forward_flops(config, Stage(stage.num_recomputed(config), False, False), micro_batch)
+    if recompute == "selective":
         width = config.model.kv_channels * config.model.num_heads
-        return blocks * 4.0 * micro_batch.length * width * micro_batch.rows * micro_batch.length
+        return stage.num_blocks * 4.0 * micro_batch.length * width * micro_batch.rows * micro_batch.length
     return 0.0
 
 
