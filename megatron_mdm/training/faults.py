@@ -52,6 +52,8 @@ class Faults:
 
     def _skipped(self, state: TrainState, result: StepResult) -> None:
         state.num_skipped += 1
+        if self.trainer.config.precision.dtype == "fp16" and np.isfinite(result.loss):
+            return  # the loss scale was too large, as it is at times by design; it has been lowered
         state.skipped_in_a_row += 1
         suspects = result.sample_ids[~np.isfinite(result.sample_loss)]
         ids = suspects if len(suspects) else result.sample_ids  # only the gradient is at fault: any of them

@@ -52,6 +52,7 @@ class Log:
             self.metrics.write(state.step, self._record(state, result, rate))
             state.window_variance = OnlineVariance()
             state.adjusted_variance = OnlineVariance()
+            state.window_bins = [[0.0] * NUM_T_BINS, [0.0] * NUM_T_BINS]
             self._reset()
 
     def after_run(self, _: TrainState) -> None:
@@ -69,13 +70,15 @@ class Log:
         bins = np.minimum((result.t * NUM_T_BINS).astype(int), NUM_T_BINS - 1)
         for index, count in enumerate(np.bincount(bins, minlength=NUM_T_BINS)):
             state.t_histogram[index] += int(count)
-        self.bin_loss += np.bincount(bins, weights=result.sample_loss, minlength=NUM_T_BINS)
-        self.bin_count += np.bincount(bins, minlength=NUM_T_BINS)
+        losses, counts = np.array(state.window_bins)
+        losses += np.bincount(bins, weights=result.sample_loss, minlength=NUM_T_BINS)
+        counts += np.bincount(bins, minlength=NUM_T_BINS)
+        state.window_bins = [losses.tolist(), counts.tolist()]
 
     def _record(self, state: TrainState, result: StepResult, rate: float) -> dict[str, Any]:
         adjusted = state.adjusted_variance
         ema = {"adjusted_loss": adjusted.mean(), "variance_of_adjusted_loss": adjusted.of_estimator()}
-        by_t = [float(loss / count) if count else None for loss, count in zip(self.bin_loss, self.bin_count)]
+        by_t = [loss / count if count else None for loss, count in zip(*state.window_bins)]
         return {
             "loss": result.loss,
             "lr": result.lr,
@@ -90,7 +93,6 @@ class Log:
         }
 
     def _reset(self) -> None:
-        self.bin_loss, self.bin_count = np.zeros(NUM_T_BINS), np.zeros(NUM_T_BINS)
         self.num_tokens, self.seconds = 0, 0.0
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ class MetricsLog:
 
     def __init__(self, folder: Path, tensorboard: bool, is_main: bool, first_step: int) -> None:
         self.path, self.is_main, self.writer = folder / "metrics.jsonl", is_main, None
-        self.unwritten = ""
+        self.unwritten = b""
         if is_main:
             folder.mkdir(parents=True, exist_ok=True)
             truncate_records(self.path, first_step)
@@ -38,6 +38,13 @@ class MetricsLog:
         self._append(json.dumps({"step": step, **values}) + "\n")
         shown = {key: values[key] for key in SHOWN if values.get(key) is not None}
         tqdm.write(f"step {step:>6}  " + "  ".join(f"{key} {value:.6g}" for key, value in shown.items()))
+        try:
+            self._add_points(step, values)
+        except OSError as error:  # of its own thread, some time ago; it cannot go on from there
+            tqdm.write(f"error: tensorboard's file cannot be written ({error.strerror}); it ends here", file=sys.stderr)
+            self.writer = None
+
+    def _add_points(self, step: int, values: dict[str, Any]) -> None:
         if self.writer:
             for key, value in values.items():
                 if isinstance(value, list):
@@ -48,18 +55,12 @@ class MetricsLog:
                     self.writer.add_scalar(key, value, step)
 
     def _append(self, line: str) -> None:
-        """Lines that a full disk refuses are kept, and written as soon as there is room."""
-        self.unwritten += line
+        """What a full disk refuses is kept, and written as soon as there is room."""
+        self.unwritten += line.encode()
         try:
-            size = self.path.stat().st_size if self.path.exists() else 0
-            with self.path.open("a", encoding="utf-8") as file:
-                try:
-                    file.write(self.unwritten)
-                    file.flush()
-                except OSError:
-                    os.truncate(self.path, size)  # no half lines
-                    raise
-            self.unwritten = ""
+            with self.path.open("ab", buffering=0) as file:
+                while self.unwritten:
+                    self.unwritten = self.unwritten[file.write(self.unwritten) :]
         except OSError as error:
             tqdm.write(f"error: {self.path} cannot be written ({error.strerror}); training goes on", file=sys.stderr)
 
@@ -71,8 +72,9 @@ class MetricsLog:
         return [json.loads(line) for line in self.path.read_text(encoding="utf-8").splitlines()]
 
     def close(self) -> None:
-        if self.writer:
-            self.writer.close()
+        with contextlib.suppress(OSError):
+            if self.writer:
+                self.writer.close()
 
 
 def truncate_records(path: Path, last_step: int) -> None:

@@ -13,6 +13,8 @@ class TrainState:
     step: int = 0  # optimizer steps done
     run_variance: OnlineVariance = field(default_factory=OnlineVariance)  # over the whole run
     window_variance: OnlineVariance = field(default_factory=OnlineVariance)  # since the last log line
+    # by tenths of t, since the last log line: sums of losses, and their numbers
+    window_bins: list[list[float]] = field(default_factory=lambda: [[0.0] * 10, [0.0] * 10])
     best_validation: float = float("inf")
     validations_without_best: int = 0
     t_histogram: list[int] = field(default_factory=lambda: [0] * 10)

@@ -87,6 +87,7 @@ def test_bad_overrides(tmp_path: Path, override: str, message: str) -> None:
         ("data.mask_token=<mask>", "'data.mask_token' must be a token id"),
         ("evaluation.every=5", "neither 'data.validation'"),
         ("evaluation.patience=2", "needs 'evaluation.every'"),
+        ("checkpoint.keep_best=true", "set 'evaluation.every'"),
         ("diffusion.strata=9", "exceeds 'batch.global_size' 8"),
         ("deepspeed={zero_optimization: {stage: 3}}", "'deepspeed.zero_optimization.stage' is set by the section"),
         ("parallel={pipeline: 2, zero: 3}", "cannot be combined with 'parallel.pipeline' 2"),

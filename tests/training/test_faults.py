@@ -16,15 +16,15 @@ from megatron_mdm.training.faults import robust_score
 from tests.ranks import run_program_ranks, run_ranks
 from tests.training.test_resume import losses, write_config
 
-# launch/train.py, in which the second data-parallel rank's first sample of step 4 has a weight that is not a number.
+# launch/train.py, in which a rank's first micro-batch of a step gets faulty weights.
 WRAPPER = """
 import runpy
 from megatron_mdm.training.loop import Trainer
 noised_batch = Trainer.noised_batch
 def faulty(self, step):
     batch, noised, weights = noised_batch(self, step)
-    if step == 3 and self.context.data_rank == 1:
-        weights[0].row[0] = float("nan")
+    if step == {step} - 1 and self.context.data_rank == {rank}:
+        weights[0].row.mul_(float("{factor}"))
     return batch, noised, weights
 Trainer.noised_batch = faulty
 runpy.run_path("launch/train.py", run_name="__main__")
@@ -34,7 +34,7 @@ runpy.run_path("launch/train.py", run_name="__main__")
 def test_a_skipped_step_is_logged_and_resumes_to_the_last_bit(tmp_path: Path) -> None:
     config = write_config(tmp_path, {"zero": 1}, "fp32")
     wrapper = tmp_path / "wrapper.py"
-    wrapper.write_text(WRAPPER, encoding="utf-8")
+    wrapper.write_text(WRAPPER.format(step=4, rank=1, factor="nan"), encoding="utf-8")
     arguments = ["--config", str(config), "schedule.steps=8", "checkpoint.save_every=2", "checkpoint.keep_last=9"]
     result, _ = run_program_ranks(str(wrapper), arguments, 2)
     assert result.exit_code == 0, result.stderr
@@ -51,6 +51,20 @@ def test_a_skipped_step_is_logged_and_resumes_to_the_last_bit(tmp_path: Path) ->
     resumed, _ = run_program_ranks(str(wrapper), [*arguments, "--resume"], 2)
     assert resumed.exit_code == 0, resumed.stderr
     assert losses(tmp_path / "run") == records
+
+
+def test_a_spike_is_logged_with_the_heaviest_samples(tmp_path: Path) -> None:
+    config = write_config(tmp_path, {"zero": 1}, "fp32")
+    wrapper = tmp_path / "wrapper.py"
+    wrapper.write_text(WRAPPER.format(step=23, rank=0, factor="1000"), encoding="utf-8")
+    result = run_program_ranks(str(wrapper), ["--config", str(config), "schedule.steps=24"])[0]
+    assert result.exit_code == 0, result.stderr
+    assert "warning: step 23 has an unusual loss: loss " in result.stderr
+    (fault,) = map(json.loads, (tmp_path / "run/faults.jsonl").read_text().splitlines())
+    assert (fault["step"], fault["kind"]) == (23, "spike")
+    assert fault["score"] > 8
+    assert len(fault["sample_ids"]) == 8
+    assert any("loss_spike_score" in record for record in losses(tmp_path / "run"))
 
 
 def reproduce(folder: Path) -> dict[str, Any]:

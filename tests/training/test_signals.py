@@ -24,21 +24,21 @@ def test_signalled_and_resumed_run_equals_undisturbed(name: str, number: signal.
     config = write_config(tmp_path, parallel, "fp32")
 
     def arguments(run: str, *more: str) -> list[str]:
-        settings = ["checkpoint.save_every=0", "schedule.steps=24", "evaluation.every=7"]
+        settings = ["checkpoint.save_every=0", "schedule.steps=24", "evaluation.every=7", "logging.every=4"]
         return ["--config", str(config), f"checkpoint.directory={tmp_path / run}", *settings, *more]
 
     whole = run_program_ranks("launch/train.py", arguments("whole"), num_ranks)
     assert whole[0].exit_code == 0, whole[0].stderr
     ranks = ProgramRanks("launch/train.py", arguments("stopped"), num_ranks)
     metrics = tmp_path / "stopped" / "metrics.jsonl"
-    while ranks.is_running() and not (metrics.exists() and '"step": 3,' in metrics.read_text(encoding="utf-8")):
+    while ranks.is_running() and not (metrics.exists() and '"step": 4,' in metrics.read_text(encoding="utf-8")):
         time.sleep(0.005)
     os.kill(ranks.processes[-1].pid, number)
     results = ranks.wait()
     assert [result.exit_code for result in results] == [0] * num_ranks, results[0].stderr
     assert f"stopped by {number.name}; go on with --resume" in results[0].stdout
     (saved,) = os.listdir(tmp_path / "stopped" / "checkpoints")
-    assert 3 <= int(saved.removeprefix("step-")) < 24, "stopped too late to show anything"
+    assert 4 <= int(saved.removeprefix("step-")) < 24, "stopped too late to show anything"
 
     resumed = run_program_ranks("launch/train.py", arguments("stopped", "--resume"), num_ranks)
     assert resumed[0].exit_code == 0, resumed[0].stderr
