@@ -22,10 +22,6 @@ deepspeed "${launcher[@]}" "$root/launch/train.py" "$@" &
 child=$!
 # The ranks run launch/train.py below the launcher's own processes, whose command lines name it, too.
 trap 'pkill -USR1 -g 0 -f "^[^ ]*python[^ ]* -u [^ ]*launch/train.py"' TERM USR1
-wait "$child"
+await_child "$child"
 code=$?
-while kill -0 "$child" 2>/dev/null; do # a signal ended the waiting, not the child
-    wait "$child"
-    code=$?
-done
 exit "$code"

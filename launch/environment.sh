@@ -42,3 +42,14 @@ prepare_environment() { # $1: extras to install, "" or "[test]"; makes .venv, or
         touch "$stamp"
     fi
 }
+
+await_child() { # $1: a process of this shell; returns its exit code, however often a signal ends the waiting
+    local code
+    wait "$1"
+    code=$?
+    while kill -0 "$1" 2>/dev/null; do
+        wait "$1"
+        code=$?
+    done
+    return "$code"
+}

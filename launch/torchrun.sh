@@ -30,12 +30,8 @@ trap stop TERM USR1
 while true; do
     python "$root/launch/torchrun.py" "${launcher[@]}" "$root/launch/train.py" "${arguments[@]}" &
     child=$!
-    wait "$child"
+    await_child "$child"
     code=$?
-    while kill -0 "$child" 2>/dev/null; do # a signal ended the waiting, not the child
-        wait "$child"
-        code=$?
-    done
     if [ "$code" != "$try_again" ] || [ -n "$stopping" ] || [ "$restarts_left" -le 0 ]; then
         exit "$code"
     fi
