@@ -32,7 +32,7 @@ def run_ranks(function: Callable[..., Any], world_size: int, *arguments: Any) ->
     with tempfile.TemporaryDirectory() as folder:
         connections, processes = [], []
         for rank in range(world_size):
-            ours, theirs = context.Pipe(duplex=False)
+            ours, theirs = context.Pipe()
             process = context.Process(
                 target=_rank_main, args=(theirs, function, arguments, rank, world_size, port, f"{folder}/{rank}.log")
             )
@@ -42,6 +42,8 @@ def run_ranks(function: Callable[..., Any], world_size: int, *arguments: Any) ->
             processes.append(process)
         results = [_receive(connection, rank, folder) for rank, connection in enumerate(connections)]
         failed = [result.text for result in results if isinstance(result, _Failure)]
+        for connection in connections:
+            connection.close()  # every rank has answered: none is needed by another any more
         for process in processes:
             if failed:
                 process.terminate()
@@ -130,9 +132,9 @@ def _rank_main(connection, function, arguments, rank, world_size, port, log) -> 
     with open(log, "w", encoding="utf-8") as file, redirect_stdout(file), redirect_stderr(file):
         try:
             connection.send(function(*arguments))
+            connection.poll(_TIMEOUT)  # rank 0 holds the store through which slower ranks may still be connecting
         except BaseException:
             connection.send(_Failure(f"rank {rank}:\n{traceback.format_exc()}"))
-    connection.close()
     os._exit(0)  # a rank whose peer failed must not wait for it
 
 
