@@ -7,19 +7,31 @@ import mmap
 import os
 from pathlib import Path
 
+PAGE = mmap.PAGESIZE
 _BUFFER_BYTES = 16 * 1024 * 1024  # a multiple of every device's block size
 _DIRECT = getattr(os, "O_DIRECT", 0)  # Linux only
 
 
+def write_memory(path: Path, data: memoryview) -> None:
+    """A new file with these bytes, which begin at a page. It is on the disk when this returns. Raises OSError."""
+    descriptor = _open(path)
+    try:
+        start = 0
+        while start < len(data):
+            part = data[start : start + _BUFFER_BYTES]
+            if start % PAGE or len(part) % PAGE:  # the last part, or what the disk has cut inside a block
+                _through_the_cache(descriptor)
+            start += os.write(descriptor, part)
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 class DirectWriter:
-    """A new file. Where the file system takes no direct writes, they go through the cache."""
+    """A new file, written in pieces."""
 
     def __init__(self, path: Path) -> None:
-        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
-        try:
-            self.descriptor = os.open(path, flags | _DIRECT, 0o644)
-        except OSError:  # not there, or only not directly: the second attempt tells
-            self.descriptor = os.open(path, flags, 0o644)
+        self.descriptor = _open(path)
         self.buffer = mmap.mmap(-1, _BUFFER_BYTES)  # direct writes need memory that begins at a page
         self.filled = 0
 
@@ -34,7 +46,7 @@ class DirectWriter:
 
     def finish(self) -> None:
         """Write the rest, which need not be whole blocks, and wait until everything is on the disk."""
-        self._through_the_cache()
+        _through_the_cache(self.descriptor)
         self._flush()
         os.fsync(self.descriptor)
 
@@ -46,9 +58,19 @@ class DirectWriter:
             start = 0
             while start < self.filled:
                 start += os.write(self.descriptor, whole[start : self.filled])
-                if start % mmap.PAGESIZE:  # the disk took a part that ends inside a block
-                    self._through_the_cache()
+                if start % PAGE:  # the disk took a part that ends inside a block
+                    _through_the_cache(self.descriptor)
         self.filled = 0
 
-    def _through_the_cache(self) -> None:
-        fcntl.fcntl(self.descriptor, fcntl.F_SETFL, fcntl.fcntl(self.descriptor, fcntl.F_GETFL) & ~_DIRECT)
+
+def _open(path: Path) -> int:
+    """Where the file system takes no direct writes, they go through the cache."""
+    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
+    try:
+        return os.open(path, flags | _DIRECT, 0o644)
+    except OSError:  # not there, or only not directly: the second attempt tells
+        return os.open(path, flags, 0o644)
+
+
+def _through_the_cache(descriptor: int) -> None:
+    fcntl.fcntl(descriptor, fcntl.F_SETFL, fcntl.fcntl(descriptor, fcntl.F_GETFL) & ~_DIRECT)

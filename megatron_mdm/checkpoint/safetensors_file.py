@@ -25,6 +25,7 @@ DTYPES = {
     "F16": torch.float16,
     "BF16": torch.bfloat16,
 }
+METADATA = {"format": "pt"}  # what the libraries write and some readers ask for
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 # Bits of the exponent, without the sign bit, shifted up by one: infinities and NaNs have no less.
 _NOT_FINITE = {"F64": 0xFFE0 << 48, "F32": 0xFF00 << 16, "F16": 0xF800, "BF16": 0xFF00}

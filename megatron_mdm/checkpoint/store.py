@@ -1,4 +1,7 @@
-"""Checkpoints of a run: written whole or not at all, verified before they are read, the oldest removed."""
+"""Checkpoints of a run: written whole or not at all, verified before they are read, the oldest removed.
+
+Training waits while this rank's part is copied; a thread writes it, and agrees with the other ranks' threads.
+"""
 
 from __future__ import annotations
 
@@ -6,18 +9,21 @@ import json
 import math
 import shutil
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_mdm.checkpoint.manifest import TENSORS, entry_of, find_fault, write_manifest
-from megatron_mdm.checkpoint.tensors import write_tensors
+from megatron_mdm.checkpoint.tensors import Snapshot
 from megatron_mdm.config.errors import UserError
 from megatron_mdm.config.files import write_json
 from megatron_mdm.config.schema import CheckpointConfig
-from megatron_mdm.parallel.collectives import barrier, gather_objects
+from megatron_mdm.parallel.collectives import background_group, gather_objects
 from megatron_mdm.parallel.groups import ParallelContext
 
 if TYPE_CHECKING:
+    import torch.distributed as dist
+
     from megatron_mdm.engine.base import Engine  # brings DeepSpeed, which single-process tools do without
 
 STATE = "state.json"
@@ -25,34 +31,66 @@ VALIDATION_LOSS = "validation_loss"  # in a state: of the saved weights; absent 
 
 
 class SaveError(Exception):
-    """A checkpoint could not be written; those before it are as they were. Raised on every rank at once."""
+    """A checkpoint could not be written; those before it are as they were. Raised on every rank."""
 
 
 class CheckpointStore:
     """The folder RUN/checkpoints with one step-… folder per checkpoint."""
 
-    def __init__(self, folder: Path, retention: CheckpointConfig, context: ParallelContext) -> None:
-        self.folder, self.retention, self.context = folder, retention, context
+    def __init__(self, folder: Path, settings: CheckpointConfig, context: ParallelContext) -> None:
+        self.folder, self.settings, self.context = folder, settings, context
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._pending: Future[None] | None = None
+        self._snapshot = Snapshot(context)
+        self._group: dist.ProcessGroup | None = None  # of the writing threads
 
-    def save(self, step: int, engine: Engine, state: dict[str, Any]) -> Path:
-        """Write a checkpoint. Collective. The folder appears under its name only when every file is on disk.
+    def save(self, step: int, engine: Engine, state: dict[str, Any]) -> None:
+        """Begin a checkpoint, which finish() ends. Collective.
 
-        Raises SaveError on every rank where one of them cannot write.
+        The folder appears under its name only when every file is on disk. state is not kept up to date: it must not
+        change afterwards.
         """
+        assert self._pending is None, "the checkpoint before is still being written"
+        self._group = self._group or background_group()
+        self._snapshot.take(engine.master.fragments())
+        self._pending = self._writer.submit(self._write, step, state)
+
+    def is_writing(self) -> bool:
+        return self._pending is not None and not self._pending.done()
+
+    def finish(self) -> None:
+        """Wait for what is being written. Raises SaveError where it could not be, on every rank alike."""
+        pending, self._pending = self._pending, None
+        if pending:
+            pending.result()
+
+    def _write(self, step: int, state: dict[str, Any]) -> None:
+        """On the writing thread of every rank."""
         final = self.folder / f"step-{step:08d}"
         temporary = self.folder / f".{final.name}.tmp"
         try:
             self._together(lambda: _make_anew(temporary), only_main=True)
-            self._together(lambda: write_tensors(engine.master.tensors(), temporary / TENSORS, self.context))
-            self._together(lambda: write_json(temporary / STATE, state), only_main=True)
-            self._write_manifest(temporary)
-            self._together(lambda: self._publish(temporary, final), only_main=True)
+            entries = self._together(lambda: self._snapshot.write(temporary / TENSORS))
+            self._together(lambda: self._complete(temporary, entries, state, final), only_main=True)
         except SaveError:
             if self.context.is_main:
                 shutil.rmtree(temporary, ignore_errors=True)  # the space may be what is missing
-            barrier()
+            self._together(lambda: None)
             raise
-        return final
+
+    def _complete(
+        self, temporary: Path, entries: list[tuple[str, dict[str, Any]]], state: dict[str, Any], final: Path
+    ) -> None:
+        """State and manifest, then the name, then what this makes superfluous away."""
+        write_json(temporary / STATE, state)
+        files = {f"{TENSORS}/{name}": entry for name, entry in entries}
+        write_manifest(temporary, {**files, STATE: entry_of(temporary / STATE)})
+        if final.exists():
+            shutil.rmtree(final)
+        temporary.rename(final)
+        unfinished = self.folder.glob(".step-*.tmp")  # of jobs that were killed while they saved
+        for old in (*superfluous(self.folder, final, self.settings), *unfinished):
+            shutil.rmtree(old, ignore_errors=True)  # what stays behind is removed after the next save
 
     def newest_intact(self) -> Path | None:
         """The newest checkpoint whose files match its manifest; None where there is no checkpoint at all. Collective.
@@ -74,31 +112,11 @@ class CheckpointStore:
                 result = action()
         except OSError as error:
             fault = error.strerror or str(error)
-        outcomes: list[Any] = gather_objects((result, fault), self.context)
+        outcomes: list[Any] = gather_objects((result, fault), self.context, self._group)
         for rank, (_, fault) in enumerate(outcomes):
             if fault:
                 raise SaveError(f"{self.folder}: rank {rank} cannot write a checkpoint ({fault})")
         return [result for result, _ in outcomes]
-
-    def _write_manifest(self, folder: Path) -> None:
-        """Every rank hashes its share of the files; the main rank writes size and sha256 of each."""
-
-        def of_my_share() -> dict[str, Any]:
-            files = sorted(path for path in folder.rglob("*") if path.is_file())
-            mine = files[self.context.rank :: self.context.layout.world_size]
-            return {str(path.relative_to(folder)): entry_of(path) for path in mine}
-
-        shares = self._together(of_my_share)
-        entries = {name: entry for share in shares for name, entry in share.items()}
-        self._together(lambda: write_manifest(folder, entries), only_main=True)
-
-    def _publish(self, temporary: Path, final: Path) -> None:
-        """The checkpoint under its name, then what it makes superfluous away."""
-        if final.exists():
-            shutil.rmtree(final)
-        temporary.rename(final)
-        for old in superfluous(self.folder, final, self.retention):
-            shutil.rmtree(old, ignore_errors=True)  # what stays behind is removed after the next save
 
 
 def superfluous(folder: Path, newest: Path, retention: CheckpointConfig) -> list[Path]:

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 
 from megatron_mdm.checkpoint.direct_writer import DirectWriter
-from megatron_mdm.checkpoint.safetensors_file import NAMES, file_order, header_bytes, is_finite
+from megatron_mdm.checkpoint.safetensors_file import METADATA, NAMES, file_order, header_bytes, is_finite
 from megatron_mdm.checkpoint.views import View, blocks, num_bytes
 from megatron_mdm.config.errors import UserError
 from megatron_mdm.config.files import sha256, write_json
@@ -27,7 +27,6 @@ from megatron_mdm.parallel.progress import progress_bar
 
 JOURNAL = "journal.json"
 _WAITING_BLOCKS = 3  # read, and not yet hashed and written
-METADATA = {"format": "pt"}
 Entry = dict[str, Any]  # bytes, sha256
 
 

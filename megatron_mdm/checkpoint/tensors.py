@@ -1,52 +1,97 @@
 """Tensors of a checkpoint as safetensors, independent of the layout that wrote them and of the one that reads them.
 
-One file per (pipeline stage, tensor-parallel rank, writer): tensor t of a stage is written by data-parallel rank t
-modulo their number, so that all write at once. A reader puts the tensor-parallel shards together and cuts its own.
+One file per (pipeline stage, tensor-parallel rank, data-parallel rank) with what that rank holds: ZeRO's partitions as
+they are, so that nothing is communicated. A reader puts fragments and tensor-parallel shards together and cuts its own.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
+import math
 import re
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
-from megatron_mdm.checkpoint.safetensors_file import SafetensorsFile, StoredTensor
-from megatron_mdm.checkpoint.views import View, cut, merge, read, with_rows
+from megatron_mdm.checkpoint.direct_writer import PAGE, write_memory
+from megatron_mdm.checkpoint.safetensors_file import METADATA, SafetensorsFile, StoredTensor, header_bytes
+from megatron_mdm.checkpoint.views import Flat, View, cut, merge, read, with_rows
 from megatron_mdm.config.errors import UserError
 from megatron_mdm.config.schema import ModelConfig
 from megatron_mdm.models.sharding import sharding_of
+from megatron_mdm.parallel import platform
 from megatron_mdm.parallel.groups import ParallelContext
 
+if TYPE_CHECKING:
+    from megatron_mdm.engine.master import Fragment  # brings DeepSpeed, which single-process tools do without
+
 WEIGHT = "weight"  # a kind; the others are Adam's moments
+FRAGMENTS = "fragments"  # in a file's metadata: key → [start, *shape of the shard that it is a part of]
 _FILE = re.compile(r"stage-(\d+)\.tensor-(\d+)-of-(\d+)\.part-(\d+)\.safetensors")
 
 
-def write_tensors(tensors: Iterable[tuple[str, str, Tensor]], folder: Path, context: ParallelContext) -> None:
-    """(name, kind, this tensor-parallel rank's shard) of a stage → this rank's file. Collective.
+class Snapshot:
+    """The file that this rank adds to a checkpoint, in memory: training goes on while it is written.
 
-    Raises OSError where the file cannot be written, after the last communication.
+    The memory, 12 bytes for each parameter that this rank's optimizer holds, is kept for the next save.
     """
-    mine: dict[str, Tensor] = {}
-    for index, (name, kind, tensor) in enumerate(tensors):
-        if index % context.layout.data == context.data_rank:
-            mine[f"{name}/{kind}"] = tensor.detach().to("cpu", torch.float32, copy=True).contiguous()
-    folder.mkdir(parents=True, exist_ok=True)
-    name = file_name(context.pipeline_rank, context.tensor_rank, context.layout.tensor, context.data_rank)
-    try:
-        save_file(mine, folder / name)
-    except SafetensorError as error:  # the library's own wrapping of a failed write
-        raise OSError(_cause(error)) from None
+
+    def __init__(self, context: ParallelContext) -> None:
+        self.context, self.length = context, 0
+        self.memory = torch.empty(0, dtype=torch.uint8)
+
+    def take(self, fragments: Iterable[Fragment]) -> None:
+        """Copy what this rank is to write. The only part of a save that training waits for."""
+        mine = sorted(self._share(fragments), key=_key)
+        places = {_key(f): [f.start, *f.shape] for f in mine if f.values.numel() != math.prod(f.shape)}
+        shapes = {_key(f): (f.values.numel(),) if _key(f) in places else tuple(f.shape) for f in mine}
+        metadata = {**METADATA, FRAGMENTS: json.dumps(places)} if places else METADATA
+        header = header_bytes({key: (torch.float32, shape) for key, shape in shapes.items()}, metadata)
+        self._hold(len(header) + sum(4 * fragment.values.numel() for fragment in mine))
+        self.memory[: len(header)] = torch.frombuffer(bytearray(header), dtype=torch.uint8)
+        position = len(header)
+        for fragment in mine:
+            stop = position + 4 * fragment.values.numel()
+            self.memory[position:stop].view(torch.float32).copy_(fragment.values)
+            position = stop
+
+    def write(self, folder: Path) -> tuple[str, dict[str, Any]]:
+        """(name, manifest entry) of the file, which is on the disk. Raises OSError."""
+        folder.mkdir(parents=True, exist_ok=True)
+        context = self.context
+        name = file_name(context.pipeline_rank, context.tensor_rank, context.layout.tensor, context.data_rank)
+        content = memoryview(self.memory[: self.length].numpy())
+        with ThreadPoolExecutor(1) as hasher:
+            digest = hasher.submit(lambda: hashlib.sha256(content).hexdigest())
+            write_memory(folder / name, content)
+            return name, {"bytes": self.length, "sha256": digest.result()}
+
+    def _share(self, fragments: Iterable[Fragment]) -> Iterable[Fragment]:
+        """Of what all data-parallel ranks hold alike, each takes an equal part."""
+        rank, ranks = self.context.data_rank, self.context.layout.data
+        for fragment in fragments:
+            if fragment.is_replicated and ranks > 1:
+                size = fragment.values.numel()
+                start, stop = size * rank // ranks, size * (rank + 1) // ranks
+                fragment = fragment._replace(start=start, values=fragment.values[start:stop])
+            if fragment.values.numel():
+                yield fragment
+
+    def _hold(self, length: int) -> None:
+        """Memory that begins at a page, as direct writes want it; pinned on CUDA, so that copies into it are fast."""
+        self.length = length
+        if length > len(self.memory):
+            memory = torch.empty(length + PAGE, dtype=torch.uint8, pin_memory=platform.is_cuda())
+            self.memory = memory[-memory.data_ptr() % PAGE :]
 
 
-def _cause(error: SafetensorError) -> str:
-    """The system's words in the library's message, as in: … I/O error: No space left on device (os error 28)"""
-    match = re.search(r"([^:]+?) \(os error \d+\)", str(error))
-    return match[1].strip() if match else str(error)
+def _key(fragment: Fragment) -> str:
+    return f"{fragment.name}/{fragment.kind}"
 
 
 def file_name(stage: int, tensor_rank: int, tensor_degree: int, part: int) -> str:
@@ -58,17 +103,34 @@ class TensorReader:
 
     def __init__(self, folder: Path, model: ModelConfig) -> None:
         self.folder, self.model = folder, model
-        self.places: dict[str, dict[int, StoredTensor]] = {}  # key → tensor-parallel rank → its shard
+        found: dict[tuple[str, int], list[tuple[int, tuple[int, ...], StoredTensor]]] = {}
         self.degree = 0
         for path in sorted(folder.glob("*.safetensors")):
             match = _FILE.fullmatch(path.name)
             if match is None:
                 continue
             self.degree = int(match[3])
-            for key, tensor in SafetensorsFile(path).tensors.items():
-                self.places.setdefault(key, {})[int(match[2])] = tensor
+            file = SafetensorsFile(path)
+            fragments = json.loads(file.metadata.get(FRAGMENTS, "{}"))
+            for key, tensor in file.tensors.items():
+                start, *shape = fragments.get(key, [0, *tensor.shape])
+                found.setdefault((key, int(match[2])), []).append((start, tuple(shape), tensor))
+        self.places: dict[str, dict[int, View]] = {}  # key → tensor-parallel rank → its shard
+        for (key, rank), parts in found.items():
+            self.places.setdefault(key, {})[rank] = self._put_together(key, sorted(parts, key=lambda part: part[0]))
         if not self.places:
             raise UserError(f"{folder}: holds no tensors of a checkpoint")
+
+    def _put_together(self, key: str, parts: list[tuple[int, tuple[int, ...], StoredTensor]]) -> View:
+        """parts: (start, shape of the whole, elements), by start."""
+        (_, shape, first), position = parts[0], 0
+        for start, _, tensor in parts:
+            if start != position:
+                raise UserError(f"{self.folder}: '{key}' is incomplete: no file has its element {position}")
+            position += math.prod(tensor.shape)
+        if position != math.prod(shape):
+            raise UserError(f"{self.folder}: '{key}' is incomplete: no file has its element {position}")
+        return first if len(parts) == 1 else Flat([tensor for _, _, tensor in parts], shape)
 
     def kinds(self) -> set[str]:
         """Weights alone, or moments as well."""

@@ -62,6 +62,27 @@ class Columns:
             part.view.read_into(out[:, at : at + stop - start], row, part.start + start)
 
 
+class Flat:
+    """A tensor cut into runs of its elements, regardless of rows: vectors, one behind the other."""
+
+    def __init__(self, parts: Sequence[View], shape: Shape) -> None:
+        self.parts = [Part(part, 0, math.prod(part.shape)) for part in parts]
+        self.dtype, self.shape = parts[0].dtype, shape
+
+    def read_into(self, out: Tensor, row: int, column: int) -> None:
+        _, columns = matrix_shape(self.shape)
+        step = max(1, _BLOCK_BYTES // max(1, columns * out.dtype.itemsize))
+        for start in range(0, len(out), step):
+            block = out[start : start + step]
+            is_whole = block.shape[1] == columns and block.is_contiguous()
+            rows = block if is_whole else torch.empty(len(block), columns, dtype=out.dtype)
+            elements = rows.view(-1, 1)
+            for part, at, first, last in _overlaps(self.parts, (row + start) * columns, len(elements)):
+                part.view.read_into(elements[at : at + last - first], first, 0)
+            if not is_whole:
+                block.copy_(rows[:, column : column + block.shape[1]])
+
+
 class RepeatedRow:
     """As many rows as wanted, all alike."""
 

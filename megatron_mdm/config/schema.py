@@ -238,6 +238,7 @@ class PrecisionConfig(Section):
 class CheckpointConfig(Section):
     directory: str  # the run's folder; everything it writes is below it
     save_every: int = Field(default=500, ge=0)  # steps; 0: only at the end
+    asynchronous: bool = True  # training waits for a copy in memory only, which a thread then writes
     keep_last: int = Field(default=2, gt=0)  # the newest, which are always kept; besides them:
     keep_every: int = Field(default=0, ge=0)  # those of every so many steps; 0: none
     keep_best: bool = False  # the one with the least validation loss, of those saved at a validation

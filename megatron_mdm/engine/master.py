@@ -1,21 +1,17 @@
 """Master weights and Adam moments by parameter name, whatever DeepSpeed has made of them.
 
-Read and written as this tensor-parallel rank's shard, whole over the data-parallel ranks, so that a checkpoint does not
-depend on the ZeRO stage or the number of ranks.
+Read where they lie, without communication: the part of this tensor-parallel rank's shard that this data-parallel rank
+holds; written from the whole shard.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
-from deepspeed.utils import (
-    lazy_init_hp_params_optimizer_state,
-    safe_get_full_fp32_param,
-    safe_get_full_optimizer_state,
-    safe_set_full_fp32_param,
-    safe_set_full_optimizer_state,
-)
+import torch.distributed as dist
+from deepspeed.utils import lazy_init_hp_params_optimizer_state, safe_set_full_fp32_param, safe_set_full_optimizer_state
 from torch import Tensor
 
 from megatron_mdm.config.schema import ModelConfig
@@ -35,6 +31,17 @@ def canonical_name(name: str, model: ModelConfig) -> str:
     return "0.word_embeddings.weight" if model.tie_embeddings and name.endswith(".vocabulary_weight") else name
 
 
+class Fragment(NamedTuple):
+    """Adjacent elements of a tensor-parallel rank's shard of a weight or moment."""
+
+    name: str  # canonical
+    kind: str
+    shape: torch.Size  # of the shard
+    start: int  # of the fragment in the shard, counted in elements
+    values: Tensor  # [n] fp32, the optimizer's own memory
+    is_replicated: bool  # every data-parallel rank holds the same
+
+
 class MasterState:
     """The state of one DeepSpeed engine's parameters."""
 
@@ -47,37 +54,73 @@ class MasterState:
         for low, high in zip(getattr(optimizer, "fp16_groups", []), getattr(optimizer, "fp32_groups", [])):
             self.copies.update(zip(low, high))
 
-    def tensors(self) -> Iterator[tuple[str, str, Tensor]]:
-        """(canonical name, kind, fp32 tensor) of every parameter here. Collective over the data-parallel ranks."""
+    def fragments(self) -> Iterator[Fragment]:
+        """What this rank holds of every parameter here. Nothing is copied, nothing communicated."""
         self._link_states()
         for name, parameter in self.parameters.items():
             if getattr(parameter, "ds_pipe_replicated", False):
                 continue  # a tied copy; another stage holds the same
             for kind in KINDS:
-                yield canonical_name(name, self.model), kind, self._get(parameter, kind)
+                start, values = self._here(parameter, kind)
+                if len(values):
+                    replicated = not self._is_partitioned(parameter)
+                    yield Fragment(
+                        canonical_name(name, self.model), kind, shape_of(parameter), start, values.detach(), replicated
+                    )
 
+    @torch.no_grad()
     def load(self, name: str, kind: str, value: Tensor) -> None:
-        """Set a parameter's state by its own (not canonical) name. Collective over the data-parallel ranks."""
+        """Set a parameter's state, and for a weight the model's own copy, by its own (not canonical) name.
+
+        value: the whole shard. No communication.
+        """
         self._link_states()
         parameter = self.parameters[name]
+        if hasattr(parameter, "ds_id"):
+            self._load_partition(parameter, kind, value)
+            return
         if not self._is_partitioned(parameter):
             self._plain(parameter, kind).copy_(value)
         elif kind == WEIGHT:
             safe_set_full_fp32_param(parameter, value)
         else:
             safe_set_full_optimizer_state(parameter, value, kind)
+        if kind == WEIGHT:
+            parameter.data.copy_(value)
 
     def set_steps(self, steps: int) -> None:
         """Adam's own count of steps, for its bias correction."""
         for state in self._torch_optimizer().state.values():
             state["step"] = torch.tensor(float(steps), device=state["exp_avg"].device)
 
-    def _get(self, parameter: torch.nn.Parameter, kind: str) -> Tensor:
-        if not self._is_partitioned(parameter):
-            return self._plain(parameter, kind)
+    def _here(self, parameter: torch.nn.Parameter, kind: str) -> tuple[int, Tensor]:
+        """(start, elements) of the shard that this data-parallel rank holds; none where it holds no part of it."""
+        if hasattr(parameter, "ds_id"):
+            partition = self._partition(parameter, kind)
+            start = partition.numel() * dist.get_rank(parameter.ds_process_group)
+            return start, partition[: max(0, parameter.ds_numel - start)]  # the last ones are padded
+        if not hasattr(parameter, "_hp_mapping"):
+            return 0, self._plain(parameter, kind).flatten()
+        if parameter._hp_mapping is None:
+            return 0, torch.empty(0)
+        fragment = parameter._hp_mapping.get_hp_fragment(None if kind == WEIGHT else kind)
+        return parameter._hp_mapping.lp_fragment_address.start, fragment
+
+    def _partition(self, parameter: torch.nn.Parameter, kind: str) -> Tensor:
+        """ZeRO 3's part of a parameter, padded to equal parts, where it lies: DeepSpeed's public accessors copy it to
+        the device."""
+        values, _ = parameter._z3_optimizer._get_fp32_opt_state_partition(
+            parameter, release_swap_buffers=True, optim_state_key=None if kind == WEIGHT else kind
+        )
+        return values
+
+    def _load_partition(self, parameter: torch.nn.Parameter, kind: str, shard: Tensor) -> None:
+        start, here = self._here(parameter, kind)
+        here.copy_(shard.flatten()[start : start + len(here)])
         if kind == WEIGHT:
-            return safe_get_full_fp32_param(parameter)
-        return safe_get_full_optimizer_state(parameter, kind)
+            parameter.ds_tensor.data[: len(here)].copy_(here)
+            if parameter.numel() == parameter.ds_numel:  # small ones stay gathered
+                parameter.data.copy_(shard)
 
     @staticmethod
     def _is_partitioned(parameter: torch.nn.Parameter) -> bool:
@@ -118,3 +161,8 @@ class MasterState:
         while not isinstance(optimizer, torch.optim.Optimizer) or hasattr(optimizer, "optimizer"):
             optimizer = optimizer.optimizer  # type: ignore[attr-defined]
         return optimizer
+
+
+def shape_of(parameter: torch.nn.Parameter) -> torch.Size:
+    """Of the tensor-parallel shard, also where ZeRO 3 has left no element of it here."""
+    return getattr(parameter, "ds_shape", parameter.shape)

@@ -23,11 +23,16 @@ def fill_from_data_ranks(values: NDArray[np.float64], context: ParallelContext) 
     return tensor.cpu().numpy()
 
 
-def gather_objects(value: object, context: ParallelContext) -> list[object]:
-    """One JSON-like object of every rank, in rank order, on every rank."""
+def gather_objects(value: object, context: ParallelContext, group: dist.ProcessGroup | None = None) -> list[object]:
+    """One JSON-like object of every rank, in rank order, on every rank. group: of all ranks; None: the default one."""
     gathered: list[object] = [None] * context.layout.world_size
-    dist.all_gather_object(gathered, value)
+    dist.all_gather_object(gathered, value, group=group)
     return gathered
+
+
+def background_group() -> dist.ProcessGroup:
+    """All ranks once more, for a thread that communicates while the main one does. Collective."""
+    return dist.new_group(backend="gloo")
 
 
 def largest(value: int) -> int:

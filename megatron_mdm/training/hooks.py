@@ -165,30 +165,42 @@ class Save:
     ) -> None:
         """describe: what a resumed run is checked against."""
         self.every, self.store, self.engine, self.describe = config.checkpoint.save_every, store, engine, describe
-        self.last_step = -1
+        self.asynchronous, self.last_step = config.checkpoint.asynchronous, -1
 
     def after_step(self, state: TrainState, _: StepResult) -> None:
-        if self.every and state.step % self.every == 0:
-            try:
-                self._save(state)
-            except SaveError as error:
-                if self.store.context.is_main:
-                    tqdm.write(f"error: step {state.step}: {error}; training goes on", file=sys.stderr)
+        is_due = self.every and state.step % self.every == 0
+        if is_due or not self.store.is_writing():
+            self._finish()
+        if is_due:
+            self._begin(state)
+            if not self.asynchronous:
+                self._finish()
 
     def after_run(self, state: TrainState) -> None:
-        if self.last_step == state.step:
-            return
-        try:
-            self._save(state)
-        except SaveError as error:
-            raise UserError(
-                f"{error}: the run has trained to step {state.step}, and --resume goes on from the newest checkpoint "
-                "there is; make room, or give the right to write, before it"
-            ) from None
+        is_saved = self._finish() and self.last_step == state.step
+        if not is_saved:
+            self._begin(state)
+            try:
+                self.store.finish()
+            except SaveError as error:
+                raise UserError(
+                    f"{error}: the run has trained to step {state.step}, and --resume goes on from the newest "
+                    "checkpoint there is; make room, or give the right to write, before it"
+                ) from None
 
-    def _save(self, state: TrainState) -> None:
+    def _begin(self, state: TrainState) -> None:
         content = {**self.describe(), "train": state.to_json()}
         if state.validated_step == state.step:
             content[VALIDATION_LOSS] = state.validation_loss
-        self.store.save(state.step, self.engine, content)
         self.last_step = state.step
+        self.store.save(state.step, self.engine, content)
+
+    def _finish(self) -> bool:
+        """Whether what was being written, if anything was, is a checkpoint now."""
+        try:
+            self.store.finish()
+        except SaveError as error:
+            if self.store.context.is_main:
+                tqdm.write(f"error: step {self.last_step}: {error}; training goes on", file=sys.stderr)
+            return False
+        return True

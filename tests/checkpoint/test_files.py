@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save
 
-from megatron_mdm.checkpoint.direct_writer import DirectWriter
-from megatron_mdm.checkpoint.safetensors_file import SafetensorsFile, is_finite
-from megatron_mdm.checkpoint.stream import METADATA, Output, OutputFile, write_files
-from megatron_mdm.checkpoint.views import Columns, Part, Rows, cut, mean_row, merge, read, with_rows
+from megatron_mdm.checkpoint.direct_writer import PAGE, DirectWriter, write_memory
+from megatron_mdm.checkpoint.safetensors_file import METADATA, SafetensorsFile, is_finite
+from megatron_mdm.checkpoint.stream import Output, OutputFile, write_files
+from megatron_mdm.checkpoint.views import Columns, Flat, Part, Rows, cut, mean_row, merge, read, with_rows
 from megatron_mdm.models.sharding import Sharding
 
 TENSORS = {
@@ -55,6 +56,11 @@ def test_direct_writes(size: int, tmp_path: Path) -> None:
     writer.finish()
     writer.close()
     assert (tmp_path / "file").read_bytes() == data
+    memory = torch.empty(size + PAGE, dtype=torch.uint8)
+    memory = memory[-memory.data_ptr() % PAGE :][:size]
+    memory.copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8) if size else memory)
+    write_memory(tmp_path / "memory", memoryview(memory.numpy()))
+    assert (tmp_path / "memory").read_bytes() == data
 
 
 @pytest.mark.parametrize("sharding", [Sharding(0), Sharding(0, interleave=2), Sharding(1), Sharding(-1)], ids=str)
@@ -79,6 +85,22 @@ def test_parts_of_parts(stored: SafetensorsFile) -> None:
     torch.testing.assert_close(read(with_rows(wide, 7)), torch.cat([tensor, torch.zeros(2, 7)]))
     grown = read(with_rows(wide, 6, mean_row(wide)))
     torch.testing.assert_close(grown[5], tensor.mean(0))
+
+
+@pytest.mark.parametrize("shape", [(8, 12), (96,), (5, 3)])
+def test_runs_of_elements(shape: tuple[int, ...], tmp_path: Path) -> None:
+    """As ZeRO cuts tensors: regardless of rows."""
+    whole = torch.randn(shape)
+    cuts = [0, 1, 7, 14, whole.numel()]
+    runs = {str(index): whole.flatten()[start:stop] for index, (start, stop) in enumerate(itertools.pairwise(cuts))}
+    path = tmp_path / "runs.safetensors"
+    path.write_bytes(save({name: run.contiguous() for name, run in runs.items()}))
+    stored = SafetensorsFile(path).tensors
+    view = Flat([stored[name] for name in runs], shape)
+    assert torch.equal(read(view), whole)
+    assert torch.equal(read(Rows([Part(view, 2, 3)]), torch.float64), whole[2:5].double())
+    if len(shape) == 2:
+        assert torch.equal(read(Columns([Part(view, 1, 2)])), whole[:, 1:3])
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])

@@ -53,7 +53,7 @@ def faulty_steps(config: RunConfig) -> list[dict[str, Any]]:
         output = engine.train_batch([healthy, faulty], 1e-2)
         for hook in hooks:
             hook.remove()
-        state = {f"{name}/{kind}": tensor.float().numpy().copy() for name, kind, tensor in engine.master.tensors()}
+        state = {f"{part.name}/{part.kind}": part.values.numpy().copy() for part in engine.master.fragments()}
         return {"norm": output.grad_norm, "state": state}
 
     faults = [(0, 0), (float("nan"), 0), (float("inf"), 0), (0, float("nan")), (0, float("inf")), (0, 0)]

@@ -55,7 +55,7 @@ def train_and_watch(config: RunConfig, folder: Path) -> dict[str, Any]:
     """On a rank: 10 steps; losses, gradient norms, t, per-sample losses, a hash of every mask, the calibration.
     Weights and moments go to the folder."""
     from megatron_mdm.checkpoint.load import restored_engine
-    from megatron_mdm.checkpoint.tensors import write_tensors
+    from megatron_mdm.checkpoint.tensors import Snapshot
     from megatron_mdm.parallel.groups import initialize
     from megatron_mdm.training import inputs, run
     from megatron_mdm.training.calibrate import calibrate
@@ -80,7 +80,9 @@ def train_and_watch(config: RunConfig, folder: Path) -> dict[str, Any]:
     watched.times, watched.design = noiser.times, noiser.design  # type: ignore[attr-defined]
     trainer = dataclasses.replace(trainer, noiser=watched)  # type: ignore[arg-type]
     steps = [trainer.train_step(step) for step in range(10)]
-    write_tensors(trainer.engine.master.tensors(), folder, context)
+    snapshot = Snapshot(context)
+    snapshot.take(trainer.engine.master.fragments())
+    snapshot.write(folder)
     return {
         "losses": [step.loss for step in steps],
         "grad_norms": [step.grad_norm for step in steps],

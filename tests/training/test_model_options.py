@@ -24,7 +24,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
 def one_step(config: RunConfig, folder: Path) -> float:
     """On a rank: the loss of the first step. Afterwards Adam's first moment is the gradient, up to a factor."""
     from megatron_mdm.checkpoint.load import restored_engine
-    from megatron_mdm.checkpoint.tensors import write_tensors
+    from megatron_mdm.checkpoint.tensors import Snapshot
     from megatron_mdm.parallel.groups import initialize
     from megatron_mdm.training import inputs, run
 
@@ -32,7 +32,9 @@ def one_step(config: RunConfig, folder: Path) -> float:
     context = initialize(config.parallel.tensor, config.parallel.pipeline)
     trainer = run.build_trainer(config, data, restored_engine(None, config, context, 0), None, context)
     loss = trainer.train_step(0).loss
-    write_tensors(trainer.engine.master.tensors(), folder, context)
+    snapshot = Snapshot(context)
+    snapshot.take(trainer.engine.master.fragments())
+    snapshot.write(folder)
     return loss
 
 

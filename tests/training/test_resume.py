@@ -149,6 +149,21 @@ def test_resumes_on_any_layout(name: str, saved_at_tp2_pp2: Path, tmp_path: Path
         assert record["loss"] == pytest.approx(expected["loss"], rel=1e-5)
 
 
+@pytest.mark.parametrize("zero", [0, 1, 3])
+def test_resumes_where_tensors_are_not_multiples_of_the_ranks(zero: int, tmp_path: Path) -> None:
+    write_ids(tmp_path / "train.jsonl", 30)
+    sections = {"batch": {"global_size": 6, "micro_size": 2}, "schedule": {"steps": 4}, "parallel": {"zero": zero}}
+    (tmp_path / "config.yaml").write_text(dump_config(small_config(tmp_path, **sections)), encoding="utf-8")
+    arguments = ["--config", str(tmp_path / "config.yaml"), "checkpoint.save_every=2"]
+    assert run_program_ranks("launch/train.py", arguments, 3)[0].exit_code == 0
+    before = losses(tmp_path / "run")
+    shutil.rmtree(tmp_path / "run/checkpoints/step-00000004")
+    resumed = run_program_ranks("launch/train.py", [*arguments, "--resume"], 3)[0]
+    assert resumed.exit_code == 0, resumed.stderr
+    assert "at step 2" in resumed.stdout
+    assert losses(tmp_path / "run") == before
+
+
 def test_resuming_where_zero_cannot_run_is_refused(saved_at_tp2_pp2: Path) -> None:
     overrides = ["parallel.pipeline=2", "parallel.zero=3"]
     arguments = ["--config", str(saved_at_tp2_pp2 / "config.yaml"), "--resume", *overrides]
