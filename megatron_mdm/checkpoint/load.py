@@ -50,21 +50,19 @@ def restored_engine(checkpoint: Path | None, config: RunConfig, context: Paralle
             return build_engine(config, context, from_scratch)
         initial = InitialWeights(config.model)
         return build_engine(config, context, partial(initial.load, context=context))
-    reader = TensorReader(checkpoint / TENSORS, config.model)
-    shapes: dict[str, torch.Size] = {}
+    engine = build_engine(config, context, from_scratch)
+    restore(engine, checkpoint, config.model, context, steps)
+    return engine
 
-    def load(module: nn.Module) -> None:
-        shapes.update({name: parameter.shape for name, parameter in module.named_parameters()})
-        read_weights(module, reader, config.model, context)
 
-    engine = build_engine(config, context, load)
-    for name, shape in shapes.items():
+def restore(engine: Engine, checkpoint: Path, model: ModelConfig, context: ParallelContext, steps: int) -> None:
+    """Give an engine a checkpoint's weights, moments and count of optimizer steps. Collective."""
+    reader = TensorReader(checkpoint / TENSORS, model)
+    for name, shape in engine.master.shapes().items():
         for kind in (WEIGHT, *MOMENTS):
-            source = canonical_name(name, config.model)
-            value = reader.read(source, kind, shape, context.tensor_rank, context.layout.tensor)
+            value = reader.read(canonical_name(name, model), kind, shape, context.tensor_rank, context.layout.tensor)
             engine.master.load(name, kind, value)
     engine.master.set_steps(steps)
-    return engine
 
 
 def load_for_inference(

@@ -18,6 +18,15 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     temporary.replace(path)
 
 
+def sync_folder(folder: Path) -> None:
+    """Wait until the names in a folder are on the disk, too."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def write_json(path: Path, value: Any) -> None:
     write_atomically(path, json.dumps(value, indent=1) + "\n")
 

@@ -250,6 +250,9 @@ class FaultsConfig(Section):
     max_skipped_in_a_row: int = Field(default=5, gt=0)  # skipped steps after which the run stops
     spike_score: float = Field(default=8.0, ge=0)  # robust z-score from which a loss is logged as a spike; 0: never
     spike_window: int = Field(default=100, ge=20)  # steps whose losses it is judged by
+    # rewind: go back to the newest checkpoint, and on from there with the batches that follow the spike's
+    on_spike: Literal["log", "rewind"] = "log"
+    max_rewinds: int = Field(default=3, ge=0)  # in a run; further spikes are logged
 
 
 class LoggingConfig(Section):

@@ -65,8 +65,12 @@ class MasterState:
                 if len(values):
                     replicated = not self._is_partitioned(parameter)
                     yield Fragment(
-                        canonical_name(name, self.model), kind, shape_of(parameter), start, values.detach(), replicated
+                        canonical_name(name, self.model), kind, _shape(parameter), start, values.detach(), replicated
                     )
+
+    def shapes(self) -> dict[str, torch.Size]:
+        """Of this tensor-parallel rank's shards, by the parameters' own names."""
+        return {name: _shape(parameter) for name, parameter in self.parameters.items()}
 
     @torch.no_grad()
     def load(self, name: str, kind: str, value: Tensor) -> None:
@@ -163,6 +167,6 @@ class MasterState:
         return optimizer
 
 
-def shape_of(parameter: torch.nn.Parameter) -> torch.Size:
-    """Of the tensor-parallel shard, also where ZeRO 3 has left no element of it here."""
+def _shape(parameter: torch.nn.Parameter) -> torch.Size:
+    """Also where ZeRO 3 has left no element here."""
     return getattr(parameter, "ds_shape", parameter.shape)

@@ -1,4 +1,7 @@
-"""Losses and gradients that are infinite or not numbers, and losses far off the others: counted, logged, dumped."""
+"""Losses and gradients that are infinite or not numbers, and losses far off the others: counted, logged, dumped.
+
+What follows from a spike where `faults.on_spike` is rewind is done by training/rewind.py.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ from megatron_mdm.engine.packets import loss_packet
 from megatron_mdm.models.stages import Packet
 from megatron_mdm.parallel.collectives import barrier
 from megatron_mdm.training.loop import StepResult, Trainer
-from megatron_mdm.training.metrics import MetricsLog, truncate_records
+from megatron_mdm.training.metrics import MetricsLog
 from megatron_mdm.training.state import TrainState
 
 FAULTS, DUMPS = "faults.jsonl", "faults"
@@ -34,12 +37,8 @@ class Faults:
     def __init__(self, trainer: Trainer, metrics: MetricsLog, folder: Path) -> None:
         self.trainer, self.metrics, self.folder = trainer, metrics, folder
         self.settings, self.is_main = trainer.config.faults, trainer.context.is_main
-        self.first = True
 
     def after_step(self, state: TrainState, result: StepResult) -> None:
-        if self.first and self.is_main:  # of steps that a resumed run does again
-            truncate_records(self.folder / FAULTS, result.step)
-        self.first = False
         if result.is_skipped:
             self._skipped(state, result)
             return
@@ -74,6 +73,7 @@ class Faults:
             worst = np.argsort(-result.sample_loss * result.weight)[:_SHOWN_IDS]
             self._log(state.step, "spike", result, {"score": score, "sample_ids": result.sample_ids[worst].tolist()})
             self.metrics.write(state.step, {"loss_spike_score": score})
+            state.rewinding = self.settings.on_spike == "rewind" and state.num_rewinds < self.settings.max_rewinds
         state.recent_losses = [*state.recent_losses, result.loss][-self.settings.spike_window :]
 
     def _log(self, step: int, kind: str, result: StepResult, more: dict[str, Any]) -> None:
@@ -87,11 +87,16 @@ class Faults:
             f"samples {shown}",
             file=sys.stderr,
         )
-        try:
-            with (self.folder / FAULTS).open("a", encoding="utf-8") as file:
-                file.write(json.dumps(record) + "\n")
-        except OSError as error:
-            tqdm.write(f"error: {self.folder / FAULTS} cannot be written ({error.strerror})", file=sys.stderr)
+        append_fault(self.folder, record)
+
+
+def append_fault(folder: Path, record: dict[str, Any]) -> None:
+    """A line of the run's faults.jsonl; a disk that refuses it costs a line on the screen."""
+    try:
+        with (folder / FAULTS).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+    except OSError as error:
+        tqdm.write(f"error: {folder / FAULTS} cannot be written ({error.strerror})", file=sys.stderr)
 
 
 _WORDS = {"skipped": "was skipped", "spike": "has an unusual loss"}
@@ -124,6 +129,7 @@ def write_batch(trainer: Trainer, result: StepResult, folder: Path) -> None:
         if context.is_main:
             content = {
                 "step": result.step,  # counted from 0: the argument of the loader and of the noise
+                "skipped_batches": trainer.loader.first_batch,
                 "seed": trainer.config.seed,
                 "lr": result.lr,
                 "sample_ids": result.sample_ids.tolist(),

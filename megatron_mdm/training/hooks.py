@@ -168,7 +168,7 @@ class Save:
         self.asynchronous, self.last_step = config.checkpoint.asynchronous, -1
 
     def after_step(self, state: TrainState, _: StepResult) -> None:
-        is_due = self.every and state.step % self.every == 0
+        is_due = self.every and state.step % self.every == 0 and not state.rewinding
         if is_due or not self.store.is_writing():
             self._finish()
         if is_due:

@@ -71,12 +71,14 @@ class Trainer:
     num_steps: int
 
     def train(self, state: TrainState, hooks: Sequence[Hook]) -> None:
-        """Train from state.step to the end, or until a hook stops the run."""
+        """Train from state.step to the end, or until a hook stops the run or wants it to go back."""
         while state.step < self.num_steps and not state.stop_reason:
             result = self.train_step(state.step)
             state.step += 1
             for hook in hooks:
                 hook.after_step(state, result)
+            if state.rewinding:
+                return
         for hook in hooks:
             hook.after_run(state)
 

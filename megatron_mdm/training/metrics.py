@@ -19,16 +19,24 @@ class MetricsLog:
     """Writes on the main rank only; elsewhere every call does nothing."""
 
     def __init__(self, folder: Path, tensorboard: bool, is_main: bool, first_step: int) -> None:
-        self.path, self.is_main, self.writer = folder / "metrics.jsonl", is_main, None
+        self.path, self.is_main, self.tensorboard, self.writer = folder / "metrics.jsonl", is_main, tensorboard, None
         self.unwritten = b""
         if is_main:
             folder.mkdir(parents=True, exist_ok=True)
-            truncate_records(self.path, first_step)
-            if tensorboard:
-                from torch.utils.tensorboard import SummaryWriter
+            self.go_back(first_step)
 
-                # purge_step hides points of steps that a resumed run does again.
-                self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1)
+    def go_back(self, step: int) -> None:
+        """Forget what was written of later steps, which are done again."""
+        if not self.is_main:
+            return
+        self.unwritten = b""
+        truncate_records(self.path, step)
+        self.close()
+        if self.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            # purge_step hides the points of those steps.
+            self.writer = SummaryWriter(str(self.path.with_name("tensorboard")), purge_step=step + 1)
 
     def write(self, step: int, values: dict[str, Any]) -> None:
         """One record; not-a-number becomes null, so that every line is JSON."""

@@ -39,9 +39,10 @@ from megatron_mdm.training.faults import DUMPS, FAULTS, Faults
 from megatron_mdm.training.hooks import AdaptiveClipping, Log, Save, Validate
 from megatron_mdm.training.inputs import RunData, total_steps
 from megatron_mdm.training.loop import Hook, Trainer
-from megatron_mdm.training.metrics import MetricsLog
+from megatron_mdm.training.metrics import MetricsLog, truncate_records
 from megatron_mdm.training.refit import JudgeSampler, Refit
 from megatron_mdm.training.resume import check_same_run
+from megatron_mdm.training.rewind import rewind
 from megatron_mdm.training.signals import StopOnSignal
 from megatron_mdm.training.state import TrainState
 
@@ -71,11 +72,17 @@ def train_run(config: RunConfig, data: RunData, context: ParallelContext, mode: 
         keep_companions(Path(config.model.init_from), folder)
     engine = restored_engine(checkpoint, config, context, state.num_updates)
     artifact = _calibration(folder, engine, config, data, context)
-    trainer = build_trainer(config, data, engine, artifact, context)
     metrics = MetricsLog(folder, config.logging.tensorboard, context.is_main, state.step)
     if artifact:
         metrics.figure("calibration", calibration_figure(artifact), state.step)
-    trainer.train(state, _hooks(trainer, data, store, metrics, state, artifact))
+    if context.is_main:
+        truncate_records(folder / FAULTS, state.step)
+    while True:
+        trainer = build_trainer(config, data, engine, artifact, context, state.skipped_batches)
+        trainer.train(state, _hooks(trainer, data, store, metrics, state, artifact))
+        if not state.rewinding:
+            break
+        state = rewind(state, trainer, store, metrics)
     if state.failure:
         raise UserError(state.failure)
     summary = _summary(config, state, artifact, trainer)
@@ -152,9 +159,17 @@ def _calibration(
 
 
 def build_trainer(
-    config: RunConfig, data: RunData, engine: Engine, artifact: dict[str, Any] | None, context: ParallelContext
+    config: RunConfig,
+    data: RunData,
+    engine: Engine,
+    artifact: dict[str, Any] | None,
+    context: ParallelContext,
+    first_batch: int = 0,
 ) -> Trainer:
-    """Loader, noise and engine put together; artifact: the calibration, where the sampler needs one."""
+    """Loader, noise and engine put together.
+
+    artifact: the calibration, where the sampler needs one. first_batch: the one that step 0 takes, in the data's order.
+    """
     cell_density = np.array(artifact["cell_density"]) if artifact else np.empty(0)
     noiser = build_noiser(config, cell_density, data.tokenizer.mask_id)
     loader = TrainLoader(
@@ -166,6 +181,7 @@ def build_trainer(
         pad_id=data.tokenizer.pad_id,
         seed=config.seed,
         eos_padding=data.tokenizer.eos_id if config.data.eos_padding else NO_EOS_PADDING,
+        first=first_batch,
     )
     return Trainer(config, context, PrefetchLoader(loader), noiser, engine, total_steps(config, len(data.train)))
 
@@ -230,6 +246,7 @@ def _summary(config: RunConfig, state: TrainState, artifact: dict[str, Any] | No
         "steps": state.step,
         "stopped_early": state.stop_reason,
         "skipped_steps": state.num_skipped,
+        "rewinds": state.num_rewinds,
         "best_validation_loss": state.best_validation if np.isfinite(state.best_validation) else None,
         "variance_of_loss": state.run_variance.of_loss(),
         "variance_of_estimator": state.run_variance.of_estimator(),

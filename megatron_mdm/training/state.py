@@ -28,6 +28,9 @@ class TrainState:
     num_skipped: int = 0  # steps without an update, since loss or gradient was infinite or not a number
     skipped_in_a_row: int = 0
     recent_losses: list[float] = field(default_factory=list)  # which a spike is judged by
+    skipped_batches: int = 0  # of the data, since a loss jumped in them: step s takes batch s + skipped_batches
+    num_rewinds: int = 0
+    rewinding: bool = False  # go back to the newest checkpoint before the next step
     stop_reason: str = ""  # not empty: stop before the next step
     interrupted: bool = False  # stopped by a signal, to be resumed: what belongs to the end of a run is left out
     failure: str = ""  # stopped by a fault: the error that the program ends with

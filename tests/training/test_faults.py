@@ -23,7 +23,7 @@ from megatron_mdm.training.loop import Trainer
 noised_batch = Trainer.noised_batch
 def faulty(self, step):
     batch, noised, weights = noised_batch(self, step)
-    if step == {step} - 1 and self.context.data_rank == {rank}:
+    if step + self.loader.first_batch == {step} - 1 and self.context.data_rank == {rank}:
         weights[0].row.mul_(float("{factor}"))
     return batch, noised, weights
 Trainer.noised_batch = faulty
@@ -65,6 +65,62 @@ def test_a_spike_is_logged_with_the_heaviest_samples(tmp_path: Path) -> None:
     assert fault["score"] > 8
     assert len(fault["sample_ids"]) == 8
     assert any("loss_spike_score" in record for record in losses(tmp_path / "run"))
+
+
+def after_the_spike(folder: Path, step: int, first_batch: int) -> list[float]:
+    """On a rank: losses of the steps after a checkpoint, trained from it anew with batches from first_batch + step on."""
+    from megatron_mdm.checkpoint.load import restored_engine
+    from megatron_mdm.parallel.groups import initialize
+    from megatron_mdm.training.calibrate import load_artifact
+    from megatron_mdm.training.inputs import resolve
+    from megatron_mdm.training.run import build_trainer
+
+    config, data = resolve(load_config(folder / "config.yaml"))
+    context = initialize(config.parallel.tensor, config.parallel.pipeline)
+    engine = restored_engine(folder / f"checkpoints/step-{step:08d}", config, context, step)
+    artifact = load_artifact(folder / "calibration.json")
+    trainer = build_trainer(config, data, engine, artifact, context, first_batch)
+    return [trainer.train_step(number).loss for number in range(step, step + 4)]
+
+
+@pytest.mark.parametrize(
+    ("parallel", "dtype"),
+    [({"zero": 0}, "bf16"), ({"zero": 1}, "bf16"), ({"zero": 3}, "fp32"), ({"pipeline": 2}, "fp32")],
+    ids=["zero0_bf16", "zero1_bf16", "zero3", "pp2"],
+)
+def test_a_spike_is_undone_and_its_batches_left_out(parallel: dict[str, Any], dtype: str, tmp_path: Path) -> None:
+    config = write_config(tmp_path, parallel, dtype)
+    wrapper = tmp_path / "wrapper.py"
+    wrapper.write_text(WRAPPER.format(step=23, rank=0, factor="1000"), encoding="utf-8")
+    arguments = ["--config", str(config), "schedule.steps=24", "checkpoint.save_every=4", "checkpoint.keep_last=9"]
+    arguments += ["faults.on_spike=rewind", "faults.max_rewinds=1"]
+    result, _ = run_program_ranks(str(wrapper), arguments, 2)
+    assert result.exit_code == 0, result.stderr
+    assert "warning: step 23: back to step-00000020; batches 20 to 22 are left out" in result.stderr
+    spike, back = map(json.loads, (tmp_path / "run/faults.jsonl").read_text().splitlines())
+    assert (spike["kind"], back["kind"], back["to_step"], back["batches"]) == ("spike", "rewind", 20, [20, 22])
+    records = losses(tmp_path / "run")
+    assert [record["step"] for record in records if "lr" in record] == list(range(1, 25))
+    expected = run_ranks(after_the_spike, 2, tmp_path / "run", 20, 3)[0]
+    assert [record["loss"] for record in records if "lr" in record][20:] == expected
+
+    shutil.rmtree(tmp_path / "run/checkpoints/step-00000024")
+    resumed, _ = run_program_ranks(str(wrapper), [*arguments, "--resume"], 2)
+    assert resumed.exit_code == 0, resumed.stderr
+    assert losses(tmp_path / "run") == records
+    assert len((tmp_path / "run/faults.jsonl").read_text().splitlines()) == 2
+
+
+def test_a_spike_before_the_first_checkpoint_is_logged(tmp_path: Path) -> None:
+    config = write_config(tmp_path, {"zero": 1}, "fp32")
+    wrapper = tmp_path / "wrapper.py"
+    wrapper.write_text(WRAPPER.format(step=23, rank=0, factor="1000"), encoding="utf-8")
+    (result,) = run_program_ranks(
+        str(wrapper), ["--config", str(config), "schedule.steps=24", "faults.on_spike=rewind"]
+    )
+    assert result.exit_code == 0, result.stderr
+    assert "step 23: no checkpoint yet to go back to; training goes on" in result.stderr
+    assert [record["step"] for record in losses(tmp_path / "run") if "lr" in record] == list(range(1, 25))
 
 
 def reproduce(folder: Path) -> dict[str, Any]:

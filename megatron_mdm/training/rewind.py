@@ -1,0 +1,56 @@
+"""After a loss spike: back to the newest checkpoint, and on from there without the batches since."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from tqdm import tqdm
+
+from megatron_mdm.checkpoint.load import restore
+from megatron_mdm.checkpoint.store import CheckpointStore, SaveError, read_state
+from megatron_mdm.training.faults import append_fault
+from megatron_mdm.training.loop import Trainer
+from megatron_mdm.training.metrics import MetricsLog
+from megatron_mdm.training.state import TrainState
+
+
+def rewind(state: TrainState, trainer: Trainer, store: CheckpointStore, metrics: MetricsLog) -> TrainState:
+    """The state to go on with; the engine has the checkpoint's weights and moments. Collective.
+
+    The batches trained on since the checkpoint, the spike's the last of them, are left out for good. Where there is no
+    checkpoint yet, the run goes on as it is. A stop that was asked for still holds.
+    """
+    state.rewinding = False
+    try:
+        store.finish()
+    except SaveError as error:
+        if store.context.is_main:
+            tqdm.write(f"error: {error}", file=sys.stderr)
+    checkpoint = store.newest_intact()
+    if checkpoint is None:
+        _say(store, f"step {state.step}: no checkpoint yet to go back to; training goes on")
+        return state
+    before = rewound(state, checkpoint)
+    restore(trainer.engine, checkpoint, trainer.config.model, trainer.context, before.num_updates)
+    metrics.go_back(before.step)
+    first, last = state.skipped_batches + before.step, state.skipped_batches + state.step - 1
+    _say(store, f"step {state.step}: back to {checkpoint.name}; batches {first} to {last} are left out")
+    if store.context.is_main:
+        record = {"step": state.step, "kind": "rewind", "to_step": before.step, "batches": [first, last]}
+        append_fault(Path(trainer.config.checkpoint.directory), record)
+    return before
+
+
+def rewound(state: TrainState, checkpoint: Path) -> TrainState:
+    """A checkpoint's state, less the batches that were trained on since."""
+    before = TrainState.from_json(read_state(checkpoint)["train"])
+    before.skipped_batches = state.skipped_batches + state.step - before.step
+    before.num_rewinds = state.num_rewinds + 1
+    before.stop_reason, before.interrupted = state.stop_reason, state.interrupted
+    return before
+
+
+def _say(store: CheckpointStore, what: str) -> None:
+    if store.context.is_main:
+        tqdm.write(f"warning: {what}", file=sys.stderr)
