@@ -68,7 +68,7 @@ def test_a_spike_is_logged_with_the_heaviest_samples(tmp_path: Path) -> None:
 
 
 def after_the_spike(folder: Path, step: int, first_batch: int) -> list[float]:
-    """On a rank: losses of the steps after a checkpoint, trained from it anew with batches from first_batch + step on."""
+    """On a rank: losses of the steps after a checkpoint, with the batches from first_batch + step on."""
     from megatron_mdm.checkpoint.load import restored_engine
     from megatron_mdm.parallel.groups import initialize
     from megatron_mdm.training.calibrate import load_artifact
