@@ -1,0 +1,11 @@
+"""The short form of tests/kill.py: one kill in each phase."""
+
+from __future__ import annotations
+
+from tests.kill import run_cases
+
+
+def test_killed_in_every_phase_and_resumed_bit_for_bit() -> None:
+    outcomes = list(run_cases(4, seed=1, layouts=["zero1_bf16"]))
+    assert [outcome.fault for outcome in outcomes] == [""] * 4, outcomes
+    assert all(outcome.was_killed for outcome in outcomes), outcomes
