@@ -257,6 +257,9 @@ class FaultsConfig(Section):
 
 class LoggingConfig(Section):
     every: int = Field(default=10, gt=0)  # steps between lines of metrics.jsonl and tensorboard points
+    # steps between those in which communication and every rank's times are measured, too; 0: never
+    profile_every: int = Field(default=100, ge=0)
+    straggler_ratio: float = Field(default=1.25, gt=1)  # of a rank's busy time to its peers', from which it is named
     tensorboard: bool = True
 
 

@@ -7,6 +7,7 @@ from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
+from megatron_mdm.engine.clock import PhaseClock
 from megatron_mdm.engine.master import MasterState
 from megatron_mdm.models.stages import Packet, RowStatistics
 
@@ -29,6 +30,7 @@ class Engine(Forward, Protocol):
     """A model with its optimizer on this rank. All calls are collective: every rank makes them in the same order."""
 
     master: MasterState
+    clock: PhaseClock  # of train_batch, by the caller's resets
 
     def train_batch(self, packets: Sequence[Packet], lr: float) -> TrainOutput:
         """One optimizer step on the sum of the packets' totals over all data-parallel ranks."""

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from megatron_mdm.config.schema import ModelConfig, RunConfig
 from megatron_mdm.engine.base import TrainOutput
+from megatron_mdm.engine.clock import PhaseClock
 from megatron_mdm.engine.deepspeed_config import deepspeed_config
 from megatron_mdm.engine.master import MasterState
 from megatron_mdm.engine.optimizer import PlainClipping, adamw, norm_of_step, scaled_unless_faulty
@@ -23,6 +24,11 @@ from megatron_mdm.models.parameters import stage_costs
 from megatron_mdm.models.stages import Packet, RowStatistics, prepare_parameters, stage_builders
 from megatron_mdm.parallel.groups import ParallelContext
 from megatron_mdm.parallel.layout import partition
+
+_PHASES = {  # by DeepSpeed's instructions; the others are messages to and from other stages
+    **{"LoadMicroBatch": "data", "ForwardPass": "forward", "BackwardPass": "backward"},
+    **{"ReduceGrads": "backward", "ReduceTiedGrads": "backward", "OptimizerStep": "optimizer"},
+}
 
 
 class PipeEngine:
@@ -47,6 +53,12 @@ class PipeEngine:
             self.clipping = PlainClipping(module, config.optimizer.gradient_clipping, context)
             self.engine.clip_fp32_gradients = self.clipping
         self.master = MasterState(module, self.engine.optimizer, config.model)
+        self.clock = PhaseClock()
+        # DeepSpeed runs a schedule of instructions, each by its entry in this table.
+        self.engine._INSTRUCTION_MAP = {
+            instruction: self.clock.timed(_PHASES.get(instruction.__name__, "pipeline"), run)
+            for instruction, run in self.engine._INSTRUCTION_MAP.items()
+        }
         self._want_logits = False
         self._answers: list[Tensor] = []  # on the last stage: row statistics or logits of each packet
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from megatron_mdm.config.schema import RunConfig
 from megatron_mdm.engine.base import TrainOutput
+from megatron_mdm.engine.clock import PhaseClock
 from megatron_mdm.engine.deepspeed_config import deepspeed_config
 from megatron_mdm.engine.master import MasterState
 from megatron_mdm.engine.optimizer import PlainClipping, adamw, norm_of_step, scaled_unless_faulty
@@ -23,7 +24,7 @@ class ZeroEngine:
 
     def __init__(self, config: RunConfig, context: ParallelContext, load: Callable[[nn.Module], None]) -> None:
         """load: called with the model before the optimizer takes its master weights from it."""
-        self.context = context
+        self.context, self.clock = context, PhaseClock()
         self.sequence_multiple = config.parallel.tensor if config.parallel.sequence else 1
         self.pack = config.batch.mode == "packed"
         model = build_model(config.model, config.parallel, context, config.seed)
@@ -47,11 +48,15 @@ class ZeroEngine:
             group["lr"] = lr
         for index, packet in enumerate(packets):
             engine.set_gradient_accumulation_boundary(index == len(packets) - 1)
-            total, rows = engine(self._prepare(packet))
-            # Totals are shares of the global batch's mean; DeepSpeed averages gradients over data-parallel ranks.
-            engine.backward(scaled_unless_faulty(total, self.context.layout.data), scale_wrt_gas=False)
+            with self.clock.measure("forward"):
+                total, rows = engine(self._prepare(packet))
+                # Totals are shares of the global batch's mean; DeepSpeed averages gradients over data-parallel ranks.
+                total = scaled_unless_faulty(total, self.context.layout.data)
+            with self.clock.measure("backward"):
+                engine.backward(total, scale_wrt_gas=False)
             statistics.append(rows)
-            engine.step()
+            with self.clock.measure("optimizer"):
+                engine.step()
         return TrainOutput(statistics, norm_of_step(engine, self.clipping))
 
     def evaluate(self, packets: Sequence[Packet], row_gradients: bool = False) -> list[RowStatistics]:

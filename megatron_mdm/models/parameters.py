@@ -42,7 +42,7 @@ def padded_vocab_size(model: ModelConfig, degree: int) -> int:
     return (model.vocab_size + multiple - 1) // multiple * multiple
 
 
-def stage_costs(model: ModelConfig, length: int) -> list[float]:
+def stage_costs(model: ModelConfig, length: float) -> list[float]:
     """Forward FLOPs per position of each stage: what partitioning balances. Half of the positions reach the head."""
     width = model.kv_channels * model.num_heads
     attention = model.hidden_size * 2 * (width + model.kv_channels * model.num_kv_heads)
@@ -50,6 +50,17 @@ def stage_costs(model: ModelConfig, length: int) -> list[float]:
     block = 2.0 * matrices + 4.0 * length * width
     head = 0.5 * 2.0 * model.hidden_size * model.vocab_size
     return [0.0, *[block] * model.num_layers, head]
+
+
+def training_flops(model: ModelConfig, num_tokens: int, length: float, num_selected: int) -> float:
+    """Of a step's forward and backward passes, without what is computed again: what MFU counts.
+
+    num_tokens: of all rows, without padding; length: of a row, on average (attention grows with it; lengths that vary
+    make it a little too small); num_selected: positions whose logits are computed.
+    """
+    assert isinstance(model.vocab_size, int)
+    blocks = sum(stage_costs(model, length)[1:-1])
+    return 3.0 * (num_tokens * blocks + 2.0 * model.hidden_size * model.vocab_size * num_selected)
 
 
 def _layer_shapes(model: ModelConfig) -> dict[str, Shape]:

@@ -6,7 +6,9 @@ The CUDA branches are written against the installed libraries and have not been 
 from __future__ import annotations
 
 import logging
+import math
 import os
+import time
 import warnings
 
 import torch
@@ -22,6 +24,7 @@ def quiet_libraries() -> None:
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
     # oneDNN keeps the last 1,024 shapes' bf16 products with their buffers: gigabytes, where lengths vary.
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's notes of its starts and stops
     warnings.filterwarnings("ignore", module=r"(megatron|deepspeed|torch\.distributed|torch\.autograd)")
     logging.getLogger("megatron").setLevel(logging.ERROR)
 
@@ -64,6 +67,41 @@ def multiplies_bf16() -> bool:
     except OSError:
         return False
     return "avx512_bf16" in flags or "amx_bf16" in flags
+
+
+def synchronize() -> None:
+    """Wait until the device has done what the host asked of it."""
+    if is_cuda():
+        torch.cuda.synchronize()
+
+
+def peak_memory_bytes() -> int:
+    """The most that this rank has held at a time: on CUDA in tensors, on CPU as resident memory of the process."""
+    if is_cuda():
+        return torch.cuda.max_memory_allocated(device())
+    with open("/proc/self/status", encoding="ascii") as file:  # getrusage's maximum starts from the parent's
+        return next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM:"))
+
+
+# Dense bf16 matrix products per second, as data sheets give them.
+_PEAKS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12}
+_GEMM_SHAPE, _GEMM_REPEATS = (512, 512, 1024), 5
+
+
+def peak_flops(dtype: torch.dtype) -> float:
+    """FLOP/s that this rank could reach at most: on CUDA by the device's data sheet (0: not known), on CPU the best of
+    a few matrix products. Ranks that share a machine measure at the same time."""
+    if is_cuda():
+        name = torch.cuda.get_device_name(device())
+        peak = next((peak for key, peak in _PEAKS.items() if key in name), 0.0)
+        return peak / 2 if dtype == torch.float32 else peak
+    rows, inner, columns = _GEMM_SHAPE
+    left, right, best = torch.ones(rows, inner, dtype=dtype), torch.ones(inner, columns, dtype=dtype), math.inf
+    for _ in range(1 + _GEMM_REPEATS):
+        began = time.perf_counter()
+        left @ right
+        best = min(best, time.perf_counter() - began)
+    return 2.0 * rows * inner * columns / best
 
 
 def memory_bytes() -> int:

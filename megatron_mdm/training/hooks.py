@@ -21,6 +21,7 @@ from megatron_mdm.evaluation.validation import FixedGridValidation
 from megatron_mdm.parallel.progress import progress_bar
 from megatron_mdm.training.loop import StepResult, Trainer
 from megatron_mdm.training.metrics import MetricsLog
+from megatron_mdm.training.speed import Speed
 from megatron_mdm.training.state import TrainState
 
 NUM_T_BINS = 10
@@ -29,31 +30,28 @@ NUM_T_BINS = 10
 class Log:
     """Progress bar on the main rank; every `logging.every` steps a line, a JSON record and tensorboard points."""
 
-    def __init__(
-        self, config: RunConfig, metrics: MetricsLog, state: TrainState, num_steps: int, is_main: bool
-    ) -> None:
-        self.every, self.metrics, ema = config.logging.every, metrics, config.diffusion.ema
+    def __init__(self, trainer: Trainer, metrics: MetricsLog, state: TrainState, speed: Speed) -> None:
+        config, is_main, num_steps = trainer.config, trainer.context.is_main, trainer.num_steps
+        self.every, self.metrics, self.speed, ema = config.logging.every, metrics, speed, config.diffusion.ema
         self.control_variate: BinwiseControlVariate | None = None
         if ema.enabled:
             new = BinwiseControlVariate.new(ema.num_bins, ema.rate)
             self.control_variate = BinwiseControlVariate(**state.control_variate) if state.control_variate else new
         self.bar = progress_bar(total=num_steps, initial=state.step, desc="train", unit="step", enabled=is_main)
-        self._reset()
 
     def after_step(self, state: TrainState, result: StepResult) -> None:
         if not result.is_skipped:
             self._count(state, result)
-        self.num_tokens += result.num_tokens
-        self.seconds += result.seconds
-        rate = self.num_tokens / self.seconds
-        self.bar.set_postfix_str(f"loss {result.loss:.4f}, {rate:,.0f} tokens/s", refresh=False)
+        self.speed.add(result)
+        text = f"loss {result.loss:.4f}, {self.speed.tokens_per_second:,.0f} tokens/s"
+        self.bar.set_postfix_str(text, refresh=False)
         self.bar.update()
         if state.step % self.every == 0:
-            self.metrics.write(state.step, self._record(state, result, rate))
+            self.metrics.write(state.step, self._record(state, result))
             state.window_variance = OnlineVariance()
             state.adjusted_variance = OnlineVariance()
             state.window_bins = [[0.0] * NUM_T_BINS, [0.0] * NUM_T_BINS]
-            self._reset()
+            self.speed.reset()
 
     def after_run(self, _: TrainState) -> None:
         self.bar.close()
@@ -75,7 +73,7 @@ class Log:
         counts += np.bincount(bins, minlength=NUM_T_BINS)
         state.window_bins = [losses.tolist(), counts.tolist()]
 
-    def _record(self, state: TrainState, result: StepResult, rate: float) -> dict[str, Any]:
+    def _record(self, state: TrainState, result: StepResult) -> dict[str, Any]:
         adjusted = state.adjusted_variance
         ema = {"adjusted_loss": adjusted.mean(), "variance_of_adjusted_loss": adjusted.of_estimator()}
         by_t = [loss / count if count else None for loss, count in zip(*state.window_bins)]
@@ -83,7 +81,7 @@ class Log:
             "loss": result.loss,
             "lr": result.lr,
             "grad_norm": result.grad_norm,
-            "tokens_per_second": rate,
+            **self.speed.record(),
             "variance_of_loss": state.window_variance.of_loss(),
             "variance_of_estimator": state.window_variance.of_estimator(),
             "run_variance_of_loss": state.run_variance.of_loss(),
@@ -91,9 +89,6 @@ class Log:
             "loss_by_t": by_t,
             **(ema if self.control_variate else {}),
         }
-
-    def _reset(self) -> None:
-        self.num_tokens, self.seconds = 0, 0.0
 
 
 class Validate:

@@ -19,6 +19,7 @@ from megatron_mdm.diffusion.moments import Moments, group_moments
 from megatron_mdm.diffusion.noiser import NoisedBatch, Noiser
 from megatron_mdm.diffusion.objective import NORMALIZATIONS, LossWeights
 from megatron_mdm.engine.base import Engine, TrainOutput
+from megatron_mdm.engine.clock import CommunicationProfile
 from megatron_mdm.engine.packets import loss_packet
 from megatron_mdm.evaluation.losses import row_sums
 from megatron_mdm.parallel.collectives import fill_from_data_ranks
@@ -41,9 +42,13 @@ class StepResult:
     weight: Floats  # 1/p(t)
     sample_loss: Floats  # per-sample loss, mean over views, without the importance weight
     moments: Floats  # [n, len(Moments._fields)], for re-fitting p(t): see diffusion/moments.py
-    num_tokens: int
-    seconds: float
+    num_tokens: int  # of the samples, one view of each
+    num_views: int
+    num_selected: int  # positions whose loss was taken, in all views
     sample_ids: Ints  # [n] rows of the data set
+    seconds: float
+    phases: dict[str, float]  # seconds of this rank by phase: see engine/clock.py
+    communication: float  # seconds of this rank within collectives; not a number but at sampled steps
 
     @property
     def is_skipped(self) -> bool:
@@ -84,12 +89,17 @@ class Trainer:
 
     def train_step(self, step: int) -> StepResult:
         """clean → noised → weighted → one optimizer step."""
-        began = time.monotonic()
-        batch, noised, weights = self.noised_batch(step)
-        packets = [loss_packet(*pair) for pair in zip(noised, weights)]
-        lr = learning_rate(step, self.num_steps, self.config.optimizer.lr, self.config.schedule)
-        output = self.engine.train_batch(packets, lr)
-        values = self._collect(batch, noised, weights, output)
+        clock, began = self.engine.clock, time.perf_counter()
+        clock.reset()
+        clock.is_exact = self.is_sampled(step)
+        with CommunicationProfile(self.is_sampled(step)) as profile:
+            with clock.measure("data"):
+                batch, noised, weights = self.noised_batch(step)
+                packets = [loss_packet(*pair) for pair in zip(noised, weights)]
+            lr = learning_rate(step, self.num_steps, self.config.optimizer.lr, self.config.schedule)
+            output = self.engine.train_batch(packets, lr)
+            values = self._collect(batch, noised, weights, output)
+            seconds = time.perf_counter() - began
         t, weight = self.noiser.times(step)
         return StepResult(
             step=step,
@@ -99,11 +109,20 @@ class Trainer:
             t=t,
             weight=weight,
             sample_loss=values[:, 1],
-            moments=values[:, 3:],
+            moments=values[:, 4:],
             num_tokens=batch.num_tokens,
-            seconds=time.monotonic() - began,
+            num_views=noised[0].views,
+            num_selected=int(values[:, 3].sum()),
             sample_ids=values[:, 2].astype(np.int64),
+            seconds=seconds,
+            phases=clock.close(seconds),
+            communication=profile.read(),
         )
+
+    def is_sampled(self, step: int) -> bool:
+        """Whether a step's communication is measured, too."""
+        every = self.config.logging.profile_every
+        return every > 0 and (step + 1) % every == 0
 
     def noised_batch(self, step: int) -> tuple[LocalBatch, list[NoisedBatch], list[LossWeights]]:
         """This data-parallel rank's part of a step's batch: a function of the step and the sampler of t alone."""
@@ -115,15 +134,16 @@ class Trainer:
     def _collect(
         self, batch: LocalBatch, noised: Sequence[NoisedBatch], weights: Sequence[LossWeights], output: TrainOutput
     ) -> Floats:
-        """[n, 3 + …]: share of the global loss, sample's own loss, its row of the data, moments; of every rank's
-        samples, by position."""
-        values = np.zeros((self.loader.global_size, 3 + len(Moments._fields)))
+        """[n, 4 + …]: share of the global loss, sample's own loss, its row of the data, positions that were scored,
+        moments; of every rank's samples, by position."""
+        values = np.zeros((self.loader.global_size, 4 + len(Moments._fields)))
         for micro, weight, rows in zip(noised, weights, output.statistics):
             loss = rows.loss.double().cpu().view(micro.views, -1)  # [V, B]
             positions, t = micro.clean.positions.numpy(), micro.t.numpy()
             values[positions, 0] = (loss * weight.row.double().view(micro.views, -1)).sum(0).numpy()
             values[positions, 1] = loss.mean(0).numpy()
             values[positions, 2] = micro.clean.sample_ids.numpy()
+            values[positions, 3] = micro.masked.sum(1).view(micro.views, -1).sum(0).numpy()
             q = self.noiser.design.schedule.mask_probability(t)
-            values[positions, 3:] = group_moments(t, q, row_sums(micro, weight, batch.global_batch, rows))
+            values[positions, 4:] = group_moments(t, q, row_sums(micro, weight, batch.global_batch, rows))
         return fill_from_data_ranks(values, self.context)

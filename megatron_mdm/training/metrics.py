@@ -13,6 +13,12 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 SHOWN = ("loss", "validation_loss", "lr", "grad_norm")
+_MEASURED = ("time_", "memory_", "tokens_per_second", "mfu", "slowest_rank")  # how such keys begin
+
+
+def is_measured(key: str) -> bool:
+    """Whether a record's value is of the clock or the machine, and so another in every run."""
+    return key.startswith(_MEASURED)
 
 
 class MetricsLog:
@@ -45,7 +51,8 @@ class MetricsLog:
         values = {key: None if _is_nan(value) else value for key, value in values.items()}
         self._append(json.dumps({"step": step, **values}) + "\n")
         shown = {key: values[key] for key in SHOWN if values.get(key) is not None}
-        tqdm.write(f"step {step:>6}  " + "  ".join(f"{key} {value:.6g}" for key, value in shown.items()))
+        if shown:
+            tqdm.write(f"step {step:>6}  " + "  ".join(f"{key} {value:.6g}" for key, value in shown.items()))
         try:
             self._add_points(step, values)
         except OSError as error:  # of its own thread, some time ago; it cannot go on from there
@@ -56,9 +63,10 @@ class MetricsLog:
         if self.writer:
             for key, value in values.items():
                 if isinstance(value, list):
+                    of = "rank" if key.endswith("_by_rank") else "bin"
                     for index, item in enumerate(value):
                         if item is not None:
-                            self.writer.add_scalar(f"{key}/bin_{index}", item, step)
+                            self.writer.add_scalar(f"{key}/{of}_{index}", item, step)
                 elif value is not None:
                     self.writer.add_scalar(key, value, step)
 

@@ -44,6 +44,7 @@ from megatron_mdm.training.refit import JudgeSampler, Refit
 from megatron_mdm.training.resume import check_same_run
 from megatron_mdm.training.rewind import rewind
 from megatron_mdm.training.signals import StopOnSignal
+from megatron_mdm.training.speed import CompareRanks, Speed, job_peak_flops
 from megatron_mdm.training.state import TrainState
 
 CONFIG, CALIBRATION, CHECKPOINTS = "config.yaml", "calibration.json", "checkpoints"
@@ -77,15 +78,16 @@ def train_run(config: RunConfig, data: RunData, context: ParallelContext, mode: 
         metrics.figure("calibration", calibration_figure(artifact), state.step)
     if context.is_main:
         truncate_records(folder / FAULTS, state.step)
+    peak = job_peak_flops(config.precision.dtype, context)
     while True:
         trainer = build_trainer(config, data, engine, artifact, context, state.skipped_batches)
-        trainer.train(state, _hooks(trainer, data, store, metrics, state, artifact))
+        trainer.train(state, _hooks(trainer, data, store, metrics, state, artifact, peak))
         if not state.rewinding:
             break
         state = rewind(state, trainer, store, metrics)
     if state.failure:
         raise UserError(state.failure)
-    summary = _summary(config, state, artifact, trainer)
+    summary = {**_summary(config, state, artifact, trainer), "peak_flops_per_second": peak}
     if context.is_main:
         write_json(folder / "summary.json", summary)
         records = metrics.records()
@@ -210,11 +212,14 @@ def _hooks(
     metrics: MetricsLog,
     state: TrainState,
     artifact: dict[str, Any] | None,
+    peak_flops: float,
 ) -> list[Hook]:
-    config, context = trainer.config, trainer.context
+    config = trainer.config
+    folder, speed = Path(config.checkpoint.directory), Speed(config.model, peak_flops)
     hooks: list[Hook] = [
-        Faults(trainer, metrics, Path(config.checkpoint.directory)),
-        Log(config, metrics, state, trainer.num_steps, context.is_main),
+        Faults(trainer, metrics, folder),
+        Log(trainer, metrics, state, speed),
+        CompareRanks(trainer, metrics, folder),
     ]
     if artifact and config.diffusion.calibration.refit_every:
         hooks.append(Refit(calibrator_of(config, data.train), trainer.noiser, artifact, state, metrics))
@@ -225,7 +230,7 @@ def _hooks(
             MaskSchedule(config.diffusion.epsilon),
             data.special_ids,
             config.batch.micro_size * config.diffusion.rows_per_sample,
-            context,
+            trainer.context,
         )
         hooks.append(Validate(config, validation, trainer, metrics))
         one_mask = config.diffusion.rows_per_sample == 1 and config.diffusion.masking == "bernoulli"

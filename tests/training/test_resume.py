@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from megatron_mdm.config.load import dump_config
+from megatron_mdm.training.metrics import is_measured
 from tests.ranks import ProgramRanks, run_program_ranks
 from tests.small import small_config, small_model, write_ids
 from tests.training.test_layouts import METHOD
@@ -29,9 +30,7 @@ def losses(folder: Path) -> list[dict[str, Any]]:
     """The records of a run less what depends on the clock."""
     lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     records = [json.loads(line) for line in lines]
-    for record in records:
-        record.pop("tokens_per_second", None)
-    return records
+    return [{key: value for key, value in record.items() if not is_measured(key)} for record in records]
 
 
 def write_config(folder: Path, parallel: dict[str, Any], dtype: str) -> Path:

@@ -1,0 +1,108 @@
+"""Where a step's time goes, and who is slow."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_mdm.config.load import dump_config
+from megatron_mdm.engine.clock import PHASES, PhaseClock, covered
+from megatron_mdm.models.parameters import parameter_shapes, training_flops
+from megatron_mdm.training.metrics import is_measured
+from tests.ranks import run_program_ranks
+from tests.small import small_config, small_model, write_ids
+
+# launch/train.py, in which a rank takes a nap in every step's data.
+SLEEPER = """
+import runpy, time
+from megatron_mdm.training.loop import Trainer
+noised_batch = Trainer.noised_batch
+def slow(self, step):
+    if self.context.rank == 1:
+        time.sleep(0.15)
+    return noised_batch(self, step)
+Trainer.noised_batch = slow
+runpy.run_path("launch/train.py", run_name="__main__")
+"""
+LAYOUTS = {"dp2": {"zero": 1}, "zero3": {"zero": 3}, "tp2": {"tensor": 2}, "pp2": {"pipeline": 2}}
+
+
+def records(folder: Path, parallel: dict[str, Any], wrapper: str = "launch/train.py") -> list[dict[str, Any]]:
+    write_ids(folder / "train.jsonl", 30)
+    logging = {"every": 2, "profile_every": 4, "tensorboard": "tensor" in parallel}
+    config = small_config(folder, parallel=parallel, schedule={"steps": 12}, logging=logging)
+    (folder / "config.yaml").write_text(dump_config(config), encoding="utf-8")
+    result, _ = run_program_ranks(wrapper, ["--config", str(folder / "config.yaml")], 2)
+    assert result.exit_code == 0, result.stderr
+    return [json.loads(line) for line in (folder / "run/metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_a_steps_time_is_broken_down(name: str, tmp_path: Path) -> None:
+    found = records(tmp_path, LAYOUTS[name])
+    logged = [record for record in found if "loss" in record]
+    assert [record["step"] for record in logged] == [2, 4, 6, 8, 10, 12]
+    for record in logged:
+        phases = {phase: record[f"time_{phase}"] for phase in PHASES}
+        assert min(phases.values()) >= 0
+        assert sum(phases.values()) == pytest.approx(record["time_step"], rel=1e-6)
+        assert min(phases["forward"], phases["backward"], phases["optimizer"]) > 0
+        assert (phases["pipeline"] > 0) == (name == "pp2")
+        assert 0 < record["mfu"] < 1
+    sampled = [record for record in found if "time_busy_by_rank" in record]
+    assert [record["step"] for record in sampled] == [4, 8, 12]
+    for record in sampled:
+        assert all(value > 0 for value in record["time_communication_by_rank"] + record["time_busy_by_rank"])
+        assert all(0.05 < memory < 10 for memory in record["memory_gib_by_rank"])
+    measured = json.loads((tmp_path / "run/summary.json").read_text())["peak_flops_per_second"]
+    assert 1e9 < measured < 1e14
+
+
+def test_a_slow_rank_is_named(tmp_path: Path) -> None:
+    (tmp_path / "wrapper.py").write_text(SLEEPER, encoding="utf-8")
+    write_ids(tmp_path / "train.jsonl", 30)
+    found = records(tmp_path, {"zero": 1}, str(tmp_path / "wrapper.py"))
+    for record in found:
+        if "slowest_rank" in record:
+            assert record["slowest_rank"] == 1
+            assert record["time_busy_by_rank"][1] > 0.15
+            assert record["time_communication_by_rank"][0] > 0.1  # it waits
+    (straggler,) = map(json.loads, (tmp_path / "run/faults.jsonl").read_text().splitlines())
+    assert (straggler["kind"], straggler["step"], straggler["rank"], straggler["phase"]) == ("straggler", 8, 1, "data")
+
+
+def test_phases_within_phases_count_once() -> None:
+    clock = PhaseClock()
+    with clock.measure("forward"):
+        with clock.measure("pipeline"):
+            sum(range(300_000))
+        sum(range(1000))
+    closed = clock.close(1.0)
+    assert closed["pipeline"] > closed["forward"] > 0
+    assert sum(closed.values()) == pytest.approx(1.0)
+
+
+def test_overlapping_spans_count_once() -> None:
+    assert covered([(5.0, 6.0), (0.0, 2.0), (1.0, 3.0), (1.5, 1.6)]) == 4.0
+    assert covered([]) == 0.0
+
+
+def test_flops_are_six_per_weight_and_token() -> None:
+    """Without attention's own products, which grow with the length."""
+    model = small_model()
+    shapes = parameter_shapes(model)
+    blocks = sum(math.prod(shape) for name, shape in shapes.items() if ".layer." in name and len(shape) == 2)
+    head = math.prod(shapes["0.word_embeddings.weight"])
+    assert training_flops(model, 100, 0.0, 40) == 6 * (100 * blocks + 40 * head)
+    longer = training_flops(model, 100, 10.0, 40) - training_flops(model, 100, 0.0, 40)
+    assert longer == 3 * 100 * model.num_layers * 4 * 10 * model.hidden_size
+
+
+def test_what_is_measured_is_told_from_what_is_computed() -> None:
+    assert is_measured("time_forward")
+    assert is_measured("tokens_per_second")
+    assert not is_measured("loss")
