@@ -54,15 +54,27 @@ class AnswerFile:
         if not self.is_main:
             return
         self.records.update(responses)
-        with self.partial.open("a", encoding="utf-8") as file:
-            for row, record in responses.items():
-                file.write(json.dumps({"row": row, **record}, ensure_ascii=False) + "\n")
+        lines = [json.dumps({"row": row, **record}, ensure_ascii=False) + "\n" for row, record in responses.items()]
+        try:
+            with self.partial.open("a", encoding="utf-8") as file:
+                file.write("".join(lines))
+        except OSError as error:
+            raise UserError(
+                f"{self.partial}: cannot be written ({error.strerror}); the same command goes on from what is there"
+            ) from None
 
     def finish(self) -> None:
         if not self.is_main:
             return
         records = ({"prompt": prompt, **self.records[row]} for row, prompt in enumerate(self.prompts))
-        write_atomically(self.path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+        content = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+        try:
+            write_atomically(self.path, content)
+        except OSError as error:
+            raise UserError(
+                f"{self.path}: cannot be written ({error.strerror}); make it possible and give the same command again: "
+                f"all responses are in {self.partial}"
+            ) from None
         self.partial.unlink()
 
     def _open(self) -> None:
