@@ -21,6 +21,7 @@ from megatron_mdm.config.errors import UserError
 from megatron_mdm.config.schema import ModelConfig
 from megatron_mdm.models.sharding import sharding_of
 from megatron_mdm.parallel.groups import ParallelContext
+from megatron_mdm.parallel.heartbeat import beat
 
 WEIGHT = "weight"  # a kind; the others are Adam's moments
 _FILE = re.compile(r"stage-(\d+)\.tensor-(\d+)-of-(\d+)\.part-(\d+)\.safetensors")
@@ -33,6 +34,7 @@ def write_tensors(tensors: Iterable[tuple[str, str, Tensor]], folder: Path, cont
     """
     mine: dict[str, Tensor] = {}
     for index, (name, kind, tensor) in enumerate(tensors):
+        beat()
         if index % context.layout.data == context.data_rank:
             mine[f"{name}/{kind}"] = tensor.detach().to("cpu", torch.float32, copy=True).contiguous()
     folder.mkdir(parents=True, exist_ok=True)
@@ -88,6 +90,7 @@ class TensorReader:
 
     def read(self, name: str, kind: str, shape: torch.Size, rank: int, degree: int) -> Tensor:
         """The shard, of this shape, that a tensor-parallel rank of another degree holds. float32."""
+        beat()
         whole, sharding = self.view(name, kind), sharding_of(name)
         full_shape = sharding.full_shape(shape, degree)
         if sharding.is_vocabulary:  # rows of padding depend on the degree

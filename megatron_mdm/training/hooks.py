@@ -18,12 +18,15 @@ from megatron_mdm.diffusion.t_samplers import ClippedSampler, least_variance_int
 from megatron_mdm.diffusion.variance import OnlineVariance
 from megatron_mdm.engine.base import Engine
 from megatron_mdm.evaluation.validation import FixedGridValidation
+from megatron_mdm.models.parameters import checkpoint_bytes
+from megatron_mdm.parallel.heartbeat import enter
 from megatron_mdm.parallel.progress import progress_bar
 from megatron_mdm.training.loop import StepResult, Trainer
 from megatron_mdm.training.metrics import MetricsLog
 from megatron_mdm.training.state import TrainState
 
 NUM_T_BINS = 10
+_SLOWEST_DISK = 2e8  # bytes per second that all ranks together write, at which a save does not pass for a hang
 
 
 class Log:
@@ -115,6 +118,7 @@ class Validate:
             self._validate(state)
 
     def _validate(self, state: TrainState) -> None:
+        enter(f"the validation after step {state.step}")
         loss = self.validation(self.trainer.engine)
         self.last_step = state.step
         state.validated_step, state.validation_loss = state.step, loss
@@ -165,7 +169,7 @@ class Save:
     ) -> None:
         """describe: what a resumed run is checked against."""
         self.every, self.store, self.engine, self.describe = config.checkpoint.save_every, store, engine, describe
-        self.last_step = -1
+        self.last_step, self.seconds = -1, checkpoint_bytes(config.model) / _SLOWEST_DISK
 
     def after_step(self, state: TrainState, _: StepResult) -> None:
         if self.every and state.step % self.every == 0:
@@ -187,6 +191,7 @@ class Save:
             ) from None
 
     def _save(self, state: TrainState) -> None:
+        enter(f"the checkpoint of step {state.step}", extra_seconds=self.seconds)
         content = {**self.describe(), "train": state.to_json()}
         if state.validated_step == state.step:
             content[VALIDATION_LOSS] = state.validation_loss
