@@ -29,8 +29,9 @@ from megatron_mdm.parallel.heartbeat import pulse
 HANGS = "hangs"
 _EXIT_CODE = 70  # as of any crash that another try may cure: see program.py
 _LONGEST_PERIOD = 10.0  # seconds between two looks
-_SECONDS_TO_WRITE = 5.0  # a disk or a terminal may be what hangs
+_SECONDS_TO_WRITE = 5.0  # at most: a disk or a terminal may be what hangs
 _SECONDS_TO_ANSWER = 2.0  # of the store, at least
+_SECONDS_TO_HEAR = 1.0  # that the line is printed
 _watchdog: Watchdog | None = None
 
 
@@ -66,6 +67,7 @@ class Watchdog(threading.Thread):
     def __init__(self, folder: Path, limit: float, context: ParallelContext) -> None:
         super().__init__(name="watchdog", daemon=True)
         self.folder, self.limit, self.rank, self.size = folder, limit, context.rank, context.layout.world_size
+        self.seconds_to_write = min(limit, _SECONDS_TO_WRITE)
         self.period = min(max(limit / 4, 0.25), _LONGEST_PERIOD)
         self.board = Board(max(limit / 10, _SECONDS_TO_ANSWER))
         self.board.ask(lambda store: store.set(f"host/{self.rank}", platform.host()))
@@ -99,11 +101,11 @@ class Watchdog(threading.Thread):
         frame = sys._current_frames().get(threading.main_thread().ident or 0)
         report = report_of(frame, pulse().place)
         self.board.ask(lambda store: store.set("hangs", ""))
-        _within(_SECONDS_TO_WRITE, lambda: self._write(report))
+        _within(self.seconds_to_write, lambda: self._write(report))
         self.board.ask(lambda store: store.set(f"report/{self.rank}", encode(report)))
         names = [f"report/{rank}" for rank in range(self.size)]
-        patience = 2 * self.period + _SECONDS_TO_WRITE + _SECONDS_TO_ANSWER
-        self._until(lambda store: store.check(names), patience)
+        patience = 2 * self.period + self.seconds_to_write + _SECONDS_TO_ANSWER
+        self._until(lambda store: store.check(names) or store.check(["told"]), patience)
         if self.board.is_lost:
             self._say(f"rank {self.rank}: {self._since(report.place)}: it {_doing(report)}; {self.board.lost}")
         elif self.board.ask(lambda store: store.add("speakers", 1)) == 1:
@@ -112,6 +114,8 @@ class Watchdog(threading.Thread):
             self.board.ask(lambda store: store.set("told", ""))
         else:
             self._until(lambda store: store.check(["told"]), patience)
+        if self.rank == 0:  # it may be the store's host
+            time.sleep(_SECONDS_TO_HEAR)
         os._exit(_EXIT_CODE)
 
     def _since(self, place: str) -> str:
@@ -145,7 +149,7 @@ class Watchdog(threading.Thread):
 
     def _say(self, text: str) -> None:
         """Past sys.stderr, whose lock the main thread may hold; on a line of its own, below a progress bar."""
-        _within(_SECONDS_TO_WRITE, lambda: os.write(2, f"\nerror: {text}\n".encode()))
+        _within(self.seconds_to_write, lambda: os.write(2, f"\nerror: {text}\n".encode()))
 
 
 class Board:

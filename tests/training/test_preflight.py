@@ -20,13 +20,13 @@ from tests.small import small_config, small_model, write_ids
 
 def test_every_group_is_tested_and_written_down(tmp_path: Path) -> None:
     write_ids(tmp_path / "train.jsonl", 20)
-    config = small_config(tmp_path, parallel={"tensor": 2, "pipeline": 2, "zero": 1}, schedule={"steps": 1})
+    config = small_config(tmp_path, parallel={"pipeline": 2, "zero": 1}, schedule={"steps": 1})
     (tmp_path / "config.yaml").write_text(dump_config(config), encoding="utf-8")
-    result = run_program_ranks("launch/train.py", ["--config", str(tmp_path / "config.yaml")], 4)[0]
+    result = run_program_ranks("launch/train.py", ["--config", str(tmp_path / "config.yaml")], 2)[0]
     assert result.exit_code == 0, result.stderr
-    assert "preflight: 4 ranks on 1 host; room for " in result.stdout
+    assert "preflight: 2 ranks on 1 host; room for " in result.stdout
     report = json.loads((tmp_path / "run" / PREFLIGHT).read_text(encoding="utf-8"))
-    groups = {"world", "tensor", "pipeline", "pipeline neighbours"}  # the data group is of one rank
+    groups = {"world", "pipeline", "pipeline neighbours"}  # the others are of one rank
     for rank in report["ranks"]:
         assert rank["right"] == dict.fromkeys(groups, True)
         assert set(rank["latency"]) == set(rank["transfer"]) == groups
