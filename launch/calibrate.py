@@ -13,8 +13,9 @@ from megatron_mdm.config.load import load_config  # noqa: E402
 from megatron_mdm.config.validate import validate  # noqa: E402
 from megatron_mdm.parallel.groups import initialize, world_size_from_environment  # noqa: E402
 from megatron_mdm.parallel.program import run_program  # noqa: E402
+from megatron_mdm.parallel.watchdog import watch  # noqa: E402
 from megatron_mdm.training.calibrate import calibrate, save_artifact  # noqa: E402
-from megatron_mdm.training.inputs import resolve  # noqa: E402
+from megatron_mdm.training.inputs import agreement, resolve  # noqa: E402
 
 
 def main() -> None:
@@ -28,7 +29,9 @@ def main() -> None:
     config = load_config(arguments.config, arguments.overrides)
     validate(config, world_size_from_environment())
     config, data = resolve(config)
-    context = initialize(config.parallel.tensor, config.parallel.pipeline)
+    parallel, hang_minutes = config.parallel, config.faults.hang_minutes
+    context = initialize(parallel.tensor, parallel.pipeline, agreement(config, data), hang_minutes)
+    watch(arguments.output.parent, hang_minutes, context)
     if arguments.run_dir:
         engine = load_for_inference(arguments.run_dir, config, context)
     else:

@@ -18,6 +18,7 @@ from megatron_mdm.data.tokenizer import load_tokenizer  # noqa: E402
 from megatron_mdm.evaluation.measures import MEASURES, Source  # noqa: E402
 from megatron_mdm.parallel.groups import initialize  # noqa: E402
 from megatron_mdm.parallel.program import run_program  # noqa: E402
+from megatron_mdm.parallel.watchdog import watch  # noqa: E402
 
 
 def main() -> None:
@@ -31,28 +32,27 @@ def main() -> None:
     parser.add_argument("--pipeline", type=int, default=1, help="pipeline-parallel degree")
     parser.add_argument("settings", nargs="*", metavar="key=value", help="of generation, or of likelihoods")
     arguments = parser.parse_intermixed_args()
-    name = "harness" if arguments.harness else arguments.task
     if not arguments.harness and not arguments.data:
         raise UserError("give --data, or --harness")
+    measure = MEASURES[arguments.task]
     if arguments.harness:
         from megatron_mdm.evaluation.harness import HARNESS as measure
-    else:
-        measure = MEASURES[arguments.task]
 
     config = run_config(arguments.run_dir, arguments.tensor, arguments.pipeline)
-    tokenizer, settings = load_tokenizer(config.data), load_section(measure.settings, arguments.settings)
     source = Source(arguments.harness or arguments.data, arguments.limit)
-    evaluate = measure.prepare(source, settings, config, tokenizer)
-    context = initialize(config.parallel.tensor, config.parallel.pipeline)
+    settings = load_section(measure.settings, arguments.settings)
+    evaluate = measure.prepare(source, settings, config, load_tokenizer(config.data))
+    context = initialize(config.parallel.tensor, config.parallel.pipeline, hang_minutes=config.faults.hang_minutes)
+    watch(arguments.run_dir, config.faults.hang_minutes, context)
     result = evaluate(load_for_inference(arguments.run_dir, config, context), context)
     if context.is_main:
         print("\n".join(measure.summary(result)))
-        samples = result.pop("samples", [])
-        write_json(arguments.run_dir / measure.file, {"task": name, "data": source.path, **result})
-        if samples:
+        if samples := result.pop("samples", []):
             lines = "".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples)
             write_atomically(arguments.run_dir / measure.samples_file, lines)
             print(f"samples: {arguments.run_dir / measure.samples_file}")
+        task = "harness" if arguments.harness else arguments.task
+        write_json(arguments.run_dir / measure.file, {"task": task, "data": source.path, **result})
         print(f"result: {arguments.run_dir / measure.file}", flush=True)
 
 

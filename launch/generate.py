@@ -19,6 +19,7 @@ from megatron_mdm.generation.interactive import converse  # noqa: E402
 from megatron_mdm.generation.settings import GenerationConfig  # noqa: E402
 from megatron_mdm.parallel.groups import initialize  # noqa: E402
 from megatron_mdm.parallel.program import run_program  # noqa: E402
+from megatron_mdm.parallel.watchdog import watch  # noqa: E402
 
 
 def main() -> None:
@@ -38,11 +39,12 @@ def main() -> None:
     prompts = read_prompts(arguments.prompts) if not arguments.interactive else []
     config = run_config(arguments.run_dir, arguments.tensor, arguments.pipeline)
     tokenizer, method = load_tokenizer(config.data), config.diffusion.method
-    context = initialize(config.parallel.tensor, config.parallel.pipeline)
+    context = initialize(config.parallel.tensor, config.parallel.pipeline, hang_minutes=config.faults.hang_minutes)
     engine = load_for_inference(arguments.run_dir, config, context)
     if arguments.interactive:
         converse(engine, tokenizer, generation, method, context, sys.stdin, sys.stdout)
         return
+    watch(arguments.run_dir, config.faults.hang_minutes, context)  # above, ranks may wait for a person for hours
     settings = {"checkpoint": engine.source, **generation.model_dump(mode="json")}
     file = AnswerFile(arguments.output, prompts, settings, context)
     answer_prompts(file, engine, tokenizer, generation, method, context)

@@ -29,7 +29,8 @@ def main() -> int:
         # A rank that ended with an exit code has printed its reason.
         return 1 if any(failure.exitcode == 1 for failure in error.failures.values()) else TRY_AGAIN
     except (RendezvousError, DistError) as error:
-        print(f"error: the nodes did not find each other, or lost each other: {error}", file=sys.stderr)
+        reason = str(error) or type(error).__name__
+        print(f"error: the nodes did not find each other, or lost each other: {reason}", file=sys.stderr)
         return TRY_AGAIN
     return 0
 

@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from pathlib import Path
 
 from megatron_mdm.parallel import platform
 
@@ -12,6 +13,7 @@ from megatron_mdm.config.validate import validate, warnings  # noqa: E402
 from megatron_mdm.parallel.collectives import largest  # noqa: E402
 from megatron_mdm.parallel.groups import initialize, world_size_from_environment  # noqa: E402
 from megatron_mdm.parallel.program import run_program  # noqa: E402
+from megatron_mdm.parallel.watchdog import watch  # noqa: E402
 from megatron_mdm.training.dry_run import describe  # noqa: E402
 from megatron_mdm.training.inputs import agreement, describe_data, resolve, total_steps  # noqa: E402
 from megatron_mdm.training.layout_check import check_layout  # noqa: E402
@@ -36,7 +38,8 @@ def main() -> None:
     if arguments.dry_run:
         print(f"{description}\n{describe_data(data, config)}")
         return
-    context = initialize(config.parallel.tensor, config.parallel.pipeline, agreement(config, data))
+    parallel, hang_minutes = config.parallel, config.faults.hang_minutes
+    context = initialize(parallel.tensor, parallel.pipeline, agreement(config, data), hang_minutes)
     if arguments.layout_check:
         check_layout(config, data, context)
         return
@@ -44,6 +47,7 @@ def main() -> None:
         for line in warnings(config):
             print(f"warning: {line}", file=sys.stderr)
         print(f"{description}\n{describe_data(data, config)}", flush=True)
+    watch(Path(config.checkpoint.directory), hang_minutes, context)
     resume = bool(largest(arguments.resume))  # a node that was started anew joins those that were restarted
     summary = train_run(config, data, context, StartMode(resume, arguments.overwrite and not resume))
     if context.is_main:

@@ -17,6 +17,7 @@ from megatron_mdm.engine.master import canonical_name
 from megatron_mdm.models.families.family import ARCHITECTURE
 from megatron_mdm.models.sharding import sharding_of
 from megatron_mdm.parallel.groups import ParallelContext
+from megatron_mdm.parallel.heartbeat import beat
 
 
 class InitialWeights:
@@ -42,6 +43,7 @@ class InitialWeights:
     def load(self, module: nn.Module, context: ParallelContext) -> None:
         """Fill the parameters that this rank holds."""
         for name, parameter in module.named_parameters():
+            beat()
             source = canonical_name(name, self.model)
             sharding = sharding_of(source)
             view = self.views[source]

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_mdm.config.files import sha256, write_atomically
+from megatron_mdm.parallel.heartbeat import beat
 
 MANIFEST, TENSORS = "manifest.json", "tensors"
 _HASHING_THREADS = 8
@@ -28,7 +29,12 @@ def entry_of(path: Path) -> dict[str, Any]:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-    return {"bytes": path.stat().st_size, "sha256": sha256(path)}
+    return {"bytes": path.stat().st_size, "sha256": _digest(path)}
+
+
+def _digest(path: Path) -> str:
+    beat()
+    return sha256(path)
 
 
 def find_fault(checkpoint: Path) -> str | None:
@@ -45,7 +51,7 @@ def find_fault(checkpoint: Path) -> str | None:
             if str(path.relative_to(checkpoint)) not in entries:
                 return f"{TENSORS}/{path.name} is not in {MANIFEST}"
         with ThreadPoolExecutor(min(_HASHING_THREADS, os.cpu_count() or 1)) as pool:
-            digests = pool.map(lambda name: sha256(checkpoint / name), entries)
+            digests = pool.map(lambda name: _digest(checkpoint / name), entries)
             wrong = [name for name, digest in zip(entries, digests) if digest != entries[name]["sha256"]]
     except OSError as error:
         return f"{error.filename or checkpoint} cannot be read ({error.strerror})"

@@ -26,6 +26,7 @@ from megatron_mdm.config.schema import ModelConfig
 from megatron_mdm.models.sharding import sharding_of
 from megatron_mdm.parallel import platform
 from megatron_mdm.parallel.groups import ParallelContext
+from megatron_mdm.parallel.heartbeat import beat
 
 if TYPE_CHECKING:
     from megatron_mdm.engine.master import Fragment  # brings DeepSpeed, which single-process tools do without
@@ -150,6 +151,7 @@ class TensorReader:
 
     def read(self, name: str, kind: str, shape: torch.Size, rank: int, degree: int) -> Tensor:
         """The shard, of this shape, that a tensor-parallel rank of another degree holds. float32."""
+        beat()
         whole, sharding = self.view(name, kind), sharding_of(name)
         full_shape = sharding.full_shape(shape, degree)
         if sharding.is_vocabulary:  # rows of padding depend on the degree

@@ -245,7 +245,7 @@ class CheckpointConfig(Section):
 
 
 class FaultsConfig(Section):
-    """What is done about losses and gradients that are infinite, not numbers, or far off the others."""
+    """About hangs, and losses and gradients that are infinite, not numbers, or far off the others."""
 
     max_skipped_in_a_row: int = Field(default=5, gt=0)  # skipped steps after which the run stops
     spike_score: float = Field(default=8.0, ge=0)  # robust z-score from which a loss is logged as a spike; 0: never
@@ -253,6 +253,8 @@ class FaultsConfig(Section):
     # rewind: go back to the newest checkpoint, and on from there with the batches that follow the spike's
     on_spike: Literal["log", "rewind"] = "log"
     max_rewinds: int = Field(default=3, ge=0)  # in a run; further spikes are logged
+    # Without progress on any rank for so long, the job ends and names the rank and the place; 0: never.
+    hang_minutes: float = Field(default=10.0, ge=0)
 
 
 class LoggingConfig(Section):

@@ -24,6 +24,7 @@ from megatron_mdm.models.stages import (
 )
 from megatron_mdm.parallel import platform
 from megatron_mdm.parallel.groups import ParallelContext
+from megatron_mdm.parallel.heartbeat import beat
 from megatron_mdm.parallel.layout import partition
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -122,4 +123,5 @@ def build_stages(
 
 
 def _on_device(packet: Packet) -> Packet:
+    beat()
     return prepared(packet, pack=False, multiple=1).to_device()

@@ -23,6 +23,7 @@ from megatron_mdm.engine.packets import prepared
 from megatron_mdm.models.parameters import stage_costs
 from megatron_mdm.models.stages import Packet, RowStatistics, prepare_parameters, stage_builders
 from megatron_mdm.parallel.groups import ParallelContext
+from megatron_mdm.parallel.heartbeat import beat
 from megatron_mdm.parallel.layout import partition
 
 _PHASES = {  # by DeepSpeed's instructions; the others are messages to and from other stages
@@ -176,4 +177,5 @@ class _Stages(PipelineModule):
 def _batches(packets: Sequence[Packet]) -> Iterator[tuple[tuple[Tensor, ...], tuple[Tensor, ...]]]:
     """(first stage's inputs, last stage's targets) of each packet."""
     for packet in packets:
+        beat()
         yield (packet.tokens, packet.lengths), tuple(packet)

@@ -17,6 +17,7 @@ from megatron_mdm.engine.optimizer import PlainClipping, adamw, norm_of_step, sc
 from megatron_mdm.engine.packets import prepared
 from megatron_mdm.models.stages import Packet, RowStatistics, build_model
 from megatron_mdm.parallel.groups import ParallelContext
+from megatron_mdm.parallel.heartbeat import beat
 
 
 class ZeroEngine:
@@ -70,4 +71,5 @@ class ZeroEngine:
             return self.engine(self._prepare(packet), want_logits=True)
 
     def _prepare(self, packet: Packet) -> Packet:
+        beat()
         return prepared(packet, pack=self.pack, multiple=self.sequence_multiple).to_device()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from megatron_mdm.config.schema import ModelConfig
 
 Shape = tuple[int, ...]
@@ -34,6 +36,15 @@ def parameter_shapes(model: ModelConfig) -> dict[str, Shape]:
     if not model.tie_embeddings:
         shapes[head_name(model)] = table
     return shapes
+
+
+def num_parameters(model: ModelConfig) -> int:
+    return sum(math.prod(shape) for shape in parameter_shapes(model).values())
+
+
+def checkpoint_bytes(model: ModelConfig) -> int:
+    """Of a run's checkpoint: fp32 weights and two moments."""
+    return 12 * num_parameters(model)
 
 
 def padded_vocab_size(model: ModelConfig, degree: int) -> int:

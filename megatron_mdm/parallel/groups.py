@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,6 +14,12 @@ import torch.distributed as dist
 from megatron_mdm.config.errors import UserError
 from megatron_mdm.parallel import platform
 from megatron_mdm.parallel.layout import Layout
+
+_TIMEOUT_MINUTES = 30.0  # of a collective, and of the wait for other ranks to join the job
+
+
+class JoinError(Exception):
+    """Ranks of the job are missing. Another start may find them."""
 
 
 @dataclass(frozen=True)
@@ -59,15 +66,17 @@ def rank_from_environment() -> int:
 
 
 def initialize(
-    tensor: int, pipeline: int = 1, agreement: Mapping[str, object] | None = None, timeout_minutes: float = 30.0
+    tensor: int, pipeline: int = 1, agreement: Mapping[str, object] | None = None, hang_minutes: float = 0.0
 ) -> ParallelContext:
     """Join the job and build the groups of a layout. Without a launcher, the job is this one process.
 
     agreement: values by name that must be the same on every rank, compared before any group is built. Raises UserError
-    naming the rank and the value where they are not.
+    naming the rank and the value where they are not. hang_minutes: the watchdog's limit, which torch's own timeouts
+    exceed, so that it speaks first.
     """
     from megatron.core import parallel_state
 
+    timeout_minutes = max(_TIMEOUT_MINUTES, 2 * hang_minutes)
     join_job(timeout_minutes)
     if agreement:
         check_agreement(agreement)
@@ -75,7 +84,10 @@ def initialize(
     if parallel_state.is_initialized():  # another layout in the same processes
         parallel_state.destroy_model_parallel()
     parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=tensor, pipeline_model_parallel_size=pipeline, create_gloo_process_groups=False
+        tensor_model_parallel_size=tensor,
+        pipeline_model_parallel_size=pipeline,
+        create_gloo_process_groups=False,
+        distributed_timeout_minutes=math.ceil(timeout_minutes),
     )
     context = ParallelContext(
         rank=dist.get_rank(),
@@ -93,14 +105,15 @@ def initialize(
 
 def check_agreement(values: Mapping[str, object]) -> None:
     """Raise UserError on every rank where one rank's values differ from the first's. Collective over the job."""
-    everyone: list[Mapping[str, object]] = [{} for _ in range(dist.get_world_size())]
-    dist.all_gather_object(everyone, dict(values))
-    for rank, other in enumerate(everyone):
-        for name in sorted(everyone[0].keys() | other.keys()):
-            if other.get(name) != everyone[0].get(name):
+    everyone: list[tuple[str, Mapping[str, object]]] = [("", {})] * dist.get_world_size()
+    dist.all_gather_object(everyone, (platform.host(), dict(values)))
+    first_host, first = everyone[0]
+    for rank, (host, other) in enumerate(everyone):
+        for name in [*first, *(name for name in other if name not in first)]:
+            if other.get(name) != first.get(name):
                 raise UserError(
-                    f"rank {rank} has {name} = {other.get(name)!r}, rank 0 has {everyone[0].get(name)!r}; start every "
-                    "rank with the same configuration, data and code"
+                    f"rank {rank} on {host} has {name} = {other.get(name)!r}, rank 0 on {first_host} has "
+                    f"{first.get(name)!r}; start every rank with the same configuration, data, code and libraries"
                 )
 
 
@@ -113,9 +126,16 @@ def join_job(timeout_minutes: float) -> None:
         os.environ.update({"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"})
         os.environ.setdefault("MASTER_PORT", _free_port())
     if not dist.is_initialized():
-        deepspeed.init_distributed(
-            platform.communication_backend(), timeout=timedelta(minutes=timeout_minutes), auto_mpi_discovery=False
-        )
+        timeout = timedelta(minutes=timeout_minutes)
+        if platform.is_cuda():  # of the groups that DeepSpeed makes, which would have 10 minutes
+            dist.distributed_c10d.default_pg_nccl_timeout = timeout
+        try:
+            deepspeed.init_distributed(platform.communication_backend(), timeout=timeout, auto_mpi_discovery=False)
+        except dist.DistError as error:
+            raise JoinError(
+                f"rank {rank_from_environment()} on {platform.host()} has not found the other ranks at "
+                f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}: {str(error).splitlines()[0]}"
+            ) from None
 
 
 def shut_down() -> None:

@@ -5,11 +5,14 @@ The CUDA branches are written against the installed libraries and have not been 
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import os
+import socket
 import time
 import warnings
+from typing import Any
 
 import torch
 
@@ -46,6 +49,7 @@ def communication_backend() -> str:
 
 def prepare() -> None:
     """Select this rank's device; on CPU, let megatron-core's hard-coded CUDA calls find the CPU."""
+    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")  # collectives that the flight recorder keeps
     if is_cuda():
         torch.cuda.set_device(device())
     else:
@@ -67,12 +71,6 @@ def multiplies_bf16() -> bool:
     except OSError:
         return False
     return "avx512_bf16" in flags or "amx_bf16" in flags
-
-
-def synchronize() -> None:
-    """Wait until the device has done what the host asked of it."""
-    if is_cuda():
-        torch.cuda.synchronize()
 
 
 def peak_memory_bytes() -> int:
@@ -109,4 +107,38 @@ def memory_bytes() -> int:
     if is_cuda():
         return torch.cuda.mem_get_info(device())[1]
     pages = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return pages // int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", "1")))
+    return pages // ranks_on_host()
+
+
+def host() -> str:
+    """This machine's name, for messages."""
+    return socket.gethostname()
+
+
+def ranks_on_host() -> int:
+    return int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", "1")))
+
+
+def is_crowded() -> bool:
+    """Whether ranks that compute on CPU must share cores."""
+    return not is_cuda() and ranks_on_host() > len(os.sched_getaffinity(0))
+
+
+def device_name() -> str:
+    """The GPU's model; CPUs of one job may be of several."""
+    return torch.cuda.get_device_name(device()) if is_cuda() else "cpu"
+
+
+def synchronize() -> None:
+    """Wait until this rank's device has done what it was given."""
+    if is_cuda():
+        torch.cuda.synchronize()
+
+
+def flight_record() -> dict[str, Any]:
+    """The last collectives of this process as torch's flight recorder keeps them, "retired" where they are over. Empty
+    where it is off or torch has none."""
+    from torch._C import _distributed_c10d as c10d
+
+    dump = getattr(c10d, "_dump_nccl_trace_json" if is_cuda() else "_dump_fr_trace_json", None)
+    return json.loads(dump()) if dump else {}

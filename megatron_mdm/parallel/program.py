@@ -12,7 +12,8 @@ from collections.abc import Callable
 from pydantic import ValidationError
 
 from megatron_mdm.config.errors import UserError
-from megatron_mdm.parallel.groups import rank_from_environment, shut_down
+from megatron_mdm.parallel.groups import JoinError, rank_from_environment, shut_down
+from megatron_mdm.parallel.watchdog import unwatch, wait_if_hanging
 
 _CRASHED = 70  # sysexits.h: EX_SOFTWARE; also where another rank has gone, so that a launcher may try again
 _SECOND_RANK_WAITS = 1.5  # seconds; the launcher ends the other ranks as soon as the first has failed
@@ -34,9 +35,14 @@ def run_program(main: Callable[[], None]) -> None:
         _fail(f"error: {where + ': ' if where else ''}{detail['msg'].removeprefix('Value error, ')}")
     except KeyboardInterrupt:
         _fail("interrupted")
+    except JoinError as error:
+        print(f"error: {error}", file=sys.stderr)
+        _exit_now(_CRASHED)
     except Exception:
+        wait_if_hanging()
         traceback.print_exc()
         _exit_now(_CRASHED)
+    unwatch()
     shut_down()
 
 

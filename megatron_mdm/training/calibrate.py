@@ -29,6 +29,7 @@ from megatron_mdm.diffusion.t_samplers import CENTRES, TabulatedSampler
 from megatron_mdm.engine.base import Forward
 from megatron_mdm.evaluation.losses import LossMeasurement
 from megatron_mdm.parallel.groups import ParallelContext
+from megatron_mdm.parallel.heartbeat import enter
 from megatron_mdm.reports.plots import calibration_figure, save_figure
 from megatron_mdm.training.inputs import RunData
 
@@ -83,6 +84,7 @@ class Prepass:
 
     def add(self, samples: np.ndarray, t: Floats) -> None:
         """Measure groups of sample samples[i] at t[i], each with masks of its own. Collective."""
+        enter(f"round {len(self.moments) + 1} of the calibration")
         config, first = self.config, 1 + self.num_groups
         design = MaskDesign.of(config.diffusion)
         measure = LossMeasurement(

@@ -18,6 +18,8 @@ from megatron_mdm.diffusion.t_samplers import ClippedSampler, least_variance_int
 from megatron_mdm.diffusion.variance import OnlineVariance
 from megatron_mdm.engine.base import Engine
 from megatron_mdm.evaluation.validation import FixedGridValidation
+from megatron_mdm.models.parameters import checkpoint_bytes
+from megatron_mdm.parallel.heartbeat import enter
 from megatron_mdm.parallel.progress import progress_bar
 from megatron_mdm.training.loop import StepResult, Trainer
 from megatron_mdm.training.metrics import MetricsLog
@@ -25,6 +27,7 @@ from megatron_mdm.training.speed import Speed
 from megatron_mdm.training.state import TrainState
 
 NUM_T_BINS = 10
+_SLOWEST_DISK = 2e8  # bytes per second that all ranks together write, at which a save does not pass for a hang
 
 
 class Log:
@@ -110,6 +113,7 @@ class Validate:
             self._validate(state)
 
     def _validate(self, state: TrainState) -> None:
+        enter(f"the validation after step {state.step}")
         loss = self.validation(self.trainer.engine)
         self.last_step = state.step
         state.validated_step, state.validation_loss = state.step, loss
@@ -161,6 +165,7 @@ class Save:
         """describe: what a resumed run is checked against."""
         self.every, self.store, self.engine, self.describe = config.checkpoint.save_every, store, engine, describe
         self.asynchronous, self.last_step = config.checkpoint.asynchronous, -1
+        self.seconds = checkpoint_bytes(config.model) / _SLOWEST_DISK
 
     def after_step(self, state: TrainState, _: StepResult) -> None:
         is_due = self.every and state.step % self.every == 0 and not state.rewinding
@@ -184,6 +189,7 @@ class Save:
                 ) from None
 
     def _begin(self, state: TrainState) -> None:
+        enter(f"the checkpoint of step {state.step}", extra_seconds=self.seconds)
         content = {**self.describe(), "train": state.to_json()}
         if state.validated_step == state.step:
             content[VALIDATION_LOSS] = state.validation_loss
@@ -192,6 +198,8 @@ class Save:
 
     def _finish(self) -> bool:
         """Whether what was being written, if anything was, is a checkpoint now."""
+        if self.store.is_writing():
+            enter(f"the checkpoint of step {self.last_step}", extra_seconds=self.seconds)
         try:
             self.store.finish()
         except SaveError as error:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-
-import torch
+from importlib.metadata import version
+from pathlib import Path
 
 import megatron_mdm
 from megatron_mdm.config.errors import UserError
+from megatron_mdm.config.files import sha256
 from megatron_mdm.config.load import flatten
 from megatron_mdm.config.schema import PrecisionConfig, RunConfig
 from megatron_mdm.data.corpus import CorpusDataset, read_corpora
@@ -22,6 +25,7 @@ from megatron_mdm.models.spec import resolve_kernels
 from megatron_mdm.parallel import platform
 
 Dataset = SftDataset | CorpusDataset
+_LIBRARIES = ("torch", "deepspeed", "megatron-core", "transformers", "numpy", "safetensors")
 
 
 @dataclass(frozen=True)
@@ -109,13 +113,34 @@ def resolve_precision(config: RunConfig) -> PrecisionConfig:
 
 
 def agreement(config: RunConfig, data: RunData) -> dict[str, object]:
-    """What every rank must have alike, by name."""
+    """What every rank must have alike, by name: configuration, data, code, libraries and the model of its device."""
     values: dict[str, object] = dict(flatten(config.model_dump(mode="json")))
     values["training data (sha256)"] = data.train.fingerprint
     values["validation data (sha256)"] = data.validation.fingerprint if data.validation else ""
-    values["version of megatron-mdm"] = megatron_mdm.__version__
-    values["version of torch"] = torch.__version__
-    return values
+    return {**values, **versions()}
+
+
+def versions() -> dict[str, str]:
+    """Of the code, the libraries and the device."""
+    return {
+        "version of megatron-mdm": megatron_mdm.__version__,
+        "code of megatron-mdm (sha256)": code_fingerprint(package_folder()),
+        "version of Python": ".".join(map(str, sys.version_info[:3])),
+        **{f"version of {name}": version(name) for name in _LIBRARIES},
+        "device": platform.device_name(),
+    }
+
+
+def package_folder() -> Path:
+    return Path(megatron_mdm.__file__).parent
+
+
+def code_fingerprint(package: Path) -> str:
+    """A hash of its sources, so that changes without a commit count."""
+    digest = hashlib.sha256()
+    for path in sorted(package.rglob("*.py")):
+        digest.update(f"{path.relative_to(package)} {sha256(path)}\n".encode())
+    return digest.hexdigest()
 
 
 def total_steps(config: RunConfig, num_samples: int) -> int:

@@ -24,6 +24,7 @@ from megatron_mdm.engine.packets import loss_packet
 from megatron_mdm.evaluation.losses import row_sums
 from megatron_mdm.parallel.collectives import fill_from_data_ranks
 from megatron_mdm.parallel.groups import ParallelContext
+from megatron_mdm.parallel.heartbeat import enter
 from megatron_mdm.training.schedules import learning_rate
 from megatron_mdm.training.state import TrainState
 
@@ -78,6 +79,7 @@ class Trainer:
     def train(self, state: TrainState, hooks: Sequence[Hook]) -> None:
         """Train from state.step to the end, or until a hook stops the run or wants it to go back."""
         while state.step < self.num_steps and not state.stop_reason:
+            enter(f"step {state.step + 1}")
             result = self.train_step(state.step)
             state.step += 1
             for hook in hooks:

@@ -9,6 +9,7 @@ from tqdm import tqdm
 
 from megatron_mdm.checkpoint.load import restore
 from megatron_mdm.checkpoint.store import CheckpointStore, SaveError, read_state
+from megatron_mdm.parallel.heartbeat import enter
 from megatron_mdm.training.faults import append_fault
 from megatron_mdm.training.loop import Trainer
 from megatron_mdm.training.metrics import MetricsLog
@@ -21,6 +22,7 @@ def rewind(state: TrainState, trainer: Trainer, store: CheckpointStore, metrics:
     The batches trained on since the checkpoint, the spike's the last of them, are left out for good. Where there is no
     checkpoint yet, the run goes on as it is. A stop that was asked for still holds.
     """
+    enter("the way back to the newest checkpoint")
     state.rewinding = False
     try:
         store.finish()

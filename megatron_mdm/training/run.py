@@ -33,6 +33,8 @@ from megatron_mdm.engine.base import Engine
 from megatron_mdm.evaluation.validation import VALIDATIONS, FixedGridValidation
 from megatron_mdm.parallel.collectives import barrier
 from megatron_mdm.parallel.groups import ParallelContext
+from megatron_mdm.parallel.heartbeat import enter
+from megatron_mdm.parallel.watchdog import HANGS
 from megatron_mdm.reports.plots import calibration_figure, save_figure, training_figure
 from megatron_mdm.training.calibrate import calibrate, calibrator_of, load_artifact, save_artifact
 from megatron_mdm.training.faults import DUMPS, FAULTS, Faults
@@ -40,6 +42,7 @@ from megatron_mdm.training.hooks import AdaptiveClipping, Log, Save, Validate
 from megatron_mdm.training.inputs import RunData, total_steps
 from megatron_mdm.training.loop import Hook, Trainer
 from megatron_mdm.training.metrics import MetricsLog, truncate_records
+from megatron_mdm.training.preflight import PREFLIGHT, preflight
 from megatron_mdm.training.refit import JudgeSampler, Refit
 from megatron_mdm.training.resume import check_same_run
 from megatron_mdm.training.rewind import rewind
@@ -50,7 +53,7 @@ from megatron_mdm.training.state import TrainState
 CONFIG, CALIBRATION, CHECKPOINTS = "config.yaml", "calibration.json", "checkpoints"
 _ARTIFACTS = (
     *(CONFIG, CALIBRATION, "calibration.png", "metrics.jsonl", "summary.json", "curves.png"),
-    *("evaluation.json", "samples.jsonl", HUGGINGFACE, FAULTS, DUMPS),
+    *("evaluation.json", "samples.jsonl", HUGGINGFACE, FAULTS, DUMPS, PREFLIGHT, HANGS),
 )
 
 
@@ -66,11 +69,13 @@ def train_run(config: RunConfig, data: RunData, context: ParallelContext, mode: 
     """Train (or finish training) one run. Collective. Returns the summary that is also written to summary.json."""
     folder = Path(config.checkpoint.directory)
     _prepare_folder(folder, config, mode, context)
+    preflight(config, folder / CHECKPOINTS, context)
     store = CheckpointStore(folder / CHECKPOINTS, config.checkpoint, context)
     checkpoint, state = _newest(store, config, data, context) if mode.resume else (None, TrainState())
     if checkpoint is None and config.model.init_from and context.is_main:
         print(InitialWeights(config.model).describe(data.tokenizer.mask_id), flush=True)
         keep_companions(Path(config.model.init_from), folder)
+    enter("the making of the engine")
     engine = restored_engine(checkpoint, config, context, state.num_updates)
     artifact = _calibration(folder, engine, config, data, context)
     metrics = MetricsLog(folder, config.logging.tensorboard, context.is_main, state.step)
@@ -121,6 +126,7 @@ def _newest(
     store: CheckpointStore, config: RunConfig, data: RunData, context: ParallelContext
 ) -> tuple[Path | None, TrainState]:
     """The checkpoint to go on from and its state."""
+    enter("the search for the newest checkpoint")
     checkpoint = store.newest_intact()
     if checkpoint is None:
         if context.is_main:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 import sys
 from pathlib import Path
 from typing import Any
@@ -80,7 +79,7 @@ class CompareRanks:
             "communication": result.communication,
             "memory": platform.peak_memory_bytes() / GIB,
             "phases": result.phases,
-            "host": socket.gethostname(),
+            "host": platform.host(),
         }
         ranks: list[Any] = gather_objects(mine, self.context)
         busy = [rank["busy"] for rank in ranks]

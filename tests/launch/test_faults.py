@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -15,6 +16,7 @@ from tests.ranks import run_program_ranks
 from tests.small import small_config, small_model, write_ids
 
 SECONDS = 60.0
+HOST = socket.gethostname()
 TRY_AGAIN = 75  # launch/torchrun.py's code where another start may do
 
 # Runs launch/train.py with one rank's arguments or fate changed.
@@ -59,8 +61,8 @@ def launched(folder: Path, fault: str) -> tuple[int, str, float]:
     ("fault", "cause", "expected_code"),
     [
         ("dies", "rank 1 was ended by SIGKILL", TRY_AGAIN),
-        ("optimizer.lr=0.5", "rank 1 has optimizer.lr = 0.5, rank 0 has 0.003", 1),
-        ("data.train={folder}/other.jsonl", "rank 1 has data.train = ", 1),
+        ("optimizer.lr=0.5", f"rank 1 on {HOST} has optimizer.lr = 0.5, rank 0 on {HOST} has 0.003", 1),
+        ("data.train={folder}/other.jsonl", f"rank 1 on {HOST} has data.train = ", 1),
         ("data.train={folder}/absent.jsonl", "rank 1: error: ", 1),
     ],
 )

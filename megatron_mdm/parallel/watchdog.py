@@ -1,0 +1,209 @@
+"""A job in which no rank gets on is ended, and the rank and the place are named: never a silent hang.
+
+Every rank has a thread that counts the job's heartbeats (heartbeat.py) in the job's store. When there has been none on
+any rank for the limit, each writes its stacks, tells the store where it is, one of them prints a line for all, and all
+end with an exit code after which a launcher may try again. A rank whose process is stopped or whose host is gone is
+known by its silence.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import sys
+import threading
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from megatron_mdm.config.files import write_json
+from megatron_mdm.parallel import platform
+from megatron_mdm.parallel.groups import ParallelContext
+from megatron_mdm.parallel.hang_report import Report, decode, describe, encode, place_of, report_of, stacks
+from megatron_mdm.parallel.heartbeat import pulse
+
+HANGS = "hangs"
+_EXIT_CODE = 70  # as of any crash that another try may cure: see program.py
+_LONGEST_PERIOD = 10.0  # seconds between two looks
+_SECONDS_TO_WRITE = 5.0  # at most: a disk or a terminal may be what hangs
+_SECONDS_TO_ANSWER = 2.0  # of the store, at least
+_SECONDS_TO_HEAR = 1.0  # that the line is printed
+_watchdog: Watchdog | None = None
+
+
+def watch(folder: Path, minutes: float, context: ParallelContext) -> None:
+    """Start this rank's watchdog. Collective. minutes without any rank's heartbeat end the job; 0: none is started.
+
+    What the ranks were doing is left in folder/hangs.
+    """
+    global _watchdog
+    unwatch()
+    if minutes:
+        _watchdog = Watchdog(folder / HANGS, 60.0 * minutes, context)
+        _watchdog.start()
+
+
+def unwatch() -> None:
+    """Stop it, at the end of the program."""
+    global _watchdog
+    if _watchdog:
+        _watchdog.stop()
+    _watchdog = None
+
+
+def wait_if_hanging() -> None:
+    """For a main thread whose collective breaks while the watchdogs end the job: let them speak."""
+    if _watchdog and _watchdog.is_ending:
+        _watchdog.join()  # ends the process
+
+
+class Watchdog(threading.Thread):
+    """Times in seconds."""
+
+    def __init__(self, folder: Path, limit: float, context: ParallelContext) -> None:
+        super().__init__(name="watchdog", daemon=True)
+        self.folder, self.limit, self.rank, self.size = folder, limit, context.rank, context.layout.world_size
+        self.seconds_to_write = min(limit, _SECONDS_TO_WRITE)
+        self.period = min(max(limit / 4, 0.25), _LONGEST_PERIOD)
+        self.board = Board(max(limit / 10, _SECONDS_TO_ANSWER))
+        self.board.ask(lambda store: store.set(f"host/{self.rank}", platform.host()))
+        self.is_ending, self._stop_asked = False, threading.Event()
+
+    def run(self) -> None:
+        idle, beats, total, now = 0.0, -1, 0, time.monotonic()
+        while not self._stop_asked.wait(self.period):
+            # A process that was stopped as a whole, and goes on, has not been idle for that long.
+            elapsed, now = min(time.monotonic() - now, 2 * self.period), time.monotonic()
+            mine, total_before = pulse(), total
+            moved, beats = int(mine.beats != beats), mine.beats
+            found, total = self._job_moved(moved) or (False, total + moved)  # without the store, by this rank alone
+            idle = 0.0 if total != total_before else idle + elapsed
+            if found or idle >= self.limit + mine.extra_seconds:
+                self.is_ending = True
+                self._end()
+
+    def stop(self) -> None:
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # else the store may be gone with rank 0
+            report = encode(Report(platform.host(), state="ended"))
+            self.board.ask(lambda store: store.set(f"report/{self.rank}", report))
+        self._stop_asked.set()
+
+    def _job_moved(self, moved: int) -> tuple[bool, int] | None:
+        """(whether a rank has found that the job hangs, looks at which a rank had moved), this rank's told first."""
+        return self.board.ask(lambda store: (store.check(["hangs"]), store.add("beats", moved)))
+
+    def _end(self) -> None:
+        """Report, wait for the others' reports, let one of all print the line, and leave."""
+        frame = sys._current_frames().get(threading.main_thread().ident or 0)
+        report = report_of(frame, pulse().place)
+        self.board.ask(lambda store: store.set("hangs", ""))
+        _within(self.seconds_to_write, lambda: self._write(report))
+        self.board.ask(lambda store: store.set(f"report/{self.rank}", encode(report)))
+        names = [f"report/{rank}" for rank in range(self.size)]
+        patience = 2 * self.period + self.seconds_to_write + _SECONDS_TO_ANSWER
+        self._until(lambda store: store.check(names) or store.check(["told"]), patience)
+        if self.board.is_lost:
+            self._say(f"rank {self.rank}: {self._since(report.place)}: it {_doing(report)}; {self.board.lost}")
+        elif self.board.ask(lambda store: store.add("speakers", 1)) == 1:
+            reports = {rank: self._answer_of(rank) for rank in range(self.size)}
+            self._say(f"{self._since(place_of(reports))}: {describe(reports)}; stacks: {self.folder}")
+            self.board.ask(lambda store: store.set("told", ""))
+        else:
+            self._until(lambda store: store.check(["told"]), patience)
+        if self.rank == 0:  # it may be the store's host
+            time.sleep(_SECONDS_TO_HEAR)
+        os._exit(_EXIT_CODE)
+
+    def _since(self, place: str) -> str:
+        limit = self.limit + pulse().extra_seconds
+        duration = f"{limit / 60:.3g} min" if limit >= 60 else f"{limit:.3g} s"
+        return f"no progress for {duration} at {place}"
+
+    def _answer_of(self, rank: int) -> Report:
+        key, host = f"report/{rank}", f"host/{rank}"
+        if self.board.ask(lambda store: store.check([key])):
+            return decode(self.board.ask(lambda store: store.get(key)) or "{}")
+        named = self.board.ask(lambda store: store.check([host])) and self.board.ask(lambda store: store.get(host))
+        return Report(named.decode() if named else "unknown", state="silent")
+
+    def _until(self, question: Callable[[dist.Store], bool], seconds: float) -> None:
+        """Ask until the answer is yes, but no longer."""
+        deadline = time.monotonic() + seconds
+        while not self.board.ask(question) and not self.board.is_lost and time.monotonic() < deadline:
+            time.sleep(0.1)
+
+    def _write(self, report: Report) -> None:
+        """This rank's stacks and, where the libraries keep them, its last collectives."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        name = f"rank-{self.rank:03d}"
+        head = f"{time.strftime('%Y-%m-%d %H:%M:%S')} rank {self.rank}, host {report.host}, process {os.getpid()}: "
+        text = f"{head}{self._since(report.place)}; it {_doing(report)}\n\n{stacks()}"
+        (self.folder / f"{name}.txt").write_text(text, encoding="utf-8")
+        record = platform.flight_record()
+        if record:
+            write_json(self.folder / f"{name}.collectives.json", record)
+
+    def _say(self, text: str) -> None:
+        """Past sys.stderr, whose lock the main thread may hold; on a line of its own, below a progress bar."""
+        _within(self.seconds_to_write, lambda: os.write(2, f"\nerror: {text}\n".encode()))
+
+
+class Board:
+    """The job's store, asked on a thread of its own: where its host has stopped, a question is never answered."""
+
+    def __init__(self, seconds: float) -> None:
+        """seconds: how long an answer may take. One that takes longer is the last."""
+        self.seconds, self.is_lost, self.lost = seconds, False, ""
+        self._questions: queue.SimpleQueue[tuple[Callable[[dist.Store], Any], queue.SimpleQueue[Any]]]
+        self._questions = queue.SimpleQueue()
+        store: Any = dist.distributed_c10d._get_default_store()
+        while hasattr(store, "underlying_store"):
+            store = store.underlying_store
+        self._address = store.host, store.port
+        threading.Thread(target=self._serve, name="watchdog's store", daemon=True).start()
+
+    def ask(self, question: Callable[[dist.Store], Any]) -> Any:
+        """The answer; None where there is none, now or before."""
+        if self.is_lost:
+            return None
+        answer: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._questions.put((question, answer))
+        try:
+            result = answer.get(timeout=self.seconds)
+        except queue.Empty:
+            result = TimeoutError()
+        if isinstance(result, Exception):
+            self.is_lost = True
+            self.lost = f"the job's store at {self._address[0]}:{self._address[1]} does not answer"
+            return None
+        return result
+
+    def _serve(self) -> None:
+        """With a connection of its own: one that another thread waits on cannot be used."""
+        connection: dist.Store | None = None
+        while True:
+            question, answer = self._questions.get()
+            try:
+                if connection is None:
+                    host, port = self._address
+                    patience = timedelta(seconds=self.seconds)
+                    client = dist.TCPStore(host, port, is_master=False, timeout=patience, wait_for_workers=False)
+                    connection = dist.PrefixStore("watchdog", client)
+                answer.put(question(connection))
+            except Exception as error:
+                answer.put(error)
+
+
+def _doing(report: Report) -> str:
+    return f"waits in {report.collective} ({report.where})" if report.collective else f"is in {report.where}"
+
+
+def _within(seconds: float, action: Callable[[], Any]) -> None:
+    """Do it, but wait for it no longer than this."""
+    thread = threading.Thread(target=action, daemon=True)
+    thread.start()
+    thread.join(seconds)
