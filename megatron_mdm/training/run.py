@@ -70,6 +70,7 @@ def train_run(config: RunConfig, data: RunData, context: ParallelContext, mode: 
     folder = Path(config.checkpoint.directory)
     _prepare_folder(folder, config, mode, context)
     preflight(config, folder / CHECKPOINTS, context)
+    signals = StopOnSignal()  # before long work: what is asked for meanwhile is done after the first step
     store = CheckpointStore(folder / CHECKPOINTS, config.checkpoint, context)
     checkpoint, state = _newest(store, config, data, context) if mode.resume else (None, TrainState())
     if checkpoint is None and config.model.init_from and context.is_main:
@@ -86,7 +87,7 @@ def train_run(config: RunConfig, data: RunData, context: ParallelContext, mode: 
     peak = job_peak_flops(config.precision.dtype, context)
     while True:
         trainer = build_trainer(config, data, engine, artifact, context, state.skipped_batches)
-        trainer.train(state, _hooks(trainer, data, store, metrics, state, artifact, peak))
+        trainer.train(state, _hooks(trainer, data, store, metrics, state, artifact, peak, signals))
         if not state.rewinding:
             break
         state = rewind(state, trainer, store, metrics)
@@ -219,6 +220,7 @@ def _hooks(
     state: TrainState,
     artifact: dict[str, Any] | None,
     peak_flops: float,
+    signals: StopOnSignal,
 ) -> list[Hook]:
     config = trainer.config
     folder, speed = Path(config.checkpoint.directory), Speed(config.model, peak_flops)
@@ -245,7 +247,7 @@ def _hooks(
             hooks.append(JudgeSampler(*judged, config.evaluation.every, metrics))
         if config.diffusion.sampler == "clipped" and config.diffusion.clipping.bounds == "adaptive":
             hooks.append(AdaptiveClipping(config, validation, trainer.noiser, state, metrics))
-    hooks.append(StopOnSignal())
+    hooks.append(signals)
     hooks.append(Save(config, store, trainer.engine, lambda: {"data": data.train.fingerprint}))
     return hooks
 

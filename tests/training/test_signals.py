@@ -43,3 +43,27 @@ def test_signalled_and_resumed_run_equals_undisturbed(name: str, number: signal.
     resumed = run_program_ranks("launch/train.py", arguments("stopped", "--resume"), num_ranks)
     assert resumed[0].exit_code == 0, resumed[0].stderr
     assert losses(tmp_path / "stopped") == losses(tmp_path / "whole")
+
+
+def test_a_signal_during_calibration_keeps_the_calibration(tmp_path: Path) -> None:
+    config = write_config(tmp_path, {"zero": 1}, "fp32")
+
+    def arguments(run: str, *more: str) -> list[str]:
+        settings = ["diffusion.calibration.initial_forwards=2048", "checkpoint.save_every=0"]
+        return ["--config", str(config), f"checkpoint.directory={tmp_path / run}", *settings, *more]
+
+    whole = run_program_ranks("launch/train.py", arguments("whole"), 2)
+    assert whole[0].exit_code == 0, whole[0].stderr
+    ranks = ProgramRanks("launch/train.py", arguments("stopped"), 2)
+    while ranks.is_running() and not (tmp_path / "stopped/preflight.json").exists():
+        time.sleep(0.005)
+    os.kill(ranks.processes[0].pid, signal.SIGTERM)
+    results = ranks.wait()
+    assert [result.exit_code for result in results] == [0, 0], results[0].stderr
+    assert os.listdir(tmp_path / "stopped/checkpoints") == ["step-00000001"]
+    calibrated = (tmp_path / "stopped/calibration.json").read_bytes()
+
+    resumed = run_program_ranks("launch/train.py", arguments("stopped", "--resume"), 2)
+    assert resumed[0].exit_code == 0, resumed[0].stderr
+    assert losses(tmp_path / "stopped") == losses(tmp_path / "whole")
+    assert (tmp_path / "stopped/calibration.json").read_bytes() == calibrated

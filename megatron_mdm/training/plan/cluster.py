@@ -21,7 +21,8 @@ class Cluster(Section):
     memory_gib: float = Field(gt=0)  # of one GPU, as nvidia-smi shows it
     reserve_gib: float = Field(default=3.0, ge=0)  # CUDA context, NCCL's buffers, libraries' workspaces
     fragmentation: float = Field(default=0.05, ge=0, lt=1)  # share of the memory that the allocator cannot hand out
-    host_memory_gib: float = Field(default=1024.0, gt=0)  # of one node, for offloaded states
+    host_memory_gib: float = Field(default=1024.0, gt=0)  # of one node, for offloaded states and copies of checkpoints
+    host_gbytes_per_s: float = Field(default=20.0, gt=0)  # from a GPU to its host
     peak_tflops: float = Field(gt=0)  # dense bf16 matrix products
     efficiency: float = Field(default=0.55, gt=0, le=1)  # share of the peak that a layer's products and kernels reach
     layer_ms: float = Field(default=0.6, ge=0)  # a host's time to start a layer's kernels, forward and backward

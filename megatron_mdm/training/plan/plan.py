@@ -12,6 +12,7 @@ from megatron_mdm.config.schema import RunConfig
 from megatron_mdm.config.validate import accumulation_steps, validate
 from megatron_mdm.engine.communication import MicroBatchShape, stages, step_communication
 from megatron_mdm.engine.memory import RankMemory, longest_micro_batch, rank_memory
+from megatron_mdm.models.parameters import checkpoint_bytes
 from megatron_mdm.parallel.layout import Layout
 from megatron_mdm.training.plan.cluster import GIB, Cluster
 from megatron_mdm.training.plan.timing import ASSUMPTIONS, MASKED_SHARE, StepTime, forward_flops, step_flops, step_time
@@ -47,7 +48,7 @@ class Plan:
     views_factor: float  # time of a step, relative to one row per sample
     calibration: tuple[float, float]  # seconds: least and most; zeros without one
     validation: float  # seconds of all validations
-    saving: float  # seconds of all checkpoints
+    saving: float  # seconds that training waits for checkpoints in all
     num_steps: int  # 0: unknown
 
     @property
@@ -56,8 +57,9 @@ class Plan:
 
     @property
     def host_bytes(self) -> float:
-        """Of one node."""
-        return max(memory.host for memory in self.memory) * self.cluster.gpus_per_node
+        """Of one node: offloaded states, and the copies that checkpoints are written from."""
+        copies = checkpoint_bytes(self.config.model) / self.cluster.nodes
+        return max(memory.host for memory in self.memory) * self.cluster.gpus_per_node + copies
 
     @property
     def is_feasible(self) -> bool:
@@ -72,7 +74,7 @@ class Plan:
             return f"stage {number} needs {need:.1f} GiB of the {have:.1f} GiB that a rank may fill"
         if self.host_bytes > self.cluster.host_memory_gib * GIB:
             need = self.host_bytes / GIB
-            return f"offloaded states need {need:.0f} GiB of a host's {self.cluster.host_memory_gib:.0f} GiB"
+            return f"states and their copies need {need:.0f} GiB of a host's {self.cluster.host_memory_gib:.0f} GiB"
         return ""
 
     @property
@@ -144,7 +146,7 @@ def make_plan(config: RunConfig, cluster: Cluster, samples: Samples) -> Plan:
         views_factor=_views_factor(config, layout, cluster, samples, step) if rows > 1 else 1.0,
         calibration=_calibration_seconds(config, layout, cluster, usual),
         validation=_validation_seconds(config, layout, cluster, usual, num_steps),
-        saving=_saving_seconds(config, cluster, num_steps),
+        saving=_saving_seconds(config, cluster, num_steps, step.total),
         num_steps=num_steps,
     )
 
@@ -220,8 +222,12 @@ def _validation_seconds(
     return rows * _forward_seconds(config, layout, cluster, shape)
 
 
-def _saving_seconds(config: RunConfig, cluster: Cluster, num_steps: int) -> float:
-    """Weights and moments in fp32, while training waits."""
-    every = config.checkpoint.save_every or max(1, num_steps)
-    size = 12.0 * sum(stage.num_parameters(config.model, 1) for stage in stages(config))
-    return math.ceil(num_steps / every) * size / (cluster.storage_gbytes_per_s * 1e9)
+def _saving_seconds(config: RunConfig, cluster: Cluster, num_steps: int, step_seconds: float) -> float:
+    """How long training waits for checkpoints: for all of their writing; or, where that is done in the background, for a
+    copy, and for what is left of the writing when the next one is due."""
+    every, size = config.checkpoint.save_every or max(1, num_steps), checkpoint_bytes(config.model)
+    wait = writing = size / (cluster.storage_gbytes_per_s * 1e9)
+    if config.checkpoint.asynchronous:
+        copy = size / cluster.world_size / (cluster.host_gbytes_per_s * 1e9)
+        wait = copy + max(0.0, writing - every * step_seconds)
+    return math.ceil(num_steps / every) * wait
