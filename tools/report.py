@@ -1,6 +1,6 @@
-"""Look at finished runs.
+"""Look at runs.
 
-python tools/report.py run FOLDER        what a run was and reached, with the paths of its pictures
+python tools/report.py run FOLDER        a page of a run, finished or not: run.png, and its content in run.json
 python tools/report.py runs FOLDER…      many runs: mean, range, standard deviation over seeds per method, and a picture
 python tools/report.py variance FOLDER   where its model's training noise comes from, and what each method leaves of it
 """
@@ -14,15 +14,35 @@ from megatron_mdm.config.errors import UserError
 from megatron_mdm.config.files import write_json
 from megatron_mdm.parallel.program import run_program
 from megatron_mdm.reports.plots import save_figure
+from megatron_mdm.reports.run_facts import fact_lines
+from megatron_mdm.reports.run_page import page_figure
+from megatron_mdm.reports.run_summary import read_run_folder, run_page
 from megatron_mdm.reports.runs import as_json, read_runs, spread_figure, spreads, table, unequal_settings
 
 
-def report_run(folder: Path) -> None:
-    summary = _read(folder / "summary.json")
+def report_run(folder: Path, output: Path) -> None:
+    """Page and JSON; on the screen what a run is, and what a finished one reached."""
+    run = read_run_folder(folder)
+    page = run_page(run)
+    try:
+        write_json(output.with_suffix(".json"), page)
+        save_figure(page_figure(page), output.with_suffix(".png"))
+    except OSError as error:
+        raise UserError(f"{output}: cannot be written ({error.strerror}); name another place by --output") from None
+    for label, text in fact_lines(page["facts"]):
+        print(f"{label}: {text}")
+    if run.has_current_summary:
+        _print_summary(run.summary)
+    for name in ("calibration.png", "curves.png", "metrics.jsonl", "tensorboard", "samples.jsonl"):
+        if (folder / name).exists():
+            print(f"{name.partition('.')[0]}: {folder / name}")
+    if (folder / "evaluation.json").exists():
+        _print_answers(json.loads((folder / "evaluation.json").read_text(encoding="utf-8")))
+    print(f"page: {output.with_suffix('.png')}")
+
+
+def _print_summary(summary: dict[str, Any]) -> None:
     last, spread = summary["t_last_step"], summary["t_share_by_decile"]
-    print(f"steps: {summary['steps']}")
-    if summary["best_validation_loss"] is not None:
-        print(f"best validation loss: {summary['best_validation_loss']:.4f} nats per token")
     print(
         f"spread of t: {last['min']:.3f} to {last['max']:.3f} in one global batch (mean {last['mean']:.3f}, standard "
         f"deviation {last['std']:.3f}); share of all draws by decile {' '.join(f'{share:.3f}' for share in spread)}"
@@ -35,16 +55,12 @@ def report_run(folder: Path) -> None:
             f"calibration efficiency: {calibration['efficiency']:.3f} (uniform: {uniform:.3f}) "
             f"from {calibration['forwards']:,} forwards in {calibration['seconds']:.1f} s"
         )
-    for name in ("calibration.png", "curves.png", "metrics.jsonl", "tensorboard", "samples.jsonl"):
-        if (folder / name).exists():
-            print(f"{name.partition('.')[0]}: {folder / name}")
-    if (folder / "evaluation.json").exists():
-        result = _read(folder / "evaluation.json")
-        low, high = result["interval"]
-        print(
-            f"answers: {result['num_right']} of {result['num_questions']} right, 95 % interval {low:.3f} to {high:.3f}"
-        )
-        print(f"exact match: {result['exact_match']:.2f}")
+
+
+def _print_answers(result: dict[str, Any]) -> None:
+    low, high = result["interval"]
+    print(f"answers: {result['num_right']} of {result['num_questions']} right, 95 % interval {low:.3f} to {high:.3f}")
+    print(f"exact match: {result['exact_match']:.2f}")
 
 
 def report_runs(folders: list[Path], output: Path) -> None:
@@ -59,19 +75,13 @@ def report_runs(folders: list[Path], output: Path) -> None:
     print(f"picture: {output.with_suffix('.png')}")
 
 
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; is {path.parent} the folder of a finished run?") from None
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    command = commands.add_parser("run", help="one run")
+    command = commands.add_parser("run", help="a page of one run, finished or not")
     command.add_argument("folder", type=Path)
-    command.set_defaults(report=lambda arguments: report_run(arguments.folder))
+    command.add_argument("--output", type=Path, help="name of the PNG and JSON to write; FOLDER/run.png if not given")
+    command.set_defaults(report=_run)
     command = commands.add_parser("variance", help="A, B, C and every method's variance in loss and gradient")
     command.add_argument("folder", type=Path)
     command.add_argument(
@@ -87,6 +97,10 @@ def main() -> None:
     command.set_defaults(report=lambda arguments: report_runs(arguments.folders, arguments.output))
     arguments = parser.parse_args()
     arguments.report(arguments)
+
+
+def _run(arguments: argparse.Namespace) -> None:
+    report_run(arguments.folder, arguments.output or arguments.folder / "run.png")
 
 
 def _variance(arguments: argparse.Namespace) -> None:

@@ -53,7 +53,7 @@ from megatron_mdm.training.state import TrainState
 CONFIG, CALIBRATION, CHECKPOINTS = "config.yaml", "calibration.json", "checkpoints"
 _ARTIFACTS = (
     *(CONFIG, CALIBRATION, "calibration.png", "metrics.jsonl", "summary.json", "curves.png"),
-    *("evaluation.json", "samples.jsonl", HUGGINGFACE, FAULTS, DUMPS, PREFLIGHT, HANGS),
+    *("evaluation.json", "samples.jsonl", "run.png", "run.json", HUGGINGFACE, FAULTS, DUMPS, PREFLIGHT, HANGS),
 )
 
 

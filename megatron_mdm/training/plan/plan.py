@@ -223,8 +223,8 @@ def _validation_seconds(
 
 
 def _saving_seconds(config: RunConfig, cluster: Cluster, num_steps: int, step_seconds: float) -> float:
-    """How long training waits for checkpoints: for all of their writing; or, where that is done in the background, for a
-    copy, and for what is left of the writing when the next one is due."""
+    """How long training waits for checkpoints: for their writing; or, where that is done in the background, for a copy
+    and for what is left of the writing when the next one is due."""
     every, size = config.checkpoint.save_every or max(1, num_steps), checkpoint_bytes(config.model)
     wait = writing = size / (cluster.storage_gbytes_per_s * 1e9)
     if config.checkpoint.asynchronous:

@@ -26,7 +26,7 @@ def plan_text(plan: Plan) -> str:
         + ("it fits" if plan.is_feasible else f"DOES NOT FIT: {plan.obstacle}"),
         "activations by parallel.recompute: "
         + ", ".join(f"{choice} {size / GIB:.2f}" for choice, size in plan.activations.items()),
-        f"on each host, offloaded states and the copy that checkpoints are written from: {plan.host_bytes / GIB:.0f} GiB",
+        f"on each host, offloaded states and the copy for checkpoints: {plan.host_bytes / GIB:.0f} GiB",
         "",
         "communication per step and rank, GB: " + _communication(plan),
         f"step: {step.total:.2f} s ({shares}); {plan.tokens_per_step / step.total:,.0f} tokens/s; "
