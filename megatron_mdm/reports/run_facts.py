@@ -12,7 +12,7 @@ def fact_lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
     lines = [
         ("state", facts["status"] + (f": {facts['reason']}" if facts["reason"] else "")),
         ("steps", f"{facts['steps']:,} of {_planned(facts)}"),
-        ("tokens", "not logged" if facts["tokens"] is None else f"about {short(facts['tokens'])}, without padding"),
+        ("tokens", "not logged" if facts["tokens"] is None else f"{short(facts['tokens'])}, without padding"),
         ("model", f"{size}{model['num_layers']} layers × {model['hidden_size']:,}"),
         ("layout", _layout(facts["layout"])),
         ("batch", f"{facts['batch']['global_size']:,} samples a step, {facts['precision']}"),

@@ -10,13 +10,13 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm, Normalize
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-from megatron_mdm.reports.run_summary import TIMES
+from megatron_mdm.engine.clock import PHASES
 
 Page = dict[str, Any]
 
 BLUE, ORANGE, GREEN, RED, PURPLE, GREY = "#3566a8", "#d9822b", "#3a8f5c", "#c0392b", "#7a5ea8", "#7f8790"
 _PALE_BLUE, _PALE_GREY = "#8fb4de", "#c9ced4"
-_TIME_COLOURS = dict(zip(TIMES, (PURPLE, BLUE, _PALE_BLUE, ORANGE, _PALE_GREY)))
+_TIME_COLOURS = dict(zip(PHASES, (PURPLE, BLUE, _PALE_BLUE, ORANGE, GREEN, _PALE_GREY)))
 _LOG_FROM = 3.0  # greatest / least value from which an axis is logarithmic
 _PEAK = 1.5  # times the median: step times above it (the first steps') may leave the picture
 _FEW_POINTS = 8
@@ -101,7 +101,8 @@ def _step_time(axes: Axes, page: Page) -> None:
     curve, title = page["curves"]["step_time"], "time of a step, rank 0"
     if not curve["step"]:
         return not_logged(axes, title)
-    parts = {part: np.nan_to_num(array(curve[f"time_{part}"])) for part in TIMES}
+    parts = {part: np.nan_to_num(array(curve[f"time_{part}"])) for part in PHASES}
+    parts = {part: values for part, values in parts.items() if part != "pipeline" or values.any()}
     factor, unit = _seconds_unit(np.median(sum(parts.values())))
     colours = [_TIME_COLOURS[part] for part in parts]
     layers = [factor * values for values in parts.values()]

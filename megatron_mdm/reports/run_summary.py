@@ -18,19 +18,19 @@ from megatron_mdm.checkpoint.store import read_state, steps
 from megatron_mdm.config.errors import UserError
 from megatron_mdm.config.load import load_config
 from megatron_mdm.config.schema import RunConfig
+from megatron_mdm.engine.clock import PHASES
 from megatron_mdm.models.parameters import parameter_shapes
 from megatron_mdm.reports.runs import method_name
 
 Record = dict[str, Any]
 
-TIMES = ("data", "forward", "backward", "optimizer", "other")  # the parts of a step: time_data, …
 # curve → the keys of metrics.jsonl that it is made of
 _CURVES = {
     "loss": ("loss", "grad_norm", "lr"),
     "validation": ("validation_loss",),
     "variance": ("variance_of_loss", "variance_of_estimator"),
     "throughput": ("tokens_per_second", "mfu"),
-    "step_time": ("time_step", *(f"time_{part}" for part in TIMES)),
+    "step_time": ("time_step", *(f"time_{part}" for part in PHASES)),
 }
 # list over ranks → its key in metrics.jsonl
 _BY_RANK = {
@@ -53,6 +53,7 @@ class RunFolder:
     summary: Record
     calibration: Record
     checkpoints: list[int]  # the steps of those that are kept
+    num_ranks: int | None  # that preflight found when the run was started last
     last_state: Record  # the newest checkpoint's state of training
 
     @property
@@ -86,6 +87,7 @@ def read_run_folder(folder: Path) -> RunFolder:
         summary=summary,
         calibration=_read_json(folder / "calibration.json"),
         checkpoints=[int(step) for step in found.values()],
+        num_ranks=len(_read_json(folder / "preflight.json").get("ranks", ())) or None,
         last_state=last_state,
     )
 
@@ -125,13 +127,13 @@ def _facts(run: RunFolder, curves: Record, marks: Record, ranks: Record) -> Reco
         "steps": num_steps,
         "planned_steps": planned,
         "planned_epochs": config.schedule.epochs or None,
-        "tokens": _tokens(curves, num_steps),
+        "tokens": next((record["tokens"] for record in reversed(run.records) if "tokens" in record), None),
         "model": {
             "num_parameters": _num_parameters(config),
             "num_layers": config.model.num_layers,
             "hidden_size": config.model.hidden_size,
         },
-        "layout": _layout(config, ranks),
+        "layout": _layout(config, ranks["num_ranks"] or run.num_ranks),
         "batch": {"global_size": config.batch.global_size, "micro_size": config.batch.micro_size},
         "precision": config.precision.dtype,
         "method": {
@@ -165,9 +167,8 @@ def _status(run: RunFolder) -> tuple[str, str]:
     return "unfinished", ""
 
 
-def _layout(config: RunConfig, ranks: Record) -> Record:
-    """Of the configuration, which a resumed run overwrites; the number of ranks stands in the logs alone."""
-    parallel, num_ranks = config.parallel, ranks["num_ranks"]
+def _layout(config: RunConfig, num_ranks: int | None) -> Record:
+    parallel = config.parallel
     degree = parallel.tensor * parallel.pipeline
     return {
         "ranks": num_ranks,
@@ -183,18 +184,6 @@ def _num_parameters(config: RunConfig) -> int | None:
     if not isinstance(config.model.vocab_size, int):
         return None
     return sum(math.prod(shape) for shape in parameter_shapes(config.model).values())
-
-
-def _tokens(curves: Record, num_steps: int) -> int | None:
-    """Trained on so far, without padding: tokens/s × seconds per step, on average over the lines that have both."""
-    rates, times = curves["throughput"], curves["step_time"]
-    seconds = dict(zip(times["step"], times["time_step"]))
-    products = [
-        rate * seconds[step]
-        for step, rate in zip(rates["step"], rates["tokens_per_second"])
-        if rate is not None and seconds.get(step) is not None
-    ]
-    return round(float(np.mean(products)) * num_steps) if products else None
 
 
 def _best_validation(run: RunFolder, curve: Record) -> Record | None:

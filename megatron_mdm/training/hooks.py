@@ -46,6 +46,7 @@ class Log:
         if not result.is_skipped:
             self._count(state, result)
         self.speed.add(result)
+        state.num_tokens += result.num_tokens
         text = f"loss {result.loss:.4f}, {self.speed.tokens_per_second:,.0f} tokens/s"
         self.bar.set_postfix_str(text, refresh=False)
         self.bar.update()
@@ -84,6 +85,7 @@ class Log:
             "loss": result.loss,
             "lr": result.lr,
             "grad_norm": result.grad_norm,
+            "tokens": state.num_tokens,
             **self.speed.record(),
             "variance_of_loss": state.window_variance.of_loss(),
             "variance_of_estimator": state.window_variance.of_estimator(),

@@ -257,6 +257,7 @@ def _summary(config: RunConfig, state: TrainState, artifact: dict[str, Any] | No
     t, _ = trainer.noiser.times(max(0, state.step - 1))
     return {
         "steps": state.step,
+        "tokens": state.num_tokens,
         "stopped_early": state.stop_reason,
         "skipped_steps": state.num_skipped,
         "rewinds": state.num_rewinds,

@@ -11,6 +11,7 @@ from megatron_mdm.diffusion.variance import OnlineVariance
 @dataclass
 class TrainState:
     step: int = 0  # optimizer steps done
+    num_tokens: int = 0  # of the samples trained on, without padding, one view of each
     run_variance: OnlineVariance = field(default_factory=OnlineVariance)  # over the whole run
     window_variance: OnlineVariance = field(default_factory=OnlineVariance)  # since the last log line
     # by tenths of t, since the last log line: sums of losses, and their numbers
