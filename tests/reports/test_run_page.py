@@ -153,7 +153,7 @@ def test_everything_logged(trained: Path, tmp_path: Path) -> None:
     assert ranks["busy_spread"][2] == pytest.approx([0.72, 0.88])  # 10th and 90th percentile of 0.7 and 0.9
     assert ranks["memory_gib"] == [1.0, 2.0, 3.0, 4.0]
     assert facts["layout"] == {"ranks": 4, "tensor": 1, "pipeline": 1, "data": 4, "zero": 1}
-    assert facts["tokens"] == records_of(trained)[-1]["tokens"] > 0
+    assert facts["tokens"] == max(record.get("tokens", 0) for record in records_of(trained)) > 0
     assert page["curves"]["step_time"]["time_backward"] == [0.4] * NUM_STEPS
     assert page["curves"]["throughput"]["mfu"] == [0.4] * NUM_STEPS
     assert (marks["skipped"], marks["spikes"]) == ([3], [7])
