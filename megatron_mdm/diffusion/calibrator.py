@@ -60,6 +60,7 @@ TARGETS: dict[str, Callable[[MomentCurves], tuple[Curve, Curve]]] = {
 class Fit:
     """A fitted density and what is known of it."""
 
+    halves: Sequence[MomentSums]  # what it was fitted to
     sampler: TabulatedSampler
     density: Density  # without the floor
     floor: float  # λ
@@ -99,7 +100,7 @@ class Calibrator:
         density = self._density(optimum, self.settings.num_restarts)
         sampler = TabulatedSampler.of(density.unnormalized, floor)
         result = efficiency(self._judging(curves), self._mean(curves), sampler)
-        return Fit(sampler, density, floor, curves, result, optimum)
+        return Fit(halves, sampler, density, floor, curves, result, optimum)
 
     def bootstrap(self, moments: Floats, fit: Fit) -> Floats:
         """Efficiencies [NUM_RESAMPLES], under the fit's curves, of densities fitted to resampled groups [n, …]."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,6 +23,8 @@ from megatron_mdm.parallel.collectives import fill_from_data_ranks
 from megatron_mdm.parallel.groups import ParallelContext
 from megatron_mdm.parallel.progress import progress_bar
 
+Places = NDArray[np.int64]  # in a list of what is to be measured
+Scored = tuple[NoisedBatch, LossWeights]
 Generators = Callable[[int], np.random.Generator]  # the masks' random numbers of a place in the list of groups
 
 
@@ -72,33 +74,47 @@ class LossMeasurement:
         Collective; bit-identical for every number of data-parallel ranks, as micro-batches (of samples of like
         length) are cut once and dealt out. progress: a description for a progress bar; empty: none.
         """
-        order = np.argsort(self.data.lengths()[samples], kind="stable")
-        size = max(1, self.micro_size // self.design.views)
-        parts = [order[start : start + size] for start in range(0, len(order), size)]
-        values = np.zeros((len(RowSums._fields), len(samples), self.design.views))
-        turns = progress_bar(
-            list(self._turns(len(parts))), desc=progress, unit="batch", enabled=self.context.is_main and bool(progress)
-        )
         batch = GlobalBatch(len(self.data), int(self.data.num_eligible().sum()))
-        for indices in turns:
-            noised = [self._noise(parts[min(i, len(parts) - 1)], samples, t, generators) for i in indices]
-            weights = [self.normalization(micro, batch) for micro in noised]
-            packets = [loss_packet(*pair) for pair in zip(noised, weights)]
-            for i, micro, weight, rows in zip(indices, noised, weights, engine.evaluate(packets, row_gradients)):
-                if i < len(parts):  # ranks without work repeated the last part, to keep step
-                    values[:, parts[i]] = np.stack(row_sums(micro, weight, batch, rows))
+        values = np.zeros((len(RowSums._fields), len(samples), self.design.views))
+
+        def scored(part: Places) -> Scored:
+            rows = samples[part]
+            clean = collate([self.data.samples[row] for row in rows], part, rows, self.special.pad)
+            drawn = [generators(int(place)) for place in part]
+            noised = noise(clean, t[part], np.ones(len(part)), drawn, design=self.design, mask_id=self.special.mask)
+            return noised, self.normalization(noised, batch)
+
+        size = max(1, self.micro_size // self.design.views)
+        parts = parts_of_like_length(self.data.lengths()[samples], size)
+        for part, (noised, weights), rows in measure(engine, parts, scored, self.context, row_gradients, progress):
+            values[:, part] = np.stack(row_sums(noised, weights, batch, rows))
         return RowSums(*fill_from_data_ranks(values, self.context))
 
-    def _turns(self, num_parts: int) -> Iterator[list[int]]:
-        """Parts that this rank measures in one call: enough to fill a pipeline."""
-        ranks, together = self.context.layout.data, 2 * self.context.layout.pipeline
-        for first in range(0, -(-num_parts // ranks), together):
-            yield [(first + turn) * ranks + self.context.data_rank for turn in range(together)]
 
-    def _noise(
-        self, part: NDArray[np.int64], samples: NDArray[np.int64], t: Floats, generators: Generators
-    ) -> NoisedBatch:
-        rows = samples[part]
-        batch = collate([self.data.samples[row] for row in rows], part, rows, self.special.pad)
-        drawn = [generators(int(place)) for place in part]
-        return noise(batch, t[part], np.ones(len(part)), drawn, design=self.design, mask_id=self.special.mask)
+def parts_of_like_length(lengths: NDArray[np.int64], size: int) -> list[Places]:
+    """Places 0 … n−1 in micro-batches, by length, so that they pad little."""
+    order = np.argsort(lengths, kind="stable")
+    return [order[start : start + size] for start in range(0, len(order), size)]
+
+
+def measure(
+    engine: Forward,
+    parts: Sequence[Places],
+    scored: Callable[[Places], Scored],
+    context: ParallelContext,
+    row_gradients: bool = False,
+    progress: str = "",
+) -> Iterator[tuple[Places, Scored, RowStatistics]]:
+    """Deal micro-batches out to the data-parallel ranks; yields this rank's with their losses. Collective.
+
+    As many at a time as fill a pipeline. Ranks without work repeat the last micro-batch, to keep step.
+    """
+    ranks, together = context.layout.data, 2 * context.layout.pipeline
+    turns = range(0, -(-len(parts) // ranks), together)
+    for first in progress_bar(turns, desc=progress, unit="batch", enabled=context.is_main and bool(progress)):
+        mine = [(first + turn) * ranks + context.data_rank for turn in range(together)]
+        batches = [scored(parts[min(index, len(parts) - 1)]) for index in mine]
+        statistics = engine.evaluate([loss_packet(*batch) for batch in batches], row_gradients)
+        for index, batch, rows in zip(mine, batches, statistics):
+            if index < len(parts):
+                yield parts[index], batch, rows

@@ -20,8 +20,7 @@ from megatron_mdm.diffusion.moments import RowSums, group_moments
 from megatron_mdm.diffusion.objective import NORMALIZATIONS, GlobalBatch
 from megatron_mdm.diffusion.randomness import Purpose, stream
 from megatron_mdm.engine.base import Forward
-from megatron_mdm.engine.packets import loss_packet
-from megatron_mdm.evaluation.losses import LossMeasurement
+from megatron_mdm.evaluation.losses import LossMeasurement, Places, Scored, measure, parts_of_like_length
 from megatron_mdm.generation.settings import SpecialIds
 from megatron_mdm.parallel.collectives import fill_from_data_ranks
 from megatron_mdm.parallel.groups import ParallelContext
@@ -83,23 +82,19 @@ class NextTokenValidation:
     ) -> None:
         """schedule: not used; the signature is FixedGridValidation's."""
         self.data, self.special, self.context = data, special, context
-        rows = np.arange(min(config.num_samples, len(data)))
-        rows = rows[np.argsort(data.lengths()[rows], kind="stable")]
-        self.parts = [rows[start : start + micro_size] for start in range(0, len(rows), micro_size)]
-        self.num_samples = len(rows)
+        self.num_samples = min(config.num_samples, len(data))
+        self.parts = parts_of_like_length(data.lengths()[: self.num_samples], micro_size)
 
     def __call__(self, engine: Forward) -> float:
         """Mean over the samples, nats per learnt token. Collective; the same on every rank."""
-        losses, ranks = np.zeros(self.num_samples), self.context.layout.data
-        for turn in range(-(-len(self.parts) // ranks)):
-            index = turn * ranks + self.context.data_rank
-            part = self.parts[min(index, len(self.parts) - 1)]  # ranks without work repeat the last, to keep step
-            batch = collate([self.data.samples[row] for row in part], part, part, self.special.pad)
-            scored = next_tokens(batch)
-            (rows,) = engine.evaluate([loss_packet(scored, NORMALIZATIONS["sample"](scored, GlobalBatch(1, 1)))])
-            if index < len(self.parts):
-                losses[part] = rows.loss.double().cpu().numpy()
+        losses = np.zeros(self.num_samples)
+        for part, _, rows in measure(engine, self.parts, self._scored, self.context):
+            losses[part] = rows.loss.double().cpu().numpy()
         return float(fill_from_data_ranks(losses, self.context).mean())
+
+    def _scored(self, part: Places) -> Scored:
+        batch = next_tokens(collate([self.data.samples[row] for row in part], part, part, self.special.pad))
+        return batch, NORMALIZATIONS["sample"](batch, GlobalBatch(1, 1))
 
 
 VALIDATIONS = {"masked": FixedGridValidation, "autoregressive": NextTokenValidation}  # by diffusion.method

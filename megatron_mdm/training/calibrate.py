@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -44,7 +43,7 @@ def calibrate(engine: Forward, config: RunConfig, data: RunData, context: Parall
     calibrator = calibrator_of(config, data.train)
     nested = config.diffusion.calibration.estimator == "naive"
     fit, rounds = (_nested if nested else measure_adaptively)(prepass, calibrator)
-    artifact = _artifact(fit, rounds, prepass.moments, calibrator, config)
+    artifact = _artifact(fit, rounds, calibrator, config)
     artifact["data_fingerprint"] = data.train.fingerprint
     artifact["seconds"] = round(time.monotonic() - began, 3)
     return artifact
@@ -148,16 +147,13 @@ def halves_of(moments: Floats, num_cells: int) -> list[MomentSums]:
     return [MomentSums.of(moments[first::2], num_cells) for first in (0, 1)]
 
 
-def _artifact(
-    fit: Fit, rounds: list[dict[str, float]], moments: Sequence[Floats], calibrator: Calibrator, config: RunConfig
-) -> dict[str, Any]:
+def _artifact(fit: Fit, rounds: list[dict[str, float]], calibrator: Calibrator, config: RunConfig) -> dict[str, Any]:
     settings, curves = calibrator.settings, fit.curves
     if not (np.isfinite(fit.sampler.cell_density).all() and np.isfinite(fit.efficiency.uniform_variance)):
         raise UserError("calibration: the losses are not finite; check the model's weights")
     t = (np.arange(settings.num_times) + 1.0) / settings.num_times
     optimum = fit.optimum(t)
     scale = float(fit.optimum(CENTRES).mean())
-    sums = halves_of(np.concatenate(list(moments)), settings.num_times)
     return {
         "version": ARTIFACT_VERSION,
         "settings": settings.model_dump(mode="json", exclude={"artifact"}),
@@ -179,7 +175,7 @@ def _artifact(
             "second_moment": curves.second_moment(t).tolist(),
             "optimal_density": (optimum / scale).tolist(),
         },
-        "moments": [half.sums.tolist() for half in sums],
+        "moments": [half.sums.tolist() for half in fit.halves],
         "cell_density": fit.sampler.cell_density.tolist(),
     }
 
