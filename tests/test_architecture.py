@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -83,6 +84,20 @@ def test_files_and_functions_stay_short(path: Path) -> None:
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_every_module_says_what_it_is_for(path: Path) -> None:
     assert ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
+
+
+def test_tests_that_the_readme_names_exist() -> None:
+    """As in its table of faults: `test_file.py::test_name`, further names of the same file without it."""
+    defined: dict[str, str] = {}
+    for path in (ROOT / "tests").rglob("test_*.py"):  # two folders may have files of one name
+        defined[path.name] = defined.get(path.name, "") + path.read_text(encoding="utf-8")
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    named = re.findall(r"`(?:(test_\w+\.py)::)?(test_\w+)`", text)
+    assert len(named) > 20
+    file = ""
+    for given, name in named:
+        file = given or file
+        assert f"def {name}(" in defined[file], f"{file}::{name}"
 
 
 STANDARD = {"__future__", "collections", "dataclasses", "enum", "typing"}
