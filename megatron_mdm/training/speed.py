@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -92,23 +93,22 @@ class CompareRanks:
                 "slowest_rank": int(np.argmax(busy)),
             },
         )
-        self._name_stragglers(state.step, ranks)
+        if self.context.is_main:
+            self._name_stragglers(state.step, ranks)
 
     def after_run(self, _: TrainState) -> None:
         pass
 
     def _name_stragglers(self, step: int, ranks: list[Any]) -> None:
-        layout = self.context.layout
+        stages: dict[int, list[Any]] = defaultdict(list)
         for number, rank in enumerate(ranks):
-            peers = [
-                other
-                for index, other in enumerate(ranks)
-                if index != number and layout.pipeline_rank(index) == layout.pipeline_rank(number)
-            ]
+            stages[self.context.layout.pipeline_rank(number)].append(rank)
+        for number, rank in enumerate(ranks):
+            peers = [other for other in stages[self.context.layout.pipeline_rank(number)] if other is not rank]
             median = float(np.median([peer["busy"] for peer in peers])) if peers else rank["busy"]
             is_slow = rank["busy"] > self.ratio * median
             self.slow_in_a_row[number] = self.slow_in_a_row.get(number, 0) + 1 if is_slow else 0
-            if self.slow_in_a_row[number] == _SAMPLES_IN_A_ROW and self.context.is_main:
+            if self.slow_in_a_row[number] == _SAMPLES_IN_A_ROW:
                 self._report(step, number, rank, peers, median)
 
     def _report(self, step: int, number: int, rank: Any, peers: list[Any], median: float) -> None:
