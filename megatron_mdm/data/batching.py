@@ -18,10 +18,20 @@ Lengths = NDArray[np.int64]
 def cut(lengths: Lengths, batch: BatchConfig, views: int, num_ranks: int) -> list[Positions]:
     """Positions in the global batch of each micro-batch. Micro-batch j goes to data-parallel rank j mod num_ranks.
 
-    lengths [n]: tokens of the samples. Every rank gets as many micro-batches, of like cost at the same turn; where
-    there are too few samples for that, some are empty. The result is the same on every rank.
+    lengths [n]: tokens of the samples. Every rank gets as many micro-batches, of like cost at the same turn and in sum;
+    where there are too few samples for that, some are empty. The result is the same on every rank.
     """
-    return CUTS[batch.mode](lengths, batch, views, num_ranks)
+    micro_batches = CUTS[batch.mode](lengths, batch, views, num_ranks)
+    costs = [computed_tokens(lengths, positions, batch.mode) for positions in micro_batches]
+    dealt, loads = list(micro_batches), [0] * num_ranks
+    turns = [range(start, min(start + num_ranks, len(costs))) for start in range(0, len(costs), num_ranks)]
+    # The costliest turns first, and of a turn the costliest micro-batch to the rank that has least so far.
+    for turn in sorted(turns, key=lambda turn: -max(costs[index] for index in turn)):
+        ranks = sorted(range(len(turn)), key=lambda rank: loads[rank])
+        for rank, index in zip(ranks, sorted(turn, key=lambda index: -costs[index])):
+            dealt[turn.start + rank] = micro_batches[index]
+            loads[rank] += costs[index]
+    return dealt
 
 
 def computed_tokens(lengths: Lengths, positions: Positions, mode: str) -> int:

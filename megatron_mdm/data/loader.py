@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_mdm.config.schema import BatchConfig
-from megatron_mdm.data.batching import cut
+from megatron_mdm.data.batching import computed_tokens, cut
 from megatron_mdm.data.collate import collate
 from megatron_mdm.data.sample import Sample
 from megatron_mdm.diffusion.noiser import CleanBatch
@@ -24,6 +24,7 @@ class LocalBatch(NamedTuple):
     micro_batches: list[CleanBatch]  # of this data-parallel rank; some may hold no sample
     global_batch: GlobalBatch
     num_tokens: int  # of the global batch, without padding
+    num_computed: int  # of this rank's micro-batches, padding included
 
 
 class Samples(Protocol):
@@ -86,8 +87,9 @@ class TrainLoader:
         padding = np.zeros_like(lengths) if self.eos_padding == NO_EOS_PADDING else lengths.max() - lengths
         lengths = lengths + padding
         of_all_ranks = cut(lengths, self.config, self.views, self.data_size)
+        mine = of_all_ranks[self.data_rank :: self.data_size]
         micro_batches = []
-        for positions in of_all_ranks[self.data_rank :: self.data_size]:
+        for positions in mine:
             samples = [
                 _extended(self.data.samples[row], self.eos_padding, int(extra))
                 for row, extra in zip(ids[positions], padding[positions])
@@ -97,6 +99,7 @@ class TrainLoader:
             micro_batches,
             GlobalBatch(self.global_size, int(self.num_eligible[ids].sum() + padding.sum())),
             int(lengths.sum()),
+            sum(computed_tokens(lengths, positions, self.config.mode) for positions in mine),
         )
 
     def _permutation(self, epoch: int) -> NDArray[np.int64]:

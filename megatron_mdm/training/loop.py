@@ -45,6 +45,7 @@ class StepResult:
     moments: Floats  # [n, len(Moments._fields)], for re-fitting p(t): see diffusion/moments.py
     num_tokens: int  # of the samples, one view of each
     num_views: int
+    num_computed: int  # tokens of this rank's part, padding included
     num_selected: int  # positions whose loss was taken, in all views
     sample_ids: Ints  # [n] rows of the data set
     seconds: float
@@ -114,6 +115,7 @@ class Trainer:
             moments=values[:, 4:],
             num_tokens=batch.num_tokens,
             num_views=noised[0].views,
+            num_computed=batch.num_computed,
             num_selected=int(values[:, 3].sum()),
             sample_ids=values[:, 2].astype(np.int64),
             seconds=seconds,

@@ -63,8 +63,9 @@ class Speed:
 class CompareRanks:
     """A hook: at sampled steps (`logging.profile_every`), every rank's times and memory, and who is slow.
 
-    A rank is busy while it is in no collective: those that wait for a slow one are not. Its peers, which have the same
-    work, are the ranks of the same pipeline stage.
+    A rank is busy while it is in no collective: those that wait for a slow one are not. Its peers are the ranks of the
+    same pipeline stage. They may have other numbers of tokens, and a step costs something besides: a slow rank is busy
+    for longer than they are, and also for longer per token.
     """
 
     def __init__(self, trainer: Trainer, metrics: MetricsLog, folder: Path) -> None:
@@ -78,6 +79,7 @@ class CompareRanks:
         mine = {
             "busy": result.seconds - result.communication,
             "communication": result.communication,
+            "tokens": max(1, result.num_computed),
             "memory": platform.peak_memory_bytes() / GIB,
             "phases": result.phases,
             "host": platform.host(),
@@ -106,7 +108,8 @@ class CompareRanks:
         for number, rank in enumerate(ranks):
             peers = [other for other in stages[self.context.layout.pipeline_rank(number)] if other is not rank]
             median = float(np.median([peer["busy"] for peer in peers])) if peers else rank["busy"]
-            is_slow = rank["busy"] > self.ratio * median
+            per_token = [peer["busy"] / peer["tokens"] for peer in peers] or [np.inf]
+            is_slow = rank["busy"] > self.ratio * max(median, rank["tokens"] * float(np.median(per_token)))
             self.slow_in_a_row[number] = self.slow_in_a_row.get(number, 0) + 1 if is_slow else 0
             if self.slow_in_a_row[number] == _SAMPLES_IN_A_ROW:
                 self._report(step, number, rank, peers, median)

@@ -149,3 +149,14 @@ def test_an_error_in_the_background_is_raised(data: SftDataset) -> None:
     broken.data = SftDataset([], 0, "")
     with pytest.raises(IndexError):
         PrefetchLoader(broken).batch(0)
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_ranks_have_like_work_in_sum(ranks: int) -> None:
+    """Lengths of a heavy tail in buckets: dealt out in the order of their lengths, the last rank would have most."""
+    lengths = np.sort(np.random.default_rng(0).lognormal(4.0, 0.8, 64).astype(np.int64) + 1)
+    parts = cut(lengths, BatchConfig(global_size=64, micro_size=4, mode="bucketed"), 1, ranks)
+    costs = np.array([computed_tokens(lengths, part, "bucketed") for part in parts]).reshape(-1, ranks)
+    one_way = np.sort(costs, axis=1).sum(0)
+    both_ways = costs.sum(0)
+    assert np.ptp(both_ways) < np.ptp(one_way) / 2
