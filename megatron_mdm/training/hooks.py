@@ -166,7 +166,8 @@ class Save:
     ) -> None:
         """describe: what a resumed run is checked against."""
         self.every, self.store, self.engine, self.describe = config.checkpoint.save_every, store, engine, describe
-        self.asynchronous, self.last_step = config.checkpoint.asynchronous, -1
+        self.asynchronous = config.checkpoint.asynchronous
+        self.last_step = -1  # of the last checkpoint that was begun and has not failed
         self.seconds = checkpoint_bytes(config.model) / _SLOWEST_DISK
 
     def after_step(self, state: TrainState, _: StepResult) -> None:
@@ -179,16 +180,17 @@ class Save:
                 self._finish()
 
     def after_run(self, state: TrainState) -> None:
-        is_saved = self._finish() and self.last_step == state.step
-        if not is_saved:
-            self._begin(state)
-            try:
-                self.store.finish()
-            except SaveError as error:
-                raise UserError(
-                    f"{error}: the run has trained to step {state.step}, and --resume goes on from the newest "
-                    "checkpoint there is; make room, or give the right to write, before it"
-                ) from None
+        self._finish()
+        if self.last_step == state.step:
+            return
+        self._begin(state)
+        try:
+            self.store.finish()
+        except SaveError as error:
+            raise UserError(
+                f"{error}: the run has trained to step {state.step}, and --resume goes on from the newest checkpoint "
+                "there is; make room, or give the right to write, before it"
+            ) from None
 
     def _begin(self, state: TrainState) -> None:
         enter(f"the checkpoint of step {state.step}", extra_seconds=self.seconds)
@@ -198,8 +200,8 @@ class Save:
         self.last_step = state.step
         self.store.save(state.step, self.engine, content)
 
-    def _finish(self) -> bool:
-        """Whether what was being written, if anything was, is a checkpoint now."""
+    def _finish(self) -> None:
+        """Wait for what is being written, if anything is; say so where it could not be."""
         if self.store.is_writing():
             enter(f"the checkpoint of step {self.last_step}", extra_seconds=self.seconds)
         try:
@@ -207,5 +209,4 @@ class Save:
         except SaveError as error:
             if self.store.context.is_main:
                 tqdm.write(f"error: step {self.last_step}: {error}; training goes on", file=sys.stderr)
-            return False
-        return True
+            self.last_step = -1

@@ -48,9 +48,11 @@ def test_a_file_that_the_manifest_lacks_is_damage(tmp_path: Path) -> None:
     assert search(tmp_path / "run/checkpoints")[0] == "step-00000004"
 
 
-def test_full_disk_costs_one_line_and_no_checkpoint(tmp_path: Path, small_disk: Path) -> None:
+@pytest.mark.parametrize("asynchronous", ["true", "false"])
+def test_full_disk_costs_one_line_and_no_checkpoint(asynchronous: str, tmp_path: Path, small_disk: Path) -> None:
     config = config_file(tmp_path, small_disk / "run")
-    result, other = run_program_ranks("launch/train.py", ["--config", str(config)], 2)
+    arguments = ["--config", str(config), f"checkpoint.asynchronous={asynchronous}"]
+    result, other = run_program_ranks("launch/train.py", arguments, 2)
     assert result.exit_code == other.exit_code == 1, result.stderr
     assert "error: step 4: " in result.stderr
     assert "cannot write a checkpoint (No space left on device); training goes on" in result.stderr
