@@ -50,7 +50,9 @@ def restored_engine(checkpoint: Path | None, config: RunConfig, context: Paralle
             return build_engine(config, context, from_scratch)
         initial = InitialWeights(config.model)
         return build_engine(config, context, partial(initial.load, context=context))
-    engine = build_engine(config, context, from_scratch)
+    engine = build_engine(
+        config.model_copy(update={"model": _to_be_read(config.model, checkpoint)}), context, from_scratch
+    )
     restore(engine, checkpoint, config.model, context, steps)
     return engine
 
@@ -74,12 +76,19 @@ def load_for_inference(
         raise UserError(f"{folder}: the run has no checkpoint yet")
     reader, dtype = TensorReader(checkpoint / TENSORS, config.model), config.precision.dtype
     if context.layout.pipeline > 1:
-        stages = build_stages(config.model, config.parallel, context, config.seed, config.data.max_length)
+        stages = build_stages(
+            _to_be_read(config.model, checkpoint), config.parallel, context, config.seed, config.data.max_length
+        )
         read_weights(stages, reader, config.model, context)
         return PipelinedInferenceEngine(stages, config.model, dtype, context, checkpoint.name)
-    model = build_model(config.model, config.parallel, context, config.seed)
+    model = build_model(_to_be_read(config.model, checkpoint), config.parallel, context, config.seed)
     read_weights(model, reader, config.model, context)
     return InferenceEngine(model, dtype, checkpoint.name)
+
+
+def _to_be_read(model: ModelConfig, checkpoint: Path) -> ModelConfig:
+    """A model whose parameters are all read, so that no initial weights are drawn for it."""
+    return model.model_copy(update={"init_from": str(checkpoint)})
 
 
 def read_weights(module: nn.Module, reader: TensorReader, model: ModelConfig, context: ParallelContext) -> None:

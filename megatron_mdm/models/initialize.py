@@ -7,6 +7,7 @@ import torch
 from megatron_mdm.config.schema import ModelConfig
 from megatron_mdm.diffusion.randomness import Purpose, stream
 from megatron_mdm.models.sharding import sharding_of
+from megatron_mdm.parallel.heartbeat import beat
 
 
 def initialize_weights(model: torch.nn.Module, config: ModelConfig, seed: int, tensor_rank: int, degree: int) -> None:
@@ -16,6 +17,7 @@ def initialize_weights(model: torch.nn.Module, config: ModelConfig, seed: int, t
     With `initialization: sharded` a rank draws its shard alone: fast for large models, but another layout draws others.
     """
     for name, parameter in model.named_parameters():
+        beat()
         with torch.no_grad():
             if name.endswith(("norm.weight", "layer_norm_weight")):
                 parameter.fill_(1.0)
