@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+import time
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,6 @@ from megatron_mdm.diffusion.control_variate import BinwiseControlVariate
 from megatron_mdm.diffusion.noiser import Noiser
 from megatron_mdm.diffusion.t_samplers import ClippedSampler, least_variance_interval
 from megatron_mdm.diffusion.variance import OnlineVariance
-from megatron_mdm.engine.base import Engine
 from megatron_mdm.evaluation.validation import FixedGridValidation
 from megatron_mdm.models.parameters import checkpoint_bytes
 from megatron_mdm.parallel.heartbeat import enter
@@ -161,16 +160,16 @@ class Save:
     One that cannot be written costs a line, and training goes on to the next; at the end, it is the program's error.
     """
 
-    def __init__(
-        self, config: RunConfig, store: CheckpointStore, engine: Engine, describe: Callable[[], dict[str, Any]]
-    ) -> None:
-        """describe: what a resumed run is checked against."""
-        self.every, self.store, self.engine, self.describe = config.checkpoint.save_every, store, engine, describe
-        self.asynchronous = config.checkpoint.asynchronous
+    def __init__(self, trainer: Trainer, store: CheckpointStore, metrics: MetricsLog, fingerprint: str) -> None:
+        """fingerprint: of the training data, which a resumed run's must equal."""
+        self.store, self.engine, self.metrics, self.fingerprint = store, trainer.engine, metrics, fingerprint
+        config = trainer.config
+        self.every, self.asynchronous = config.checkpoint.save_every, config.checkpoint.asynchronous
         self.last_step = -1  # of the last checkpoint that was begun and has not failed
         self.seconds = checkpoint_bytes(config.model) / _SLOWEST_DISK
 
     def after_step(self, state: TrainState, _: StepResult) -> None:
+        began = time.perf_counter()
         is_due = self.every and state.step % self.every == 0 and not state.rewinding
         if is_due or not self.store.is_writing():
             self._finish()
@@ -178,6 +177,7 @@ class Save:
             self._begin(state)
             if not self.asynchronous:
                 self._finish()
+            self.metrics.write(state.step, {"time_save": time.perf_counter() - began})
 
     def after_run(self, state: TrainState) -> None:
         self._finish()
@@ -194,7 +194,7 @@ class Save:
 
     def _begin(self, state: TrainState) -> None:
         enter(f"the checkpoint of step {state.step}", extra_seconds=self.seconds)
-        content = {**self.describe(), "train": state.to_json()}
+        content = {"data": self.fingerprint, "train": state.to_json()}
         if state.validated_step == state.step:
             content[VALIDATION_LOSS] = state.validation_loss
         self.last_step = state.step

@@ -248,7 +248,7 @@ def _hooks(
         if config.diffusion.sampler == "clipped" and config.diffusion.clipping.bounds == "adaptive":
             hooks.append(AdaptiveClipping(config, validation, trainer.noiser, state, metrics))
     hooks.append(signals)
-    hooks.append(Save(config, store, trainer.engine, lambda: {"data": data.train.fingerprint}))
+    hooks.append(Save(trainer, store, metrics, data.train.fingerprint))
     return hooks
 
 

@@ -27,10 +27,11 @@ VARIANTS = {
 
 
 def losses(folder: Path) -> list[dict[str, Any]]:
-    """The records of a run less what depends on the clock."""
+    """The records of a run less what depends on the clock, and those that hold nothing else."""
     lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     records = [json.loads(line) for line in lines]
-    return [{key: value for key, value in record.items() if not is_measured(key)} for record in records]
+    records = [{key: value for key, value in record.items() if not is_measured(key)} for record in records]
+    return [record for record in records if record.keys() != {"step"}]
 
 
 def write_config(folder: Path, parallel: dict[str, Any], dtype: str) -> Path:
