@@ -16,8 +16,8 @@ from tests.small import small_config, write_ids
 
 HOST = socket.gethostname()
 CRASHED = 70
-HANG_SECONDS = 3.0
-SECONDS = 30.0  # from the start to the end of the job, at most, on a busy machine
+HANG_SECONDS = 5.0
+SECONDS = 45.0  # from the start to the end of the job, at most, on a busy machine
 
 # Runs launch/train.py with a fault in step 4, on some of the ranks.
 FAULTY = """
@@ -50,7 +50,7 @@ def step_with_mismatch(self, number):
     return step(self, number)
 
 def slow_prepare(self, packet):
-    time.sleep(0.3)
+    time.sleep(0.6)
     return prepare(self, packet)
 
 if fault == "loader":
@@ -113,7 +113,7 @@ Hung = dict[str, tuple[list[ProgramResult], Path]]
 def test_place_of_a_hang_is_named(hung: Hung) -> None:
     results, folder = hung["loader"]
     line = message(results)
-    assert line.startswith(f"error: no progress for 3 s at step 4: rank 1 (host {HOST}) is in megatron_mdm/data/loader")
+    assert line.startswith(f"error: no progress for 5 s at step 4: rank 1 (host {HOST}) is in megatron_mdm/data/loader")
     assert line.endswith(f"; rank 0 waits for it in all_reduce; stacks: {folder / 'hangs'}")
     # The thread that reads ahead is what hangs; it is in the file.
     assert "slow_batch" in (folder / "hangs/rank-001.txt").read_text(encoding="utf-8")
@@ -133,14 +133,14 @@ def test_ranks_in_different_collectives_are_named(hung: Hung) -> None:
 
 def test_stopped_rank_does_not_answer(hung: Hung) -> None:
     line = message(hung["stopped1"][0])
-    assert "no progress for 3 s at step 4: " in line
+    assert "no progress for 5 s at step 4: " in line
     assert f"rank 1 (host {HOST}) does not answer; rank 0 waits for it in all_reduce; stacks: " in line
 
 
 def test_without_the_store_a_rank_speaks_for_itself(hung: Hung) -> None:
     """Without a launcher's agent, the job's store is rank 0's, and stops with it."""
     line = message(hung["stopped0"][0])
-    assert line.startswith("error: rank 1: no progress for 3 s at step 4: it waits in ")
+    assert line.startswith("error: rank 1: no progress for 5 s at step 4: it waits in ")
     assert line.endswith(" does not answer")
 
 
@@ -149,7 +149,7 @@ def test_slow_run_goes_on(tmp_path: Path) -> None:
     ranks = start(
         tmp_path,
         "slow",
-        faults={"hang_minutes": 2.0 / 60},
+        faults={"hang_minutes": 4.0 / 60},
         data={"validation_fraction": 0.4},
         diffusion={"sampler": "ppots", "calibration": {"initial_forwards": 32, "target_efficiency": 0.0}},
         batch={"global_size": 28},
@@ -159,7 +159,7 @@ def test_slow_run_goes_on(tmp_path: Path) -> None:
     results = ranks.wait()
     assert [result.exit_code for result in results] == [0, 0], results[0].stderr
     calibration = json.loads((tmp_path / "run/calibration.json").read_text(encoding="utf-8"))
-    assert calibration["seconds"] > 2.0
+    assert calibration["seconds"] > 4.0
     assert not (tmp_path / "run/hangs").exists()
 
 
