@@ -20,7 +20,7 @@ from megatron_mdm.checkpoint.load import restored_engine  # noqa: E402
 from megatron_mdm.checkpoint.store import CheckpointStore  # noqa: E402
 from megatron_mdm.config.schema import RunConfig  # noqa: E402
 from megatron_mdm.engine.base import Engine  # noqa: E402
-from megatron_mdm.models.parameters import parameter_shapes  # noqa: E402
+from megatron_mdm.models.parameters import num_parameters  # noqa: E402
 from megatron_mdm.models.stages import Packet  # noqa: E402
 from megatron_mdm.parallel.collectives import barrier, gather_objects  # noqa: E402
 from megatron_mdm.parallel.groups import ParallelContext, initialize, world_size_from_environment  # noqa: E402
@@ -102,7 +102,7 @@ def measure(folder: Path, arguments: argparse.Namespace, context: ParallelContex
     medians = {key: float(np.median([one[key] for one in slowest])) for key in slowest[0]}
     size = sum(path.stat().st_size for path in next(folder.glob("step-*")).rglob("*.safetensors"))
     result = {
-        "parameters": sum(int(np.prod(shape)) for shape in parameter_shapes(config.model).values()),
+        "parameters": num_parameters(config.model),
         "ranks": context.layout.world_size,
         "zero": arguments.zero,
         "bytes": size,

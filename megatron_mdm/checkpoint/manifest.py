@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from megatron_mdm.config.files import sha256, write_atomically
+from megatron_mdm.config.files import sha256, sync, write_atomically
 from megatron_mdm.parallel.heartbeat import beat
 
 MANIFEST, TENSORS = "manifest.json", "tensors"
@@ -24,11 +24,7 @@ def write_manifest(folder: Path, entries: Mapping[str, dict[str, Any]]) -> None:
 
 def entry_of(path: Path) -> dict[str, Any]:
     """A file's entry. The file is on the disk, not only in its cache, when this returns."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync(path)
     return {"bytes": path.stat().st_size, "sha256": _digest(path)}
 
 

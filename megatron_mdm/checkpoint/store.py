@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from megatron_mdm.checkpoint.manifest import TENSORS, entry_of, find_fault, write_manifest
 from megatron_mdm.checkpoint.tensors import Snapshot
 from megatron_mdm.config.errors import UserError
-from megatron_mdm.config.files import sync_folder, write_json
+from megatron_mdm.config.files import sync, write_json
 from megatron_mdm.config.schema import CheckpointConfig
 from megatron_mdm.parallel.collectives import background_group, gather_objects
 from megatron_mdm.parallel.groups import ParallelContext
@@ -86,11 +86,11 @@ class CheckpointStore:
         files = {f"{TENSORS}/{name}": entry for name, entry in entries}
         write_manifest(temporary, {**files, STATE: entry_of(temporary / STATE)})
         for folder in (temporary / TENSORS, temporary):
-            sync_folder(folder)
+            sync(folder)
         if final.exists():
             shutil.rmtree(final)
         temporary.rename(final)
-        sync_folder(self.folder)
+        sync(self.folder)
         unfinished = self.folder.glob(".step-*.tmp")  # of jobs that were killed while they saved
         for old in (*superfluous(self.folder, final, self.settings), *unfinished):
             shutil.rmtree(old, ignore_errors=True)  # what stays behind is removed after the next save

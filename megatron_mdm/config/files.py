@@ -18,9 +18,9 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     temporary.replace(path)
 
 
-def sync_folder(folder: Path) -> None:
-    """Wait until the names in a folder are on the disk, too."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk, not only in its cache."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

@@ -61,9 +61,8 @@ class TrainLoader:
         eos_padding: int = NO_EOS_PADDING,
         first: int = 0,
     ) -> None:
-        """first: the batch, in the order of the data, that step 0 takes.
-
-        eos_padding: a token that is learnt from each sample's end to the end of the global batch's longest."""
+        """eos_padding: a token that is learnt from each sample's end to the end of the global batch's longest.
+        first: the batch, in the order of the data, that step 0 takes."""
         self.data, self.pad_id, self.seed, self.eos_padding = data, pad_id, seed, eos_padding
         self.config, self.views, self.global_size = batch, views, batch.global_size
         self.data_rank, self.data_size = data_rank, data_size

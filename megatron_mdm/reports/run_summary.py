@@ -19,7 +19,7 @@ from megatron_mdm.config.errors import UserError
 from megatron_mdm.config.load import load_config
 from megatron_mdm.config.schema import RunConfig
 from megatron_mdm.engine.clock import PHASES
-from megatron_mdm.models.parameters import parameter_shapes
+from megatron_mdm.models.parameters import num_parameters
 from megatron_mdm.reports.runs import method_name
 
 Record = dict[str, Any]
@@ -183,7 +183,7 @@ def _num_parameters(config: RunConfig) -> int | None:
     """Without the padding of the vocabulary."""
     if not isinstance(config.model.vocab_size, int):
         return None
-    return sum(math.prod(shape) for shape in parameter_shapes(config.model).values())
+    return num_parameters(config.model)
 
 
 def _best_validation(run: RunFolder, curve: Record) -> Record | None:

@@ -171,7 +171,7 @@ class Save:
     def after_step(self, state: TrainState, _: StepResult) -> None:
         began = time.perf_counter()
         is_due = self.every and state.step % self.every == 0 and not state.rewinding
-        if is_due or not self.store.is_writing():
+        if is_due or state.rewinding or not self.store.is_writing():
             self._finish()
         if is_due:
             self._begin(state)

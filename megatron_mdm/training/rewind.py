@@ -8,7 +8,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from megatron_mdm.checkpoint.load import restore
-from megatron_mdm.checkpoint.store import CheckpointStore, SaveError, read_state
+from megatron_mdm.checkpoint.store import CheckpointStore, read_state
 from megatron_mdm.parallel.heartbeat import enter
 from megatron_mdm.training.faults import append_fault
 from megatron_mdm.training.loop import Trainer
@@ -20,15 +20,11 @@ def rewind(state: TrainState, trainer: Trainer, store: CheckpointStore, metrics:
     """The state to go on with; the engine has the checkpoint's weights and moments. Collective.
 
     The batches trained on since the checkpoint, the spike's the last of them, are left out for good. Where there is no
-    checkpoint yet, the run goes on as it is. A stop that was asked for still holds.
+    checkpoint yet, the run goes on as it is. A stop that was asked for still holds. No save is under way: the hook Save
+    has waited for it.
     """
     enter("the way back to the newest checkpoint")
     state.rewinding = False
-    try:
-        store.finish()
-    except SaveError as error:
-        if store.context.is_main:
-            tqdm.write(f"error: {error}", file=sys.stderr)
     checkpoint = store.newest_intact()
     if checkpoint is None:
         _say(store, f"step {state.step}: no checkpoint yet to go back to; training goes on")
