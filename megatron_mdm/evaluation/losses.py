@@ -110,9 +110,10 @@ def measure(
     As many at a time as fill a pipeline. Ranks without work repeat the last micro-batch, to keep step.
     """
     ranks, together = context.layout.data, 2 * context.layout.pipeline
-    turns = range(0, -(-len(parts) // ranks), together)
-    for first in progress_bar(turns, desc=progress, unit="batch", enabled=context.is_main and bool(progress)):
-        mine = [(first + turn) * ranks + context.data_rank for turn in range(together)]
+    num_turns = -(-len(parts) // ranks)
+    starts = range(0, num_turns, together)
+    for first in progress_bar(starts, desc=progress, unit="batch", enabled=context.is_main and bool(progress)):
+        mine = [turn * ranks + context.data_rank for turn in range(first, min(first + together, num_turns))]
         batches = [scored(parts[min(index, len(parts) - 1)]) for index in mine]
         statistics = engine.evaluate([loss_packet(*batch) for batch in batches], row_gradients)
         for index, batch, rows in zip(mine, batches, statistics):
