@@ -10,7 +10,7 @@ from torch import Tensor
 from megatron_mdm.config.errors import UserError
 from megatron_mdm.diffusion.randomness import Purpose, stream
 from megatron_mdm.engine.packets import logits_packet
-from megatron_mdm.generation.remask import gumbel_argmax
+from megatron_mdm.generation.candidates import draw
 from megatron_mdm.generation.settings import GenerationConfig, LogitsEngine, Response, SpecialIds
 from megatron_mdm.models.cache import KeyValueCache, Window
 
@@ -44,8 +44,9 @@ def decode_greedily(
     for step in range(config.gen_length):
         window = Window(cache, positions, lengths + step)
         logits = engine.logits(logits_packet(tokens, lengths, last), window).float()
-        logits[:, special.mask] = float("-inf")  # a mask is no answer
-        chosen = gumbel_argmax(logits, config.temperature, _uniforms(prompt_ids, step, logits.shape[1], config)).cpu()
+        uniforms = _uniforms(prompt_ids, step, logits.shape[1], config)
+        found = draw(logits, config.temperature, config.top_p, config.top_k, special.mask, uniforms)
+        chosen = found.tokens.cpu()
         responses[:, step] = torch.where(running, chosen, special.eos)
         if watch:
             watch(responses)

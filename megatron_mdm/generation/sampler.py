@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from megatron_mdm.diffusion.randomness import Purpose, stream
 from megatron_mdm.engine.packets import logits_packet
-from megatron_mdm.generation.remask import COMMIT_SCHEDULES, REMASKING, gumbel_argmax
+from megatron_mdm.generation.candidates import draw, gumbel_noise
+from megatron_mdm.generation.remask import COMMIT_SCHEDULES, REMASKING, Ranking, confident_enough
 from megatron_mdm.generation.settings import GenerationConfig, LogitsEngine, Response, SpecialIds
 from megatron_mdm.models.cache import KeyValueCache, Window
 
@@ -26,30 +28,34 @@ def denoise(
 ) -> list[Response]:
     """One batch: responses of gen_length ids. Randomness is a function of (seed, prompt id, block, step)."""
     canvas = _Canvas(prompts, config, special)
-    steps_per_block = config.steps // config.num_blocks
-    counts = COMMIT_SCHEDULES[config.schedule](config.block_length, steps_per_block)
-    most = config.block_length if config.threshold else steps_per_block
+    amounts, select = _plan(config)
     for block in range(config.num_blocks):
         places = canvas.block(block)
-        for step in range(most):
+        for step, amount in enumerate(amounts):
             masked = canvas.tokens.gather(1, places) == special.mask  # [R, block]
             if not masked.any():
                 break
-            if not config.threshold and not counts[step]:
+            if not amount:
                 continue
             logits = _guided_logits(engine, canvas, block, places, masked)
-            counter = block * max(steps_per_block, config.block_length) + step
-            candidates, confidence = _candidates(logits, masked, prompt_ids, counter, config, special)
-            chosen = _most_confident(confidence, masked, counts[step] if not config.threshold else 1)
-            if config.threshold:
-                chosen |= confidence >= config.threshold
-            canvas.commit(places, chosen, candidates)
+            counter = block * max(config.steps_per_block, config.block_length) + step
+            candidates, ranking = _ranked(logits, masked, prompt_ids, counter, config, special)
+            canvas.commit(places, select(ranking, amount), candidates)
             canvas.steps += masked.any(1)
             if watch:
                 watch(canvas.responses())
         if config.stop_at_eos and canvas.close_rows_with_eos(places):
             break
     return [Response(tokens, int(steps)) for tokens, steps in zip(canvas.responses().tolist(), canvas.steps)]
+
+
+def _plan(config: GenerationConfig) -> tuple[list[float], Callable[[Ranking, float], Tensor]]:
+    """How much each step of a block commits, and what chooses it."""
+    if config.threshold:
+        return [1] * config.block_length, partial(confident_enough, threshold=config.threshold)
+    rule = REMASKING[config.remasking]
+    steps = COMMIT_SCHEDULES[config.schedule](config.block_length, config.steps_per_block, config.eps)
+    return [rule.amount(step) for step in steps], rule.select
 
 
 class _Canvas:
@@ -120,43 +126,43 @@ def _guided_logits(engine: LogitsEngine, canvas: _Canvas, block: int, places: Te
     if canvas.copies == 2:
         conditional, unconditional = logits.chunk(2)
         logits = unconditional + (canvas.config.cfg_scale + 1.0) * (conditional - unconditional)
-    logits[:, canvas.special.mask] = float("-inf")  # a mask is no answer
     if canvas.config.eos == "forbidden" and canvas.special.eos >= 0:
         logits[:, canvas.special.eos] = float("-inf")
     return logits
 
 
-def _candidates(
+def _ranked(
     logits: Tensor,
     masked: Tensor,
     prompt_ids: Sequence[int],
     counter: int,
     config: GenerationConfig,
     special: SpecialIds,
-) -> tuple[Tensor, Tensor]:
-    """(candidates, confidence) [R, block]; confidence is −inf where nothing is masked. logits [N, V]."""
+) -> tuple[Tensor, Ranking]:
+    """(candidates [R, block], their ranking). logits [N, V] of the masked positions."""
     orders, gumbels = _uniforms(prompt_ids, counter, masked, logits.shape[1], config)
-    chosen = gumbel_argmax(logits, config.temperature, gumbels)
-    confident = REMASKING[config.remasking](logits, chosen, orders).cpu()
-    chosen = chosen.cpu()
-    if config.eos == "last":
-        confident = confident - 2.0 * (chosen == special.eos)  # below every other, in the same order
-    candidates = torch.zeros(masked.shape, dtype=torch.int64).masked_scatter_(masked, chosen)
-    confidence = torch.full(masked.shape, float("-inf")).masked_scatter_(masked, confident)
-    return candidates, confidence
+    found = draw(logits, config.temperature, config.top_p, config.top_k, special.mask, gumbels)
+    ends = torch.zeros(len(logits), dtype=torch.bool)
+    if config.eos == "last" and special.eos >= 0:
+        ends = (found.tokens == special.eos).cpu()
+        found = found.without(special.eos)
+    scores = REMASKING[config.remasking].confidence(found, orders).double().cpu()
+    if config.alg_temp:
+        scores = scores / config.alg_temp + gumbel_noise(orders)
+    ranking = Ranking(_placed(scores, masked, float("-inf")), masked, _placed(ends, masked, False))
+    return _placed(found.tokens.cpu(), masked, 0), ranking
 
 
-def _most_confident(confidence: Tensor, masked: Tensor, count: int) -> Tensor:
-    """[R, block] bool: the count most confident positions of each row, as far as it has masked ones."""
-    best = confidence.topk(count, dim=1).indices
-    return torch.zeros_like(masked).scatter_(1, best, True) & masked
+def _placed(values: Tensor, masked: Tensor, elsewhere: float) -> Tensor:
+    """values [N] of the masked positions → [R, block]."""
+    return torch.full(masked.shape, elsewhere, dtype=values.dtype).masked_scatter_(masked, values)
 
 
 def _uniforms(
     prompt_ids: Sequence[int], counter: int, masked: Tensor, vocab_size: int, config: GenerationConfig
 ) -> tuple[Tensor, Tensor]:
     """(order [N], Gumbel [N, V]) uniforms of the masked positions; what the settings do not use is left empty."""
-    if config.temperature == 0.0 and config.remasking != "random":
+    if config.temperature == 0.0 and config.alg_temp == 0.0 and not REMASKING[config.remasking].is_chance:
         return torch.empty(0), torch.empty(0)
     orders, gumbels = [], []
     for row, prompt in enumerate(prompt_ids):

@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from megatron_mdm.config.schema import Section
-from megatron_mdm.generation.remask import COMMIT_SCHEDULES, REMASKING
+from megatron_mdm.generation.remask import COMMIT_SCHEDULES, REMASKING, by_chance
 from megatron_mdm.models.cache import Window
 from megatron_mdm.models.stages import Packet
 
@@ -20,14 +20,22 @@ class LogitsEngine(Protocol):
 
 
 class GenerationConfig(Section):
-    """Autoregressive models use gen_length, temperature, batch_size and seed only."""
+    """Autoregressive models use gen_length, temperature, top_p, top_k, batch_size and seed only."""
 
     gen_length: int = Field(default=128, gt=0)  # response tokens
     block_length: int = Field(default=32, gt=0)  # blocks are finished left to right
     steps: int = Field(default=128, gt=0)  # denoising steps in all, shared evenly by the blocks
-    schedule: str = "linear"  # how many tokens each step of a block commits: linear (LLaDA) or cosine (MMaDA)
+    # How many tokens each step of a block commits: linear (LLaDA), cosine (MaskGIT), epsilon (Dream)
+    schedule: str = "linear"
+    eps: float = Field(default=1e-3, gt=0.0, lt=1.0)  # of schedule epsilon: the last step's time
     temperature: float = Field(default=0.0, ge=0.0)
+    top_p: float = Field(default=1.0, gt=0.0, le=1.0)  # draw from the fewest tokens that hold this probability; 1: all
+    top_k: int = Field(default=0, ge=0)  # draw from so many most likely tokens; 0: all
+    # Which positions are committed. LLaDA: low_confidence, random; Dream: maskgit_plus, topk_margin, entropy, origin
     remasking: str = "low_confidence"
+    alg_temp: float = Field(
+        default=0.0, ge=0.0
+    )  # Dream: positions drawn by softmax(confidence / alg_temp); 0: the best
     # Parallel decoding: every step commits all candidates at least this confident, and at least one. 0: by schedule.
     threshold: float = Field(default=0.0, ge=0.0, le=1.0)
     cfg_scale: float = Field(default=0.0, ge=0.0)  # classifier-free guidance s: l_u + (s + 1)(l_c - l_u)
@@ -49,13 +57,24 @@ class GenerationConfig(Section):
         for name, table in (("remasking", REMASKING), ("schedule", COMMIT_SCHEDULES)):
             if getattr(self, name) not in table:
                 raise ValueError(f"{name} must be one of {', '.join(table)}")
-        if self.threshold and self.remasking != "low_confidence":
-            raise ValueError("threshold compares confidences; it needs remasking low_confidence")
+        rule = REMASKING[self.remasking]
+        if self.threshold and not rule.is_probability:
+            known = " or ".join(name for name, other in REMASKING.items() if other.is_probability)
+            raise ValueError(f"threshold compares probabilities; it needs remasking {known}")
+        if self.alg_temp and (rule.is_chance or self.threshold):
+            what = "threshold takes the most confident" if self.threshold else f"remasking {self.remasking} has none"
+            raise ValueError(f"alg_temp draws positions by their confidence; {what}")
+        if self.eos == "last" and rule.select is by_chance:
+            raise ValueError(f"eos last needs an order of positions; remasking {self.remasking} has none")
         return self
 
     @property
     def num_blocks(self) -> int:
         return self.gen_length // self.block_length
+
+    @property
+    def steps_per_block(self) -> int:
+        return self.steps // self.num_blocks
 
 
 class SpecialIds(NamedTuple):

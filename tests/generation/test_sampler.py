@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from megatron_mdm.config.schema import ParallelConfig
-from megatron_mdm.generation.remask import COMMIT_SCHEDULES, REMASKING, cosine, gumbel_argmax, linear
+from megatron_mdm.generation.candidates import draw, truncated
+from megatron_mdm.generation.remask import COMMIT_SCHEDULES, REMASKING, Step, cosine, epsilon, linear
 from megatron_mdm.generation.sampler import denoise
 from megatron_mdm.generation.settings import GenerationConfig, SpecialIds
 from megatron_mdm.models.cache import Window
@@ -50,7 +51,7 @@ def test_blocks_are_finished_left_to_right_and_the_most_confident_first() -> Non
 
 @pytest.mark.parametrize(("masked", "steps"), [(32, 32), (8, 3), (4, 8), (7, 7)])
 def test_tokens_per_step(masked: int, steps: int) -> None:
-    counts = linear(masked, steps)
+    counts = [step.count for step in linear(masked, steps, 0.0)]
     assert sum(counts) == masked
     assert len(counts) == steps
     assert sorted(counts, reverse=True) == counts
@@ -58,24 +59,64 @@ def test_tokens_per_step(masked: int, steps: int) -> None:
 
 
 def test_gumbel_rule_samples_the_softmax() -> None:
-    logits = torch.tensor([0.0, 1.0, 2.0])
-    uniforms = torch.from_numpy(np.random.default_rng(0).random((40_000, 3)))
-    shares = gumbel_argmax(logits.expand(40_000, 3), 1.0, uniforms).bincount(minlength=3) / 40_000
-    torch.testing.assert_close(shares, logits.softmax(0), atol=0.01, rtol=0.0)
-    assert gumbel_argmax(logits, 0.0, torch.empty(0)) == 2
+    logits = torch.tensor([0.0, 1.0, 2.0, 9.0])  # the last is the mask's
+    uniforms = torch.from_numpy(np.random.default_rng(0).random((40_000, 4)))
+    tokens = draw(logits.expand(40_000, 4), 0.5, 1.0, 0, 3, uniforms).tokens
+    torch.testing.assert_close(tokens.bincount(minlength=3) / 40_000, (2 * logits[:3]).softmax(0), atol=0.01, rtol=0.0)
+    assert draw(logits[None], 0.0, 1.0, 0, 3, torch.empty(0)).tokens == 2
+
+
+def test_nucleus_and_the_most_likely_tokens() -> None:
+    """The fewest tokens that hold more than top_p: .5, then .5 + .3; ties of top_k are all kept."""
+    logits = torch.tensor([[0.15, 0.5, 0.05, 0.3]]).log()
+    for top_p, top_k, kept in (
+        (0.45, 0, [1]),
+        (0.6, 0, [1, 3]),
+        (0.81, 0, [0, 1, 3]),
+        (1.0, 2, [1, 3]),
+        (0.6, 3, [1, 3]),
+        (0.9, 1, [1]),
+        (1.0, 9, [0, 1, 2, 3]),
+    ):
+        assert truncated(logits, top_p, top_k)[0].isfinite().nonzero()[:, 0].tolist() == kept
+        assert torch.equal(truncated(logits, top_p, top_k)[0, kept], logits[0, kept])
+    assert truncated(torch.zeros(1, 3), 1.0, 2).isfinite().all()
+
+
+def test_where_only_the_mask_is_kept_the_next_best_is_the_candidate() -> None:
+    logits = torch.tensor([[1.0, 2.0, 9.0], [3.0, 2.0, 1.0]])
+    for temperature, uniforms in ((0.0, torch.empty(0)), (0.5, torch.full((2, 3), 0.5))):
+        found = draw(logits, temperature, 1.0, 1, 2, uniforms)
+        assert found.tokens.tolist() == [1, 0]
+        scores = REMASKING["maskgit_plus"].confidence(found, torch.empty(0))
+        assert scores.tolist() == [0.0, 1.0]  # of no probability, so the last to be committed
 
 
 @pytest.mark.parametrize("name", COMMIT_SCHEDULES)
 @pytest.mark.parametrize(("masked", "steps"), [(32, 32), (8, 3), (4, 8), (1, 1)])
 def test_every_schedule_commits_all(name: str, masked: int, steps: int) -> None:
-    counts = COMMIT_SCHEDULES[name](masked, steps)
-    assert (sum(counts), len(counts)) == (masked, steps)
-    assert min(counts) >= (1 if steps <= masked else 0)
+    plan = COMMIT_SCHEDULES[name](masked, steps, 1e-3)
+    assert (sum(step.count for step in plan), len(plan)) == (masked, steps)
+    left = masked
+    for step in plan:
+        if name == "epsilon":
+            assert step.count <= step.share * left + 1e-6  # cut off
+        else:
+            assert step == Step(step.count, step.count / left if left else 0.0)
+            assert step.count >= 1 or steps > masked
+        left -= step.count
 
 
 def test_cosine_schedule() -> None:
     """⌊16 · cos(π/8 · s)⌋ = 14, 11, 6, 0 stay masked."""
-    assert cosine(16, 4) == [2, 3, 5, 6]
+    assert [step.count for step in cosine(16, 4, 0.0)] == [2, 3, 5, 6]
+
+
+def test_dreams_schedule() -> None:
+    """t = 1, .7525, .505, .2575, .01: the shares .2475, .329, .490 of 8, 7 and 5, then what is left."""
+    plan = epsilon(8, 4, 0.01)
+    assert [step.count for step in plan] == [1, 2, 2, 3]
+    assert [step.share for step in plan] == pytest.approx([0.2475, 1 - 505 / 752.5, 1 - 257.5 / 505, 1.0])
 
 
 def generated(configs: list[GenerationConfig], tensor: int = 1, pipeline: int = 1) -> list[list[list[int]]]:
@@ -107,12 +148,16 @@ SETTINGS: list[dict[str, Any]] = [
     {"threshold": 0.2, "stop_at_eos": True},
     {"cache": "prefix"},
     {"cache": "dual", "cfg_scale": 0.5, "threshold": 0.2, "temperature": 0.5},
+    {"remasking": "entropy", "schedule": "epsilon", "cfg_scale": 1.0, "top_p": 0.7, "alg_temp": 0.2},
+    {"remasking": "topk_margin", "schedule": "cosine", "steps": 4, "temperature": 0.8, "top_k": 5, "eos": "last"},
+    {"remasking": "origin", "schedule": "epsilon", "temperature": 1.0, "top_p": 0.9, "cache": "prefix"},
+    {"remasking": "maskgit_plus", "threshold": 0.2, "temperature": 0.3, "stop_at_eos": True},
 ]
 
 
 def settings(batch_size: int) -> list[GenerationConfig]:
     common = {"gen_length": 8, "block_length": 4, "steps": 8, "batch_size": batch_size}
-    return [GenerationConfig(**common, **changes) for changes in SETTINGS]
+    return [GenerationConfig(**{**common, **changes}) for changes in SETTINGS]
 
 
 @pytest.fixture(scope="module")
@@ -140,6 +185,19 @@ def test_cache_of_an_empty_prompt() -> None:
     assert [response.tokens for response in responses] == [list(range(2, 10)), list(range(4, 12))]
 
 
-def test_every_remasking_rule_is_known() -> None:
-    for name in REMASKING:
-        GenerationConfig(gen_length=4, block_length=4, steps=4, remasking=name)
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"remasking": "confidence"}, "remasking must be one of low_confidence, random, maskgit_plus"),
+        ({"schedule": "even"}, "schedule must be one of linear, cosine, epsilon"),
+        ({"remasking": "entropy", "threshold": 0.9}, "needs remasking low_confidence or maskgit_plus"),
+        ({"remasking": "random", "alg_temp": 0.1}, "remasking random has none"),
+        ({"threshold": 0.9, "alg_temp": 0.1}, "threshold takes the most confident"),
+        ({"remasking": "origin", "eos": "last"}, "remasking origin has none"),
+        ({"block_length": 3}, "gen_length 4 must be a multiple of block_length 3"),
+        ({"block_length": 2, "steps": 3}, "steps 3 must be a multiple of the 2 blocks"),
+    ],
+)
+def test_settings_that_contradict_each_other(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        GenerationConfig(**{"gen_length": 4, "block_length": 4, "steps": 4, **changes})
