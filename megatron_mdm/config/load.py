@@ -7,13 +7,15 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
 from pydantic import BaseModel, ValidationError
 
+from megatron_mdm.config import field_types
 from megatron_mdm.config.errors import UserError
 from megatron_mdm.config.schema import RunConfig
+from megatron_mdm.config.yaml_core import Key, dump_yaml, read_override, read_yaml
 
 Tree = dict[str, Any]
+Origins = dict[Key, str]  # where each leaf was set, the last one last
 Model = TypeVar("Model", bound=BaseModel)
 
 
@@ -21,57 +23,77 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Read a configuration file and apply overrides such as `optimizer.lr=1e-5`.
 
     A file may begin with `defaults: [other.yaml, …]` (paths relative to itself); later files and the file's own
-    keys win, section by section. Raises UserError naming the file and the key.
+    keys win, section by section. Raises UserError naming the file, the line and the key.
     """
-    origins: dict[str, str] = {}
-    tree = _read(Path(path), origins, ())
-    _override(tree, overrides, origins)
-    return _validated(RunConfig, tree, origins, str(path))
+    origins: Origins = {}
+    tree = _compose(Path(path), origins, ())
+    _override(tree, overrides, RunConfig, origins)
+    return validated(RunConfig, tree, origins, str(path))
 
 
 def load_section(model: type[Model], overrides: Sequence[str]) -> Model:
     """A section that no file holds, from its defaults and `key=value` arguments."""
-    origins: dict[str, str] = {}
+    origins: Origins = {}
     tree: Tree = {}
-    _override(tree, overrides, origins)
-    return _validated(model, tree, origins, "arguments")
+    _override(tree, overrides, model, origins)
+    return validated(model, tree, origins, "arguments")
+
+
+def read_mapping(path: Path, model: type[BaseModel]) -> tuple[Tree, Origins]:
+    """A YAML file's keys and values, which a section's schema is to fit, not validated. Raises UserError."""
+    try:
+        tree, lines = read_yaml(path.read_text(encoding="utf-8"), str(path), model)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such configuration file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read ({' '.join(str(error).split())})") from None
+    if not isinstance(tree, dict):
+        found = "nothing" if tree is None else type(tree).__name__
+        raise UserError(f"{path}: expected a mapping of sections, found {found}")
+    return tree, {key: f"{path}, line {lines[key]}" for key, _ in _leaves(tree)}
+
+
+def validated(model: type[Model], tree: Tree, origins: Origins, where: str) -> Model:
+    """The section that a tree describes. Raises UserError with the origin of the first wrong value; else, where."""
+    try:
+        return model.model_validate(tree)
+    except ValidationError as error:
+        raise UserError(_describe(error, model, tree, origins, where)) from None
 
 
 def dump_config(config: RunConfig) -> str:
     """The configuration as YAML that load_config reads back to an equal value."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+    return dump_yaml(config.model_dump(mode="json"))
 
 
-def flatten(tree: Tree, prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flatten(tree: Tree) -> Iterator[tuple[str, Any]]:
     """The leaves of nested mappings as ("section.key", value)."""
-    for key, value in tree.items():
-        if isinstance(value, dict) and value:
-            yield from flatten(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
+    for key, value in _leaves(tree):
+        yield ".".join(key), value
 
 
-def _read(path: Path, origins: dict[str, str], including: tuple[Path, ...]) -> Tree:
+def _leaves(value: Any, at: Key = ()) -> Iterator[tuple[Key, Any]]:
+    """What is no mapping, and mappings without keys, save the whole."""
+    if not isinstance(value, dict) or (at and not value):
+        yield at, value
+        return
+    for key, part in value.items():
+        yield from _leaves(part, (*at, key))
+
+
+def _compose(path: Path, origins: Origins, including: tuple[Path, ...]) -> Tree:
     if path.resolve() in including:
         raise UserError(f"{path}: includes itself through 'defaults'")
-    try:
-        own = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such configuration file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read ({_one_line(error)})") from None
-    except yaml.YAMLError as error:
-        raise UserError(f"{path}: not valid YAML ({_one_line(error)})") from None
-    if not isinstance(own, dict):
-        raise UserError(f"{path}: expected a mapping of sections, found {type(own).__name__}")
+    own, places = read_mapping(path, RunConfig)
     defaults = own.pop("defaults", [])
     if not isinstance(defaults, list) or not all(isinstance(name, str) for name in defaults):
         raise UserError(f"{path}: 'defaults' must be a list of file names")
     tree: Tree = {}
     for name in defaults:
-        _merge(tree, _read(path.parent / name, origins, (*including, path.resolve())))
+        _merge(tree, _compose(path.parent / name, origins, (*including, path.resolve())))
     _merge(tree, own)
-    origins.update({key: str(path) for key, _ in flatten(own)})
+    for key, _ in _leaves(own):
+        _place(origins, key, places[key])
     return tree
 
 
@@ -83,65 +105,88 @@ def _merge(into: Tree, other: Tree) -> None:
             into[key] = value
 
 
-def _override(tree: Tree, overrides: Sequence[str], origins: dict[str, str]) -> None:
+def _override(tree: Tree, overrides: Sequence[str], model: type[BaseModel], origins: Origins) -> None:
     for override in overrides:
-        key, separator, text = override.partition("=")
-        if not separator or not key:
-            raise UserError(f"override '{override}': write it as section.key=value")
-        try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise UserError(f"override '{override}': the value is not YAML ({_one_line(error)})") from None
-        _set(tree, key.split("."), value, override)
-        origins[key] = f"override '{override}'"
+        dotted, separator, text = override.partition("=")
+        name = f"override '{override}'"
+        if not separator or not dotted:
+            raise UserError(f"{name}: write it as section.key=value")
+        key = tuple(dotted.split("."))
+        annotation: Any = model
+        for part in key:
+            annotation = field_types.of_key(annotation, part)
+        value = read_override(text, name, annotation)
+        _set(tree, key, value, name)
+        for leaf, _ in _leaves(value, key):
+            _place(origins, leaf, name)
 
 
-def _validated(model: type[Model], tree: Tree, origins: dict[str, str], where: str) -> Model:
-    try:
-        return model.model_validate(tree)
-    except ValidationError as error:
-        raise UserError(_describe(error, model, origins, where)) from None
-
-
-def _set(tree: Tree, keys: list[str], value: Any, override: str) -> None:
-    for key in keys[:-1]:
-        tree = tree.setdefault(key, {})
+def _set(tree: Tree, key: Key, value: Any, name: str) -> None:
+    for part in key[:-1]:
+        tree = tree.setdefault(part, {})
         if not isinstance(tree, dict):
-            raise UserError(f"override '{override}': '{key}' is a value, not a section")
-    tree[keys[-1]] = value
+            raise UserError(f"{name}: '{part}' is a value, not a section")
+    tree[key[-1]] = value
 
 
-def _describe(error: ValidationError, root: type[BaseModel], origins: dict[str, str], path: str) -> str:
+def _place(origins: Origins, key: Key, where: str) -> None:
+    """A value replaces those below its key, and one that was in place of the section around it."""
+    for known in [known for known in origins if known[: len(key)] == key or key[: len(known)] == known]:
+        del origins[known]
+    origins[key] = where
+
+
+def _origin(key: Key, origins: Origins, default: str) -> str:
+    """Of a value, of the section around it, or of what was set last in a section."""
+    around = [key[:length] for length in range(len(key), 0, -1)]
+    below = [known for known in origins if known[: len(key)] == key]
+    return next((origins[known] for known in [*around, *reversed(below)] if known in origins), default)
+
+
+def _describe(error: ValidationError, root: type[BaseModel], tree: Tree, origins: Origins, default: str) -> str:
     """The first problem of a ValidationError in one line: where, what, and for unknown keys the nearest known one."""
     details = error.errors()
     unknown = [detail for detail in details if detail["type"] == "extra_forbidden"]  # often the cause of the others
-    detail = (unknown or details)[0]
-    location = [str(part) for part in detail["loc"]]
-    key = ".".join(location)
-    where = next((origins[known] for known in origins if known == key or known.startswith(f"{key}.")), path)
+    first = _key((unknown or details)[0]["loc"], tree)
+    # A value that fits no member of a union fails once for each. What fails deeper is of the right kind.
+    same = [detail for detail in unknown or details if _key(detail["loc"], tree)[: len(first)] == first]
+    detail = max(same, key=lambda detail: len(_key(detail["loc"], tree)))
+    key = _key(detail["loc"], tree)
+    where = _origin(key, origins, default)
     if detail["type"] == "extra_forbidden":
-        return f"{where}: unknown key '{key}'{_suggestion(root, location)}"
+        return f"{where}: unknown key '{'.'.join(key)}'{_suggestion(root, key)}"
     if detail["type"] == "missing":
-        return f"{where}: key '{key}' is missing"
-    union_tags = {"int", "str"} | {part for part in location if part.startswith("literal[")}
-    key = ".".join(part for part in location if part not in union_tags)
-    message = detail["msg"].removeprefix("Value error, ")
+        return f"{default}: key '{'.'.join((*key, str(detail['loc'][-1])))}' is missing"
+    messages = [_message(other["msg"]) for other in same if _key(other["loc"], tree) == key]
     given = f", got {detail['input']!r}" if not isinstance(detail["input"], dict | BaseModel) else ""
-    return f"{where}: '{key}': {message[0].lower()}{message[1:]}{given}"
+    named = f"'{'.'.join(key)}': " if key else ""
+    return f"{where}: {named}{' or '.join(dict.fromkeys(messages))}{given}"
 
 
-def _suggestion(root: type[BaseModel], location: list[str]) -> str:
-    model: Any = root
-    for part in location[:-1]:
-        field = model.model_fields.get(part)
-        model = field.annotation if field else None
-        if not (isinstance(model, type) and issubclass(model, BaseModel)):
-            return ""
-    near = difflib.get_close_matches(location[-1], model.model_fields, n=1, cutoff=0.5)
+def _key(location: tuple[int | str, ...], tree: Tree) -> Key:
+    """A problem's location without the names of a union's members, which stand in it, too."""
+    key, value = [], tree
+    for part in location:
+        if isinstance(value, dict) and part in value:
+            value = value[str(part)]
+        elif isinstance(value, list) and isinstance(part, int):
+            value = value[part]
+        else:
+            continue
+        key.append(str(part))
+    return tuple(key)
+
+
+def _message(message: str) -> str:
+    message = message.removeprefix("Value error, ")
+    return f"{message[0].lower()}{message[1:]}"
+
+
+def _suggestion(root: Any, key: Key) -> str:
+    for part in key[:-1]:
+        root = field_types.of_key(root, part)
+    known = field_types.keys(root)
+    near = difflib.get_close_matches(key[-1], known, n=1, cutoff=0.5)
     if near:
-        return f" (did you mean '{'.'.join([*location[:-1], near[0]])}'?)"
-    return f" (known here: {', '.join(model.model_fields)})"
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
+        return f" (did you mean '{'.'.join([*key[:-1], near[0]])}'?)"
+    return f" (known here: {', '.join(known)})" if known else ""

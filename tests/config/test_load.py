@@ -33,6 +33,83 @@ def test_defaults_compose_and_the_file_wins(tmp_path: Path) -> None:
     assert config.optimizer.weight_decay == 0.1
 
 
+BASE = """\
+model: {num_layers: 2, hidden_size: 32, num_heads: 4, num_kv_heads: 2, ffn_hidden_size: 64, max_sequence_length: 64}
+data:
+  train: train.jsonl
+  max_length: 8
+batch: {global_size: 8, micro_size: 4}
+optimizer: {lr: 1e-3}
+schedule: {steps: 1e2}
+checkpoint: {directory: 010}
+seed: 010
+"""
+
+
+@pytest.mark.parametrize(
+    ("top", "overrides", "message"),
+    [
+        ("data: {max_length: 1}", [], "{top}, line 2: 'data.max_length': input should be greater than 1, got 1"),
+        (
+            "seed: 1",
+            ["data.max_length=x"],
+            "override 'data.max_length=x': 'data.max_length': input should be a valid int",
+        ),
+        ("diffusion:\n  views: 2\n  strata: 1", [], "{top}, line 4: 'diffusion.strata': must be at least 2 strata"),
+        (
+            "diffusion: {strata: a}",
+            ["diffusion={strata: b}"],
+            "override 'diffusion={strata: b}': 'diffusion.strata': inp",
+        ),
+        ("schedule: {epochs: 1}", [], "{top}, line 2: 'schedule': set exactly one of steps and epochs"),
+        ("seed: 1", ["schedule.epochs=1"], "override 'schedule.epochs=1': 'schedule': set exactly one"),
+        ("optimizer: {betas: [0.9, x]}", [], "{top}, line 2: 'optimizer.betas.1': input should be a valid number"),
+        ("data: {train: {a: x}}", [], "{top}, line 2: 'data.train.a': input should be a valid number"),
+        ("data: {train: {a: .5, b: x}}", ["seed=2"], "{top}, line 2: 'data.train.b'"),
+        ("data:\n  mask_token: [MASK]", [], "{top}, line 3: 'data.mask_token': a list stands where a text is expected"),
+        ("batch: {micro_size: 4}\nbatch: {micro_size: 2}", [], "{top}, line 3: key 'batch' stands here and in line 2"),
+        ("data: {pad_tokn: a}", [], "{top}, line 2: unknown key 'data.pad_tokn' (did you mean 'data.pad_token'?)"),
+        ("schedule: {steps: true}", [], "{top}, line 2: 'schedule.steps': input should be a valid integer"),
+        ("schedule: {steps: 1.5}", [], "{top}, line 2: 'schedule.steps': input should be a valid integer"),
+        ("optimizer: {lr: .inf}", [], "{top}, line 2: 'optimizer.lr': input should be a finite number"),
+        (
+            "seed: 1",
+            ["optimizer.lr=inf"],
+            "override 'optimizer.lr=inf': 'optimizer.lr': input should be a finite number",
+        ),
+        ("data: {train: {a: .nan}}", [], "{top}, line 2: 'data.train.a': input should be a finite number"),
+        ("optimizer: {betas: [0.9, inf]}", [], "{top}, line 2: 'optimizer.betas.1': input should be a finite number"),
+        (
+            "diffusion: {calibration: {uniform_floor: nan}}",
+            [],
+            "'diffusion.calibration.uniform_floor': input should be a f",
+        ),
+        ("seed: .inf", [], "{top}, line 2: 'seed': input should be a finite number"),
+    ],
+)
+def test_errors_name_the_place_that_set_the_value(top: str, overrides: list[str], message: str, tmp_path: Path) -> None:
+    """The file and line, or the override; of two values that collide, the one that was set last."""
+    (tmp_path / "base.yaml").write_text(BASE, encoding="utf-8")
+    path = tmp_path / "top.yaml"
+    path.write_text(f"defaults: [base.yaml]\n{top}\n", encoding="utf-8")
+    with pytest.raises(UserError) as caught:
+        load_config(path, overrides)
+    assert message.replace("{top}", str(path)) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_values_are_what_was_written(tmp_path: Path) -> None:
+    path = tmp_path / "base.yaml"
+    path.write_text(BASE, encoding="utf-8")
+    config = load_config(path)
+    assert (config.checkpoint.directory, config.seed, config.schedule.steps) == ("010", 10, 100)
+    overrides = ["checkpoint.directory=runs/a #2", "seed=020", "data.mask_token=[MASK]", "data.pad_token=no"]
+    config = load_config(path, [*overrides, "data.eos_token=", "batch.global_size=1e2", "data.train=null"])
+    assert (config.checkpoint.directory, config.seed, config.batch.global_size) == ("runs/a #2", 20, 100)
+    data = config.data
+    assert (data.mask_token, data.pad_token, data.eos_token, data.train) == ("[MASK]", "no", "", "null")
+
+
 def test_configuration_is_frozen(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="frozen"):
         small_config(tmp_path).optimizer.lr = 1.0  # type: ignore[misc]

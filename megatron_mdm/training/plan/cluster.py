@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import yaml
-from pydantic import Field, ValidationError
+from pydantic import Field
 
 from megatron_mdm.config.errors import UserError
+from megatron_mdm.config.load import Origins, Tree, read_mapping, validated
 from megatron_mdm.config.schema import Section
 
 GIB = 2**30
@@ -75,30 +75,16 @@ PRESETS = {
 def read_cluster(name: str, nodes: int = 0, gpus_per_node: int = 0) -> Cluster:
     """A preset, or a YAML file with the fields above (`preset:` names one to start from). Numbers above 0 replace
     those of the cluster. Raises UserError."""
-    values: dict[str, object] = {}
-    if name in PRESETS:
-        values = PRESETS[name].model_dump()
-    else:
-        values = _from_file(Path(name))
+    values, origins = (PRESETS[name].model_dump(), {}) if name in PRESETS else _from_file(Path(name))
     values.update({key: value for key, value in (("nodes", nodes), ("gpus_per_node", gpus_per_node)) if value})
-    try:
-        return Cluster.model_validate(values)
-    except ValidationError as error:
-        detail = error.errors()[0]
-        key = ".".join(str(part) for part in detail["loc"])
-        raise UserError(f"{name}: '{key}': {detail['msg'].lower()}") from None
+    return validated(Cluster, values, origins, name)
 
 
-def _from_file(path: Path) -> dict[str, object]:
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError):
-        raise UserError(f"cluster {path}: neither a preset ({', '.join(PRESETS)}) nor a readable file") from None
-    except yaml.YAMLError as error:
-        raise UserError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{path}: expected a mapping, found {type(values).__name__}")
+def _from_file(path: Path) -> tuple[Tree, Origins]:
+    if not path.is_file():
+        raise UserError(f"cluster {path}: neither a preset ({', '.join(PRESETS)}) nor a readable file")
+    values, origins = read_mapping(path, Cluster)
     preset = values.pop("preset", "")
     if preset and preset not in PRESETS:
         raise UserError(f"{path}: 'preset' {preset} is unknown; choose of {', '.join(PRESETS)}")
-    return {**(PRESETS[preset].model_dump() if preset else {}), **values}
+    return {**(PRESETS[preset].model_dump() if preset else {}), **values}, origins
