@@ -26,7 +26,7 @@ def texts(path: str) -> Iterator[str]:
 def train(arguments: argparse.Namespace) -> None:
     """Ids: pad 0, unk 1, bos 2, eos 3, mask 4, line break 5, then the whole numbers, then learnt pieces."""
     # "▁" is sentencepiece's space: with it inside, a number is one token and "24." stays two.
-    symbols = ["<mask>", "\n", *(f"▁{number}" for number in range(arguments.whole_numbers + 1))]
+    symbols = ["\n", *(f"▁{number}" for number in range(arguments.whole_numbers + 1))]
     with tempfile.TemporaryDirectory() as folder:
         prefix = str(Path(folder) / "tokenizer")
         try:
@@ -41,6 +41,7 @@ def train(arguments: argparse.Namespace) -> None:
                 bos_id=2,
                 eos_id=3,
                 pad_piece="<pad>",
+                control_symbols=["<mask>"],  # which, unlike the others, is never found in a text
                 user_defined_symbols=symbols,
                 character_coverage=1.0,
                 normalization_rule_name="identity",

@@ -21,7 +21,8 @@ from megatron_mdm.config.files import write_json
 from megatron_mdm.config.schema import DataConfig
 from megatron_mdm.data.documents import START, Position, Source
 from megatron_mdm.data.encode import Encoded, Settings, encode_all
-from megatron_mdm.data.tokenizer import load_tokenizer, tokenizer_fingerprint
+from megatron_mdm.data.tokenizer import load_tokenizer
+from megatron_mdm.data.tokenizer_folder import tokenizer_fingerprint
 from megatron_mdm.parallel.progress import progress_bar
 
 SPLITS = ("train", "validation", "test")

@@ -72,6 +72,7 @@ def _encode(chunk: Chunk) -> Encoded:
     for record in chunk.records:
         try:
             text = parse(record, settings.field)
+            tokenizer.literals.check(text)
             if text.strip():
                 texts.append(text)
         except ValueError as error:

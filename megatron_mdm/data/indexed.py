@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from megatron_mdm.config.errors import UserError
 from megatron_mdm.config.files import sha256
-from megatron_mdm.data.tokenizer import tokenizer_fingerprint
+from megatron_mdm.data.tokenizer_folder import tokenizer_fingerprint
 
 _HEADER = b"MMIDIDX\x00\x00"
 _HEADER_SIZE = 34  # header 9, version 8, type 1, sequences 8, documents 8

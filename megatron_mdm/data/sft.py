@@ -69,6 +69,9 @@ def read_sft(path: str, tokenizer: Tokenizer, data: DataConfig, vocab_size: int)
             bad.add(f"{where}: no eligible token: the response is empty")
         elif sample.tokens.min() < 0 or sample.tokens.max() >= vocab_size:
             bad.add(f"{where}: a token id is outside the vocabulary of {vocab_size} ids")
+        elif (sample.tokens == tokenizer.mask_id).any():
+            place = int(np.argmax(sample.tokens == tokenizer.mask_id))
+            bad.add(f"{where}: token {place} is the mask token {tokenizer.mask_id}, which clean data cannot hold")
         elif len(sample.tokens) <= data.max_length:
             samples.append(sample)
         else:
@@ -128,7 +131,11 @@ def read_prompts(path: str) -> list[str]:
 
 def encode_prompt(prompt: str, tokenizer: Tokenizer) -> list[int]:
     """What stands before a response, in the tokenizer's template."""
-    return [token for text in prompt_pieces(prompt, tokenizer.template) for token in tokenizer.encode(text)]
+    try:
+        texts = prompt_pieces(prompt, tokenizer.pieces_of)
+    except ValueError as error:
+        raise UserError(f"the prompt {prompt[:40]!r}: {error}") from None
+    return [token for ids in tokenizer.encode_pieces(texts) for token in ids]
 
 
 class _Draft(NamedTuple):
@@ -142,7 +149,7 @@ def _tokenised(path: str, tokenizer: Tokenizer, data: DataConfig, bad: BadRecord
     drafts = _drafts(path, tokenizer, data, bad)
     while batch := list(islice(drafts, _RECORDS_AT_ONCE)):
         texts = [piece.text for draft in batch if isinstance(draft.content, list) for piece in draft.content]
-        ids = iter(tokenizer.encode_batch(texts) if texts else [])
+        ids = iter(tokenizer.encode_pieces(texts) if texts else [])
         for where, content in batch:
             yield where, content if isinstance(content, Sample) else _joined(content, ids, tokenizer.eos_id)
 
@@ -153,7 +160,7 @@ def _drafts(path: str, tokenizer: Tokenizer, data: DataConfig, bad: BadRecords) 
             if "input_ids" in record:
                 yield _Draft(where, _of_ids(record, where))
                 continue
-            pieces = tokenizer.template(_messages(record, where))
+            pieces = tokenizer.pieces_of(_messages(record, where))
             if data.eligible_turns == "last":
                 last = max((index for index, piece in enumerate(pieces) if piece.learnt), default=-1)
                 pieces = [piece._replace(learnt=index == last) for index, piece in enumerate(pieces)]

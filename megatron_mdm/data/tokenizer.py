@@ -1,53 +1,61 @@
-"""Sentencepiece models and Hugging Face tokenizer files behind one small interface."""
+"""Text ↔ ids, and the special ids of masked diffusion."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Protocol
-
-import sentencepiece
-import tokenizers
+from functools import cached_property
 
 from megatron_mdm.config.errors import UserError
-from megatron_mdm.config.files import sha256
 from megatron_mdm.config.schema import DataConfig, ModelConfig
-from megatron_mdm.data.templates import NEEDED_TOKENS, TEMPLATES, Template
+from megatron_mdm.data.literals import Literals
+from megatron_mdm.data.templates import NEEDED_TOKENS, TEMPLATES, Message, Piece, Template
+from megatron_mdm.data.tokenizer_files import Backend, open_tokenizer
 
-
-class _Backend(Protocol):
-    num_ids: int
-
-    def encode(self, text: str) -> list[int]: ...
-
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]: ...
-
-    def decode(self, ids: Sequence[int]) -> str: ...
-
-    def token_id(self, token: str) -> int | None: ...
-
-    def piece(self, token_id: int) -> str: ...
+_SHOWN = 40  # characters of a text, in a message
 
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """Text ↔ ids, and the special ids of masked diffusion."""
+    """A tokenizer file, its special tokens, and the template of conversations."""
 
-    backend: _Backend
+    backend: Backend
     num_ids: int  # special tokens that were added included
     mask_id: int
     pad_id: int
     eos_id: int
     template: Template  # of conversations
 
+    @cached_property
+    def literals(self) -> Literals:
+        """What keeps special tokens' texts in the data apart from special tokens."""
+        return Literals(self.backend, self.mask_id)
+
     def encode(self, text: str) -> list[int]:
-        """Ids of a text; no special tokens are added."""
-        return self.backend.encode(text)
+        """Ids of a text, the whole of it and nothing else; the text of a special token is text.
+
+        Raises UserError where the tokenizer cannot keep that.
+        """
+        try:
+            self.literals.check(text)
+        except ValueError as error:
+            raise UserError(f"{text[:_SHOWN]!r}: {error}") from None
+        return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """The same for many texts at once, which is faster."""
+        """The same for many texts at once, which is faster; whoever calls it has checked them."""
         return self.backend.encode_batch(texts)
+
+    def pieces_of(self, messages: Sequence[Message]) -> list[Piece]:
+        """A conversation in the template, for encode_pieces.
+
+        Raises ValueError where the template refuses it, or a special token's text in it cannot be encoded as text.
+        """
+        return self.template([message._replace(content=self.literals.mark(message.content)) for message in messages])
+
+    def encode_pieces(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of what a template wrote: its special tokens are control, those in the conversation are text."""
+        return self.literals.encode_pieces(texts)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ids, up to the first eos; mask and padding are left out."""
@@ -77,24 +85,30 @@ class Tokenizer:
 
 def load_tokenizer(data: DataConfig) -> Tokenizer:
     """The tokenizer of a data section. A special token that the file lacks gets the next free id."""
-    backend = _open(data.tokenizer)
-    num_ids = backend.num_ids
-    special: dict[str, int] = {}
-    for name in ("mask_token", "pad_token", "eos_token"):
-        token = getattr(data, name)
-        token_id = backend.token_id(token) if isinstance(token, str) else token
-        if token_id is None:
-            token_id = special.get(token, num_ids)
-            num_ids += token_id == num_ids
-            special[token] = token_id
-        special[name] = token_id
-    if special["mask_token"] in (special["pad_token"], special["eos_token"]):
-        raise UserError(f"'data.mask_token' has the id {special['mask_token']} of another special token")
+    backend = open_tokenizer(data.tokenizer)
+    given = {name: getattr(data, name) for name in ("mask_token", "pad_token", "eos_token")}
+    known = {name: backend.token_id(token) if isinstance(token, str) else token for name, token in given.items()}
+    taken = {token_id for token_id in known.values() if token_id is not None}
+    num_ids, new = backend.num_ids, dict[int | str, int]()
+    ids: dict[str, int] = {}
+    for name, token in given.items():
+        token_id = known[name]
+        if token_id is None and token not in new:
+            while num_ids in taken:
+                num_ids += 1
+            new[token] = num_ids
+            num_ids += 1
+        ids[name] = new[token] if token_id is None else token_id
+        text = token if isinstance(token, str) else backend.token(token)
+        if token_id is not None and text is not None:
+            backend.make_special(text)
+    if ids["mask_token"] in (ids["pad_token"], ids["eos_token"]):
+        raise UserError(f"'data.mask_token' has the id {ids['mask_token']} of another special token")
     missing = [token for token in NEEDED_TOKENS.get(data.template, ()) if backend.token_id(token) is None]
     if missing:
         raise UserError(f"'data.template' {data.template} needs the token {missing[0]}, which {data.tokenizer} lacks")
     template = TEMPLATES[data.template](data.tokenizer)
-    return Tokenizer(backend, num_ids, special["mask_token"], special["pad_token"], special["eos_token"], template)
+    return Tokenizer(backend, num_ids, ids["mask_token"], ids["pad_token"], ids["eos_token"], template)
 
 
 def resolve_vocabulary(model: ModelConfig, tokenizer: Tokenizer) -> ModelConfig:
@@ -110,96 +124,3 @@ def resolve_vocabulary(model: ModelConfig, tokenizer: Tokenizer) -> ModelConfig:
     if tokenizer.num_ids > size:
         raise UserError(f"'model.vocab_size' {size} is smaller than the tokenizer's {tokenizer.num_ids} ids")
     return model.model_copy(update={"vocab_size": size})
-
-
-def tokenizer_fingerprint(path: str) -> str:
-    """sha256 of the tokenizer's file; empty where there is none."""
-    return sha256(_file(path)) if path else ""
-
-
-def _file(path: str) -> Path:
-    return Path(path) / "tokenizer.json" if Path(path).is_dir() else Path(path)
-
-
-def _open(path: str) -> _Backend:
-    if not path:
-        return _Ids()
-    file = _file(path)
-    if not file.is_file():
-        raise UserError(f"{file}: no such tokenizer file ('data.tokenizer')")
-    try:
-        return _HuggingFace(file) if file.suffix == ".json" else _SentencePiece(file)
-    except Exception as error:  # both libraries raise bare exceptions of their own
-        raise UserError(f"{file}: not a sentencepiece model or tokenizer.json ({_first_line(error)})") from None
-
-
-class _SentencePiece:
-    def __init__(self, path: Path) -> None:
-        self.processor = sentencepiece.SentencePieceProcessor(model_file=str(path))
-        self.num_ids = self.processor.vocab_size()
-
-    def encode(self, text: str) -> list[int]:
-        return self.processor.encode(text)
-
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        return self.processor.encode(list(texts))
-
-    def decode(self, ids: Sequence[int]) -> str:
-        return self.processor.decode(list(ids))
-
-    def token_id(self, token: str) -> int | None:
-        token_id = self.processor.piece_to_id(token)
-        return token_id if self.processor.id_to_piece(token_id) == token else None
-
-    def piece(self, token_id: int) -> str:
-        if self.processor.is_byte(token_id):
-            return chr(int(self.processor.id_to_piece(token_id)[3:-1], 16))  # <0x0A>
-        return self.processor.id_to_piece(token_id).replace("▁", " ")
-
-
-class _HuggingFace:
-    def __init__(self, path: Path) -> None:
-        self.tokenizer = tokenizers.Tokenizer.from_file(str(path))
-        self.num_ids = self.tokenizer.get_vocab_size()
-
-    def encode(self, text: str) -> list[int]:
-        return self.tokenizer.encode(text, add_special_tokens=False).ids
-
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        return [encoding.ids for encoding in self.tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
-
-    def decode(self, ids: Sequence[int]) -> str:
-        return self.tokenizer.decode(list(ids))
-
-    def token_id(self, token: str) -> int | None:
-        return self.tokenizer.token_to_id(token)
-
-    def piece(self, token_id: int) -> str:
-        text = self.tokenizer.decode([token_id], skip_special_tokens=False)
-        space = (self.tokenizer.id_to_token(token_id) or "").startswith("▁") and not text.startswith(" ")
-        return " " * space + text
-
-
-class _Ids:
-    """No tokenizer: data come as ids, and texts are their decimal numbers."""
-
-    num_ids = 0
-
-    def encode(self, text: str) -> list[int]:
-        raise UserError("'data.tokenizer' is empty: only samples with 'input_ids' can be read")
-
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        return [self.encode(text) for text in texts]
-
-    def decode(self, ids: Sequence[int]) -> str:
-        return " ".join(map(str, ids))
-
-    def token_id(self, token: str) -> int | None:
-        return None
-
-    def piece(self, token_id: int) -> str:
-        return f"{token_id} "
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

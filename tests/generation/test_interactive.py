@@ -8,6 +8,7 @@ import torch
 
 from megatron_mdm.data.templates import TEMPLATES
 from megatron_mdm.data.tokenizer import Tokenizer
+from megatron_mdm.data.tokenizer_files import Special
 from megatron_mdm.generation.interactive import converse, partly_masked_text
 from megatron_mdm.generation.settings import GenerationConfig
 from megatron_mdm.models.stages import Packet
@@ -16,10 +17,13 @@ from tests.small import EOS, MASK, PAD, VOCAB
 
 
 class Words:
-    num_ids = MASK
+    num_ids, parses_special, special = MASK, False, dict[str, Special]()
 
-    def encode(self, text: str) -> list[int]:
-        return [10 + len(word) for word in text.split()]
+    def token(self, token_id: int) -> str | None:
+        return None
+
+    def encode_batch(self, texts: list[str], parse_special: bool = False) -> list[list[int]]:
+        return [[10 + len(word) for word in text.split()] for text in texts]
 
     def decode(self, ids: list[int]) -> str:
         return " ".join(f"w{token}" for token in ids)
