@@ -43,7 +43,12 @@ class HarnessConfig(LikelihoodConfig):
 
     def generation(self, length: int, block: int, steps: int) -> GenerationConfig:
         return GenerationConfig(
-            gen_length=length, block_length=block, steps=steps, batch_size=self.batch_size, seed=self.seed
+            gen_length=length,
+            block_length=block,
+            steps=steps,
+            cfg_scale=self.cfg_scale,
+            batch_size=self.batch_size,
+            seed=self.seed,
         )
 
     def likelihood(self) -> LikelihoodConfig:

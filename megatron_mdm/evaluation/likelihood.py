@@ -5,25 +5,30 @@ with the noise of how many are masked integrated out,
 
     P · E over M ~ U{1 … P} and a uniformly random set S of M positions of (1/M) Σ_{i ∈ S} CE_i.
 
-M is drawn by strata of t: M = ⌊t P⌋ + 1.
+M is drawn by strata of t: M = ⌊t P⌋ + 1. Under guidance CE is that of the guided logits (LLaDA's get_log_likelihood).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from pydantic import Field, field_validator
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from torch.nn.utils.rnn import pad_sequence
 
+from megatron_mdm.config.errors import UserError
 from megatron_mdm.config.schema import Section
 from megatron_mdm.data.sft import Sample
 from megatron_mdm.diffusion.mask_schedule import Floats
 from megatron_mdm.diffusion.randomness import Purpose, stream
 from megatron_mdm.engine.base import Forward
-from megatron_mdm.generation.settings import SpecialIds
+from megatron_mdm.engine.packets import logits_packet
+from megatron_mdm.generation.settings import LogitsEngine, SpecialIds
 from megatron_mdm.models.stages import Packet
 from megatron_mdm.parallel.collectives import fill_from_data_ranks
 from megatron_mdm.parallel.groups import ParallelContext
@@ -55,11 +60,15 @@ COUNTS: dict[str, Callable[[int, int, np.random.Generator], Counts]] = {
 
 
 class LikelihoodConfig(Section):
-    """Autoregressive models use batch_size only. LLaDA's setting is counts=systematic num_times=128 num_repeats=1."""
+    """Autoregressive models use batch_size only, and refuse cfg_scale. LLaDA's setting is counts=systematic
+    num_times=128 num_repeats=1."""
 
     num_times: int = Field(default=16, gt=0)  # mask counts per repeat
     num_repeats: int = Field(default=4, gt=0)  # independent repeats, from which the standard error is taken
     counts: str = "stratified"
+    # Classifier-free guidance s: l_u + (s + 1)(l_c - l_u), where u does not see the prompt, that is, what is not
+    # eligible. Keeps the logits of all masked positions of twice batch_size rows.
+    cfg_scale: float = Field(default=0.0, ge=0.0)
     batch_size: int = Field(default=32, gt=0)  # rows per forward pass and data-parallel rank
     seed: int = 0
 
@@ -79,18 +88,23 @@ class Likelihoods(NamedTuple):
     num_eligible: NDArray[np.int64]  # [n]
 
 
+class Scorer(Forward, LogitsEngine, Protocol):
+    """engine.inference.InferenceEngine, or its like over a pipeline."""
+
+
 def negative_log_likelihoods(
-    engine: Forward,
+    engine: Scorer,
     samples: Sequence[Sample],
     config: LikelihoodConfig,
     special: SpecialIds,
     context: ParallelContext,
     method: str = "masked",
 ) -> Likelihoods:
-    """Of each sample's eligible positions. Collective. method: how the model was trained."""
+    """Of each sample's eligible positions. Collective. method: how the model was trained. Raises UserError where
+    guidance is asked of an autoregressive model."""
     rows = _ROWS[method](samples, config, special)
     num_eligible = np.array([np.count_nonzero(_learnt(sample, method)) for sample in samples], dtype=np.int64)
-    losses = _mean_losses(engine, rows, config.batch_size, special, context)
+    losses = _mean_losses(engine, rows, config, special, context)
     repeats = losses.reshape(len(samples), rows.num_repeats, -1).mean(2) * num_eligible[:, None]
     if method != "masked":
         error = np.zeros(len(samples))
@@ -105,6 +119,7 @@ class _Row(NamedTuple):
     tokens: NDArray[np.int32]  # [S]: what the model sees
     labels: NDArray[np.int32]  # [S]
     scored: NDArray[np.bool_]  # [S]
+    given: NDArray[np.bool_]  # [S]: the prompt, which guidance's other pass does not see
 
 
 class _Rows(NamedTuple):
@@ -128,17 +143,22 @@ def _masked_rows(samples: Sequence[Sample], config: LikelihoodConfig, special: S
         mask_stream = stream(config.seed, Purpose.LIKELIHOOD, config.num_repeats + place, sample_index)
         scored = np.zeros(len(sample.tokens), dtype=np.bool_)
         scored[mask_stream.permutation(places)[:count]] = True
-        return _Row(np.where(scored, special.mask, sample.tokens), sample.tokens, scored)
+        return _Row(np.where(scored, special.mask, sample.tokens), sample.tokens, scored, ~sample.eligible)
 
     lengths = np.repeat([len(sample.tokens) for sample in samples], per_sample)
     return _Rows(lengths, config.num_repeats, make)
 
 
-def _next_token_rows(samples: Sequence[Sample], _: LikelihoodConfig, __: SpecialIds) -> _Rows:
+def _next_token_rows(samples: Sequence[Sample], config: LikelihoodConfig, _: SpecialIds) -> _Rows:
+    if config.cfg_scale:
+        raise UserError(
+            f"cfg_scale {config.cfg_scale} masks the prompt, which an autoregressive model cannot read; leave it out"
+        )
+
     def make(index: int) -> _Row:
         sample = samples[index]
         scored = _learnt(sample, "autoregressive")
-        return _Row(sample.tokens, np.append(sample.tokens[1:], 0), np.append(scored[1:], False))
+        return _Row(sample.tokens, np.append(sample.tokens[1:], 0), np.append(scored[1:], False), ~sample.eligible)
 
     return _Rows(np.array([len(sample.tokens) for sample in samples]), 1, make)
 
@@ -154,30 +174,47 @@ def _learnt(sample: Sample, method: str) -> NDArray[np.bool_]:
 
 
 def _mean_losses(
-    engine: Forward, rows: _Rows, batch_size: int, special: SpecialIds, context: ParallelContext
+    engine: Scorer, rows: _Rows, config: LikelihoodConfig, special: SpecialIds, context: ParallelContext
 ) -> Floats:
     """Mean cross-entropy of each row's scored positions, in nats [number of rows], over all data-parallel ranks."""
     order = np.argsort(rows.lengths, kind="stable")
-    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    batches = [order[start : start + config.batch_size] for start in range(0, len(order), config.batch_size)]
     losses = np.zeros(len(order))
     turns = range(-(-len(batches) // context.layout.data))
     for turn in progress_bar(turns, desc="likelihood", unit="batch", enabled=context.is_main):
         index = turn * context.layout.data + context.data_rank
         batch = batches[min(index, len(batches) - 1)]  # ranks without work repeat the last batch, to keep step
-        (statistics,) = engine.evaluate([_packet([rows.make(row) for row in batch], special.pad)])
+        measured = _losses([rows.make(row) for row in batch], engine, config.cfg_scale, special)
         if index < len(batches):
-            losses[batch] = statistics.loss.double().cpu().numpy()
+            losses[batch] = measured.double().cpu().numpy()
     return fill_from_data_ranks(losses, context)
+
+
+def _losses(rows: Sequence[_Row], engine: Scorer, cfg_scale: float, special: SpecialIds) -> Tensor:
+    """[R] float32."""
+    packet = _packet(rows, special.pad)
+    if not cfg_scale:
+        return engine.evaluate([packet])[0].loss
+    blind = packet.tokens.masked_fill(_padded([row.given for row in rows], False), special.mask)
+    both = torch.cat([packet.tokens, blind])
+    logits = engine.logits(logits_packet(both, packet.lengths.repeat(2), packet.selected.repeat(2, 1))).float()
+    conditional, unconditional = logits.chunk(2)
+    guided = unconditional + (cfg_scale + 1.0) * (conditional - unconditional)
+    losses = torch.zeros_like(packet.token_weight)
+    losses[packet.selected] = cross_entropy(
+        guided, packet.labels[packet.selected].to(guided.device), reduction="none"
+    ).cpu()
+    return (losses * packet.token_weight).sum(1)
 
 
 def _packet(rows: Sequence[_Row], pad_id: int) -> Packet:
     lengths = torch.tensor([len(row.tokens) for row in rows])
-    shape = (len(rows), int(lengths.max()))
-    tokens, labels = torch.full(shape, pad_id), torch.zeros(shape, dtype=torch.int64)
-    scored = torch.zeros(shape, dtype=torch.bool)
-    for index, row in enumerate(rows):
-        tokens[index, : len(row.tokens)] = torch.from_numpy(row.tokens)
-        labels[index, : len(row.labels)] = torch.from_numpy(row.labels)
-        scored[index, : len(row.scored)] = torch.from_numpy(row.scored)
+    tokens, labels = _padded([row.tokens for row in rows], pad_id), _padded([row.labels for row in rows], 0)
+    scored = _padded([row.scored for row in rows], False)
     weight = scored.float() / scored.sum(1, keepdim=True)
-    return Packet(tokens, lengths, scored, labels, weight, torch.ones(len(rows)))
+    return Packet(tokens.long(), lengths, scored, labels.long(), weight, torch.ones(len(rows)))
+
+
+def _padded(rows: Sequence[NDArray[Any]], value: float) -> Tensor:
+    """[R, S], padded on the right."""
+    return pad_sequence([torch.from_numpy(row) for row in rows], batch_first=True, padding_value=value)

@@ -10,15 +10,14 @@ import numpy as np
 from megatron_mdm.config.errors import UserError
 from megatron_mdm.data.sft import Sample, encode_prompt, read_records
 from megatron_mdm.data.tokenizer import Tokenizer
-from megatron_mdm.engine.base import Forward
 from megatron_mdm.evaluation.exact_match import wilson_interval
-from megatron_mdm.evaluation.likelihood import LikelihoodConfig, negative_log_likelihoods
+from megatron_mdm.evaluation.likelihood import LikelihoodConfig, Scorer, negative_log_likelihoods
 from megatron_mdm.generation.settings import SpecialIds
 from megatron_mdm.parallel.groups import ParallelContext
 
 
 def evaluate_perplexity(
-    engine: Forward,
+    engine: Scorer,
     samples: Sequence[Sample],
     config: LikelihoodConfig,
     special: SpecialIds,
@@ -75,7 +74,7 @@ def read_choices(path: str, limit: int) -> list[Question]:
 
 
 def evaluate_choices(
-    engine: Forward,
+    engine: Scorer,
     questions: Sequence[Question],
     tokenizer: Tokenizer,
     config: LikelihoodConfig,

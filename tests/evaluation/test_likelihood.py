@@ -17,6 +17,7 @@ from tests.small import EOS, MASK, PAD, small_model
 
 SPECIAL = SpecialIds(MASK, PAD, EOS)
 CONFIG = LikelihoodConfig(num_times=4, num_repeats=24, batch_size=16)
+CONFIGS = [CONFIG, CONFIG.model_copy(update={"cfg_scale": 1.5})]
 
 
 def samples() -> list[Sample]:
@@ -47,42 +48,58 @@ def log_probabilities(engine: Any, tokens: np.ndarray, selected: np.ndarray):
     return logits.double().log_softmax(1)
 
 
-def enumerated_and_estimated() -> tuple[list[float], Any]:
+def enumerated_and_estimated() -> list[tuple[list[float], Any]]:
     from megatron_mdm.evaluation.likelihood import negative_log_likelihoods
 
     engine, context = built_engine(1)
-    exact = []
-    for sample in samples():
-        places = np.flatnonzero(sample.eligible)
-        by_count = []
-        for count in range(1, len(places) + 1):
-            losses = []
-            for subset in combinations(places, count):
-                masked = np.isin(np.arange(len(sample.tokens)), subset)
-                scores = log_probabilities(engine, np.where(masked, MASK, sample.tokens), masked)
-                losses.append(-float(scores[np.arange(count), sample.tokens[masked]].mean()))
-            by_count.append(np.mean(losses))
-        exact.append(len(places) * float(np.mean(by_count)))
-    return exact, negative_log_likelihoods(engine, samples(), CONFIG, SPECIAL, context)
+    return [
+        (
+            [enumerated(engine, sample, config.cfg_scale) for sample in samples()],
+            negative_log_likelihoods(engine, samples(), config, SPECIAL, context),
+        )
+        for config in CONFIGS
+    ]
+
+
+def enumerated(engine: Any, sample: Sample, cfg_scale: float) -> float:
+    """The bound over every mask."""
+    places = np.flatnonzero(sample.eligible)
+    by_count = []
+    for count in range(1, len(places) + 1):
+        losses = []
+        for subset in combinations(places, count):
+            masked = np.isin(np.arange(len(sample.tokens)), subset)
+            noisy = np.where(masked, MASK, sample.tokens)
+            scores = log_probabilities(engine, noisy, masked)
+            if cfg_scale:  # LLaDA's get_logits
+                blind = log_probabilities(engine, np.where(sample.eligible, noisy, MASK), masked)
+                scores = (blind + (cfg_scale + 1) * (scores - blind)).log_softmax(1)
+            losses.append(-float(scores[np.arange(count), sample.tokens[masked]].mean()))
+        by_count.append(np.mean(losses))
+    return len(places) * float(np.mean(by_count))
 
 
 def estimated(tensor: int) -> Any:
     from megatron_mdm.evaluation.likelihood import negative_log_likelihoods
 
     engine, context = built_engine(tensor)
-    return negative_log_likelihoods(engine, samples(), CONFIG, SPECIAL, context)
+    return [negative_log_likelihoods(engine, samples(), config, SPECIAL, context) for config in CONFIGS]
 
 
 def test_bound_agrees_with_enumeration_within_its_standard_error() -> None:
-    exact, found = run_ranks(enumerated_and_estimated, 1)[0]
-    assert found.num_eligible.tolist() == [5, 3, 1]
-    assert found.standard_error[2] == pytest.approx(0.0, abs=1e-6)  # one token: one mask
-    for nats, error, expected in zip(found.nats, found.standard_error, exact):
-        assert abs(nats - expected) <= 3.5 * error + 1e-5  # 24 repeats: 0.2 % of draws lie farther
-    assert 0.0 < found.standard_error[0] < 0.1 * exact[0]
+    """With guidance and without."""
+    results = run_ranks(enumerated_and_estimated, 1)[0]
+    for exact, found in results:
+        assert found.num_eligible.tolist() == [5, 3, 1]
+        assert found.standard_error[2] == pytest.approx(0.0, abs=1e-6)  # one token: one mask
+        assert found.nats[2] == pytest.approx(exact[2], rel=1e-5)
+        for nats, error, expected in zip(found.nats, found.standard_error, exact):
+            assert abs(nats - expected) <= 3.5 * error + 1e-5  # 24 repeats: 0.2 % of draws lie farther
+        assert 0.0 < found.standard_error[0] < 0.1 * exact[0]
     for ranks, tensor in ((2, 1), (2, 2)):
-        for result in run_ranks(estimated, ranks, tensor):
-            np.testing.assert_allclose(result.nats, found.nats, rtol=1e-5)
+        for layout in run_ranks(estimated, ranks, tensor):
+            for again, (_, found) in zip(layout, results):
+                np.testing.assert_allclose(again.nats, found.nats, rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", COUNTS)
@@ -117,3 +134,19 @@ def test_autoregressive_likelihood_is_exact() -> None:
     exact, found = run_ranks(chain_rule, 1)[0]
     np.testing.assert_allclose(found.nats, exact, rtol=1e-5)
     assert found.standard_error.tolist() == [0.0, 0.0, 0.0]
+
+
+def guided_causal_model() -> str:
+    from megatron_mdm.config.errors import UserError
+    from megatron_mdm.evaluation.likelihood import negative_log_likelihoods
+
+    engine, context = built_engine(1, "causal")
+    try:
+        negative_log_likelihoods(engine, samples(), CONFIGS[1], SPECIAL, context, "autoregressive")
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+def test_guidance_is_for_masked_models() -> None:
+    assert "cfg_scale 1.5" in run_ranks(guided_causal_model, 1)[0]
