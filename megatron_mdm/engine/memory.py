@@ -86,7 +86,7 @@ def rank_memory(
     running = [sum(kept[:index]) + block for index in range(stage.num_blocks)]
     recomputed = max(0.0, max(running, default=0.0) - sum(kept)) if config.parallel.recompute == "full" else 0.0
     activations = in_flight * (sum(kept) + stage.embedding * 8 * micro_batch.rows * micro_batch.length)
-    head, chunk = _head(config, layout, micro_batch, saved.norm_copies(config)) if stage.head else (0.0, 0.0)
+    head, chunk = _head(config, layout, micro_batch) if stage.head else (0.0, 0.0)
     return RankMemory(
         **states,
         activations=activations + in_flight * head + recomputed,
@@ -123,12 +123,12 @@ def _states(config: RunConfig, layout: Layout, number: int) -> tuple[dict[str, f
     return {"weights": weights, "gradients": gradients, "optimizer": optimizer, "step": step}, host
 
 
-def _head(config: RunConfig, layout: Layout, micro_batch: MicroBatchShape, norm_copies: float) -> tuple[float, float]:
+def _head(config: RunConfig, layout: Layout, micro_batch: MicroBatchShape) -> tuple[float, float]:
     """(bytes that the norm of the selected rows keeps, bytes beside them while a chunk's logits exist)."""
     size, hidden = ELEMENT_BYTES[config.precision.dtype], config.model.hidden_size
     vocabulary = padded_vocab_size(config.model, layout.tensor) // layout.tensor
     gradients = vocabulary * hidden * size + micro_batch.selected * hidden * size
-    kept = micro_batch.selected * (8 + 4 + hidden * norm_copies)
+    kept = micro_batch.selected * (8 + 4 + hidden * size)
     rows = min(micro_batch.selected, max(1, CHUNK_ELEMENTS // vocabulary))
     chunk = rows * vocabulary * (4 if size == 4 else 4 + size)
     return kept, gradients + chunk + micro_batch.selected * hidden * size  # the normed rows

@@ -1,6 +1,6 @@
 """Attention on torch's fused kernels, in place of megatron-core's S × S DotProductAttention."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -10,10 +10,20 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from megatron_mdm.models.cache import Window
+from megatron_mdm.models.kernel_memory import EXPLICIT_LENGTH
+from megatron_mdm.models.rotary import Rotation, rotate
 
-# In bf16 on CPUs, torch 2.13's fused kernel is up to 8 times slower, in its backward pass, than plain matrix products
-# (64 rows of 44: 28 against 6 ms; 2 of 1024: 59 against 37 ms); beyond this length the scores take too much memory.
-EXPLICIT_LENGTH = 1024
+_TYPE_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+
+
+class AttentionInputs(NamedTuple):
+    """What a layer's attention is given beside queries, keys and values: megatron-core hands it on unseen."""
+
+    # bool, broadcastable to [B, heads, S, S], True where a query may look, or None; or, where B is 1, int64 [1, K]: the
+    # lengths of the segments that make the row, each of which sees itself only; or the window of a cache that these
+    # keys and values go into and whose others are looked at, too.
+    seen: Tensor | Window | None
+    rotation: Rotation  # of the queries' and keys' positions
 
 
 class CoreAttention(MegatronModule):
@@ -33,24 +43,19 @@ class CoreAttention(MegatronModule):
         self.layer_number, self.softmax_scale, self.causal = layer_number, softmax_scale, causal
         self.recompute = recompute  # in the backward pass, instead of keeping scores
 
-    def forward(
-        self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | Window | None, **_: Any
-    ) -> Tensor:
-        """query [S, B, heads, D]; key, value [S, B, kv heads, D]; attention_mask bool, broadcastable to
-        [B, heads, S, S], True where a query may look, or None; or, where B is 1, int64 [1, K]: the lengths of the
-        segments that make the row, each of which sees itself only; or the window of a cache that these keys and values
-        go into and whose others are looked at, too. Returns [S, B, heads · D]."""
-        if isinstance(attention_mask, Window):
-            window = attention_mask
-            key, value = window.cache.write(self.layer_number, window.positions, key, value)
-            return self._attend(query, key, value, window.visible(self.causal))
-        if self.causal and attention_mask is not None and attention_mask.dim() > 2:
-            attention_mask = causal_part(attention_mask)
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: AttentionInputs, **_: Any) -> Tensor:
+        """query [S, B, heads, D]; key, value [S, B, kv heads, D]. Returns [S, B, heads · D]."""
+        seen, rotation = attention_mask
+        heads_first = query.device.type == "cpu"
+        query, key = rotate(query, rotation, heads_first), rotate(key, rotation, heads_first)
+        if isinstance(seen, Window):
+            key, value = seen.cache.write(self.layer_number, seen.positions, key, value)
+            return self._attend(query, key, value, seen.visible(self.causal))
+        if self.causal and seen is not None and seen.dim() > 2:
+            seen = causal_part(seen)
         if self.recompute and torch.is_grad_enabled():
-            return checkpoint(
-                self._attend, query, key, value, attention_mask, use_reentrant=False, preserve_rng_state=False
-            )
-        return self._attend(query, key, value, attention_mask)
+            return checkpoint(self._attend, query, key, value, seen, use_reentrant=False, preserve_rng_state=False)
+        return self._attend(query, key, value, seen)
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None) -> Tensor:
         if attention_mask is not None and attention_mask.dim() == 2:
@@ -70,7 +75,7 @@ class CoreAttention(MegatronModule):
     def _scores_times_values(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None) -> Tensor:
         """[B, heads, S, D] of queries → the same of contexts."""
         is_causal = self.causal and attention_mask is None
-        if query.device.type == "cpu" and query.dtype == torch.bfloat16 and len(query[0, 0]) <= EXPLICIT_LENGTH:
+        if query.device.type == "cpu" and key.shape[2] <= EXPLICIT_LENGTH[_TYPE_NAMES[query.dtype]]:
             return explicit_attention(query, key, value, attention_mask, self.softmax_scale, is_causal)
         return F.scaled_dot_product_attention(
             query,
@@ -114,15 +119,45 @@ def explicit_attention(
     scale: float | None,
     is_causal: bool = False,
 ) -> Tensor:
-    """softmax(q kᵀ · scale) v with the scores in memory. [B, heads, S, D] each; mask as above. is_causal: in place of a
-    mask."""
-    groups = query.shape[1] // key.shape[1]
+    """softmax(q kᵀ · scale) v with the scores in memory. [B, heads, S, D] each; attention_mask bool, True where a query
+    may look. is_causal: in place of a mask."""
+    rows, heads, length, width = query.shape
+    groups = heads // key.shape[1]
     if groups > 1:
         key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
-    query, key, value = (x.contiguous() for x in (query, key, value))  # batched products copy slowly themselves
-    scores = (query * (scale or query.shape[-1] ** -0.5)) @ key.transpose(-1, -2)
     if is_causal:
-        attention_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
-    if attention_mask is not None:
-        scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
-    return scores.softmax(-1) @ value
+        attention_mask = torch.ones(length, key.shape[2], dtype=torch.bool, device=query.device).tril()
+    hidden = None if attention_mask is None else ~attention_mask
+    context = _ExplicitAttention.apply(
+        *(x.reshape(rows * heads, -1, width) for x in (query, key, value)),
+        hidden,
+        scale or width**-0.5,
+        (rows, heads),
+    )
+    return context.view(rows, heads, length, width)
+
+
+class _ExplicitAttention(torch.autograd.Function):
+    """query, key, value [B · heads, S, D]; hidden bool, broadcastable to [B, heads, S, S]. Keeps the probabilities."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, hidden: Tensor | None, scale: float, shape: tuple[int, int]
+    ) -> Tensor:
+        scores = torch.bmm(query * scale, key.transpose(1, 2))
+        if hidden is not None:
+            scores.view(*shape, *scores.shape[1:]).masked_fill_(hidden, torch.finfo(scores.dtype).min)
+        probabilities = torch.ops.aten._softmax.out(scores, -1, False, out=scores)
+        ctx.save_for_backward(query, key, value, probabilities)
+        ctx.scale = scale
+        return torch.bmm(probabilities, value)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        query, key, value, probabilities = ctx.saved_tensors
+        of_value = torch.bmm(probabilities.transpose(1, 2), gradient)
+        of_scores = torch.bmm(gradient, value.transpose(1, 2))
+        torch._softmax_backward_data(of_scores, probabilities, -1, probabilities.dtype, grad_input=of_scores)
+        of_query = torch.bmm(of_scores, key).mul_(ctx.scale)
+        of_key = torch.bmm(of_scores.transpose(1, 2), query).mul_(ctx.scale)
+        return of_query, of_key, of_value, None, None, None

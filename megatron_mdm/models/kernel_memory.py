@@ -13,7 +13,10 @@ from megatron_mdm.config.schema import RunConfig
 
 Kernels = Literal["cpu", "cuda"]
 ELEMENT_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
-EXPLICIT_LENGTH = 1024  # models/attention.py, which this file must not import: it would load megatron-core
+# On CPUs, attention keeps its scores in memory up to this many keys: torch 2.13's fused kernel is slower there, in bf16
+# by up to 8 times in its backward pass (64 rows of 44: 28 against 6 ms; 2 of 1024: 59 against 37 ms), in fp32 by 1.6
+# (32 rows of 44). Beyond it the scores take too much memory, or the fused kernel is faster.
+EXPLICIT_LENGTH = {"fp32": 128, "bf16": 1024, "fp16": 1024}
 
 
 class Shape(Protocol):
@@ -41,19 +44,10 @@ class SavedTensors:
         model, size = config.model, _size(config)
         residual = self._positions(config, shape, split=config.parallel.sequence)
         shard = self._positions(config, shape) / config.parallel.tensor
-        # Two norms: their inputs and outputs, the reciprocal roots in fp32, and copies where kernels are not fused.
-        norms = 2 * (model.hidden_size * (size + self.norm_copies(config)) + 4)
-        # megatron-core's gated unit: [gate; up], silu(gate), a copy of up, and their product.
-        mlp = 5 * model.ffn_hidden_size * size
-        rotary = 4 * shape.length * model.kv_channels * size  # cosines and sines of queries and of keys
+        norms = 2 * (2 * model.hidden_size * size + 4)  # two: their inputs and outputs, the reciprocal roots in fp32
+        mlp = 3 * model.ffn_hidden_size * size  # the gated unit: [gate; up] and their product
+        rotary = 2 * shape.length * model.kv_channels * size  # cosines and sines
         return residual * norms + shard * (self._attention(config, shape, attention_again) + mlp) + rotary
-
-    def norm_copies(self, config: RunConfig) -> float:
-        """Bytes that a norm keeps per element of its input. On CPUs torch's RMSNorm is a chain of operations, in fp32
-        whatever the type, that keeps its input and the normed input; on CUDA one kernel keeps the input."""
-        if self.kernels == "cuda":
-            return _size(config)
-        return 8
 
     def workspace(self, config: RunConfig, shape: Shape) -> float:
         """The greatest temporary tensors of a block's backward pass: the gated unit's gradients."""
@@ -66,13 +60,13 @@ class SavedTensors:
         query, key = model.num_heads * model.kv_channels, model.num_kv_heads * model.kv_channels
         normed = 0.0
         if model.qk_norm:
-            normed = (query + key) * self.norm_copies(config) + 4 * (model.num_heads + model.num_kv_heads)
+            normed = (query + key) * size + 4 * (model.num_heads + model.num_kv_heads)
         inputs = 2 * query + 3 * key  # turned queries and keys, and [q, k, v], of which v is a part
         if again:
             return normed + (inputs + query) * size
         longest = min(shape.length, config.data.max_length)  # that attention runs over
-        if self.kernels == "cpu" and config.precision.dtype == "bf16" and longest <= EXPLICIT_LENGTH:
-            # Explicit scores: scaled q, k, v of every head, the softmax, and the contexts in another order.
+        if self.kernels == "cpu" and longest <= EXPLICIT_LENGTH[config.precision.dtype]:
+            # Explicit scores: q, k, v of every head, the softmax, and the contexts in another order.
             return normed + (4 * query + model.num_heads * longest) * size
         return normed + (inputs + query) * size + 4 * model.num_heads  # a normaliser of each row of scores
 

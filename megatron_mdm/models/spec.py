@@ -15,6 +15,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayerSubmodul
 
 from megatron_mdm.config.errors import UserError
 from megatron_mdm.config.schema import ModelConfig, ParallelConfig
+from megatron_mdm.models.activation import SwiGLU
 from megatron_mdm.models.attention import CoreAttention
 from megatron_mdm.models.norms import RMSNorm
 from megatron_mdm.parallel import platform
@@ -35,6 +36,7 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig) -> Transfor
         layernorm_epsilon=model.norm_eps,
         gated_linear_unit=True,
         activation_func=F.silu,
+        use_te_activation_func=True,  # the layer spec's activation module, which need not be Transformer Engine's
         add_bias_linear=False,
         add_qkv_bias=model.qkv_bias,
         qk_layernorm=model.qk_norm,
@@ -57,7 +59,7 @@ def torch_layers(model: ModelConfig, recompute_attention: bool) -> TransformerLa
     if model.qk_norm:
         attention = spec.self_attention.submodules
         attention.q_layernorm = attention.k_layernorm = RMSNorm
-    return _with_our_attention(spec, recompute_attention, model)
+    return _with_our_kernels(spec, recompute_attention, model)
 
 
 def transformer_engine_layers(model: ModelConfig, recompute_attention: bool) -> TransformerLayerSubmodules:
@@ -66,16 +68,17 @@ def transformer_engine_layers(model: ModelConfig, recompute_attention: bool) -> 
     Parameter names differ from the torch layers' in the norms; NORM_NAMES translates them for checkpoints.
     """
     spec = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=model.qk_norm).submodules
-    return _with_our_attention(spec, recompute_attention, model)
+    return _with_our_kernels(spec, recompute_attention, model)
 
 
-def _with_our_attention(
+def _with_our_kernels(
     spec: TransformerLayerSubmodules, recompute: bool, model: ModelConfig
 ) -> TransformerLayerSubmodules:
     spec.self_attention.params["attn_mask_type"] = AttnMaskType.padding
     spec.self_attention.submodules.core_attention = partial(
         CoreAttention, recompute=recompute, causal=model.attention == "causal"
     )
+    spec.mlp.submodules.activation_func = SwiGLU
     return spec
 
 

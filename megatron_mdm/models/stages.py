@@ -21,11 +21,13 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from megatron_mdm.config.schema import ModelConfig, ParallelConfig
+from megatron_mdm.models.attention import AttentionInputs
 from megatron_mdm.models.cache import Window
 from megatron_mdm.models.cross_entropy import weighted_cross_entropy
 from megatron_mdm.models.initialize import initialize_weights
 from megatron_mdm.models.norms import RMSNorm
 from megatron_mdm.models.parameters import padded_vocab_size
+from megatron_mdm.models.rotary import Rotation
 from megatron_mdm.models.sharding import HEAD_NORMS, mark_shards
 from megatron_mdm.models.spec import LAYER_SPECS, resolve_kernels, transformer_config
 from megatron_mdm.parallel import platform
@@ -123,19 +125,23 @@ class Block(nn.Module):
 
     def _layer(self, hidden: Tensor, lengths: Tensor) -> Tensor:
         length = hidden.shape[0] * self.sequence_shards
-        rotary = self.rotary(length)
-        attention = None
+        angles = self.rotary(length)
+        seen = None
         if lengths.dim() == 1:
-            attention = attention_mask(lengths, length)
+            seen = attention_mask(lengths, length)
         elif lengths.dim() == 2:  # packed: attention takes the segments' lengths for its mask
-            attention, rotary = lengths, rotary.index_select(0, segment_positions(lengths, length))
-        with get_fp8_context(self.config, self.layer.layer_number - 1):  # does nothing without FP8
-            return self.layer(hidden, attention_mask=attention, rotary_pos_emb=rotary)[0]
+            seen, angles = lengths, angles.index_select(0, segment_positions(lengths, length))
+        return self._run(hidden, seen, angles)
 
     def _windowed_layer(self, hidden: Tensor, window: Window) -> Tensor:
-        rotary = self.rotary(window.cache.width)[window.positions.t()].squeeze(2)  # [S, R, 1, D]
-        with get_fp8_context(self.config, self.layer.layer_number - 1):
-            return self.layer(hidden, attention_mask=window, rotary_pos_emb=rotary)[0]
+        angles = self.rotary(window.cache.width)[window.positions.t()].squeeze(2)  # [S, R, 1, D]
+        return self._run(hidden, window, angles)
+
+    def _run(self, hidden: Tensor, seen: Tensor | Window | None, angles: Tensor) -> Tensor:
+        """angles [S, 1 or R, 1, D] of the positions."""
+        inputs = AttentionInputs(seen, Rotation.of(angles, hidden.dtype))
+        with get_fp8_context(self.config, self.layer.layer_number - 1):  # does nothing without FP8
+            return self.layer(hidden, attention_mask=inputs)[0]
 
 
 class Head(nn.Module):

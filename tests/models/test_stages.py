@@ -104,23 +104,3 @@ def test_equals_llama(changes: dict[str, Any]) -> None:
     expected = llama_logits(model, llama_of(model, parameters), torch.from_numpy(ours["tokens"])).flatten(0, 1).numpy()
     np.testing.assert_allclose(ours["logits"], expected, rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(ours["with_padding"], ours["logits"], rtol=1e-5, atol=1e-5)
-
-
-def explicit_and_fused() -> tuple[torch.Tensor, torch.Tensor]:
-    from megatron_mdm.models.attention import explicit_attention
-
-    generator = torch.Generator().manual_seed(0)
-    query = torch.randn(2, 4, 9, 8, generator=generator)
-    key, value = (torch.randn(2, 2, 9, 8, generator=generator) for _ in range(2))
-    mask = torch.arange(9)[None, None, None, :] < torch.tensor([9, 6])[:, None, None, None]
-    fused = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=True)
-    causal = torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
-    explicit = (
-        explicit_attention(query, key, value, mask, None),
-        explicit_attention(query, key, value, None, None, True),
-    )
-    return torch.stack(explicit), torch.stack([fused, causal])
-
-
-def test_explicit_attention_equals_fused() -> None:
-    torch.testing.assert_close(*explicit_and_fused())

@@ -1,0 +1,58 @@
+"""Rotary positions of queries and keys, in fewer passes over memory than megatron-core's chain of operations.
+
+The same products and sums as megatron/core/models/common/embeddings/rope_utils.py (half-split, as in GPT-NeoX):
+(x₁, x₂) → (x₁ cos − x₂ sin, x₂ cos + x₁ sin).
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Rotation(NamedTuple):
+    """Angles by position: [S, 1, 1, D] for all rows alike, or [S, R, 1, D]; D the width of a head."""
+
+    cosine: Tensor
+    signed_sine: Tensor  # negative in the first half of D
+
+    @classmethod
+    def of(cls, angles: Tensor, dtype: torch.dtype) -> Rotation:
+        """angles float32, as megatron-core's RotaryEmbedding gives them: both halves of D alike."""
+        sine = angles.sin()
+        sine.narrow(-1, 0, sine.shape[-1] // 2).neg_()
+        return cls(angles.cos().to(dtype), sine.to(dtype))
+
+
+def rotate(x: Tensor, rotation: Rotation, heads_first: bool) -> Tensor:
+    """x [S, B, heads, D] → the same, turned. heads_first: in memory the result is [B, heads, S, D], which products over
+    positions read fastest."""
+    return _Rotate.apply(x, rotation.cosine, rotation.signed_sine, heads_first)
+
+
+class _Rotate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cosine: Tensor, signed_sine: Tensor, heads_first: bool) -> Tensor:
+        ctx.save_for_backward(cosine, signed_sine)
+        return _turned(x, cosine, signed_sine, heads_first)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+        cosine, signed_sine = ctx.saved_tensors
+        return _turned(gradient, cosine, signed_sine.neg(), heads_first=False), None, None, None
+
+
+def _turned(x: Tensor, cosine: Tensor, signed_sine: Tensor, heads_first: bool) -> Tensor:
+    length, rows, heads, width = x.shape
+    if heads_first:
+        result, other = (x.new_empty(rows, heads, length, width).permute(2, 0, 1, 3) for _ in range(2))
+    else:
+        result, other = torch.empty(2, *x.shape, dtype=x.dtype, device=x.device)
+    first, second = x.chunk(2, dim=-1)
+    swapped_first, swapped_second = other.chunk(2, dim=-1)
+    swapped_first.copy_(second)
+    swapped_second.copy_(first)
+    torch.mul(x, cosine, out=result)
+    return result.add_(other.mul_(signed_sine))
