@@ -5,7 +5,8 @@ python tools/prepare_data.py arithmetic --output FOLDER [--train 60000 --validat
 python tools/prepare_data.py corpus FILE … --output PREFIX --tokenizer FILE [--workers 2 --splits 0.98 0.01 0.01]
     tokenises text, JSON lines, parquet or a `datasets` set into Megatron's .bin/.idx; interrupted, it goes on
 python tools/prepare_data.py task gsm8k|hitab|openscience|text-to-image FILE … --output FOLDER
-    turns the public files into samples for training and questions for tests, with the paper's splits
+    turns the public files, as they are downloaded, into samples for training and questions for tests, with the paper's
+    splits; the shipped configurations expect them in data/TASK
 python tools/prepare_data.py inspect --config FILE --output FOLDER [section.key=value …]
     shows samples as training sees them, their lengths, and what padding and packing cost
 """
@@ -66,7 +67,7 @@ def corpus(arguments: argparse.Namespace) -> None:
 
 
 def task(arguments: argparse.Namespace) -> None:
-    from megatron_mdm.data.tasks import PREPARERS
+    from megatron_mdm.evaluation.tasks import PREPARERS
 
     for name, records in PREPARERS[arguments.name](arguments.input, arguments).items():
         path = arguments.output / f"{name}.jsonl"
@@ -133,6 +134,7 @@ def _add_task(command: argparse.ArgumentParser) -> None:
     command.add_argument("name", choices=["gsm8k", "hitab", "openscience", "text-to-image"])
     command.add_argument("input", nargs="+", help="train and test files; for the others, one file or `datasets` name")
     command.add_argument("--output", type=Path, required=True)
+    command.add_argument("--tables", default="", help="hitab: the folder of its tables; tables/ beside each file")
     command.add_argument("--tokenizer", default="", help="text-to-image: of the captions")
     command.add_argument("--image-offset", type=int, default=126_349, help="text-to-image: id of image code 0")
     command.add_argument("--seed", type=int, default=0, help="of validation sets that are cut off")

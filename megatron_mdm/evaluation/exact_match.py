@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from megatron_mdm.config.errors import UserError
@@ -21,11 +22,11 @@ def read_questions(path: str, task: Task, limit: int) -> list[tuple[str, str]]:
     """(prompt, final answer) of the first `limit` records (0: all). Raises UserError where a reference has none."""
     questions = []
     for where, record in read_records(path):
-        prompt, response = task.question(record) or prompt_and_response(record, where)
-        answer = task.extract(response)
-        if answer is None:
-            raise UserError(f"{where}: the reference has no final answer of this task's form")
-        questions.append((prompt, answer))
+        prompt, response = task.question(record, where, Path(path).parent) or prompt_and_response(record, where)
+        try:
+            questions.append((prompt, task.reference(response)))
+        except ValueError as error:
+            raise UserError(f"{where}: {error}") from None
         if len(questions) == limit:
             break
     if not questions:

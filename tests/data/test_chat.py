@@ -13,7 +13,6 @@ from megatron_mdm.config.errors import UserError
 from megatron_mdm.config.schema import BatchConfig, DataConfig
 from megatron_mdm.data.loader import TrainLoader
 from megatron_mdm.data.sft import SftDataset, encode_prompt, read_sft
-from megatron_mdm.data.tasks import clean_answer
 from megatron_mdm.data.tokenizer import Tokenizer, load_tokenizer
 from tests.ranks import run_program_ranks
 
@@ -186,20 +185,6 @@ def test_eos_padding_is_learnt_up_to_the_longest_of_the_global_batch(folder: Pat
         assert (micro.tokens[0, length - 1 :] == tokenizer.eos_id).all()
         assert micro.eligible[0, 2:].all()
     assert local.global_batch.num_eligible == 4 * (longest - 2)
-
-
-@pytest.mark.parametrize(
-    ("text", "answer"),
-    [
-        ("so \\boxed{29}", "29"),
-        ("\\boxed{ 12.5\\% }.", "12.5%"),
-        ("\\boxed{\\text{new york}}", "new york"),
-        ("first \\boxed{1}, no: \\boxed{\\frac{1}{2}}", "frac{1}{2}"),
-        ("canada.", "canada"),
-    ],
-)
-def test_hitab_answers_are_cleaned(text: str, answer: str) -> None:
-    assert clean_answer(text) == answer
 
 
 def lines(path: Path) -> list[dict[str, Any]]:

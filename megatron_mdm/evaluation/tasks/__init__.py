@@ -1,25 +1,38 @@
-"""Tasks: what is asked, and what counts as a right answer. A new task is one file and one entry here."""
+"""Tasks: how their data is prepared, what is asked, and what counts as a right answer. A new task is one file and one
+entry here."""
 
+import argparse
 import operator
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
 
+from megatron_mdm.data import text_to_image
+from megatron_mdm.data.public_sets import Sets
+from megatron_mdm.data.records import Record
 from megatron_mdm.evaluation.tasks import gsm8k, hitab, openscience
 
-
-def _nothing(_: dict[str, Any]) -> None:
-    return None
+Preparer = Callable[[Sequence[str], argparse.Namespace], Sets]  # (paths as given, options) → what is written, by name
 
 
 class Task(NamedTuple):
+    prepare: Preparer
+    # (record in the data set's own form, where it is, folder of its file) → (prompt, reference response), as
+    # prepare has them; None for a record that was prepared already
+    question: Callable[[Record, str, Path], tuple[str, str] | None]
     extract: Callable[[str], str | None]  # a response → its final answer, None where there is none
+    reference: Callable[[str], str]  # a reference response → its final answer; ValueError, which says why, without one
     same: Callable[[str, str], bool] = operator.eq  # (predicted, reference) final answers
-    # (prompt, reference response) of a record in the data set's own form; None: question/answer or prompt/response
-    question: Callable[[dict[str, Any]], tuple[str, str] | None] = _nothing
 
 
 TASKS: dict[str, Task] = {
-    "gsm8k": Task(gsm8k.extract_answer),
-    "hitab": Task(hitab.extract_answer, hitab.same, hitab.question),
-    "openscience": Task(openscience.extract_answer),
+    "gsm8k": Task(gsm8k.prepare, gsm8k.question, gsm8k.extract_answer, gsm8k.reference_answer),
+    "hitab": Task(hitab.prepare, hitab.question, hitab.extract_answer, hitab.reference_answer, hitab.same),
+    "openscience": Task(
+        openscience.prepare, openscience.question, openscience.extract_answer, openscience.reference_answer
+    ),
+}
+PREPARERS: dict[str, Preparer] = {
+    **{name: task.prepare for name, task in TASKS.items()},
+    "text-to-image": text_to_image.prepare,
 }

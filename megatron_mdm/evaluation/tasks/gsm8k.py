@@ -1,16 +1,69 @@
-"""GSM8K's answer format: a chain of thought that ends in `#### number`."""
+"""GSM8K: a chain of thought that ends in `#### number`.
 
+The answer is what stands on the line behind the last `####` that has anything behind it: a number (numbers.py), and
+behind it at most words. "18 apples" and "18. The end" are 18, as in OpenAI's scorer and lm-eval's strict match. Unlike
+theirs, a line that goes on with what could change the number (digits, an operator, "and a half") is no answer.
+"""
+
+import argparse
 import re
+from collections.abc import Sequence
+from pathlib import Path
 
-_ANSWER = re.compile(r"####\s*(-?[0-9][0-9,]*(?:\.[0-9]+)?)")
+from megatron_mdm.config.errors import UserError
+from megatron_mdm.data.public_sets import Sets, check_number, field
+from megatron_mdm.data.records import Record, read_records
+from megatron_mdm.evaluation.tasks.markup import plain
+from megatron_mdm.evaluation.tasks.numbers import leading_number, parse_number, written
+
+_MARK = re.compile("#{4,}")
+_BEHIND_A_NUMBER = re.compile(r"(?:[.,;:?°].*|/[A-Za-z].*|\s.*)?")
+_CHANGES_IT = re.compile(
+    r"[+=^×÷±<>≈\\]|\s[-*/]\s|\b(?:half|halves|and an? (?:third|quarter|fourth)|plus|minus|squared|cubed|k|bn|mn)\b"
+)
+
+
+def prepare(paths: Sequence[str], arguments: argparse.Namespace) -> Sets:
+    """The official files, train and test, as they are."""
+    check_number(paths, (2,), "gsm8k", "two files, train and test")
+    return {name: _questions(path) for name, path in zip(("train", "test"), paths)}
+
+
+def question(record: Record, where: str, folder: Path) -> None:
+    """The official records, question and answer, are as they are prepared."""
 
 
 def extract_answer(response: str) -> str | None:
-    """The number after the last `####`, without thousands separators and trailing zeros of a fraction."""
-    matches = _ANSWER.findall(response)
-    if not matches:
+    """The number of a response in its one way of writing; None where it has none."""
+    found = leading_number(_answer_line(response), slash=True)
+    if found is None:
         return None
-    number = matches[-1].replace(",", "")
-    if "." in number:
-        number = number.rstrip("0").rstrip(".")
-    return number
+    value, rest = found
+    is_words = _BEHIND_A_NUMBER.fullmatch(rest) and not any(map(str.isnumeric, rest)) and not _CHANGES_IT.search(rest)
+    return written(value) if is_words else None
+
+
+def reference_answer(answer: str) -> str:
+    """The same of a reference, which must be a number and nothing else."""
+    line = _answer_line(answer)
+    value = parse_number(line, slash=True)
+    if value is None:
+        raise ValueError(f"expected #### and a number at the answer's end; found {line!r} behind ####")
+    return written(value)
+
+
+def _answer_line(response: str) -> str:
+    parts = [part for part in map(plain, _MARK.split(response)[1:]) if part.strip()]
+    return parts[-1].strip().split("\n")[0].strip() if parts else ""
+
+
+def _questions(path: str) -> list[Record]:
+    rows = []
+    for where, record in read_records(path):
+        question, answer = (field(record, (name,), where) for name in ("question", "answer"))
+        try:
+            reference_answer(answer)
+        except ValueError as error:
+            raise UserError(f"{where}: {error}") from None
+        rows.append({"question": question, "answer": answer})
+    return rows
