@@ -57,7 +57,7 @@ def main() -> None:
     questions = read_questions(arguments.data, task, arguments.limit)
     config = run_config(arguments.run_dir, 1)
     tokenizer, context = load_tokenizer(config.data), initialize(1)
-    special = SpecialIds(tokenizer.mask_id, tokenizer.pad_id, tokenizer.eos_id)
+    special = SpecialIds.of(tokenizer)
     engine = load_for_inference(arguments.run_dir, config, context)
     prompts = [encode_prompt(prompt, tokenizer) for prompt, _ in questions]
     clock = time.perf_counter if platform.is_cuda() else time.process_time

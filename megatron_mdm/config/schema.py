@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -69,13 +70,26 @@ class DataConfig(Section):
     max_length: int = Field(gt=1)
     too_long: Literal["drop", "truncate", "error"] = "drop"
     on_error: Literal["stop", "skip"] = "stop"  # a bad sample, document or shard; what is skipped is counted
+    # Where a response ends, besides eos_token and the template's end of turn: texts of tokens, or ids.
+    end_tokens: tuple[int | str, ...] = ()
     # sft
-    template: Literal["plain", "llada", "tokenizer"] = "plain"  # tokenizer: its own chat template
+    # llada, mmada: as LLaDA-8B-Instruct and MMaDA-8B write conversations; tokenizer: its own chat template
+    template: Literal["plain", "llada", "mmada", "tokenizer"] = "plain"
+    # The day that a chat template may name (strftime_now), YYYY-MM-DD; today: the one on which the run began
+    template_date: str = "today"
     eligible_turns: Literal["all", "last"] = "all"  # of a conversation: which assistant turns are learnt
     eos_padding: bool = False  # LLaDA: learnt eos tokens up to the longest sample of the global batch
     # corpus
     across_documents: bool = True  # a sequence's documents see each other
     random_length: float = Field(default=0.0, ge=0.0, le=1.0)  # share that is cut to U{1 … max_length}; LLaDA: 0.01
+
+    @field_validator("template_date")
+    @classmethod
+    def _day(cls, value: str) -> str:
+        try:
+            return value if value == "today" else datetime.date.fromisoformat(value).isoformat()
+        except ValueError:
+            raise ValueError("must be a day as YYYY-MM-DD, or 'today'") from None
 
     @field_validator("train")
     @classmethod

@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 from megatron_mdm.config.errors import UserError
 from megatron_mdm.config.files import sha256
 from megatron_mdm.config.schema import DataConfig
+from megatron_mdm.data.conversation import ASSISTANT, USER, Message, Piece
 from megatron_mdm.data.records import BadRecords, Record, read_records
 from megatron_mdm.data.sample import Sample
-from megatron_mdm.data.templates import ASSISTANT, Message, Piece, prompt_pieces
 from megatron_mdm.data.tokenizer import Tokenizer
 from megatron_mdm.diffusion.randomness import Purpose, stream
 
@@ -33,6 +33,7 @@ class SftDataset:
     fingerprint: str  # sha256 of the file
     num_bad: int = 0  # left out: not readable
     first_bad: tuple[str, ...] = ()  # where some of them are, and what is wrong
+    records: Sequence[int] = ()  # of each sample; empty: every sample is a record of its own
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -52,7 +53,8 @@ class SftDataset:
         return replace(self, samples=samples)
 
     def subset(self, rows: Sequence[int] | NDArray[np.int64]) -> SftDataset:
-        return SftDataset([self.samples[row] for row in rows], 0, self.fingerprint)
+        records = [self.records[row] for row in rows] if self.records else ()
+        return SftDataset([self.samples[row] for row in rows], 0, self.fingerprint, records=records)
 
 
 def read_sft(path: str, tokenizer: Tokenizer, data: DataConfig, vocab_size: int) -> SftDataset:
@@ -63,8 +65,9 @@ def read_sft(path: str, tokenizer: Tokenizer, data: DataConfig, vocab_size: int)
     """
     bad = BadRecords(data.on_error == "skip")
     samples: list[Sample] = []
+    records: list[int] = []
     num_too_long = 0
-    for where, sample in _tokenised(path, tokenizer, data, bad):
+    for record, where, sample in _tokenised(path, tokenizer, data, bad):
         if not sample.eligible.any():
             bad.add(f"{where}: no eligible token: the response is empty")
         elif sample.tokens.min() < 0 or sample.tokens.max() >= vocab_size:
@@ -74,6 +77,7 @@ def read_sft(path: str, tokenizer: Tokenizer, data: DataConfig, vocab_size: int)
             bad.add(f"{where}: token {place} is the mask token {tokenizer.mask_id}, which clean data cannot hold")
         elif len(sample.tokens) <= data.max_length:
             samples.append(sample)
+            records.append(record)
         else:
             num_too_long += 1
             if data.too_long == "error":
@@ -83,23 +87,28 @@ def read_sft(path: str, tokenizer: Tokenizer, data: DataConfig, vocab_size: int)
                 )
             if data.too_long == "truncate" and sample.eligible[: data.max_length].any():
                 samples.append(Sample(sample.tokens[: data.max_length], sample.eligible[: data.max_length]))
+                records.append(record)
     if not samples:
         raise UserError(
             f"{path}: no sample left ({num_too_long} longer than 'data.max_length' {data.max_length}, {bad.count} bad)"
         )
     fingerprint = sha256(Path(path)) if Path(path).is_file() else path
-    return SftDataset(samples, num_too_long, fingerprint, bad.count, tuple(bad.first))
+    records = records if len(set(records)) < len(records) else []
+    return SftDataset(samples, num_too_long, fingerprint, bad.count, tuple(bad.first), records)
 
 
 def split_validation(data: SftDataset, fraction: float, seed: int) -> tuple[SftDataset, SftDataset]:
-    """(training, validation): a random, seeded share of at least one sample for validation."""
-    order = stream(seed, Purpose.SPLIT).permutation(len(data))
-    num_validation = max(1, round(len(data) * fraction))
-    if num_validation >= len(data):
-        raise UserError(f"'data.validation_fraction' {fraction} leaves no training sample of {len(data)}")
-    train = data.subset(np.sort(order[num_validation:]))
+    """(training, validation): a random, seeded share of at least one record, with all its samples, for validation."""
+    records = np.unique(data.records, return_inverse=True)[1] if data.records else np.arange(len(data))
+    num_records = int(records.max()) + 1
+    order = stream(seed, Purpose.SPLIT).permutation(num_records)
+    num_validation = max(1, round(num_records * fraction))
+    if num_validation >= num_records:
+        raise UserError(f"'data.validation_fraction' {fraction} leaves no training sample of {num_records}")
+    held_out = np.isin(records, order[:num_validation])
+    train = data.subset(np.flatnonzero(~held_out))
     train = replace(train, num_too_long=data.num_too_long, num_bad=data.num_bad, first_bad=data.first_bad)
-    return train, data.subset(np.sort(order[:num_validation]))
+    return train, data.subset(np.flatnonzero(held_out))
 
 
 def prompt_and_response(record: Record, where: str) -> tuple[str, str]:
@@ -132,39 +141,39 @@ def read_prompts(path: str) -> list[str]:
 def encode_prompt(prompt: str, tokenizer: Tokenizer) -> list[int]:
     """What stands before a response, in the tokenizer's template."""
     try:
-        texts = prompt_pieces(prompt, tokenizer.pieces_of)
+        pieces = tokenizer.prompt_of([Message(USER, prompt)])
     except ValueError as error:
         raise UserError(f"the prompt {prompt[:40]!r}: {error}") from None
-    return [token for ids in tokenizer.encode_pieces(texts) for token in ids]
+    encoded = tokenizer.encode_pieces([piece.text for piece in pieces])
+    return [token for piece, ids in zip(pieces, encoded) for token in _ended(piece, ids, tokenizer.eos_id)]
 
 
 class _Draft(NamedTuple):
-    """A record on its way to a sample: either texts that are to be tokenised, or a sample."""
+    """A sample on its way: either texts that are to be tokenised, or a sample."""
 
+    record: int
     where: str
     content: Sample | list[Piece]
 
 
-def _tokenised(path: str, tokenizer: Tokenizer, data: DataConfig, bad: BadRecords) -> Iterator[tuple[str, Sample]]:
+def _tokenised(path: str, tokenizer: Tokenizer, data: DataConfig, bad: BadRecords) -> Iterator[tuple[int, str, Sample]]:
     drafts = _drafts(path, tokenizer, data, bad)
     while batch := list(islice(drafts, _RECORDS_AT_ONCE)):
         texts = [piece.text for draft in batch if isinstance(draft.content, list) for piece in draft.content]
         ids = iter(tokenizer.encode_pieces(texts) if texts else [])
-        for where, content in batch:
-            yield where, content if isinstance(content, Sample) else _joined(content, ids, tokenizer.eos_id)
+        for record, where, content in batch:
+            yield record, where, content if isinstance(content, Sample) else _joined(content, ids, tokenizer.eos_id)
 
 
 def _drafts(path: str, tokenizer: Tokenizer, data: DataConfig, bad: BadRecords) -> Iterator[_Draft]:
-    for where, record in read_records(path, bad):
+    for number, (where, record) in enumerate(read_records(path, bad)):
         try:
             if "input_ids" in record:
-                yield _Draft(where, _of_ids(record, where))
+                yield _Draft(number, where, _of_ids(record, where))
                 continue
-            pieces = tokenizer.pieces_of(_messages(record, where))
-            if data.eligible_turns == "last":
-                last = max((index for index, piece in enumerate(pieces) if piece.learnt), default=-1)
-                pieces = [piece._replace(learnt=index == last) for index, piece in enumerate(pieces)]
-            yield _Draft(where, pieces)
+            conversation = _messages(record, where)
+            for pieces in tokenizer.samples_of(conversation, last_only=data.eligible_turns == "last"):
+                yield _Draft(number, where, pieces)
         except UserError as error:
             bad.add(str(error))
         except ValueError as error:
@@ -175,11 +184,14 @@ def _joined(pieces: list[Piece], ids: Iterator[list[int]], eos_id: int) -> Sampl
     tokens: list[int] = []
     eligible: list[bool] = []
     for piece in pieces:
-        own = next(ids)
-        own = [*own, eos_id] if piece.ends and own else own
+        own = _ended(piece, next(ids), eos_id)
         tokens += own
         eligible += [piece.learnt] * len(own)
     return Sample(np.array(tokens, dtype=np.int32), np.array(eligible, dtype=np.bool_))
+
+
+def _ended(piece: Piece, ids: list[int], eos_id: int) -> list[int]:
+    return [*ids, eos_id] if piece.ends and ids else ids
 
 
 def _messages(record: Record, where: str) -> list[Message]:
@@ -194,7 +206,10 @@ def _messages(record: Record, where: str) -> list[Message]:
         raise UserError(f"{where}: 'messages' must be a list of objects with the strings 'role' and 'content'")
     if not any(turn["role"] == ASSISTANT for turn in turns):
         raise UserError(f"{where}: 'messages' holds no turn of the role '{ASSISTANT}'")
-    return [Message(turn["role"], turn["content"]) for turn in turns]
+    own = ("role", "content")
+    return [
+        Message(turn["role"], turn["content"], {name: turn[name] for name in turn if name not in own}) for turn in turns
+    ]
 
 
 def _of_ids(record: Record, where: str) -> Sample:

@@ -1,31 +1,39 @@
-"""How a conversation becomes text: pieces that are given and pieces that are learnt."""
+"""The templates by name: formats that are built in, and the tokenizer's own chat template."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
 
-from megatron_mdm.config.errors import UserError
+from megatron_mdm.data.chat_template import ChatTemplate
+from megatron_mdm.data.chat_turns import ChatTurns
+from megatron_mdm.data.conversation import ASSISTANT, TODAY, Message, Piece, Template, TemplateSource, last_answer
 
-ASSISTANT = "assistant"
-
-
-class Message(NamedTuple):
-    role: str  # system, user, assistant
-    content: str
+BEGIN, HEADER, HEADER_END, END_OF_TURN = "<|startoftext|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"
 
 
-class Piece(NamedTuple):
-    """A stretch of text that is tokenised by itself."""
+@dataclass(frozen=True)
+class TurnTemplate:
+    """Turn after turn; an answer and what ends it are learnt."""
 
-    text: str
-    learnt: bool
-    ends: bool = False  # an eos token follows, of the same kind
+    turn: Callable[[Message], list[Piece]]  # the answer's pieces are learnt
+    begin: tuple[Piece, ...] = ()
+    answer_header: tuple[Piece, ...] = ()
+    end_tokens: tuple[str, ...] = ()
+    date: str = ""
+    warnings: tuple[str, ...] = ()
 
+    def samples(self, messages: Sequence[Message], last_only: bool) -> list[list[Piece]]:
+        last, pieces = last_answer(messages), list(self.begin)
+        for place, message in enumerate(messages[: last + 1]):
+            given = last_only and place < last
+            pieces += _given(self.turn(message)) if given else self.turn(message)
+        return [pieces]
 
-Template = Callable[[Sequence[Message]], list[Piece]]
+    def prompt(self, messages: Sequence[Message]) -> list[Piece]:
+        turns = [piece for message in messages for piece in _given(self.turn(message))]
+        return [*self.begin, *turns, *self.answer_header]
 
 
 def plain_prompt(prompt: str) -> str:
@@ -33,103 +41,54 @@ def plain_prompt(prompt: str) -> str:
     return prompt + "\n"
 
 
-def _plain(_: str) -> Template:
+def _given(pieces: Sequence[Piece]) -> list[Piece]:
+    return [piece._replace(learnt=False) for piece in pieces]
+
+
+def _plain(_: TemplateSource) -> Template:
     """Contents one after another; a line break behind what is given, eos behind what the assistant says."""
 
-    def pieces(messages: Sequence[Message]) -> list[Piece]:
-        return [
-            Piece(content, True, ends=True) if role == ASSISTANT else Piece(plain_prompt(content), False)
-            for role, content in messages
-        ]
+    def turn(message: Message) -> list[Piece]:
+        if message.role == ASSISTANT:
+            return [Piece(message.content, True, ends=True)]
+        return [Piece(plain_prompt(message.content), False)]
 
-    return pieces
-
-
-def _llada(_: str) -> Template:
-    """LLaDA's: bos, then for each turn a header, the content, and <|eot_id|>, which the assistant's turns learn."""
-
-    def pieces(messages: Sequence[Message]) -> list[Piece]:
-        result = [Piece("<|startoftext|>", False)]
-        for role, content in messages:
-            result.append(Piece(f"<|start_header_id|>{role}<|end_header_id|>\n\n", False))
-            result.append(Piece(f"{content}<|eot_id|>", role == ASSISTANT))
-        return result
-
-    return pieces
+    return TurnTemplate(turn)
 
 
-def _tokenizers_own(tokenizer_path: str) -> Template:
-    """The chat template beside the tokenizer. What an assistant's turn adds to the conversation before it, generation
-    prompt included, is learnt."""
-    render = _chat_template(tokenizer_path)
+def _headers(line_breaks: str) -> Callable[[TemplateSource], Template]:
+    """Of LLaDA and its descendants: bos, then for each turn a header, line breaks, the content without white space
+    around it, and <|eot_id|>. Upstream writes the header of the next answer behind every conversation; it is learnt
+    by nothing here."""
 
-    def pieces(messages: Sequence[Message]) -> list[Piece]:
-        result: list[Piece] = []
-        said = ""
-        for index, message in enumerate(messages):
-            if message.role != ASSISTANT:
-                continue
-            for text, learnt in (
-                (render(messages[:index], True), False),
-                (render(messages[: index + 1], False), True),
-            ):
-                if not text.startswith(said):
-                    raise ValueError("the tokenizer's chat template rewrites earlier turns; use another template")
-                result.append(Piece(text[len(said) :], learnt))
-                said = text
-        if messages and messages[-1].role != ASSISTANT:
-            result.append(Piece(render(messages, True)[len(said) :], False))
-        return result
+    def header(role: str) -> Piece:
+        return Piece(f"{HEADER}{role}{HEADER_END}{line_breaks}", False)
 
-    return pieces
+    def turn(message: Message) -> list[Piece]:
+        learnt = message.role == ASSISTANT
+        return [header(message.role), Piece(f"{message.content.strip()}{END_OF_TURN}", learnt)]
+
+    def make(_: TemplateSource) -> Template:
+        return TurnTemplate(turn, (Piece(BEGIN, False),), (header(ASSISTANT),), (END_OF_TURN,))
+
+    return make
 
 
-TEMPLATES: dict[str, Callable[[str], Template]] = {  # made with the path of the tokenizer
+def _tokenizers_own(source: TemplateSource) -> Template:
+    """The chat template beside the tokenizer, as transformers renders it."""
+    return ChatTurns.of(_chat_template(source.tokenizer_path, source.date), source.special_tokens)
+
+
+def _chat_template(tokenizer_path: str, date: str = TODAY) -> ChatTemplate:
+    path = Path(tokenizer_path)
+    return ChatTemplate.load(path if path.is_dir() else path.parent, date)
+
+
+TEMPLATES: dict[str, Callable[[TemplateSource], Template]] = {
     "plain": _plain,
-    "llada": _llada,
+    "llada": _headers("\n\n"),  # LLaDA-8B-Instruct's
+    "mmada": _headers("\n"),  # MMaDA-8B's
     "tokenizer": _tokenizers_own,
 }
-NEEDED_TOKENS = {"llada": ("<|startoftext|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")}
-
-
-def prompt_pieces(prompt: str, template: Template) -> list[str]:
-    """What stands before the response to a single prompt."""
-    marker = Message(ASSISTANT, "")
-    pieces = template([Message("user", prompt), marker])
-    return [piece.text for piece in pieces if not piece.learnt]
-
-
-def _chat_template(tokenizer_path: str) -> Callable[[Sequence[Message], bool], str]:
-    """Rendered in jinja2's sandbox, as transformers does."""
-    from jinja2.exceptions import TemplateError
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    folder = Path(tokenizer_path) if Path(tokenizer_path).is_dir() else Path(tokenizer_path).parent
-    settings: dict[str, Any] = {}
-    if (folder / "tokenizer_config.json").is_file():
-        settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
-    source = settings.get("chat_template")
-    if (folder / "chat_template.jinja").is_file():
-        source = (folder / "chat_template.jinja").read_text(encoding="utf-8")
-    if not isinstance(source, str):
-        raise UserError(
-            f"{folder}: 'data.template' tokenizer needs a chat template in tokenizer_config.json or chat_template.jinja"
-        )
-    tokens = {name: _text_of(settings.get(name)) for name in ("bos_token", "eos_token", "pad_token", "unk_token")}
-    try:
-        template = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True).from_string(source)
-    except TemplateError as error:
-        raise UserError(f"{folder}: the chat template is not valid ({error})") from None
-
-    def render(messages: Sequence[Message], add_generation_prompt: bool) -> str:
-        turns = [message._asdict() for message in messages]
-        try:
-            return template.render(messages=turns, add_generation_prompt=add_generation_prompt, **tokens)
-        except TemplateError as error:
-            raise ValueError(f"the chat template refuses it ({error})") from None
-
-    return render
-
-
-def _text_of(token: Any) -> str:
-    return token if isinstance(token, str) else (token or {}).get("content", "")
+_HEADER_TOKENS = (BEGIN, HEADER, HEADER_END, END_OF_TURN)
+NEEDED_TOKENS = {"llada": _HEADER_TOKENS, "mmada": _HEADER_TOKENS}

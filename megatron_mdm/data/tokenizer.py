@@ -8,8 +8,9 @@ from functools import cached_property
 
 from megatron_mdm.config.errors import UserError
 from megatron_mdm.config.schema import DataConfig, ModelConfig
+from megatron_mdm.data.conversation import Message, Piece, Template, TemplateSource
 from megatron_mdm.data.literals import Literals
-from megatron_mdm.data.templates import NEEDED_TOKENS, TEMPLATES, Message, Piece, Template
+from megatron_mdm.data.templates import NEEDED_TOKENS, TEMPLATES
 from megatron_mdm.data.tokenizer_files import Backend, open_tokenizer
 
 _SHOWN = 40  # characters of a text, in a message
@@ -25,6 +26,7 @@ class Tokenizer:
     pad_id: int
     eos_id: int
     template: Template  # of conversations
+    other_end_ids: frozenset[int] = frozenset()  # besides eos_id: a response ends with the first of all these
 
     @cached_property
     def literals(self) -> Literals:
@@ -46,34 +48,41 @@ class Tokenizer:
         """The same for many texts at once, which is faster; whoever calls it has checked them."""
         return self.backend.encode_batch(texts)
 
-    def pieces_of(self, messages: Sequence[Message]) -> list[Piece]:
-        """A conversation in the template, for encode_pieces.
+    def samples_of(self, messages: Sequence[Message], last_only: bool) -> list[list[Piece]]:
+        """A conversation in the template, for encode_pieces: see Template.samples.
 
         Raises ValueError where the template refuses it, or a special token's text in it cannot be encoded as text.
         """
-        return self.template([message._replace(content=self.literals.mark(message.content)) for message in messages])
+        return self.template.samples([message.mapped(self.literals.mark) for message in messages], last_only)
+
+    def prompt_of(self, messages: Sequence[Message]) -> list[Piece]:
+        """What stands before the answer to a conversation, for encode_pieces. Raises as samples_of does."""
+        return self.template.prompt([message.mapped(self.literals.mark) for message in messages])
 
     def encode_pieces(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of what a template wrote: its special tokens are control, those in the conversation are text."""
         return self.literals.encode_pieces(texts)
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of ids, up to the first eos; mask and padding are left out."""
-        kept: list[int] = []
-        for token in ids:
-            if token == self.eos_id:
-                break
-            if token not in (self.mask_id, self.pad_id) and token < self.backend.num_ids:
-                kept.append(int(token))
-        return self.backend.decode(kept)
+        """Text of ids, up to the first end token; mask and padding are left out."""
+        without_text = (self.mask_id, self.pad_id)
+        kept = (int(token) for token in self.up_to_end(ids) if token not in without_text)
+        return self.backend.decode([token for token in kept if token < self.backend.num_ids])
+
+    def up_to_end(self, ids: Sequence[int]) -> Sequence[int]:
+        """The ids before the first end token: what follows it belongs to no response."""
+        return ids[: next((place for place, token in enumerate(ids) if self.is_end(token)), len(ids))]
+
+    def is_end(self, token: int) -> bool:
+        return token == self.eos_id or token in self.other_end_ids
 
     def decode_all(self, ids: Sequence[int]) -> str:
         """Text of ids for a person's eyes: end tokens as ⏎, ids that have no text by number."""
         text, run = "", list[int]()
         for token in [*ids, -1]:
-            if token in (-1, self.eos_id) or token >= self.backend.num_ids:
+            if token == -1 or self.is_end(token) or token >= self.backend.num_ids:
                 text, run = text + (self.backend.decode(run) if run else ""), []
-                text += "" if token == -1 else "⏎" if token == self.eos_id else f"<{token}>"
+                text += "" if token == -1 else "⏎" if self.is_end(token) else f"<{token}>"
             else:
                 run.append(int(token))
         return text
@@ -107,8 +116,20 @@ def load_tokenizer(data: DataConfig) -> Tokenizer:
     missing = [token for token in NEEDED_TOKENS.get(data.template, ()) if backend.token_id(token) is None]
     if missing:
         raise UserError(f"'data.template' {data.template} needs the token {missing[0]}, which {data.tokenizer} lacks")
-    template = TEMPLATES[data.template](data.tokenizer)
-    return Tokenizer(backend, num_ids, ids["mask_token"], ids["pad_token"], ids["eos_token"], template)
+    template = TEMPLATES[data.template](TemplateSource(data.tokenizer, list(backend.special), data.template_date))
+    ends = _end_ids([*template.end_tokens, *data.end_tokens], backend, data.tokenizer)
+    if ids["mask_token"] in ends:
+        raise UserError(f"'data.mask_token' has the id {ids['mask_token']} of a token that ends a response")
+    return Tokenizer(backend, num_ids, ids["mask_token"], ids["pad_token"], ids["eos_token"], template, ends)
+
+
+def _end_ids(tokens: Sequence[int | str], backend: Backend, path: str) -> frozenset[int]:
+    """Of texts and ids."""
+    ids = {token: backend.token_id(token) if isinstance(token, str) else token for token in tokens}
+    missing = [token for token, token_id in ids.items() if token_id is None]
+    if missing:
+        raise UserError(f"'{missing[0]}' ends a response, but {path} has no such token; see 'data.end_tokens'")
+    return frozenset(token_id for token_id in ids.values() if token_id is not None)
 
 
 def resolve_vocabulary(model: ModelConfig, tokenizer: Tokenizer) -> ModelConfig:

@@ -45,7 +45,7 @@ def evaluate_exact_match(
 ) -> dict[str, Any]:
     """Score and samples, JSON-able, the same on every rank. Collective. method: the model's training method."""
     prompts = [encode_prompt(prompt, tokenizer) for prompt, _ in questions]
-    special = SpecialIds(tokenizer.mask_id, tokenizer.pad_id, tokenizer.eos_id)
+    special = SpecialIds.of(tokenizer)
     responses = generate(engine, prompts, config, special, context, method)
     samples = []
     for (prompt, answer), response in zip(questions, responses):

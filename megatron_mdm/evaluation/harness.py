@@ -64,7 +64,7 @@ class HarnessModel(LM):
         super().__init__()
         self.engine, self.tokenizer, self.settings, self.context = engine, tokenizer, settings, context
         self.method, self.max_length = config.diffusion.method, config.model.max_sequence_length
-        self.special = SpecialIds(tokenizer.mask_id, tokenizer.pad_id, tokenizer.eos_id)
+        self.special = SpecialIds.of(tokenizer)
 
     @property
     def tokenizer_name(self) -> str:

@@ -55,7 +55,7 @@ def _perplexity(source: Source, settings: LikelihoodConfig, config: RunConfig, t
     assert isinstance(config.model.vocab_size, int)
     data = read_sft(source.path, tokenizer, config.data, int(config.model.vocab_size))
     samples = data.samples[: source.limit or None]
-    special = SpecialIds(tokenizer.mask_id, tokenizer.pad_id, tokenizer.eos_id)
+    special = SpecialIds.of(tokenizer)
     method = config.diffusion.method
 
     def run(engine: Any, context: ParallelContext) -> Result:

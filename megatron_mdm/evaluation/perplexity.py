@@ -87,7 +87,7 @@ def evaluate_choices(
         for question in questions
         for choice in question.choices
     ]
-    special = SpecialIds(tokenizer.mask_id, tokenizer.pad_id, tokenizer.eos_id)
+    special = SpecialIds.of(tokenizer)
     found = negative_log_likelihoods(engine, samples, config, special, context, method)
     records, first = [], 0
     for question in questions:

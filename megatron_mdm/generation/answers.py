@@ -114,7 +114,7 @@ def answer_prompts(
     if len(file.missing) < len(file.prompts) and context.is_main:
         print(f"{file.partial}: {len(file.prompts) - len(file.missing)} responses are there already", flush=True)
     ids = [encode_prompt(prompt, tokenizer) for prompt in file.prompts]
-    special = SpecialIds(tokenizer.mask_id, tokenizer.pad_id, tokenizer.eos_id)
+    special = SpecialIds.of(tokenizer)
     for share in generate_by_turns(engine, ids, file.missing, config, special, context, method):
         file.add(
             {

@@ -23,7 +23,7 @@ def decode_greedily(
     special: SpecialIds,
     watch: Callable[[Tensor], None] | None = None,
 ) -> list[Response]:
-    """One batch: each response ends with its first eos or after gen_length tokens.
+    """One batch: each response ends with its first end token or after gen_length tokens.
 
     The prompts are read in one forward pass; then each pass computes one position of every row, whose place differs
     from row to row, and the cache holds what stands before it. At a temperature above 0, tokens are drawn instead; the
@@ -50,17 +50,14 @@ def decode_greedily(
         responses[:, step] = torch.where(running, chosen, special.eos)
         if watch:
             watch(responses)
-        running &= chosen != special.eos
+        running &= ~special.ends(chosen)
         if not running.any():
             break
         tokens, last = responses[:, step, None], torch.ones(num_rows, 1, dtype=torch.bool)
         positions = (lengths + step)[:, None]
-    kept = [_up_to_eos(response, special.eos) for response in responses.tolist()]
-    return [Response(response, len(response)) for response in kept]
-
-
-def _up_to_eos(response: list[int], eos: int) -> list[int]:
-    return response[: response.index(eos) + 1] if eos in response else response
+    ended = special.ends(responses)
+    kept = torch.where(ended.any(1), ended.int().argmax(1) + 1, config.gen_length).tolist()
+    return [Response(response[:length], length) for response, length in zip(responses.tolist(), kept)]
 
 
 def _uniforms(prompt_ids: Sequence[int], step: int, vocab_size: int, config: GenerationConfig) -> Tensor:

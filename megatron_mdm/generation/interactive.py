@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import TextIO
 
 from torch import Tensor
@@ -31,7 +31,7 @@ def converse(
 
     On a terminal the response is drawn anew after every step; elsewhere only its end is written.
     """
-    special = SpecialIds(tokenizer.mask_id, tokenizer.pad_id, tokenizer.eos_id)
+    special = SpecialIds.of(tokenizer)
     source = iter(lines)
     for turn in range(2**31):
         if context.is_main and output.isatty():
@@ -62,7 +62,7 @@ class _Screen:
 
     def draw(self, responses: Tensor) -> None:
         """responses [1, gen_length]."""
-        text = partly_masked_text(responses[0].tolist(), self.tokenizer.mask_id, self.tokenizer.decode)
+        text = partly_masked_text(responses[0].tolist(), self.tokenizer)
         self.clear()
         self.output.write(text + "\n")
         self.output.flush()
@@ -75,16 +75,16 @@ class _Screen:
             self.num_lines = 0
 
 
-def partly_masked_text(ids: list[int], mask_id: int, decode: Callable[[list[int]], str]) -> str:
-    """Text of what is unmasked, runs apart by spaces, with a sign for each mask."""
+def partly_masked_text(ids: list[int], tokenizer: Tokenizer) -> str:
+    """Text of what is unmasked up to the first end token, runs apart by spaces, with a sign for each mask."""
     parts: list[str] = []
     run: list[int] = []
-    for token in [*ids, mask_id]:
-        if token != mask_id:
+    for token in [*tokenizer.up_to_end(ids), tokenizer.mask_id]:
+        if token != tokenizer.mask_id:
             run.append(token)
             continue
         if run:
-            parts.append(f" {decode(run)} ")
+            parts.append(f" {tokenizer.decode(run)} ")
             run = []
         parts.append(MASK_SIGN)
     return "".join(parts[:-1]).strip()

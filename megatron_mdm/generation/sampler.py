@@ -44,7 +44,7 @@ def denoise(
             canvas.steps += masked.any(1)
             if watch:
                 watch(canvas.responses())
-        if config.stop_at_eos and canvas.close_rows_with_eos(places):
+        if config.stop_at_eos and canvas.close_ended_rows(places):
             break
     return [Response(tokens, int(steps)) for tokens, steps in zip(canvas.responses().tolist(), canvas.steps)]
 
@@ -87,9 +87,9 @@ class _Canvas:
         """All [R, block]."""
         self.tokens.scatter_(1, places, torch.where(chosen, candidates, self.tokens.gather(1, places)))
 
-    def close_rows_with_eos(self, places: Tensor) -> bool:
-        """Fill what lies behind a finished block with eos where the block holds one. True: no masks are left."""
-        ended = (self.tokens.gather(1, places) == self.special.eos).any(1)
+    def close_ended_rows(self, places: Tensor) -> bool:
+        """Fill what lies behind a finished block with eos where the block holds an end. True: no masks are left."""
+        ended = self.special.ends(self.tokens.gather(1, places)).any(1)
         self.tokens[ended[:, None] & (self.tokens == self.special.mask) & ~self.is_prompt] = self.special.eos
         return not bool((self.responses() == self.special.mask).any())
 

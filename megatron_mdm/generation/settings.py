@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Literal, NamedTuple, Protocol
 
+import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
 from megatron_mdm.config.schema import Section
+from megatron_mdm.data.tokenizer import Tokenizer
 from megatron_mdm.generation.remask import COMMIT_SCHEDULES, REMASKING, by_chance
 from megatron_mdm.models.cache import Window
 from megatron_mdm.models.stages import Packet
@@ -41,7 +43,7 @@ class GenerationConfig(Section):
     cfg_scale: float = Field(default=0.0, ge=0.0)  # classifier-free guidance s: l_u + (s + 1)(l_c - l_u)
     # forbidden: never produced; last: committed only where nothing else is left to commit
     eos: Literal["free", "forbidden", "last"] = "free"
-    stop_at_eos: bool = False  # leave out the blocks behind an eos; the text is the same
+    stop_at_eos: bool = False  # leave out the blocks behind an end token; the text is the same
     # Approximate: within a block, keys and values from the pass that began it are used again. prefix: of the prompt and
     # the finished blocks; dual: of the blocks to come, too.
     cache: Literal["none", "prefix", "dual"] = "none"
@@ -81,6 +83,16 @@ class SpecialIds(NamedTuple):
     mask: int
     pad: int
     eos: int = -1  # −1: none
+    other_ends: frozenset[int] = frozenset()  # besides eos: a response ends with the first of all these
+
+    @classmethod
+    def of(cls, tokenizer: Tokenizer) -> SpecialIds:
+        return cls(tokenizer.mask_id, tokenizer.pad_id, tokenizer.eos_id, tokenizer.other_end_ids)
+
+    def ends(self, tokens: Tensor) -> Tensor:
+        """Where a response ends, of token ids of any shape."""
+        own = sorted(self.other_ends | ({self.eos} if self.eos >= 0 else set()))
+        return torch.isin(tokens, torch.tensor(own, dtype=tokens.dtype, device=tokens.device))
 
 
 class Response(NamedTuple):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import sys
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -36,13 +37,15 @@ class RunData:
 
     @property
     def special_ids(self) -> SpecialIds:
-        return SpecialIds(self.tokenizer.mask_id, self.tokenizer.pad_id, self.tokenizer.eos_id)
+        return SpecialIds.of(self.tokenizer)
 
 
 def resolve(config: RunConfig) -> tuple[RunConfig, RunData]:
     """Read tokenizer and data; return them with the configuration in which every 'auto' has its value."""
     tokenizer = load_tokenizer(config.data)
     model = resolve_vocabulary(config.model, tokenizer)
+    dated = config.data.model_copy(update={"template_date": tokenizer.template.date or config.data.template_date})
+    config = config.model_copy(update={"data": dated})
     causal = config.diffusion.method == "autoregressive"
     attention = "causal" if causal else model.attention
     model = model.model_copy(update={"kernels": resolve_kernels(model), "attention": attention})
@@ -151,7 +154,7 @@ def total_steps(config: RunConfig, num_samples: int) -> int:
 
 
 def describe_data(data: RunData, config: RunConfig) -> str:
-    """One line: what was read and what was left out."""
+    """One line: what was read and what was left out; a line for each thing to know about the template."""
     lengths, sets = data.train.lengths(), [data.train, *([data.validation] if data.validation else [])]
     left_out, bad = sum(part.num_too_long for part in sets), sum(part.num_bad for part in sets)
     validation = f", {len(data.validation):,} for validation" if data.validation else ""
@@ -159,7 +162,16 @@ def describe_data(data: RunData, config: RunConfig) -> str:
     if config.data.too_long == "truncate" and left_out:
         dropped = f"; {left_out:,} cut to {config.data.max_length} tokens"
     skipped = f"; {bad:,} bad ones skipped" if bad else ""
+    split = _num_split(data.train)
+    divided = f"; {split:,} conversations gave several samples: the chat template rewrites earlier turns" * bool(split)
+    notes = "".join(f"\nwarning: {line}" for line in data.tokenizer.template.warnings)
     return (
         f"data: {len(data.train):,} samples{validation}, {lengths.mean():.1f} tokens on average "
-        f"(longest {lengths.max()}), {data.train.num_eligible().mean():.1f} eligible{dropped}{skipped}"
+        f"(longest {lengths.max()}), {data.train.num_eligible().mean():.1f} eligible{dropped}{skipped}{divided}{notes}"
     )
+
+
+def _num_split(data: Dataset) -> int:
+    """Records that gave more samples than one."""
+    counts = Counter(data.records) if isinstance(data, SftDataset) else {}
+    return sum(count > 1 for count in counts.values())

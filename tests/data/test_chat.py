@@ -8,12 +8,14 @@ from typing import Any
 
 import pytest
 import tokenizers
+import torch
 
 from megatron_mdm.config.errors import UserError
 from megatron_mdm.config.schema import BatchConfig, DataConfig
 from megatron_mdm.data.loader import TrainLoader
 from megatron_mdm.data.sft import SftDataset, encode_prompt, read_sft
 from megatron_mdm.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_mdm.generation.settings import SpecialIds
 from tests.ranks import run_program_ranks
 
 LLADA_TOKENS = ["<|startoftext|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
@@ -64,19 +66,23 @@ def learnt_and_given(data: SftDataset, tokenizer: Tokenizer, row: int = 0) -> tu
     ("template", "learnt", "given"),
     [
         ("plain", "Me.⏎So.⏎", "Be brief.\nWho?\nWhy?\n"),
-        ("llada", "Me.So.", "system\n\nBe brief.user\n\nWho?assistant\n\nuser\n\nWhy?assistant\n\n"),
+        ("llada", "Me.⏎So.⏎", "system\n\nBe brief.⏎user\n\nWho?⏎assistant\n\nuser\n\nWhy?⏎assistant\n\n"),
+        ("mmada", "Me.⏎So.⏎", "system\nBe brief.⏎user\nWho?⏎assistant\nuser\nWhy?⏎assistant\n"),
         ("tokenizer", "Me.⏎So.⏎", "[system]Be brief.[user]Who?[assistant][user]Why?[assistant]"),
     ],
 )
 def test_only_the_assistants_turns_are_learnt(template: str, learnt: str, given: str, folder: Path) -> None:
     data, tokenizer = read(folder, [{"messages": CONVERSATION}], template=template)
-    assert learnt_and_given(data, tokenizer) == (learnt, given)  # the decoder leaves special tokens out
+    assert learnt_and_given(data, tokenizer) == (
+        learnt,
+        given,
+    )  # the decoder leaves out special tokens that end nothing
     last, _ = read(folder, [{"messages": CONVERSATION}], template=template, eligible_turns="last")
     assert learnt_and_given(last, tokenizer)[0] == learnt[len(learnt) // 2 :]
     assert last.samples[0].tokens.tolist() == data.samples[0].tokens.tolist()
 
 
-@pytest.mark.parametrize("template", ["plain", "llada", "tokenizer"])
+@pytest.mark.parametrize("template", ["plain", "llada", "mmada", "tokenizer"])
 def test_a_prompt_is_what_stands_before_the_response(template: str, folder: Path) -> None:
     """Evaluation and training put the same tokens before an answer."""
     data, tokenizer = read(folder, [{"question": "1 + 1?", "answer": "2"}], template=template)
@@ -98,6 +104,35 @@ def test_llada_template_has_its_special_tokens(folder: Path, tmp_path: Path) -> 
         load_tokenizer(DataConfig(train="", tokenizer=str(tmp_path), max_length=9, template="llada"))
     with pytest.raises(UserError, match=r"'data.template' tokenizer needs a chat template"):
         load_tokenizer(DataConfig(train="", tokenizer=str(tmp_path), max_length=9, template="tokenizer"))
+
+
+@pytest.mark.parametrize("template", ["plain", "llada", "mmada", "tokenizer"])
+def test_a_response_ends_at_the_first_end_token(template: str, folder: Path) -> None:
+    """The eos, the template's end of turn, and those that are named: what follows them is no text of the response."""
+    named = ["<|startoftext|>", 70]
+    data = DataConfig(train="", tokenizer=str(folder), max_length=9, template=template, end_tokens=named)
+    tokenizer = load_tokenizer(data)
+    of_turn = {"plain": set(), "tokenizer": {"</s>"}}.get(template, {"<|eot_id|>"})
+    ends = {tokenizer.backend.token_id(token) for token in {"</s>", "<|startoftext|>", *of_turn}} | {70}
+    assert tokenizer.other_end_ids | {tokenizer.eos_id} == ends
+    said, behind = tokenizer.encode("So."), tokenizer.encode("junk #### 9")
+    for end in ends:
+        assert tokenizer.decode([*said, end, *behind, tokenizer.eos_id]) == "So."
+        assert tokenizer.decode_all([*said, end, *behind]) == "So.⏎junk #### 9"
+        assert SpecialIds.of(tokenizer).ends(torch.tensor([*said, end, *behind])).tolist() == [
+            token == end for token in [*said, end, *behind]
+        ]
+    with pytest.raises(UserError, match=r"'<nothing>' ends a response, but .* has no such token"):
+        load_tokenizer(data.model_copy(update={"end_tokens": ("<nothing>",)}))
+
+
+def test_what_follows_the_last_answer_is_left_out(folder: Path) -> None:
+    """When it is generated, nothing stands behind it."""
+    for template in ("plain", "llada", "tokenizer"):
+        whole, _ = read(folder, [{"messages": CONVERSATION}], template=template)
+        longer, _ = read(folder, [{"messages": [*CONVERSATION, {"role": "user", "content": "Ah."}]}], template=template)
+        assert longer.samples[0].tokens.tolist() == whole.samples[0].tokens.tolist()
+        assert longer.samples[0].eligible[-1]
 
 
 def test_spans_of_token_ids(folder: Path) -> None:

@@ -12,9 +12,9 @@ import tokenizers
 
 from megatron_mdm.config.errors import UserError
 from megatron_mdm.config.schema import DataConfig
+from megatron_mdm.data.conversation import Message
 from megatron_mdm.data.literals import MARK
 from megatron_mdm.data.sft import SftDataset, encode_prompt, read_sft
-from megatron_mdm.data.templates import Message
 from megatron_mdm.data.tokenizer import Tokenizer, load_tokenizer
 from tests.data.test_tokenizer_files import byte_level, sentencepiece_model
 
@@ -96,9 +96,8 @@ def test_a_conversation_has_the_control_tokens_of_its_template(
 
 def test_a_text_without_special_tokens_is_encoded_as_before(folder: Path) -> None:
     tokenizer = load(folder, template="tokenizer")
-    texts = [
-        piece.text for piece in tokenizer.pieces_of([Message("user", "Don't  panic"), Message("assistant", "No.")])
-    ]
+    (pieces,) = tokenizer.samples_of([Message("user", "Don't  panic"), Message("assistant", "No.")], last_only=False)
+    texts = [piece.text for piece in pieces]
     library = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
     assert tokenizer.encode_pieces(texts) == [library.encode(text).ids for text in texts]
     assert not any(MARK in text for text in texts)

@@ -37,6 +37,7 @@ def harness_answers(config: Any) -> dict[str, Any]:
     from lm_eval.api.instance import Instance
 
     from megatron_mdm.checkpoint.load import build_model
+    from megatron_mdm.data.conversation import TemplateSource
     from megatron_mdm.data.templates import TEMPLATES
     from megatron_mdm.data.tokenizer import Tokenizer
     from megatron_mdm.engine.inference import InferenceEngine
@@ -46,7 +47,7 @@ def harness_answers(config: Any) -> dict[str, Any]:
     context = initialize(config.parallel.tensor)
     engine = InferenceEngine(build_model(config.model, config.parallel, context, 3), "fp32")
     special = (config.data.mask_token, config.data.pad_token, config.data.eos_token)
-    tokenizer = Tokenizer(Letters(), VOCAB, *special, TEMPLATES["plain"](""))
+    tokenizer = Tokenizer(Letters(), VOCAB, *special, TEMPLATES["plain"](TemplateSource("")))
     settings = HarnessConfig(num_times=8, gen_length=8, block_length=4, steps=8, batch_size=3)
     model = HarnessModel(engine, tokenizer, settings, config, context)
 

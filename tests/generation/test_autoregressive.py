@@ -68,12 +68,14 @@ def test_cached_equals_uncached(num_ranks: int, batch_size: int, expected: list[
         assert responses == expected
 
 
-def test_a_response_ends_with_its_first_eos(expected: list[list[int]]) -> None:
-    eos = expected[0][LENGTH // 2]
-    responses = run_ranks(decoded, 1, SpecialIds(MASK, PAD, eos), 5)[0]
+def test_a_response_ends_with_its_first_end_token(expected: list[list[int]]) -> None:
+    eos, end_of_turn = expected[0][LENGTH // 2], expected[1][LENGTH // 4]
+    responses = run_ranks(decoded, 1, SpecialIds(MASK, PAD, eos, frozenset({end_of_turn})), 5)[0]
     for response, whole in zip(responses, expected):
-        assert response == (whole[: whole.index(eos) + 1] if eos in whole else whole)
+        ends = [place for place, token in enumerate(whole) if token in (eos, end_of_turn)]
+        assert response == whole[: ends[0] + 1 if ends else None]
     assert len(responses[0]) < LENGTH
+    assert len(responses[1]) < LENGTH
 
 
 def test_draws_do_not_depend_on_the_batch(expected: list[list[int]]) -> None:

@@ -6,6 +6,7 @@ import io
 
 import torch
 
+from megatron_mdm.data.conversation import TemplateSource
 from megatron_mdm.data.templates import TEMPLATES
 from megatron_mdm.data.tokenizer import Tokenizer
 from megatron_mdm.data.tokenizer_files import Special
@@ -14,6 +15,8 @@ from megatron_mdm.generation.settings import GenerationConfig
 from megatron_mdm.models.stages import Packet
 from tests.ranks import run_ranks
 from tests.small import EOS, MASK, PAD, VOCAB
+
+END_OF_TURN = 40
 
 
 class Words:
@@ -27,6 +30,10 @@ class Words:
 
     def decode(self, ids: list[int]) -> str:
         return " ".join(f"w{token}" for token in ids)
+
+
+def words() -> Tokenizer:
+    return Tokenizer(Words(), VOCAB, MASK, PAD, EOS, TEMPLATES["plain"](TemplateSource("")), frozenset({END_OF_TURN}))
 
 
 class FixedLogits:
@@ -46,7 +53,7 @@ def conversation() -> tuple[str, str]:
     """What is written to a terminal and to a file."""
     from megatron_mdm.parallel.groups import initialize
 
-    context, tokenizer = initialize(1), Tokenizer(Words(), VOCAB, MASK, PAD, EOS, TEMPLATES["plain"](""))
+    context, tokenizer = initialize(1), words()
     config = GenerationConfig(gen_length=4, block_length=2, steps=4)
     terminal, file = Terminal(), io.StringIO()
     for output in (terminal, file):
@@ -66,5 +73,10 @@ def test_each_line_is_answered_and_the_denoising_shown() -> None:
 
 
 def test_masks_between_words() -> None:
-    assert partly_masked_text([5, MASK, MASK, 6, 7], MASK, Words().decode) == "w5 ▒▒ w6 w7"
-    assert partly_masked_text([MASK, MASK], MASK, Words().decode) == "▒▒"
+    assert partly_masked_text([5, MASK, MASK, 6, 7], words()) == "w5 ▒▒ w6 w7"
+    assert partly_masked_text([MASK, MASK], words()) == "▒▒"
+
+
+def test_nothing_is_shown_behind_an_end_token() -> None:
+    for end in (EOS, END_OF_TURN):
+        assert partly_masked_text([5, MASK, end, MASK, 6], words()) == "w5 ▒"

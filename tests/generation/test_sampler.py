@@ -19,6 +19,7 @@ from tests.ranks import run_ranks
 from tests.small import EOS, MASK, PAD, VOCAB, small_model
 
 SPECIAL = SpecialIds(MASK, PAD, EOS)
+SPECIAL_OF_TWO_ENDS = SpecialIds(MASK, PAD, EOS, frozenset({8}))
 PROMPTS = [[5, 6, 7], [8, 9], [10, 11, 12, 13, 14], [15]]
 
 
@@ -175,6 +176,17 @@ def test_responses_depend_neither_on_batch_nor_on_ranks(
         for changes, responses, expected in zip(SETTINGS, results, alone):
             assert responses == expected, changes
             assert all(len(response) == 8 and MASK not in response for response in responses)
+
+
+@pytest.mark.parametrize(("special", "num_passes"), [(SpecialIds(MASK, PAD, EOS), 8), (SPECIAL_OF_TWO_ENDS, 4)])
+def test_blocks_behind_any_end_token_are_left_out(special: SpecialIds, num_passes: int) -> None:
+    """Token 8, an end of turn, is in the first block; the text up to it is the same."""
+    engine = Recorder()
+    config = GenerationConfig(gen_length=8, block_length=4, steps=8, stop_at_eos=True)
+    (response,) = denoise(engine, [[5, 6, 7]], [0], config, special)
+    assert len(engine.packets) == num_passes
+    assert response.tokens[:4] == [5, 6, 7, 8]
+    assert response.tokens[4:] == ([9, 10, 11, 12] if num_passes == 8 else [EOS] * 4)
 
 
 def test_cache_of_an_empty_prompt() -> None:

@@ -1,0 +1,169 @@
+"""Which part of a rendered chat template is learnt: each answer and the token that ends it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from megatron_mdm.data.chat_template import ChatTemplate
+from megatron_mdm.data.conversation import ASSISTANT, USER, Message, Piece, last_answer
+
+_MARK = "\ue000"  # stands for an answer; no template writes it
+_ANCHOR = 32  # characters by which two texts are aligned
+_ASKED = (Message(USER, "a"),)
+_ANSWERED = (*_ASKED, Message(ASSISTANT, _MARK))
+
+
+class _Turn(NamedTuple):
+    text: str  # of the conversation up to this turn
+    learnt: list[tuple[int, int]]  # places [first, end) of this turn
+
+
+@dataclass(frozen=True)
+class ChatTurns:
+    """A chat template whose answers are learnt, each in the text that stands before it when it is generated."""
+
+    chat: ChatTemplate
+    special: re.Pattern[str]  # the tokenizer's special tokens
+    tail: str = ""  # what follows an answer at the end of a conversation
+    # What follows an answer inside one, if the template opens the next answer whatever it is asked for.
+    following: str = ""
+    end_tokens: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, chat: ChatTemplate, special_tokens: Sequence[str]) -> ChatTurns:
+        named = (token for token in chat.settings.special_tokens_map.values() if isinstance(token, str))
+        known = {token for token in (*special_tokens, *named) if token and not token.isspace()}
+        longest_first = sorted(known, key=len, reverse=True)
+        special = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+        try:
+            return cls._probed(chat, special)
+        except ValueError:  # it refuses the shortest conversation; every turn is looked at by itself
+            return cls(chat, special)
+
+    @classmethod
+    def _probed(cls, chat: ChatTemplate, special: re.Pattern[str]) -> ChatTurns:
+        """With what a conversation of two turns shows."""
+        text = chat(_ANSWERED, False)
+        tail = text.rpartition(_MARK)[2]
+        following = chat((*_ANSWERED, *_ASKED), False).rpartition(_MARK)[2] if chat(_ANSWERED, True) == text else ""
+        turns = cls(chat, special, tail, following)
+        end = special.search(turns._end(tail))
+        warnings = []
+        if end is None:
+            warnings.append(
+                "the tokenizer's chat template puts no special token behind an answer, so that a response ends only "
+                "where it learns 'data.eos_token' (eos_padding) or at gen_length"
+            )
+        elif chat.marks_answers and not _inside(chat, tail.find(end[0]) + text.rfind(_MARK) + 1):
+            warnings.append(
+                f"the {{% generation %}} block of the tokenizer's chat template leaves out {end[0]}, which ends an "
+                "answer: to end a response is not learnt"
+            )
+        prompt, header = chat(_ASKED, True), text.partition(_MARK)[0]
+        if not chat.marks_answers and not text.startswith(prompt):
+            missing = prompt[_num_shared(prompt, header) :]
+            warnings.append(
+                f"the tokenizer's chat template ends a prompt for generation with {missing!r}, which does not stand "
+                "before the answers in a conversation: they are learnt without it"
+            )
+        return cls(chat, special, tail, following, (end[0],) if end else (), tuple(warnings))
+
+    @property
+    def date(self) -> str:
+        return self.chat.day.isoformat() if self.chat.names_the_date else ""
+
+    def samples(self, messages: Sequence[Message], last_only: bool) -> list[list[Piece]]:
+        last = last_answer(messages)
+        answers = [place for place in range(last + 1) if messages[place].role == ASSISTANT]
+        samples: list[list[Piece]] = []
+        said = ""
+        for place in answers[-1:] if last_only else answers:
+            turn = self._turn(messages[:place], messages[place])
+            if not samples or not turn.text.startswith(said) or turn.learnt[0][0] < len(said):
+                samples.append([])  # earlier turns read otherwise here: this answer is learnt by itself
+                said = ""
+            done = len(said)
+            for first, end in turn.learnt:
+                samples[-1] += [Piece(turn.text[done:first], False), Piece(turn.text[first:end], True)]
+                done = end
+            said = turn.text[:done]
+        return samples
+
+    def prompt(self, messages: Sequence[Message]) -> list[Piece]:
+        return [Piece(self.chat(messages, True), False)]
+
+    def _turn(self, history: Sequence[Message], answer: Message) -> _Turn:
+        if self.chat.marks_answers:
+            return self._marked_turn(history, answer)
+        text = self.chat([*history, answer], False)
+        prompt = self.chat(history, True) if history else ""
+        content_end = len(text) - len(self.tail)
+        if not history or not text.startswith(prompt) or not text.endswith(self.tail) or content_end < len(prompt):
+            return self._odd_turn(history, answer, text, prompt)
+        return _Turn(text, [(len(prompt), content_end + len(self._end(self.tail)))])
+
+    def _marked_turn(self, history: Sequence[Message], answer: Message) -> _Turn:
+        """By {% generation %} blocks."""
+        text, spans = self.chat.with_answers([*history, answer])
+        earlier = len(self.chat.with_answers(history)[1]) if history else 0
+        learnt = [span for span in spans[earlier:] if span[0] < span[1]]
+        if not learnt:
+            raise ValueError("the chat template's {% generation %} blocks hold nothing of an answer")
+        return _Turn(text, learnt)
+
+    def _odd_turn(self, history: Sequence[Message], answer: Message, text: str, prompt: str) -> _Turn:
+        """Where the prompt for generation is no prefix, or what follows the answer depends on it: the place of the
+        answer shows where another text stands for it."""
+        marked = self.chat([*history, answer._replace(content=_MARK)], False)
+        header, found, _ = marked.partition(_MARK)
+        tail = marked.rpartition(_MARK)[2]
+        if not found:
+            raise ValueError("the chat template leaves out what the assistant says")
+        first = min(_num_shared(prompt, header), _num_shared(prompt, text)) if history else len(header)
+        if history and first < _num_shared(self.chat(history, False), prompt):
+            # What stands before the answer reads otherwise without it: it is learnt behind what generation sees.
+            if not text.startswith(header):
+                raise ValueError("the chat template writes an answer and what precedes it in one")
+            text, first = prompt + text[_end_of_prompt(prompt, header) :], len(prompt)
+        if not text.endswith(tail):
+            end = text.rfind(self._end(tail), first)
+            return _Turn(text, [(first, len(text) if end < 0 else end + len(self._end(tail)))])
+        return _Turn(text, [(first, len(text) - len(tail) + len(self._end(tail)))])
+
+    def _end(self, tail: str) -> str:
+        """Of what follows an answer, the part that ends it: up to the first special token."""
+        if self.following:
+            tail = self._common(tail, self.following) or tail
+        token = self.special.search(tail)
+        return tail[: token.end()] if token else tail
+
+    def _common(self, tail: str, following: str) -> str:
+        """The text with which both begin, in whole special tokens."""
+        length = _num_shared(tail, following)
+        for token in self.special.finditer(tail):
+            if token.start() < length < token.end():
+                return tail[: token.start()]
+        return tail[:length]
+
+
+def _num_shared(one: str, other: str) -> int:
+    """Characters with which both begin."""
+    return next((place for place, pair in enumerate(zip(one, other)) if pair[0] != pair[1]), min(len(one), len(other)))
+
+
+def _end_of_prompt(prompt: str, header: str) -> int:
+    """Where in a header that ends before an answer the prompt for generation ends, by their last characters."""
+    for size in range(min(_ANCHOR, len(prompt)), 0, -1):
+        place = header.rfind(prompt[-size:])
+        if place >= 0:
+            return place + size
+    return len(header)
+
+
+def _inside(chat: ChatTemplate, place: int) -> bool:
+    """Whether a place of the conversation of two turns is in a {% generation %} block."""
+    return any(first <= place < end for first, end in chat.with_answers(_ANSWERED)[1])

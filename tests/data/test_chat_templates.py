@@ -1,0 +1,279 @@
+"""A tokenizer's own chat template: the text is transformers'; answers and the tokens that end them are learnt."""
+
+from __future__ import annotations
+
+import datetime
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tokenizers
+
+from megatron_mdm.config.errors import UserError
+from megatron_mdm.config.schema import DataConfig
+from megatron_mdm.data.chat_template import ChatTemplate
+from megatron_mdm.data.conversation import Message, Piece, Template, TemplateSource
+from megatron_mdm.data.sft import SftDataset, encode_prompt, read_sft, split_validation
+from megatron_mdm.data.templates import TEMPLATES
+from megatron_mdm.data.tokenizer import Tokenizer, load_tokenizer
+from tests.data.chat_templates import CASES, CONVERSATIONS, SPECIAL_TOKENS, source
+
+CHATML, CHATML_MARKED = source("chatml"), source("chatml_marked")
+ANSWERS = {
+    name: [m["content"] for m in messages if m["role"] == "assistant"] for name, messages in CONVERSATIONS.items()
+}
+
+
+@pytest.fixture(scope="module")
+def vocabulary(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A byte-level tokenizer.json with everyone's special tokens."""
+    model = tokenizers.Tokenizer(tokenizers.models.BPE())
+    model.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    model.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        special_tokens=SPECIAL_TOKENS,
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        vocab_size=256,
+        show_progress=False,
+    )
+    model.train_from_iterator(["a"], trainer)
+    return model.to_str()
+
+
+def folder_of(template: Any, tokens: dict[str, Any], vocabulary: str, folder: Path) -> Path:
+    (folder / "tokenizer.json").write_text(vocabulary, encoding="utf-8")
+    settings = {**tokens, "chat_template": template}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folders(vocabulary: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    made = {}
+    for name, case in CASES.items():
+        made[name] = folder_of(case.template, case.tokens, vocabulary, tmp_path_factory.mktemp("template"))
+    return made
+
+
+def transformers_text(folder: Path, messages: list[dict[str, str]], add_generation_prompt: bool) -> str | None:
+    """None where the template refuses."""
+    from jinja2.exceptions import TemplateError
+    from transformers import PreTrainedTokenizerFast
+
+    theirs = PreTrainedTokenizerFast.from_pretrained(folder)
+    try:
+        text = theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
+    except TemplateError:
+        return None
+    assert isinstance(text, str)
+    return text
+
+
+def read(folder: Path, turns: list[dict[str, Any]], copies: int = 1) -> tuple[SftDataset, Tokenizer]:
+    path = folder / "records.jsonl"
+    path.write_text((json.dumps({"messages": turns}) + "\n") * copies, encoding="utf-8")
+    data = DataConfig(train="", tokenizer=str(folder), template="tokenizer", eos_token="<|im_end|>", max_length=200)
+    tokenizer = load_tokenizer(data)
+    return read_sft(str(path), tokenizer, data, tokenizer.num_ids), tokenizer
+
+
+def as_messages(turns: Sequence[dict[str, Any]]) -> list[Message]:
+    return [Message(turn["role"], turn["content"]) for turn in turns]
+
+
+def template_of(folder: Path, name: str = "tokenizer") -> Template:
+    return TEMPLATES[name](TemplateSource(str(folder), SPECIAL_TOKENS))
+
+
+def joined(pieces: Sequence[Piece]) -> str:
+    return "".join(piece.text for piece in pieces)
+
+
+def learnt(samples: Sequence[Sequence[Piece]]) -> list[str]:
+    return [piece.text for pieces in samples for piece in pieces if piece.learnt]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_text_is_that_of_transformers(name: str, folders: dict[str, Path]) -> None:
+    ours = ChatTemplate.load(folders[name])
+    for turns in CONVERSATIONS.values():
+        for messages in (turns, turns[:-1]):
+            for prompt in (True, False):
+                expected = transformers_text(folders[name], messages, prompt)
+                if expected is None:
+                    with pytest.raises(ValueError, match="the chat template refuses it"):
+                        ours(as_messages(messages), prompt)
+                else:
+                    assert ours(as_messages(messages), prompt) == expected
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_answers_and_what_ends_them_are_learnt(name: str, folders: dict[str, Path]) -> None:
+    """And nothing behind it. What is given is a beginning of transformers' text of the same messages."""
+    case, template = CASES[name], template_of(folders[name])
+    assert template.end_tokens == (case.end.strip(),)
+    for conversation in ("one turn", "two turns", "system", "unicode"):
+        turns, last = CONVERSATIONS[conversation], ANSWERS[conversation][-1]
+        whole = transformers_text(folders[name], turns, False)
+        if whole is None:
+            continue
+        samples = template.samples(as_messages(turns), last_only=False)
+        answers = [case.before + answer + case.end for answer in ANSWERS[conversation]]
+        assert learnt(samples) == answers
+        assert len(samples) == (case.num_samples if len(answers) == 2 else 1)
+        assert [piece.text for piece in samples[-1] if piece.learnt][-1].endswith(last + case.end)
+        assert samples[-1][-1].learnt
+        (only,) = template.samples(as_messages(turns), last_only=True)
+        assert joined(only) == joined(samples[-1])
+        assert learnt([only]) == answers[-1:]
+        if name != "mistral":  # which forgets the system prompt as soon as the answer is there
+            assert whole.startswith(joined(only))
+        prompt = transformers_text(folders[name], turns[:-1], True)
+        assert prompt is not None
+        assert joined(template.prompt(as_messages(turns[:-1]))) == prompt
+        assert prompt.startswith(joined(only)[: -len(answers[-1])])
+
+
+def test_an_answer_is_learnt_behind_the_prompt_that_generation_sees(folders: dict[str, Path]) -> None:
+    """With a template that shows the system prompt in the last question only."""
+    turns = CONVERSATIONS["system"]
+    (pieces,) = template_of(folders["mistral"]).samples(as_messages(turns), last_only=False)
+    assert joined(pieces) == "<s>[INST] Be brief.\n\nWho?[/INST] Me.</s>"
+    assert transformers_text(folders["mistral"], turns, False) == "<s>[INST] Who?[/INST] Me.</s>"
+
+
+def test_thoughts_that_later_turns_drop_are_learnt_in_their_own_turn(folders: dict[str, Path]) -> None:
+    first, second = template_of(folders["qwen3"]).samples(as_messages(CONVERSATIONS["thoughts"]), last_only=False)
+    assert learnt([first]) == ["<think>\nadd\n</think>\n\n2<|im_end|>"]
+    assert learnt([second]) == ["<think>\nagain\n</think>\n\n4<|im_end|>"]
+    assert "add" not in joined(second)
+    assert "<|im_start|>assistant\n2<|im_end|>\n" in joined(second)
+
+
+@pytest.mark.parametrize("name", ["llada", "mmada"])
+def test_built_in_formats_are_upstreams(name: str, folders: dict[str, Path]) -> None:
+    """Text and what of it is learnt, against the template of the same model as a chat template."""
+    ours, theirs = template_of(folders[name], name), template_of(folders[name])
+    assert ours.end_tokens == theirs.end_tokens == ("<|eot_id|>",)
+    for turns in CONVERSATIONS.values():
+        messages = as_messages(turns)
+        for last_only in (False, True):
+            (pieces,), (expected,) = ours.samples(messages, last_only), theirs.samples(messages, last_only)
+            assert joined(pieces) == joined(expected)
+            assert "".join(learnt([pieces])) == "".join(learnt([expected]))
+        assert joined(ours.prompt(messages[:-1])) == transformers_text(folders[name], turns[:-1], True)
+
+
+def test_marks_of_a_template_are_those_of_transformers(folders: dict[str, Path]) -> None:
+    """{% generation %}: the tokens that transformers' assistant mask names are learnt."""
+    from transformers import PreTrainedTokenizerFast
+
+    folder = folders["chatml, marked"]
+    turns = CONVERSATIONS["two turns"]
+    theirs = PreTrainedTokenizerFast.from_pretrained(folder).apply_chat_template(
+        turns, return_assistant_tokens_mask=True, return_dict=True
+    )
+    sample = read(folder, turns)[0].samples[0]
+    length = len(sample.tokens)  # nothing stands behind the last answer
+    assert sample.tokens.tolist() == theirs["input_ids"][:length]
+    assert sample.eligible.tolist() == [bool(mark) for mark in theirs["assistant_masks"][:length]]
+    assert not any(theirs["assistant_masks"][length:])
+
+
+def test_a_mark_without_the_end_of_turn_is_told(vocabulary: str, tmp_path: Path) -> None:
+    shorter = CHATML_MARKED.replace(" + '<|im_end|>' }}{% endgeneration %}", " }}{% endgeneration %}{{ '<|im_end|>' }}")
+    (warning,) = template_of(folder_of(shorter, {}, vocabulary, tmp_path)).warnings
+    assert "leaves out <|im_end|>, which ends an answer" in warning
+
+
+def test_other_things_a_user_should_know(folders: dict[str, Path], vocabulary: str, tmp_path: Path) -> None:
+    told = {name: template_of(folder).warnings for name, folder in folders.items()}
+    (thinking,) = told.pop("deepseek-r1")
+    assert "ends a prompt for generation with '<think>\\n'" in thinking
+    (empty_thought,) = told.pop("qwen3 without thoughts")
+    assert "'<think>\\n\\n</think>\\n\\n'" in empty_thought
+    assert not any(told.values())
+    endless = template_of(folder_of(CHATML.replace("<|im_end|>", ""), {}, vocabulary, tmp_path))
+    assert endless.end_tokens == ()
+    assert "puts no special token behind an answer" in endless.warnings[0]
+
+
+def test_the_date_is_that_of_the_run(folders: dict[str, Path]) -> None:
+    messages = as_messages(CONVERSATIONS["one turn"])
+    path = str(folders["llama-3.1"])
+    old = TEMPLATES["tokenizer"](TemplateSource(path, SPECIAL_TOKENS, "2021-03-04"))
+    assert old.date == "2021-03-04"
+    assert "Today Date: 04 Mar 2021\n" in joined(old.prompt(messages[:1]))
+    new = TEMPLATES["tokenizer"](TemplateSource(path, SPECIAL_TOKENS))
+    assert new.date == datetime.date.today().isoformat()
+    expected = transformers_text(folders["llama-3.1"], CONVERSATIONS["one turn"][:1], True)
+    assert joined(new.prompt(messages[:1])) == expected
+    assert template_of(folders["llada"]).date == ""
+
+
+def test_fields_of_messages_reach_the_template(vocabulary: str, tmp_path: Path) -> None:
+    """As transformers takes them: a null counts as absent."""
+    folder = folder_of(source("qwen3"), {}, vocabulary, tmp_path)
+    turns = [
+        {"role": "user", "content": "1 + 1?"},
+        {"role": "assistant", "content": "2", "reasoning_content": "add", "name": None},
+    ]
+    data, tokenizer = read(folder, turns)
+    sample = data.samples[0]
+    assert tokenizer.decode_all(sample.tokens[sample.eligible]) == "<think>\nadd\n</think>\n\n2⏎"
+    assert encode_prompt("1 + 1?", tokenizer) == sample.tokens[~sample.eligible].tolist()
+
+
+def test_samples_of_a_conversation_stay_together(folders: dict[str, Path]) -> None:
+    data, _ = read(folders["qwen3"], CONVERSATIONS["thoughts"], copies=10)
+    train, validation = split_validation(data, 0.2, seed=0)
+    assert (len(train), len(validation)) == (16, 4)
+    assert not set(train.records) & set(validation.records)
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({"tokenizer_config.json": "{'a"}, r"tokenizer_config\.json: not readable as JSON \("),
+        ({"tokenizer_config.json": "[]"}, r"tokenizer_config\.json: expected a JSON object"),
+        ({"tokenizer_config.json": "{}"}, "'data.template' tokenizer needs a chat template"),
+        ({"tokenizer_config.json": '{"added_tokens_decoder": {"0": 3}}'}, "the tokenizer's settings cannot be read"),
+        ({"chat_template.jinja": "{% for m in messages %}"}, r"the chat template is not valid \(Unexpected end"),
+        ({"additional_chat_templates/rag.jinja": "a"}, r"the chat template is not valid \(.*\['rag'\]"),
+    ],
+)
+def test_unusable_settings_are_one_line(files: dict[str, str], message: str, vocabulary: str, tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_text(vocabulary, encoding="utf-8")
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    data = DataConfig(train="", tokenizer=str(tmp_path), template="tokenizer", max_length=200)
+    with pytest.raises(UserError, match=message) as error:
+        load_tokenizer(data)
+    assert "\n" not in str(error.value)
+
+
+def test_a_template_in_a_file_of_its_own_comes_first(vocabulary: str, tmp_path: Path) -> None:
+    folder = folder_of("other", {"eos_token": "<|im_end|>"}, vocabulary, tmp_path)
+    (folder / "chat_template.jinja").write_text(CHATML, encoding="utf-8")
+    assert joined(template_of(folder).prompt([Message("user", "a")])).startswith("<|im_start|>user\na<|im_end|>")
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{{ raise_exception('not\nthis') }}", r"the chat template refuses it \(not this\)"),
+        ("{{ messages[9].content + 1 }}", "the chat template refuses it"),
+        ("{{ messages[0].content + 1 }}", "the chat template refuses it"),
+        ("{% for m in messages %}{{ m.role }}{% endfor %}", "leaves out what the assistant says"),
+    ],
+)
+def test_a_refused_conversation_is_told_with_its_line(
+    template: str, message: str, vocabulary: str, tmp_path: Path
+) -> None:
+    folder = folder_of(template, {}, vocabulary, tmp_path)
+    with pytest.raises(UserError, match=f"line 1: .*{message}") as error:
+        read(folder, CONVERSATIONS["one turn"])
+    assert "\n" not in str(error.value)
