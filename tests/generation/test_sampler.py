@@ -189,6 +189,21 @@ def test_blocks_behind_any_end_token_are_left_out(special: SpecialIds, num_passe
     assert response.tokens[4:] == ([9, 10, 11, 12] if num_passes == 8 else [EOS] * 4)
 
 
+@pytest.mark.parametrize(
+    ("cache", "computed"),
+    [
+        ("none", [11] * 8),  # the longer row, whole
+        ("prefix", [11, 9, 9, 9, 11, 5, 5, 5]),  # the place before the block and all behind it
+        ("dual", [11, 5, 5, 5, 11, 5, 5, 5]),  # the place before the block and the block
+    ],
+)
+def test_what_a_cache_leaves_out(cache: Any, computed: list[int]) -> None:
+    engine = Recorder()
+    config = GenerationConfig(gen_length=8, block_length=4, steps=8, cache=cache)
+    denoise(engine, PROMPTS[:2], [0, 1], config, SPECIAL)
+    assert [packet.tokens.shape[1] for packet in engine.packets] == computed
+
+
 def test_cache_of_an_empty_prompt() -> None:
     """It has no place before its first block."""
     engine = Recorder()
