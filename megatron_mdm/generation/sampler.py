@@ -143,9 +143,9 @@ def _ranked(
     orders, gumbels = _uniforms(prompt_ids, counter, masked, logits.shape[1], config)
     found = draw(logits, config.temperature, config.top_p, config.top_k, special.mask, gumbels)
     ends = torch.zeros(len(logits), dtype=torch.bool)
-    if config.eos == "last" and special.eos >= 0:
-        ends = (found.tokens == special.eos).cpu()
-        found = found.without(special.eos)
+    if config.eos == "last":
+        ends = special.ends(found.tokens).cpu()
+        found = found.without(*special.end_ids)
     scores = REMASKING[config.remasking].confidence(found, orders).double().cpu()
     if config.alg_temp:
         scores = scores / config.alg_temp + gumbel_noise(orders)

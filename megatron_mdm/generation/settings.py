@@ -41,7 +41,7 @@ class GenerationConfig(Section):
     # Parallel decoding: every step commits all candidates at least this confident, and at least one. 0: by schedule.
     threshold: float = Field(default=0.0, ge=0.0, le=1.0)
     cfg_scale: float = Field(default=0.0, ge=0.0)  # classifier-free guidance s: l_u + (s + 1)(l_c - l_u)
-    # forbidden: never produced; last: committed only where nothing else is left to commit
+    # forbidden: eos is never produced; last: eos and other ends are committed only where nothing else is left to commit
     eos: Literal["free", "forbidden", "last"] = "free"
     stop_at_eos: bool = False  # leave out the blocks behind an end token; the text is the same
     # Approximate: within a block, keys and values from the pass that began it are used again. prefix: of the prompt and
@@ -89,10 +89,13 @@ class SpecialIds(NamedTuple):
     def of(cls, tokenizer: Tokenizer) -> SpecialIds:
         return cls(tokenizer.mask_id, tokenizer.pad_id, tokenizer.eos_id, tokenizer.other_end_ids)
 
+    @property
+    def end_ids(self) -> list[int]:
+        return sorted(self.other_ends | ({self.eos} if self.eos >= 0 else set()))
+
     def ends(self, tokens: Tensor) -> Tensor:
         """Where a response ends, of token ids of any shape."""
-        own = sorted(self.other_ends | ({self.eos} if self.eos >= 0 else set()))
-        return torch.isin(tokens, torch.tensor(own, dtype=tokens.dtype, device=tokens.device))
+        return torch.isin(tokens, torch.tensor(self.end_ids, dtype=tokens.dtype, device=tokens.device))
 
 
 class Response(NamedTuple):

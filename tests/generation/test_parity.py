@@ -18,6 +18,7 @@ from tests.ranks import run_ranks
 from tests.small import EOS, MASK, PAD, VOCAB, small_model
 
 LLADA, DREAM = (small_model(init_std=0.3, logit_shift=shift) for shift in (False, True))
+EOT = 17
 LENGTHS, ROWS = (2, 7), 48
 LLADA_SETTINGS: list[dict[str, Any]] = [
     {"gen_length": 8, "block_length": 8, "steps": 8},
@@ -27,6 +28,7 @@ LLADA_SETTINGS: list[dict[str, Any]] = [
     {"gen_length": 8, "block_length": 2, "steps": 4, "cfg_scale": 2.0},
     {"gen_length": 8, "block_length": 4, "steps": 8, "eos": "forbidden"},
     {"gen_length": 8, "block_length": 4, "steps": 8, "eos": "last"},
+    {"gen_length": 9, "block_length": 9, "steps": 3, "eos": "last", "cfg_scale": 0.5},
     {"gen_length": 12, "block_length": 6, "steps": 12, "threshold": 0.3},
     {"gen_length": 8, "block_length": 4, "steps": 8, "temperature": 0.8},
     {"gen_length": 8, "block_length": 4, "steps": 4, "remasking": "random", "temperature": 0.3},
@@ -64,7 +66,7 @@ def ours(model: ModelConfig, settings: list[dict[str, Any]]) -> tuple[list[list[
     engine = InferenceEngine(build_model(model, ParallelConfig(), context, 5), "fp32")
     responses = []
     for changes in settings:
-        config, special = GenerationConfig(batch_size=20, **changes), SpecialIds(MASK, PAD, EOS)
+        config, special = GenerationConfig(batch_size=20, **changes), SpecialIds(MASK, PAD, EOS, frozenset({EOT}))
         responses.append([response.tokens for response in generate(engine, prompts(), config, special, context)])
     return responses, {name: parameter.detach().numpy() for name, parameter in engine.model.named_parameters()}
 
@@ -94,7 +96,9 @@ def of_llada() -> tuple[list[list[list[int]]], LogitsOf]:
 @pytest.mark.parametrize("index", range(len(LLADA_SETTINGS)), ids=lambda index: str(LLADA_SETTINGS[index]))
 def test_same_tokens_as_llada(index: int, of_llada: tuple[list[list[list[int]]], LogitsOf]) -> None:
     settings = LLADA_SETTINGS[index]
-    ends = {"forbidden": {"logits_inf": (EOS,)}, "last": {"confidence_inf": (EOS,)}}.get(settings.get("eos", ""), {})
+    ends = {"forbidden": {"logits_inf": (EOS,)}, "last": {"confidence_inf": (EOS, EOT)}}.get(
+        settings.get("eos", ""), {}
+    )
     expected = published(partial(llada, **ends), of_llada[1], settings)
     different = [row for row, response in enumerate(expected) if response != of_llada[0][index][row]]
     assert not different, f"{len(different)} of {len(expected)} rows"

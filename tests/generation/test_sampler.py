@@ -178,6 +178,17 @@ def test_responses_depend_neither_on_batch_nor_on_ranks(
             assert all(len(response) == 8 and MASK not in response for response in responses)
 
 
+@pytest.mark.parametrize("remasking", ["low_confidence", "random", "entropy"])
+def test_ends_are_committed_last(remasking: str) -> None:
+    """Tokens 8 and 10 are ends. Every other of the block comes before them, whatever the order."""
+    special = SPECIAL_OF_TWO_ENDS._replace(eos=10)
+    config = GenerationConfig(gen_length=8, block_length=8, steps=8, remasking=remasking, eos="last")
+    shown: list[list[int]] = []
+    denoise(Recorder(), [[5, 6, 7]], [0], config, special, lambda responses: shown.append(responses[0].tolist()))
+    for step, response in enumerate(shown):
+        assert sum(token in (8, 10) for token in response) == max(0, step - 5)
+
+
 @pytest.mark.parametrize(("special", "num_passes"), [(SpecialIds(MASK, PAD, EOS), 8), (SPECIAL_OF_TWO_ENDS, 4)])
 def test_blocks_behind_any_end_token_are_left_out(special: SpecialIds, num_passes: int) -> None:
     """Token 8, an end of turn, is in the first block; the text up to it is the same."""
