@@ -11,6 +11,7 @@ from pathlib import Path
 
 from megatron_mdm.config.load import load_config
 from megatron_mdm.data.tokenizer import load_tokenizer, resolve_vocabulary
+from megatron_mdm.engine.deepspeed_section import check_deepspeed_section
 from megatron_mdm.parallel.program import run_program
 from megatron_mdm.training.plan.cluster import PRESETS, read_cluster
 from megatron_mdm.training.plan.plan import Samples, make_plan
@@ -34,6 +35,7 @@ def main() -> None:
     arguments = parser.parse_intermixed_args()
 
     config = load_config(arguments.config, arguments.overrides)
+    check_deepspeed_section(config)
     if config.model.vocab_size == "tokenizer" and Path(config.data.tokenizer).is_file():
         config = config.model_copy(update={"model": resolve_vocabulary(config.model, load_tokenizer(config.data))})
     cluster = read_cluster(arguments.cluster, arguments.nodes, arguments.gpus_per_node)

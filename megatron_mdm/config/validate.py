@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from megatron_mdm.config.errors import UserError
 from megatron_mdm.config.schema import DiffusionConfig, RunConfig
 
@@ -14,9 +16,15 @@ OWNED_DEEPSPEED_KEYS = {
     "scheduler": "schedule",
     "gradient_clipping": "optimizer.gradient_clipping",
     "zero_optimization.stage": "parallel.zero",
+    "zero_optimization.offload_optimizer.device": "parallel.offload",
+    "zero_optimization.offload_param.device": "parallel.offload",
     "bf16": "precision",
+    "bfloat16": "precision",
     "fp16": "precision",
+    "data_types.grad_accum_dtype": "precision.gradients",
     "pipeline": "parallel",
+    "tensor_parallel": "parallel",
+    "sequence_parallel_size": "parallel",
     "tensorboard": "logging",
 }
 
@@ -30,9 +38,10 @@ def validate(config: RunConfig, world_size: int) -> None:
     _check_data(config)
     _check_diffusion(config)
     for key, section in OWNED_DEEPSPEED_KEYS.items():
-        tree, *rest = key.split(".")
-        value = config.deepspeed.get(tree)
-        if value is not None and (not rest or (isinstance(value, dict) and rest[0] in value)):
+        value: Any = config.deepspeed
+        for part in key.split("."):
+            value = value.get(part) if isinstance(value, dict) else None
+        if value is not None:
             raise UserError(f"'deepspeed.{key}' is set by the section '{section}'; remove it from 'deepspeed'")
 
 

@@ -229,7 +229,9 @@ def _plain(text: str, annotation: Any, null_is_text: bool = False) -> Any:
     """A value that was written without quotes, converted to what the annotation admits."""
     tag = _implicit(text).removeprefix(_TAG)
     if field_types.is_free(annotation):
-        return _CONVERSIONS[tag](text)
+        number = _CONVERSIONS[tag](text)
+        is_exact = tag == "float" and "." not in text and abs(number) < 2**53 and number.is_integer()
+        return int(number) if is_exact else number  # 5e8, where nothing says that it is no integer
     whole, fractions = field_types.takes_whole_numbers(annotation), field_types.takes_fractions(annotation)
     if tag in ("int", "float") and (whole or fractions):
         if field_types.takes_any_text(annotation) and not (fractions or _CANONICAL.fullmatch(text)):

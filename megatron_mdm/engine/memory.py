@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from megatron_mdm.config.schema import RunConfig
 from megatron_mdm.config.validate import accumulation_steps
 from megatron_mdm.engine.communication import MicroBatchShape, Stage, stages
+from megatron_mdm.engine.deepspeed_config import subsection
 from megatron_mdm.models.cross_entropy import CHUNK_ELEMENTS
 from megatron_mdm.models.kernel_memory import ELEMENT_BYTES, SAVED, Kernels
 from megatron_mdm.models.parameters import padded_vocab_size
@@ -138,20 +139,25 @@ def _bucket(config: RunConfig, number: int, kernels: Kernels) -> float:
     """Of ZeRO: allocated whole, although on a CPU what is never written to takes no memory."""
     if config.parallel.zero == 0:
         return 0.0
-    settings = config.deepspeed.get("zero_optimization", {})
-    elements = settings.get("reduce_bucket_size", REDUCE_BUCKET)
+    elements = _zero_elements(config, "reduce_bucket_size", REDUCE_BUCKET)
     if kernels == "cpu":
         elements = min(elements, number)
-    return ELEMENT_BYTES[config.precision.dtype] * elements * (2 if settings.get("overlap_comm") else 1)
+    overlaps = subsection(config, "zero_optimization").get("overlap_comm")
+    return ELEMENT_BYTES[config.precision.dtype] * elements * (2 if overlaps else 1)
+
+
+def _zero_elements(config: RunConfig, key: str, default: int) -> int:
+    """A setting of the section `deepspeed.zero_optimization`, which DeepSpeed has read (deepspeed_section.py)."""
+    value = subsection(config, "zero_optimization").get(key, "auto")
+    return default if value == "auto" else int(value)
 
 
 def _buffers(
     config: RunConfig, layout: Layout, stage: Stage, number: int, micro_batch: MicroBatchShape, in_flight: int
 ) -> float:
-    size, settings = ELEMENT_BYTES[config.precision.dtype], config.deepspeed.get("zero_optimization", {})
-    buffers = 0.0
+    size, buffers = ELEMENT_BYTES[config.precision.dtype], 0.0
     if config.parallel.zero == 3:
-        buffers += size * min(number, settings.get("stage3_max_live_parameters", ZERO3_LIVE))
+        buffers += size * min(number, _zero_elements(config, "stage3_max_live_parameters", ZERO3_LIVE))
     hidden = micro_batch.rows * micro_batch.length * config.model.hidden_size * size
     if config.parallel.sequence:
         buffers += hidden  # megatron-core keeps what a column-parallel matrix gathers

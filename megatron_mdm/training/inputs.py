@@ -21,6 +21,7 @@ from megatron_mdm.data.corpus import CorpusDataset, read_corpora
 from megatron_mdm.data.sft import SftDataset, read_sft, split_validation
 from megatron_mdm.data.syntax import add_syntax, mark_delimiters
 from megatron_mdm.data.tokenizer import Tokenizer, load_tokenizer, resolve_vocabulary
+from megatron_mdm.engine.deepspeed_section import check_deepspeed_section
 from megatron_mdm.generation.settings import SpecialIds
 from megatron_mdm.models.spec import resolve_kernels
 from megatron_mdm.parallel import platform
@@ -42,6 +43,7 @@ class RunData:
 
 def resolve(config: RunConfig) -> tuple[RunConfig, RunData]:
     """Read tokenizer and data; return them with the configuration in which every 'auto' has its value."""
+    check_deepspeed_section(config)
     tokenizer = load_tokenizer(config.data)
     model = resolve_vocabulary(config.model, tokenizer)
     dated = config.data.model_copy(update={"template_date": tokenizer.template.date or config.data.template_date})

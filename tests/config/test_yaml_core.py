@@ -58,9 +58,19 @@ def texts(number: int, seed: int) -> list[str]:
         *((text, None) for text in ("null", "Null", "NULL", "~")),
         *((text, text.lower() == "true") for text in ("true", "True", "TRUE", "false", "False", "FALSE")),
         *(("010", 10), ("0o10", 8), ("0x1F", 31), ("-5", -5), ("+5", 5), ("0", 0), ("00", 0), ("-010", -10)),
-        *(("5e8", 5e8), ("1e-3", 1e-3), ("1E+3", 1e3), (".5", 0.5), ("5.", 5.0), ("-.5e1", -5.0), ("1.0", 1.0)),
+        *(
+            ("5e8", 500_000_000),
+            ("1e-3", 1e-3),
+            ("1E+3", 1000),
+            ("5.0e8", 5e8),
+            ("1e99", 1e99),
+            (".5", 0.5),
+            ("5.", 5.0),
+            ("-.5e1", -5.0),
+            ("1.0", 1.0),
+        ),
         *((".inf", math.inf), ("-.INF", -math.inf), ("+.Inf", math.inf)),
-        *(("!!str 5", "5"), ("!!int '5'", 5), ("!!float 5e8", 5e8), ('"5e8"', "5e8"), ("'no'", "no")),
+        *(("!!str 5", "5"), ("!!int '5'", 5), ("!!float '5e8'", 5e8), ('"5e8"', "5e8"), ("'no'", "no")),
     ],
 )
 def test_scalars_of_the_core_schema(written: str, value: Any) -> None:
