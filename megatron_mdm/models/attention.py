@@ -13,7 +13,7 @@ from megatron_mdm.models.cache import Window
 from megatron_mdm.models.kernel_memory import EXPLICIT_LENGTH
 from megatron_mdm.models.rotary import Rotation, rotate
 
-_TYPE_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+_TYPE_NAMES = {torch.float64: "fp32", torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
 class AttentionInputs(NamedTuple):

@@ -16,7 +16,7 @@ class RMSNorm(torch.nn.RMSNorm):
         self.weight.sequence_parallel = config.sequence_parallel  # its gradient is then summed over the TP group
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [..., H]; the sums are in float32 whatever its type."""
+        """x [..., H]; the sums are in float32 or, where x is, in float64."""
         if x.device.type != "cpu":
             return super().forward(x)
         return _RMSNorm.apply(x, self.weight, self.eps)
@@ -27,22 +27,23 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
         root = (norm.square_() / x.shape[-1]).add_(eps).rsqrt_()
         ctx.save_for_backward(x, weight, root)
-        normed = x.float() * root
+        normed = wide * root
         return normed.mul_(weight).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
         x, weight, root = ctx.saved_tensors
         width = x.shape[-1]
-        rows = x.float().reshape(-1, width)
-        gradient = gradient.float().reshape(-1, width)
+        rows = x.to(root.dtype).reshape(-1, width)
+        gradient = gradient.to(root.dtype).reshape(-1, width)
         root = root.reshape(-1, 1)
         product = gradient * rows  # ∂loss/∂w = Σ_rows g x r, and the norm's own gradient from Σ_columns g w x
         of_weight = product.t().mv(root.squeeze(1))
-        along = product.mv(weight.float()).unsqueeze(1)
+        along = product.mv(weight.to(root.dtype)).unsqueeze(1)
         of_input = torch.mul(gradient, weight, out=product).mul_(root)
         of_input.addcmul_(rows, along.mul_(root.pow(3)).div_(width), value=-1.0)
         return of_input.view_as(x).to(x.dtype), of_weight.to(weight.dtype), None

@@ -12,7 +12,11 @@ from megatron_mdm.models.attention import explicit_attention
 from megatron_mdm.models.norms import RMSNorm
 from megatron_mdm.models.rotary import Rotation, rotate
 
-TYPES = {"fp32": (torch.float32, 2e-6), "bf16": (torch.bfloat16, 2e-2)}  # a few roundings of the type
+TYPES = {
+    "fp64": (torch.float64, 1e-14),
+    "fp32": (torch.float32, 2e-6),
+    "bf16": (torch.bfloat16, 2e-2),
+}  # some roundings
 CONFIG = TransformerConfig(num_layers=1, hidden_size=8, num_attention_heads=1)
 
 
@@ -21,18 +25,18 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
 
 
 def assert_same(ours, reference, *inputs: Tensor, dtype: torch.dtype, tolerance: float) -> None:
-    """Values and gradients of ours in a type, and of the reference on the same numbers in fp32, relative to the
+    """Values and gradients of ours in a type, and of the reference on the same numbers in fp64, relative to the
     greatest of each."""
     mine = [x.to(dtype).requires_grad_() for x in inputs]
-    exact = [x.detach().float().requires_grad_() for x in mine]
+    exact = [x.detach().double().requires_grad_() for x in mine]
     value, expected = ours(*mine), reference(*exact)
-    direction = normal(*value.shape, seed=1)
+    direction = normal(*value.shape, seed=1).double()
     found = [value, *torch.autograd.grad(value, mine, direction.to(value.dtype))]
     wanted = [expected, *torch.autograd.grad(expected, exact, direction)]
     for one, other in zip(found, wanted):
         assert one.dtype == dtype
         assert one.shape == other.shape
-        assert (one.float() - other).abs().max() <= tolerance * other.abs().max()
+        assert (one.double() - other).abs().max() <= tolerance * other.abs().max()
 
 
 @pytest.mark.parametrize("name", TYPES)
