@@ -9,7 +9,7 @@ import pytest
 
 from megatron_mdm.config.schema import CalibrationConfig
 from megatron_mdm.diffusion.calibrator import FLOORS, Calibrator, efficiency
-from megatron_mdm.diffusion.densities import DENSITIES
+from megatron_mdm.diffusion.densities import DENSITIES, kl_divergence
 from megatron_mdm.diffusion.epr import ExponentialPolynomialRoot, fit_epr
 from megatron_mdm.diffusion.exposure import Exposures, exposures
 from megatron_mdm.diffusion.mask_schedule import Floats
@@ -203,3 +203,28 @@ def test_efficiency_of_the_optimum_is_one_and_of_uniform_below() -> None:
     uniform = efficiency(curves.second_moment, mean, UniformSampler())
     assert uniform.of_sampler == pytest.approx(uniform.of_uniform)
     assert uniform.of_uniform < 1.0
+
+
+def test_fit_minimises_the_divergence_from_the_points() -> None:
+    """KL(points ‖ curve), not KL(curve ‖ points): where the family cannot follow two bumps, no small change of a
+    parameter brings the curve closer in that sense."""
+    t = np.linspace(0.02, 1.0, 50)
+    points = 0.05 + np.exp(-0.5 * ((t - 0.3) / 0.06) ** 2) + 0.5 * np.exp(-0.5 * ((t - 0.7) / 0.05) ** 2)
+
+    def divergence(curve: ExponentialPolynomialRoot) -> float:
+        p, q = points, curve.unnormalized(t)
+        p, q = p / np.trapezoid(p, t), q / np.trapezoid(q, t)
+        return float(np.trapezoid(p * np.log(p / q), t))
+
+    fit = fit_epr(t, points, num_restarts=4, seed=0)
+    assert divergence(fit.curve) == pytest.approx(fit.kl_divergence, rel=1e-6)
+    for name, value in fit.curve.parameters().items():
+        for factor in (0.98, 1.02):
+            changed = ExponentialPolynomialRoot(**{**fit.curve.parameters(), name: value * factor})
+            assert divergence(changed) > fit.kl_divergence - 1e-5
+
+
+def test_divergence_of_two_densities_has_a_direction() -> None:
+    p, q = np.array([1.0, 3.0]), np.array([1.0, 1.0])
+    assert kl_divergence(p, q) == pytest.approx(0.25 * np.log(0.5) + 0.75 * np.log(1.5))
+    assert kl_divergence(q, p) == pytest.approx(0.5 * np.log(2.0) + 0.5 * np.log(2.0 / 3.0))
