@@ -20,10 +20,10 @@ for argument in "$@"; do
     esac
 done
 
-if [ ! -e "$data/tokenizer.model" ]; then
-    python tools/prepare_data.py arithmetic --output "$data" --train 90000 --validation 500 --test 500
+if [ "$mode" = --overwrite ] || [ ! -e "$data/tokenizer.model" ]; then
+    python tools/prepare_data.py arithmetic --output "$data" --train 60000 --validation 500 --test 500
     python tools/train_tokenizer.py --data "$data/train.jsonl" --output "$data/tokenizer.model" \
-        --model-type bpe --vocab-size 384 --whole-numbers 24
+        --model-type bpe --vocab-size 384 --whole-numbers 16
 fi
 python launch/torchrun.py --nproc-per-node 2 launch/train.py --config configs/quickstart.yaml $mode \
     ${overrides[@]+"${overrides[@]}"}

@@ -1,6 +1,6 @@
 """Generated two-step arithmetic word problems in GSM8K's format: the quickstart's data, offline and with known answers.
 
-{"question": "Tom has 12 apples. He buys 7 more and then …?", "answer": "12 + 7 = 19. 19 - 5 = 14. #### 14"}
+{"question": "Tom has 8 apples. He buys 6 more and then …?", "answer": "8 + 6 = 14. 14 - 5 = 9. #### 9"}
 """
 
 from __future__ import annotations
@@ -9,8 +9,8 @@ import random
 from collections.abc import Callable, Collection
 from typing import NamedTuple
 
-LARGEST = 24  # every number in a question or an answer lies in 1 … LARGEST
-LARGEST_STEP = 9  # the second operand of a sum or a difference lies in 2 … LARGEST_STEP
+LARGEST = 16  # every number in a question or an answer lies in 1 … LARGEST
+LARGEST_STEP = 6  # the second operand of a sum or a difference lies in 2 … LARGEST_STEP
 
 _HE = ["Tom", "Ben", "Sam", "Max", "Paul", "John", "Leo", "David"]
 _SHE = ["Ann", "Mary", "Lisa", "Emma", "Julia", "Kate", "Sara", "Nina"]
