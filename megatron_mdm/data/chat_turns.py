@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from megatron_mdm.data.chat_template import ChatTemplate
-from megatron_mdm.data.conversation import ASSISTANT, USER, Message, Piece, last_answer
+from megatron_mdm.data.conversation import ASSISTANT, USER, Message, Piece, last_answer, of_one_text
 
 _MARK = "\ue000"  # stands for an answer; no template writes it
 _ANCHOR = 32  # characters by which two texts are aligned
@@ -91,7 +91,7 @@ class ChatTurns:
                 samples[-1] += [Piece(turn.text[done:first], False), Piece(turn.text[first:end], True)]
                 done = end
             said = turn.text[:done]
-        return samples
+        return list(map(of_one_text, samples))
 
     def prompt(self, messages: Sequence[Message]) -> list[Piece]:
         return [Piece(self.chat(messages, True), False)]

@@ -25,6 +25,7 @@ class Piece(NamedTuple):
     text: str
     learnt: bool
     ends: bool = False  # an eos token follows, of the same kind
+    behind: str = ""  # the text before it, where both are parts of one text
 
 
 class Template(Protocol):
@@ -69,6 +70,15 @@ def _mapped(value: Any, change: Callable[[str], str]) -> Any:
     if isinstance(value, Mapping):
         return {key: _mapped(item, change) for key, item in value.items()}
     return [_mapped(item, change) for item in value] if isinstance(value, list) else value
+
+
+def of_one_text(pieces: Sequence[Piece]) -> list[Piece]:
+    """As parts of one text, each behind those before it."""
+    joined, text = list[Piece](), ""
+    for piece in pieces:
+        joined.append(piece._replace(behind=text))
+        text += piece.text
+    return joined
 
 
 def last_answer(messages: Sequence[Message]) -> int:

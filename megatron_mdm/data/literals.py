@@ -58,6 +58,11 @@ class Literals:
         whole = iter(self.backend.encode_batch([t for t, easy in zip(texts, parsed) if easy], parse_special=True))
         return [next(whole) if easy else self._encode_split(text) for text, easy in zip(texts, parsed)]
 
+    def since_control(self, text: str) -> str:
+        """The end of what a template wrote, from its last control token on; the whole text where there is none."""
+        places = [found.start() for found in self._control.finditer(text)]
+        return text[places[-1] if places else 0 :]
+
     def _encode_split(self, text: str) -> list[int]:
         parts = self._control.split(text)  # text, special token, text, …
         specials = [self.backend.special[token] for token in parts[1::2]]

@@ -144,8 +144,9 @@ def encode_prompt(prompt: str, tokenizer: Tokenizer) -> list[int]:
         pieces = tokenizer.prompt_of([Message(USER, prompt)])
     except ValueError as error:
         raise UserError(f"the prompt {prompt[:40]!r}: {error}") from None
-    encoded = tokenizer.encode_pieces([piece.text for piece in pieces])
-    return [token for piece, ids in zip(pieces, encoded) for token in _ended(piece, ids, tokenizer.eos_id)]
+    return [
+        token for piece, ids in zip(pieces, tokenizer.ids_of(pieces)) for token in _ended(piece, ids, tokenizer.eos_id)
+    ]
 
 
 class _Draft(NamedTuple):
@@ -159,8 +160,8 @@ class _Draft(NamedTuple):
 def _tokenised(path: str, tokenizer: Tokenizer, data: DataConfig, bad: BadRecords) -> Iterator[tuple[int, str, Sample]]:
     drafts = _drafts(path, tokenizer, data, bad)
     while batch := list(islice(drafts, _RECORDS_AT_ONCE)):
-        texts = [piece.text for draft in batch if isinstance(draft.content, list) for piece in draft.content]
-        ids = iter(tokenizer.encode_pieces(texts) if texts else [])
+        pieces = [piece for draft in batch if isinstance(draft.content, list) for piece in draft.content]
+        ids = iter(tokenizer.ids_of(pieces) if pieces else [])
         for record, where, content in batch:
             yield record, where, content if isinstance(content, Sample) else _joined(content, ids, tokenizer.eos_id)
 

@@ -8,7 +8,16 @@ from pathlib import Path
 
 from megatron_mdm.data.chat_template import ChatTemplate
 from megatron_mdm.data.chat_turns import ChatTurns
-from megatron_mdm.data.conversation import ASSISTANT, TODAY, Message, Piece, Template, TemplateSource, last_answer
+from megatron_mdm.data.conversation import (
+    ASSISTANT,
+    TODAY,
+    Message,
+    Piece,
+    Template,
+    TemplateSource,
+    last_answer,
+    of_one_text,
+)
 
 BEGIN, HEADER, HEADER_END, END_OF_TURN = "<|startoftext|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"
 
@@ -18,6 +27,7 @@ class TurnTemplate:
     """Turn after turn; an answer and what ends it are learnt."""
 
     turn: Callable[[Message], list[Piece]]  # the answer's pieces are learnt
+    join: Callable[[Sequence[Piece]], list[Piece]] = list  # of_one_text, unless turns are texts of their own
     begin: tuple[Piece, ...] = ()
     answer_header: tuple[Piece, ...] = ()
     end_tokens: tuple[str, ...] = ()
@@ -29,11 +39,11 @@ class TurnTemplate:
         for place, message in enumerate(messages[: last + 1]):
             given = last_only and place < last
             pieces += _given(self.turn(message)) if given else self.turn(message)
-        return [pieces]
+        return [self.join(pieces)]
 
     def prompt(self, messages: Sequence[Message]) -> list[Piece]:
         turns = [piece for message in messages for piece in _given(self.turn(message))]
-        return [*self.begin, *turns, *self.answer_header]
+        return self.join([*self.begin, *turns, *self.answer_header])
 
 
 def plain_prompt(prompt: str) -> str:
@@ -69,7 +79,7 @@ def _headers(line_breaks: str) -> Callable[[TemplateSource], Template]:
         return [header(message.role), Piece(f"{message.content.strip()}{END_OF_TURN}", learnt)]
 
     def make(_: TemplateSource) -> Template:
-        return TurnTemplate(turn, (Piece(BEGIN, False),), (header(ASSISTANT),), (END_OF_TURN,))
+        return TurnTemplate(turn, of_one_text, (Piece(BEGIN, False),), (header(ASSISTANT),), (END_OF_TURN,))
 
     return make
 

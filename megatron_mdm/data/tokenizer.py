@@ -63,6 +63,24 @@ class Tokenizer:
         """Ids of what a template wrote: its special tokens are control, those in the conversation are text."""
         return self.literals.encode_pieces(texts)
 
+    def ids_of(self, pieces: Sequence[Piece]) -> list[list[int]]:
+        """Of each piece, the ids that it has in the text behind which it stands, unless one of them begins there."""
+        encoded = self.encode_pieces([piece.text for piece in pieces])
+        behind = [place for place, piece in enumerate(pieces) if piece.behind and self.reads_what_stands_before]
+        before = [self.literals.since_control(pieces[place].behind) for place in behind]
+        together = self.encode_pieces([text + pieces[place].text for place, text in zip(behind, before)])
+        for place, context, ids in zip(behind, self.encode_pieces(before), together):
+            if ids[: len(context)] == context:
+                encoded[place] = ids[len(context) :]
+        return encoded
+
+    @cached_property
+    def reads_what_stands_before(self) -> bool:
+        """Whether a text's ids depend on what it stands behind: sentencepiece and its like put a space before the
+        first word."""
+        first, then, both = self.backend.encode_batch(["\n", "a", "\na"])
+        return first + then != both
+
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ids, up to the first end token; mask and padding are left out."""
         without_text = (self.mask_id, self.pad_id)

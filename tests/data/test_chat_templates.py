@@ -71,10 +71,12 @@ def transformers_text(folder: Path, messages: list[dict[str, str]], add_generati
     return text
 
 
-def read(folder: Path, turns: list[dict[str, Any]], copies: int = 1) -> tuple[SftDataset, Tokenizer]:
+def read(
+    folder: Path, turns: list[dict[str, Any]], copies: int = 1, eos_token: str = "<|im_end|>"
+) -> tuple[SftDataset, Tokenizer]:
     path = folder / "records.jsonl"
     path.write_text((json.dumps({"messages": turns}) + "\n") * copies, encoding="utf-8")
-    data = DataConfig(train="", tokenizer=str(folder), template="tokenizer", eos_token="<|im_end|>", max_length=200)
+    data = DataConfig(train="", tokenizer=str(folder), template="tokenizer", eos_token=eos_token, max_length=200)
     tokenizer = load_tokenizer(data)
     return read_sft(str(path), tokenizer, data, tokenizer.num_ids), tokenizer
 
@@ -180,6 +182,44 @@ def test_marks_of_a_template_are_those_of_transformers(folders: dict[str, Path])
     assert sample.tokens.tolist() == theirs["input_ids"][:length]
     assert sample.eligible.tolist() == [bool(mark) for mark in theirs["assistant_masks"][:length]]
     assert not any(theirs["assistant_masks"][length:])
+
+
+@pytest.mark.parametrize("name", ["llama-2", "zephyr", "mistral", "llada"])
+@pytest.mark.parametrize("spaces", ["Prepend", "first", "always", "never"])
+def test_tokens_are_those_of_transformers(spaces: str, name: str, tmp_path: Path) -> None:
+    """With tokenizers that put a space before a text's first word, as Llama 2's: an answer is no text of its own."""
+    from transformers import PreTrainedTokenizerFast
+
+    case, turns = CASES[name], CONVERSATIONS["two turns"]
+    folder = folder_of(case.template, case.tokens, with_spaces(spaces).to_str(), tmp_path)
+    expected = PreTrainedTokenizerFast.from_pretrained(folder).apply_chat_template(turns, return_dict=False)
+    data, tokenizer = read(folder, turns, eos_token="</s>")
+    tokens, learnt_ids = data.samples[0].tokens.tolist(), data.samples[0].tokens[data.samples[0].eligible]
+    assert tokens == expected[: len(tokens)]
+    assert tokenizer.decode(learnt_ids).strip() == "Me."
+    prompt = PreTrainedTokenizerFast.from_pretrained(folder).apply_chat_template(
+        turns[:1], return_dict=False, add_generation_prompt=True
+    )
+    assert encode_prompt(turns[0]["content"], tokenizer) == prompt
+
+
+def with_spaces(how: str) -> tokenizers.Tokenizer:
+    """A vocabulary of characters in which ▁ is a space, put before the first word (prepend_scheme), or before every
+    stretch between special tokens (the normalizer Prepend)."""
+    letters = "▁abcdefghijklmnopqrstuvwxyzABIMNSTUW<>|/[]?.\n_"
+    pieces = [*dict.fromkeys([*SPECIAL_TOKENS, "<unk>", *letters]), "▁M", "▁S", "▁W"]
+    model = tokenizers.models.BPE(
+        {piece: index for index, piece in enumerate(pieces)}, [("▁", "M"), ("▁", "S"), ("▁", "W")], unk_token="<unk>"
+    )
+    made = tokenizers.Tokenizer(model)
+    if how == "Prepend":
+        replace = tokenizers.normalizers.Replace(" ", "▁")
+        made.normalizer = tokenizers.normalizers.Sequence([tokenizers.normalizers.Prepend("▁"), replace])
+    else:
+        made.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace(prepend_scheme=how, split=False)
+    made.decoder = tokenizers.decoders.Metaspace()
+    made.add_special_tokens(SPECIAL_TOKENS)
+    return made
 
 
 def test_a_mark_without_the_end_of_turn_is_told(vocabulary: str, tmp_path: Path) -> None:
