@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from megatron_mdm.data.chat_template import ChatTemplate
@@ -12,8 +12,15 @@ from megatron_mdm.data.conversation import ASSISTANT, USER, Message, Piece, last
 
 _MARK = "\ue000"  # stands for an answer; no template writes it
 _ANCHOR = 32  # characters by which two texts are aligned
-_ASKED = (Message(USER, "a"),)
-_ANSWERED = (*_ASKED, Message(ASSISTANT, _MARK))
+_SHORTEST = ([Message(USER, "a")], [Message("system", "a"), Message(USER, "a")])
+_NO_END = (
+    "the tokenizer's chat template puts no special token behind an answer, so that a response ends only at "
+    "'data.eos_token', if that is learnt (data.eos_padding), or at gen_length"
+)
+_UNKNOWN_END = (
+    "the tokenizer's chat template refuses a short conversation, so that what ends an answer in it is not known; name "
+    "the token in 'data.end_tokens'"
+)
 
 
 class _Turn(NamedTuple):
@@ -39,38 +46,39 @@ class ChatTurns:
         known = {token for token in (*special_tokens, *named) if token and not token.isspace()}
         longest_first = sorted(known, key=len, reverse=True)
         special = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
-        try:
-            return cls._probed(chat, special)
-        except ValueError:  # it refuses the shortest conversation; every turn is looked at by itself
-            return cls(chat, special)
+        for asked in _SHORTEST:
+            try:
+                return cls._probed(chat, special, asked)
+            except ValueError:  # the template refuses it
+                continue
+        return cls(chat, special, warnings=(_UNKNOWN_END,))
 
     @classmethod
-    def _probed(cls, chat: ChatTemplate, special: re.Pattern[str]) -> ChatTurns:
-        """With what a conversation of two turns shows."""
-        text = chat(_ANSWERED, False)
+    def _probed(cls, chat: ChatTemplate, special: re.Pattern[str], asked: Sequence[Message]) -> ChatTurns:
+        """With what a short conversation shows."""
+        answered = [*asked, Message(ASSISTANT, _MARK)]
+        text, prompt = chat(answered, False), chat(asked, True)
+        header, _, _ = text.partition(_MARK)
         tail = text.rpartition(_MARK)[2]
-        following = chat((*_ANSWERED, *_ASKED), False).rpartition(_MARK)[2] if chat(_ANSWERED, True) == text else ""
-        turns = cls(chat, special, tail, following)
+        turns = cls(chat, special, tail, _following(chat, answered, text))
         end = special.search(turns._end(tail))
         warnings = []
         if end is None:
-            warnings.append(
-                "the tokenizer's chat template puts no special token behind an answer, so that a response ends only "
-                "where it learns 'data.eos_token' (eos_padding) or at gen_length"
-            )
-        elif chat.marks_answers and not _inside(chat, tail.find(end[0]) + text.rfind(_MARK) + 1):
-            warnings.append(
-                f"the {{% generation %}} block of the tokenizer's chat template leaves out {end[0]}, which ends an "
-                "answer: to end a response is not learnt"
-            )
-        prompt, header = chat(_ASKED, True), text.partition(_MARK)[0]
+            warnings.append(_NO_END)
+        elif chat.marks_answers:
+            place = len(text) - len(tail) + tail.find(end[0])
+            if not any(first <= place < last for first, last in chat.with_answers(answered)[1]):
+                warnings.append(
+                    f"the {{% generation %}} block of the tokenizer's chat template leaves out {end[0]}, which ends an "
+                    "answer: to end a response is not learnt"
+                )
         if not chat.marks_answers and not text.startswith(prompt):
             missing = prompt[_num_shared(prompt, header) :]
             warnings.append(
                 f"the tokenizer's chat template ends a prompt for generation with {missing!r}, which does not stand "
                 "before the answers in a conversation: they are learnt without it"
             )
-        return cls(chat, special, tail, following, (end[0],) if end else (), tuple(warnings))
+        return replace(turns, end_tokens=(end[0],) if end else (), warnings=tuple(warnings))
 
     @property
     def date(self) -> str:
@@ -150,6 +158,16 @@ class ChatTurns:
         return tail[:length]
 
 
+def _following(chat: ChatTemplate, answered: Sequence[Message], text: str) -> str:
+    """What a template that does not listen to add_generation_prompt writes behind an answer inside a conversation."""
+    try:
+        if chat(answered, True) == text:
+            return chat([*answered, Message(USER, "a")], False).rpartition(_MARK)[2]
+    except ValueError:  # it refuses a second question
+        pass
+    return ""
+
+
 def _num_shared(one: str, other: str) -> int:
     """Characters with which both begin."""
     return next((place for place, pair in enumerate(zip(one, other)) if pair[0] != pair[1]), min(len(one), len(other)))
@@ -162,8 +180,3 @@ def _end_of_prompt(prompt: str, header: str) -> int:
         if place >= 0:
             return place + size
     return len(header)
-
-
-def _inside(chat: ChatTemplate, place: int) -> bool:
-    """Whether a place of the conversation of two turns is in a {% generation %} block."""
-    return any(first <= place < end for first, end in chat.with_answers(_ANSWERED)[1])

@@ -238,6 +238,22 @@ def test_other_things_a_user_should_know(folders: dict[str, Path], vocabulary: s
     endless = template_of(folder_of(CHATML.replace("<|im_end|>", ""), {}, vocabulary, tmp_path))
     assert endless.end_tokens == ()
     assert "puts no special token behind an answer" in endless.warnings[0]
+    grumpy = template_of(folder_of("{{ raise_exception('no') }}", {}, vocabulary, tmp_path))
+    assert "'data.end_tokens'" in grumpy.warnings[0]
+
+
+@pytest.mark.parametrize(
+    "condition",
+    ["messages[0].role != 'system'", "messages|length > 3", "messages[-1].role == 'user' and messages|length > 2"],
+)
+def test_what_ends_an_answer_is_found_where_some_conversations_are_refused(
+    condition: str, vocabulary: str, tmp_path: Path
+) -> None:
+    fussy = f"{{% if {condition} %}}{{{{ raise_exception('no') }}}}{{% endif %}}"
+    for name in ("chatml", "llada"):
+        template = template_of(folder_of(fussy + source(name), CASES[name].tokens, vocabulary, tmp_path))
+        assert template.end_tokens == (CASES[name].end,)
+        assert template.warnings == ()
 
 
 def test_the_date_is_that_of_the_run(folders: dict[str, Path]) -> None:
