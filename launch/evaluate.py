@@ -3,7 +3,6 @@ Tasks: answers that are exactly right (gsm8k, hitab, openscience), perplexity, m
 of tasks of EleutherAI's lm-eval."""
 
 import argparse
-import json
 from pathlib import Path
 
 from megatron_mdm.parallel import platform
@@ -12,10 +11,10 @@ platform.quiet_libraries()
 
 from megatron_mdm.checkpoint.load import load_for_inference, run_config  # noqa: E402
 from megatron_mdm.config.errors import UserError  # noqa: E402
-from megatron_mdm.config.files import write_atomically, write_json  # noqa: E402
 from megatron_mdm.config.load import load_section  # noqa: E402
+from megatron_mdm.data.records import ON_ERROR, bad_lines  # noqa: E402
 from megatron_mdm.data.tokenizer import load_tokenizer  # noqa: E402
-from megatron_mdm.evaluation.measures import MEASURES, Source  # noqa: E402
+from megatron_mdm.evaluation.measures import MEASURES, Source, write_result  # noqa: E402
 from megatron_mdm.parallel.groups import initialize  # noqa: E402
 from megatron_mdm.parallel.program import run_program  # noqa: E402
 from megatron_mdm.parallel.watchdog import watch  # noqa: E402
@@ -28,6 +27,7 @@ def main() -> None:
     parser.add_argument("--task", choices=sorted(MEASURES), default="gsm8k")
     parser.add_argument("--harness", default="", metavar="TASK,…", help="tasks of lm-eval, which is asked for the data")
     parser.add_argument("--limit", type=int, default=0, help="questions to ask; 0: all")
+    parser.add_argument("--on-error", choices=ON_ERROR, default="", help="bad records; else the run's data.on_error")
     parser.add_argument("--tensor", type=int, default=0, help="tensor-parallel degree; 0: the run's")
     parser.add_argument("--pipeline", type=int, default=1, help="pipeline-parallel degree")
     parser.add_argument("settings", nargs="*", metavar="key=value", help="of generation, or of likelihoods")
@@ -39,21 +39,17 @@ def main() -> None:
         from megatron_mdm.evaluation.harness import HARNESS as measure
 
     config = run_config(arguments.run_dir, arguments.tensor, arguments.pipeline)
-    source = Source(arguments.harness or arguments.data, arguments.limit)
+    source = Source(arguments.harness or arguments.data, arguments.limit, arguments.on_error or config.data.on_error)
     settings = load_section(measure.settings, arguments.settings)
     evaluate = measure.prepare(source, settings, config, load_tokenizer(config.data))
     context = initialize(config.parallel.tensor, config.parallel.pipeline, hang_minutes=config.faults.hang_minutes)
     watch(arguments.run_dir, config.faults.hang_minutes, context)
     result = evaluate(load_for_inference(arguments.run_dir, config, context), context)
     if context.is_main:
-        print("\n".join(measure.summary(result)))
-        if samples := result.pop("samples", []):
-            lines = "".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples)
-            write_atomically(arguments.run_dir / measure.samples_file, lines)
-            print(f"samples: {arguments.run_dir / measure.samples_file}")
-        task = "harness" if arguments.harness else arguments.task
-        write_json(arguments.run_dir / measure.file, {"task": task, "data": source.path, **result})
-        print(f"result: {arguments.run_dir / measure.file}", flush=True)
+        print("\n".join([*measure.summary(result), *bad_lines(result.get("num_bad", 0), result.get("first_bad", ()))]))
+        about = {"task": "harness" if arguments.harness else arguments.task, "data": source.path}
+        for name, path in write_result(arguments.run_dir, measure, {**about, **result}).items():
+            print(f"{name}: {path}", flush=True)
 
 
 if __name__ == "__main__":

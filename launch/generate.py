@@ -12,7 +12,8 @@ platform.quiet_libraries()
 from megatron_mdm.checkpoint.load import load_for_inference, run_config  # noqa: E402
 from megatron_mdm.config.errors import UserError  # noqa: E402
 from megatron_mdm.config.load import load_section  # noqa: E402
-from megatron_mdm.data.sft import read_prompts  # noqa: E402
+from megatron_mdm.data.prompts import read_prompts  # noqa: E402
+from megatron_mdm.data.records import ON_ERROR, BadRecords, bad_lines  # noqa: E402
 from megatron_mdm.data.tokenizer import load_tokenizer  # noqa: E402
 from megatron_mdm.generation.answers import AnswerFile, answer_prompts  # noqa: E402
 from megatron_mdm.generation.interactive import converse  # noqa: E402
@@ -25,20 +26,21 @@ from megatron_mdm.parallel.watchdog import watch  # noqa: E402
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--run-dir", required=True, type=Path, help="a run's folder (checkpoint.directory)")
-    parser.add_argument("--prompts", help="JSONL with a field 'prompt' or 'question'")
+    parser.add_argument("--prompts", help="JSONL or parquet: prompts, questions, instructions or messages")
     parser.add_argument("--output", type=Path, help="JSONL to write; interrupted, the same command goes on with it")
     parser.add_argument("--interactive", action="store_true", help="read prompts from the terminal, a line each")
     parser.add_argument("--tensor", type=int, default=0, help="tensor-parallel degree; 0: the run's")
     parser.add_argument("--pipeline", type=int, default=1, help="pipeline-parallel degree")
+    parser.add_argument("--on-error", choices=ON_ERROR, default="", help="bad records; else the run's data.on_error")
     parser.add_argument("generation", nargs="*", metavar="key=value", help=", ".join(GenerationConfig.model_fields))
     arguments = parser.parse_intermixed_args()
     if not arguments.interactive and not (arguments.prompts and arguments.output):
         raise UserError("give --prompts and --output, or --interactive")
-
     generation = load_section(GenerationConfig, arguments.generation)
-    prompts = read_prompts(arguments.prompts) if not arguments.interactive else []
     config = run_config(arguments.run_dir, arguments.tensor, arguments.pipeline)
     tokenizer, method = load_tokenizer(config.data), config.diffusion.method
+    bad = BadRecords(arguments.on_error or config.data.on_error)
+    prompts = [] if arguments.interactive else read_prompts(arguments.prompts, tokenizer, config.data, bad)
     context = initialize(config.parallel.tensor, config.parallel.pipeline, hang_minutes=config.faults.hang_minutes)
     engine = load_for_inference(arguments.run_dir, config, context)
     if arguments.interactive:
@@ -49,7 +51,8 @@ def main() -> None:
     file = AnswerFile(arguments.output, prompts, settings, context)
     answer_prompts(file, engine, tokenizer, generation, method, context)
     if context.is_main:
-        print(f"{len(prompts)} responses: {arguments.output}", flush=True)
+        done = f"{len(prompts)} responses: {arguments.output}"
+        print("\n".join([*bad_lines(bad.count, bad.first), done]), flush=True)
 
 
 if __name__ == "__main__":

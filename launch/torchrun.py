@@ -7,6 +7,7 @@ import logging
 import os
 import signal
 import sys
+from collections.abc import Iterable
 
 from torch.distributed import DistError
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -14,6 +15,7 @@ from torch.distributed.elastic.rendezvous import RendezvousError
 from torch.distributed.run import get_args_parser, run
 
 TRY_AGAIN = 75  # sysexits.h: EX_TEMPFAIL
+MISTAKES = (1, 2)  # a rank's exit codes where another try would end alike; 2: unknown arguments, or no such program
 
 
 def main() -> int:
@@ -26,13 +28,17 @@ def main() -> int:
             if failure.exitcode < 0 and failure.exitcode != -signal.SIGTERM:  # SIGTERM: the agent ended it
                 name = signal.Signals(-failure.exitcode).name
                 print(f"error: rank {rank} was ended by {name}; the other ranks were stopped", file=sys.stderr)
-        # A rank that ended with an exit code has printed its reason.
-        return 1 if any(failure.exitcode == 1 for failure in error.failures.values()) else TRY_AGAIN
+        return exit_code(failure.exitcode for failure in error.failures.values())
     except (RendezvousError, DistError) as error:
         reason = str(error) or type(error).__name__
         print(f"error: the nodes did not find each other, or lost each other: {reason}", file=sys.stderr)
         return TRY_AGAIN
     return 0
+
+
+def exit_code(of_ranks: Iterable[int]) -> int:
+    """A rank that ended with a code of its own has printed its reason."""
+    return 1 if any(code in MISTAKES for code in of_ranks) else TRY_AGAIN
 
 
 if __name__ == "__main__":

@@ -9,6 +9,10 @@ from typing import Any
 import numpy as np
 
 from megatron_mdm.config.schema import ModelConfig, RunConfig
+from megatron_mdm.data.conversation import TemplateSource
+from megatron_mdm.data.templates import TEMPLATES
+from megatron_mdm.data.tokenizer import Tokenizer
+from megatron_mdm.data.tokenizer_files import Special
 
 VOCAB, MASK, PAD, EOS = 61, 60, 0, 1
 
@@ -39,6 +43,25 @@ def write_ids(path: Path, num_samples: int, seed: int = 0, length: tuple[int, in
         lines.append(json.dumps({"input_ids": ids.tolist(), "prompt_length": prompt}))
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return path
+
+
+class Words:
+    """A tokenizer's back end: words by their length."""
+
+    num_ids, parses_special, special = MASK, False, dict[str, Special]()
+
+    def token(self, token_id: int) -> str | None:
+        return None
+
+    def encode_batch(self, texts: list[str], parse_special: bool = False) -> list[list[int]]:
+        return [[10 + len(word) for word in text.split()] for text in texts]
+
+    def decode(self, ids: list[int]) -> str:
+        return " ".join(f"w{token}" for token in ids)
+
+
+def word_tokenizer() -> Tokenizer:
+    return Tokenizer(Words(), VOCAB, MASK, PAD, EOS, TEMPLATES["plain"](TemplateSource("")))
 
 
 def small_config(folder: Path, **sections: dict[str, Any]) -> RunConfig:

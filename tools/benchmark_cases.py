@@ -11,10 +11,11 @@ import torch
 from numpy.typing import NDArray
 
 from megatron_mdm.config.schema import DataConfig, DiffusionConfig, RunConfig
+from megatron_mdm.data.columns import prompt_and_response
 from megatron_mdm.data.loader import TrainLoader
 from megatron_mdm.data.records import read_records
 from megatron_mdm.data.sample import Sample
-from megatron_mdm.data.sft import SftDataset, encode_prompt, prompt_and_response
+from megatron_mdm.data.sft import SftDataset, encode_prompt
 from megatron_mdm.data.tokenizer import load_tokenizer
 from megatron_mdm.diffusion.t_samplers import CALIBRATED_SAMPLERS, CENTRES
 from megatron_mdm.engine.zero import ZeroEngine
@@ -125,8 +126,8 @@ class LengthSource:
         section = DataConfig(train="", tokenizer=str(self.tokenizer), eos_token="<|endoftext|>", max_length=512)
         tokenizer = load_tokenizer(section)
         lengths = []
-        for _, (where, record) in zip(range(NUM_SAMPLES), read_records(str(self.data))):
-            prompt, response = prompt_and_response(record, where)
+        for _, (_, record) in zip(range(NUM_SAMPLES), read_records(str(self.data))):
+            prompt, response = prompt_and_response(record, section)
             lengths.append((len(encode_prompt(prompt, tokenizer)), len(tokenizer.encode(response)) + 1))
         return np.array(lengths, dtype=np.int64)
 

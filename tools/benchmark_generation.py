@@ -19,7 +19,7 @@ platform.quiet_libraries()
 
 from megatron_mdm.checkpoint.load import load_for_inference, run_config  # noqa: E402
 from megatron_mdm.config.load import load_section  # noqa: E402
-from megatron_mdm.data.sft import encode_prompt  # noqa: E402
+from megatron_mdm.data.records import BadRecords  # noqa: E402
 from megatron_mdm.data.tokenizer import load_tokenizer  # noqa: E402
 from megatron_mdm.evaluation.exact_match import read_questions  # noqa: E402
 from megatron_mdm.evaluation.tasks import TASKS  # noqa: E402
@@ -54,12 +54,13 @@ def main() -> None:
 
     base = load_section(GenerationConfig, arguments.generation)
     task = TASKS[arguments.task]
-    questions = read_questions(arguments.data, task, arguments.limit)
     config = run_config(arguments.run_dir, 1)
-    tokenizer, context = load_tokenizer(config.data), initialize(1)
+    tokenizer = load_tokenizer(config.data)
+    questions = read_questions(arguments.data, task, arguments.limit, tokenizer, config.data, BadRecords())
+    context = initialize(1)
     special = SpecialIds.of(tokenizer)
     engine = load_for_inference(arguments.run_dir, config, context)
-    prompts = [encode_prompt(prompt, tokenizer) for prompt, _ in questions]
+    prompts = [question.prompt.ids for question in questions]
     clock = time.perf_counter if platform.is_cuda() else time.process_time
     seconds: dict[str, list[float]] = {name: [] for name in WAYS}
     responses = {}

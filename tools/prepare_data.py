@@ -13,6 +13,7 @@ python tools/prepare_data.py inspect --config FILE --output FOLDER [section.key=
 
 import argparse
 import json
+import sys
 from pathlib import Path
 
 from megatron_mdm.config.errors import UserError
@@ -40,7 +41,7 @@ def corpus(arguments: argparse.Namespace) -> None:
 
     platform.quiet_libraries()
     from megatron_mdm.config.schema import DataConfig
-    from megatron_mdm.data.corpus_writer import CorpusSettings, write_corpus
+    from megatron_mdm.data.corpus_writer import CorpusSettings, warnings, write_corpus
     from megatron_mdm.data.documents import Source, format_of
 
     formats = {arguments.format or format_of(path) for path in arguments.input}
@@ -59,6 +60,8 @@ def corpus(arguments: argparse.Namespace) -> None:
         skip_bad=arguments.on_error == "skip",
     )
     result = write_corpus(source, settings)
+    for line in warnings(result, source):
+        print(f"warning: {line}", file=sys.stderr)
     for bad in result.first_bad:
         print(f"skipped: {bad}")
     for name, documents, tokens in zip(("train", "validation", "test"), result.documents, result.tokens):

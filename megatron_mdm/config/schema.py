@@ -55,6 +55,11 @@ class ModelConfig(Section):
         return value
 
 
+Column = Literal[
+    "prompt", "response", "system", "messages", "role", "content", "input_ids", "prompt_length", "spans", "labels"
+]
+
+
 class DataConfig(Section):
     """Samples with a prompt and a response, or a corpus. See megatron_mdm/data/README.md."""
 
@@ -73,6 +78,10 @@ class DataConfig(Section):
     # Where a response ends, besides eos_token and the template's end of turn: texts of tokens, or ids.
     end_tokens: tuple[int | str, ...] = ()
     # sft
+    # Columns of other names than the known ones (data/columns.py), such as {prompt: query, response: reply}, and the
+    # data's names of roles, such as {agent: assistant}.
+    columns: dict[Column, str] = {}
+    roles: dict[str, str] = {}
     # llada, mmada: as LLaDA-8B-Instruct and MMaDA-8B write conversations; tokenizer: its own chat template
     template: Literal["plain", "llada", "mmada", "tokenizer"] = "plain"
     # The day that a chat template may name (strftime_now), YYYY-MM-DD; today: the one on which the run began

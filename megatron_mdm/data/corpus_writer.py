@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,10 @@ class Progress:
     tokens: tuple[int, ...] = ()
     bad: int = 0
     first_bad: tuple[str, ...] = ()
+    file: str = ""  # that is being read
+    documents_in_file: int = 0
+    single: int = 0  # files that hold one document
+    first_single: str = ""
     read: int = 0  # bytes, for the progress bar
     done: bool = False
     settings: dict[str, Any] = field(default_factory=dict)
@@ -74,15 +79,48 @@ def write_corpus(source: Source, settings: CorpusSettings) -> Progress:
             write_json(progress_path, asdict(progress))
     except OSError as error:
         raise UserError(f"{error.filename or settings.output}: cannot be written ({error.strerror})") from None
+    except BrokenProcessPool:
+        raise UserError(
+            "a process that tokenises has died, of lack of memory perhaps; the same command goes on, with fewer "
+            "--workers if need be"
+        ) from None
     bar.close()
-    if not sum(progress.documents):
-        raise UserError(f"{', '.join(source.paths)}: no documents ({progress.bad} were bad)")
+    progress = _with_file(progress, "", 0)
+    try:
+        _check_splits(progress, source, settings)
+    except UserError:
+        progress_path.unlink(missing_ok=True)  # other settings are needed, which begin anew
+        raise
     for name, documents, tokens in zip(names, progress.documents, progress.tokens):
         summary = {"documents": documents, "tokens": tokens, "shards": progress.shards, "num_ids": tokenizer.num_ids}
         write_json(Path(f"{name}.json"), {**summary, "tokenizer": tokenizer_fingerprint(settings.data.tokenizer)})
     progress = replace(progress, done=True)
     write_json(progress_path, asdict(progress))
     return progress
+
+
+def warnings(progress: Progress, source: Source) -> list[str]:
+    """What may not be meant, a line each."""
+    if not (progress.single and source.divides_texts):
+        return []
+    others = f" and {progress.single - 1:,} other files" if progress.single > 1 else ""
+    return [
+        f"{progress.first_single}{others}: a single document each; --documents {source.separator} divides text files "
+        "otherwise"
+    ]
+
+
+def _check_splits(progress: Progress, source: Source, settings: CorpusSettings) -> None:
+    """Raise UserError where there is no document, or none for a split that was asked for."""
+    if not sum(progress.documents):
+        first = f", the first: {progress.first_bad[0]}" if progress.first_bad else ""
+        raise UserError(f"{', '.join(source.paths)}: no documents ({progress.bad} were bad{first})")
+    for name, share, documents in zip(SPLITS, settings.shares, progress.documents):
+        if share and not documents:
+            raise UserError(
+                f"--splits: none of the {sum(progress.documents):,} documents falls to {name} ({share:g}); give it a "
+                f"larger share, or 0, or another --seed, or divide the files otherwise (--documents)"
+            )
 
 
 class _Shards:
@@ -110,13 +148,12 @@ class _Shards:
             yield self._finish(builders, state)
 
     def _counted(self, state: Progress, chunk: Encoded) -> Progress:
-        if chunk.bad and not self.settings.skip_bad:
-            raise UserError(f"{chunk.bad[0]}; mend it, or leave such documents out with --on-error skip")
-        shown = (*state.first_bad, *chunk.bad)[:NUM_BAD_SHOWN]
+        if chunk.num_bad and not self.settings.skip_bad:
+            raise UserError(f"{chunk.first_bad[0]}; mend it, or leave such documents out with --on-error skip")
         return replace(
-            state,
-            bad=state.bad + len(chunk.bad),
-            first_bad=shown,
+            _with_file(state, chunk.path, len(chunk.lengths)),
+            bad=state.bad + chunk.num_bad,
+            first_bad=(*state.first_bad, *chunk.first_bad)[:NUM_BAD_SHOWN],
             position=chunk.following,
             read=state.read + chunk.size,
         )
@@ -145,6 +182,10 @@ class _Shards:
         for name, builder in zip(self.names, builders):
             shard = self._shard(name, state)
             builder.finalize(f"{shard}.idx.tmp")
+            if not builder.sequence_lengths:  # a file of no bytes cannot be mapped into memory
+                for kind in (".bin", ".idx"):
+                    Path(f"{shard}{kind}.tmp").unlink()
+                continue
             for kind in (".bin", ".idx"):  # a reader looks for the .idx, which comes last
                 Path(f"{shard}{kind}.tmp").replace(f"{shard}{kind}")
         return replace(state, shards=state.shards + 1)
@@ -152,6 +193,20 @@ class _Shards:
     @staticmethod
     def _shard(name: str, state: Progress) -> str:
         return f"{name}-{state.shards:05d}"
+
+
+def _with_file(state: Progress, path: str, num_documents: int) -> Progress:
+    """Further documents of a file counted; where it is another than before, the one before is done."""
+    if path == state.file:
+        return replace(state, documents_in_file=state.documents_in_file + num_documents)
+    is_single = bool(state.file) and state.documents_in_file == 1
+    return replace(
+        state,
+        file=path,
+        documents_in_file=num_documents,
+        single=state.single + is_single,
+        first_single=state.first_single or (state.file if is_single else ""),
+    )
 
 
 def _append(builder: IndexedDatasetBuilder, tokens: NDArray[Any], lengths: NDArray[np.int64]) -> None:

@@ -5,15 +5,28 @@ What a chunk holds is raw; decoding happens where there are several processes (e
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import IO, Any, NamedTuple
 
 from megatron_mdm.config.errors import UserError
+from megatron_mdm.data.json_files import has_an_object_a_line, read_json
+from megatron_mdm.data.text_files import open_text
 
 CHUNK_BYTES = 1 << 20
-SEPARATORS = {"line": b"\n", "paragraph": b"\n\n", "file": b""}  # between the documents of a text file
+_ROWS = 1024  # of a table, or of JSON that is not read line by line, in a chunk
+_LINE_END = rb"(?:\r\n|\n|\r(?!\n))"
+_SPACES = [chr(code) for code in range(0x3001) if chr(code).isspace() and chr(code) not in "\r\n"]
+_SPACE = b"(?:%s)" % b"|".join(re.escape(space.encode()) for space in _SPACES)
+SEPARATORS: dict[str, re.Pattern[bytes] | None] = {  # between the documents of a text file
+    "line": re.compile(_LINE_END),
+    "paragraph": re.compile(rb"(?:\A|%s)(?:%s*%s)+" % (_LINE_END, _SPACE, _LINE_END)),  # lines of white space only
+    "file": None,
+}
+_JSON_LINE = re.compile(rb"\n")
 
 
 class Position(NamedTuple):
@@ -28,12 +41,11 @@ START = Position()
 
 
 class Chunk(NamedTuple):
-    records: list[bytes] | list[str]
+    records: Sequence[Any]
     path: str
-    number: int  # of the first record's first line, or row
-    unit: str  # "line" or "row"
+    places: Sequence[str]  # of the records in the file: "line 3", "row 12"
+    bad: Sequence[str]  # what could not be read, with its place
     parse: str  # a key of encode.PARSERS
-    lines_between: int  # newlines that a separator holds
     size: int  # bytes or rows, for the progress bar
     following: Position
 
@@ -51,9 +63,13 @@ class Source:
     def chunks(self, start: Position) -> Iterator[Chunk]:
         return FORMATS[self.format](self, start)
 
+    @property
+    def divides_texts(self) -> bool:
+        return self.format == "text" and SEPARATORS[self.separator] is not None
+
     def total(self) -> int | None:
         """Bytes of all files; None where it is not known."""
-        if self.format == "datasets":
+        if self.format == "datasets" or any(path.endswith(".gz") for path in self.paths):
             return None
         return sum(_size(path) for path in self.paths)
 
@@ -63,7 +79,7 @@ def format_of(path: str) -> str:
     suffixes = {".jsonl": "jsonl", ".json": "jsonl", ".parquet": "parquet"}
     if not Path(path).exists() and "." not in Path(path).name:
         return "datasets"
-    return suffixes.get(Path(path).suffix, "text")
+    return suffixes.get(Path(path.removesuffix(".gz")).suffix, "text")
 
 
 def _size(path: str) -> int:
@@ -74,92 +90,144 @@ def _size(path: str) -> int:
 
 
 def _text(source: Source, start: Position) -> Iterator[Chunk]:
-    yield from _separated(source, start, SEPARATORS[source.separator], "text")
+    for index, path, first in _files(source, start):
+        with open_text(path) as file:
+            yield from _separated(file, path, index, first, SEPARATORS[source.separator], "text")
 
 
-def _json_lines(source: Source, start: Position) -> Iterator[Chunk]:
-    yield from _separated(source, start, b"\n", "json")
+def _json(source: Source, start: Position) -> Iterator[Chunk]:
+    for index, path, first in _files(source, start):
+        with open_text(path) as file:
+            if has_an_object_a_line(file):
+                yield from _separated(file, path, index, first, _JSON_LINE, "json")
+            else:
+                yield from _objects(file, path, index, first.offset)
 
 
-def _separated(source: Source, start: Position, separator: bytes, parse: str) -> Iterator[Chunk]:
-    """Blocks of about CHUNK_BYTES that end at a separator; without one, whole files. Where a block ends depends on
-    where it begins only, so that an interrupted preparation cuts the same shards."""
-    lines_between = separator.count(b"\n")
+def _files(source: Source, start: Position) -> Iterator[tuple[int, str, Position]]:
+    """Those that are left to be read, and from where on."""
     for index in range(start.file, len(source.paths)):
-        path, size = source.paths[index], _size(source.paths[index])
-        _, offset, number = start if index == start.file else Position(index)
-        with open(path, "rb") as file:
-            while offset < size:
-                file.seek(offset)
-                block = _block(file, separator)
-                offset += len(block)
-                records = block.removesuffix(separator).split(separator) if separator else [block]
-                following = Position(index, offset, number + block.count(b"\n"))
-                yield Chunk(records, path, number, "line", parse, lines_between, len(block), following)
-                number = following.number
+        yield index, source.paths[index], start if index == start.file else Position(index)
 
 
-def _block(file: BinaryIO, separator: bytes) -> bytes:
-    """From here to the last separator in CHUNK_BYTES, or to the first behind it, or to the file's end."""
-    if not separator:
-        return file.read()
-    block = b""
-    while more := file.read(CHUNK_BYTES):
-        block += more
-        end = block.rfind(separator)
-        if end >= 0 and len(more) == CHUNK_BYTES:
-            return block[: end + len(separator)]
-    return block
+def _separated(
+    file: IO[bytes], path: str, index: int, start: Position, separator: re.Pattern[bytes] | None, parse: str
+) -> Iterator[Chunk]:
+    """Blocks of about CHUNK_BYTES that end at a separator; without one, the whole file. Where a block ends depends on
+    where it begins only, so that an interrupted preparation cuts the same shards."""
+    _, offset, number = start
+    offset = file.seek(offset) if offset else file.tell()  # behind a byte order mark
+    block, rest = _block(b"", file, separator)
+    while block:
+        offset += len(block)
+        records, places = [], []
+        ends = [(match.start(), match.end()) for match in separator.finditer(block)] if separator else []
+        begin = 0
+        for end, following in [*ends, (len(block), len(block))]:
+            records.append(block[begin:end])
+            places.append(f"line {number}")
+            number += _num_lines(block[begin:following])
+            begin = following
+        yield Chunk(records, path, places, (), parse, len(block), Position(index, offset, number))
+        block, rest = _block(rest, file, separator)
+
+
+def _block(content: bytes, file: IO[bytes], separator: re.Pattern[bytes] | None) -> tuple[bytes, bytes]:
+    """(what goes to the last separator in CHUNK_BYTES, or in twice as many …, or to the file's end; what follows).
+    content: of the block, as far as it has been read."""
+    size = CHUNK_BYTES
+    while separator:
+        content += file.read(size - len(content))
+        if len(content) < size:
+            return content, b""
+        # One that touches the end may go on behind it.
+        end = max((match.end() for match in separator.finditer(content) if match.end() < size), default=0)
+        if end:
+            return content[:end], content[end:]
+        size *= 2
+    return content + file.read(), b""
+
+
+def _num_lines(content: bytes) -> int:
+    return content.count(b"\n") + content.count(b"\r") - content.count(b"\r\n")
+
+
+def _objects(file: IO[bytes], path: str, index: int, done: int) -> Iterator[Chunk]:
+    """JSON that is not one object a line, from an object on."""
+    bad = list[str]()
+    objects = read_json(path, file, bad.append)
+    for _ in islice(objects, done):
+        bad.clear()
+    while (batch := list(islice(objects, _ROWS))) or bad:
+        done += len(batch)
+        places = [where.removeprefix(f"{path}, ") for where, _ in batch]
+        records = [record for _, record in batch]
+        yield Chunk(records, path, places, tuple(bad), "object", 0, Position(index, done, 1))
+        bad.clear()
 
 
 def _parquet(source: Source, start: Position) -> Iterator[Chunk]:
-    from pyarrow import ArrowInvalid, parquet
+    from pyarrow import ArrowException, parquet
 
-    for index in range(start.file, len(source.paths)):
-        path, done = source.paths[index], start.offset if index == start.file else 0
+    for index, path, (_, done, _) in _files(source, start):
         size = _size(path)
         try:
             file = parquet.ParquetFile(path)
             if source.field not in file.schema_arrow.names:
                 raise UserError(f"{path}: no column '{source.field}' (found {', '.join(file.schema_arrow.names)})")
             total, row = max(1, file.metadata.num_rows), 0
-            for batch in file.iter_batches(1024, columns=[source.field]):
+            for batch in file.iter_batches(_ROWS, columns=[source.field]):
                 row += len(batch)
                 if row > done:  # rows are read in the same batches again, so a position is the end of one
                     share = size * len(batch) // total
-                    records = batch.column(0).to_pylist()
-                    following = Position(index, row, row + 1)
-                    yield Chunk(records, path, row - len(batch) + 1, "row", "value", 0, share, following)
-        except ArrowInvalid as error:
-            raise UserError(f"{path}: not a parquet file ({' '.join(str(error).split())})") from None
+                    yield _rows(python_values(batch.column(0)), path, index, row, share)
+        except (ArrowException, OSError) as error:
+            raise UserError(f"{path}: not a parquet file that can be read ({' '.join(str(error).split())})") from None
 
 
 def _datasets(source: Source, start: Position) -> Iterator[Chunk]:
     """Streamed, so nothing is stored on this machine."""
     import datasets
 
-    for index in range(start.file, len(source.paths)):
-        name, row = source.paths[index], start.offset if index == start.file else 0
+    for index, name, (_, row, _) in _files(source, start):
         try:
             rows = datasets.load_dataset(name, split=source.split, streaming=True).skip(row)
-            for batch in rows.iter(1024):
-                records = _column(batch, source.field, name)
-                row += len(records)
-                following = Position(index, row, row + 1)
-                yield Chunk(records, name, row - len(records) + 1, "row", "value", 0, len(records), following)
-        except (OSError, ValueError, RuntimeError) as error:
+            for batch in rows.iter(_ROWS):
+                if source.field not in batch:
+                    raise UserError(f"{name}: no column '{source.field}' (found {', '.join(batch)})")
+                row += len(batch[source.field])
+                yield _rows(batch[source.field], name, index, row, len(batch[source.field]))
+        except UserError:
+            raise
+        except Exception as error:  # of any type: it reads files of many kinds, over the network
             raise UserError(f"{name}: cannot be read with `datasets` ({' '.join(str(error).split())})") from None
 
 
-def _column(batch: dict[str, Any], field: str, name: str) -> list[str]:
-    if field not in batch:
-        raise UserError(f"{name}: no column '{field}' (found {', '.join(batch)})")
-    return batch[field]
+def _rows(values: Sequence[Any], path: str, index: int, end: int, size: int) -> Chunk:
+    """Rows of a table, the last being number `end`."""
+    places = [f"row {number}" for number in range(end - len(values) + 1, end + 1)]
+    return Chunk(values, path, places, (), "value", size, Position(index, end, end + 1))
+
+
+def python_values(rows: Any) -> list[Any]:
+    """Of an array or a batch of pyarrow's; in place of one that Python cannot hold (text that is not UTF-8, a time that
+    is no date), the exception."""
+    try:
+        return rows.to_pylist()
+    except Exception:
+        return [_value_or_error(rows.slice(row, 1)) for row in range(len(rows))]
+
+
+def _value_or_error(rows: Any) -> Any:
+    try:
+        return rows.to_pylist()[0]
+    except Exception as error:
+        return error
 
 
 FORMATS: dict[str, Callable[[Source, Position], Iterator[Chunk]]] = {
     "text": _text,
-    "jsonl": _json_lines,
+    "jsonl": _json,
     "parquet": _parquet,
     "datasets": _datasets,
 }

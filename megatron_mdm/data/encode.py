@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import collections
-import json
 import multiprocessing
 import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,6 +15,8 @@ from numpy.typing import NDArray
 
 from megatron_mdm.config.schema import DataConfig
 from megatron_mdm.data.documents import Chunk, Position
+from megatron_mdm.data.json_files import Record, parse_object
+from megatron_mdm.data.records import BadRecords, all_or_none
 from megatron_mdm.data.tokenizer import Tokenizer, load_tokenizer
 
 
@@ -23,7 +25,9 @@ class Encoded(NamedTuple):
 
     tokens: NDArray[Any]  # [Σ lengths], of the corpus's integer type
     lengths: NDArray[np.int64]  # [documents], end tokens included
-    bad: list[str]  # "file, line n: what is wrong" of the documents that are left out
+    num_bad: int  # documents that are left out
+    first_bad: tuple[str, ...]  # "file, line n: what is wrong"
+    path: str
     size: int
     following: Position
 
@@ -67,52 +71,68 @@ def _start(settings: Settings) -> None:
 def _encode(chunk: Chunk) -> Encoded:
     settings: Settings = _worker["settings"]
     tokenizer: Tokenizer = _worker["tokenizer"]
-    parse = PARSERS[chunk.parse]
-    texts, bad, number = [], [], chunk.number
-    for record in chunk.records:
-        try:
-            text = parse(record, settings.field)
+    bad = BadRecords("skip")
+    for message in chunk.bad:
+        bad.add(message)
+    texts: dict[str, str] = {}  # by where they are, without documents that are blank
+    for place, record in zip(chunk.places, chunk.records):
+        where = f"{chunk.path}, {place}"
+        with bad.of(where):
+            text = PARSERS[chunk.parse](record, settings.field)
             tokenizer.literals.check(text)
             if text.strip():
-                texts.append(text)
-        except ValueError as error:
-            bad.append(f"{chunk.path}, {chunk.unit} {number}: {error}")
-        number += record.count(b"\n") + chunk.lines_between if isinstance(record, bytes) else 1
+                texts[where] = text
     end = [tokenizer.eos_id] if settings.end_token else []
     tokens: list[int] = []
     lengths: list[int] = []
-    for ids in tokenizer.encode_batch(texts):  # one array for all: an array a document costs a tenth of the time
+    for ids in _ids(texts, tokenizer, bad):  # one array for all: an array a document costs a tenth of the time
         tokens += ids
         tokens += end
         lengths.append(len(ids) + len(end))
     arrays = np.array(tokens, dtype=settings.dtype), np.array(lengths, dtype=np.int64)
-    return Encoded(*arrays, bad, chunk.size, chunk.following)
+    return Encoded(*arrays, bad.count, tuple(bad.first), chunk.path, chunk.size, chunk.following)
+
+
+def _ids(texts: dict[str, str], tokenizer: Tokenizer, bad: BadRecords) -> Iterator[list[int]]:
+    """Of every document; each alone where the tokenizer refuses one of them."""
+    together = all_or_none(partial(tokenizer.encode_batch, list(texts.values()))) if texts else []
+    if together is not None:
+        yield from together
+        return
+    for where, text in texts.items():
+        with bad.of(where):
+            yield tokenizer.encode(text)
 
 
 def _from_text(record: bytes, _: str) -> str:
+    """Line ends become \\n, as Python reads text."""
     try:
-        return record.decode("utf-8")
+        return record.decode("utf-8").replace("\r\n", "\n").replace("\r", "\n")
     except UnicodeDecodeError as error:
-        raise ValueError(f"not UTF-8 (byte {error.object[error.start]:#04x}, {error.start} bytes in)") from None
+        raise ValueError(f"not UTF-8 (byte {record[error.start]:#04x}, {error.start} bytes in)") from None
 
 
 def _from_json(record: bytes, field: str) -> str:
-    if not record.strip():
-        return ""
-    text = _from_text(record, field)
-    try:
-        value = json.loads(text)
-    except ValueError as error:
-        raise ValueError(f"not valid JSON ({error})") from None
-    if not isinstance(value, dict) or not isinstance(value.get(field), str):
-        raise ValueError(f"expected an object with a string in the field '{field}'")
-    return value[field]
+    return _from_object(parse_object(record), field) if record.strip() else ""
+
+
+def _from_object(record: Record, field: str) -> str:
+    if not isinstance(record.get(field), str):
+        raise ValueError(f"expected a string in the field '{field}'; found {', '.join(record) or 'none'}")
+    return record[field]
 
 
 def _from_value(record: Any, field: str) -> str:
+    if isinstance(record, Exception):
+        raise record
     if not isinstance(record, str):
         raise ValueError(f"expected a string in the column '{field}', found {type(record).__name__}")
     return record
 
 
-PARSERS: dict[str, Callable[[Any, str], str]] = {"text": _from_text, "json": _from_json, "value": _from_value}
+PARSERS: dict[str, Callable[[Any, str], str]] = {
+    "text": _from_text,
+    "json": _from_json,
+    "object": _from_object,
+    "value": _from_value,
+}

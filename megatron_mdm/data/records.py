@@ -1,16 +1,20 @@
-"""Records of sample files: JSON lines, parquet, `datasets`; and what happens to a bad one."""
+"""Records of sample files: JSON, parquet, `datasets`; and what happens to a bad one."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 from megatron_mdm.config.errors import UserError
-from megatron_mdm.data.documents import format_of
+from megatron_mdm.data.documents import format_of, python_values
+from megatron_mdm.data.json_files import Record, read_json
+from megatron_mdm.data.text_files import open_text
 
-Record = dict[str, Any]
+Many = TypeVar("Many")
+ON_ERROR = ("stop", "skip")  # what to do with a bad record
+_REASON_LENGTH = 400  # characters; other libraries' messages may hold a whole record
 
 
 class BadRecords:
@@ -18,8 +22,9 @@ class BadRecords:
 
     NUM_SHOWN = 10
 
-    def __init__(self, skip: bool = False) -> None:
-        self.skip, self.count, self.first = skip, 0, list[str]()
+    def __init__(self, on_error: str = "stop") -> None:
+        """on_error: of ON_ERROR."""
+        self.skip, self.count, self.first = on_error == "skip", 0, list[str]()
 
     def add(self, message: str) -> None:
         if not self.skip:
@@ -28,49 +33,73 @@ class BadRecords:
         if len(self.first) < self.NUM_SHOWN:
             self.first.append(message)
 
+    def summary(self) -> str:
+        """For a message that nothing is left."""
+        return f" ({self.count:,} bad, the first: {self.first[0]})" if self.first else ""
+
+    @contextmanager
+    def of(self, where: str) -> Iterator[None]:
+        """Whatever goes wrong inside is the fault of the record that stands there."""
+        try:
+            yield
+        except (KeyboardInterrupt, SystemExit, GeneratorExit):
+            raise
+        except BaseException as error:  # a panic of the tokenizers library is no Exception
+            message = reason(error)
+            self.add(message if message.startswith(where) else f"{where}: {message}")
+
+
+def all_or_none(action: Callable[[], Many]) -> Many | None:
+    """What is done for many records at once; None where one of them spoils it, so that each has to be tried alone."""
+    try:
+        return action()
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException:  # a panic of the tokenizers library is no Exception
+        return None
+
+
+def bad_lines(count: int, first: Sequence[str]) -> list[str]:
+    """What was left out, for a log: how many, and where the first ones are."""
+    return [f"{count:,} bad records left out, such as:", *(f"  {message}" for message in first)] if count else []
+
+
+def reason(error: BaseException) -> str:
+    """What an error says, in one line that can be printed."""
+    text = " ".join(str(error).split())
+    if isinstance(error, UserError):
+        return text
+    if isinstance(error, RecursionError):
+        return "nested too deeply"
+    kind = "" if type(error) is ValueError and text else f"{type(error).__name__}: "
+    return f"{kind}{text[:_REASON_LENGTH]}".encode("utf-8", "backslashreplace").decode().removesuffix(": ")
+
 
 def read_records(path: str, bad: BadRecords | None = None) -> Iterator[tuple[str, Record]]:
     """("file, line n", object) of each record; a blank line is none. Bad ones raise UserError, or are counted."""
     yield from READERS[format_of(path)](path, bad or BadRecords())
 
 
-def _json_lines(path: str, bad: BadRecords) -> Iterator[tuple[str, Record]]:
-    try:
-        with open(path, "rb") as file:
-            for number, line in enumerate(file, 1):
-                if not line.strip():
-                    continue
-                where = f"{path}, line {number}"
-                try:
-                    record = json.loads(line.decode("utf-8"))
-                except UnicodeDecodeError as error:
-                    bad.add(f"{where}: not UTF-8 (byte {line[error.start]:#04x}, {error.start} bytes in)")
-                    continue
-                except ValueError as error:
-                    bad.add(f"{where}: not valid JSON ({error})")
-                    continue
-                if not isinstance(record, dict):
-                    bad.add(f"{where}: expected an object, found {type(record).__name__}")
-                    continue
-                yield where, record
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such data file") from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+def _json(path: str, bad: BadRecords) -> Iterator[tuple[str, Record]]:
+    with open_text(path) as file:
+        yield from read_json(path, file, bad.add)
 
 
 def _parquet(path: str, bad: BadRecords) -> Iterator[tuple[str, Record]]:
-    from pyarrow import ArrowInvalid, parquet
+    from pyarrow import ArrowException, parquet
 
     number = 0
     try:
         for batch in parquet.ParquetFile(path).iter_batches(1024):
-            for record in batch.to_pylist():
+            for record in python_values(batch):
                 number += 1
-                yield f"{path}, row {number}", record
+                if isinstance(record, Exception):
+                    bad.add(f"{path}, row {number}: {reason(record)}")
+                else:
+                    yield f"{path}, row {number}", record
     except FileNotFoundError:
         raise UserError(f"{path}: no such data file") from None
-    except (ArrowInvalid, OSError) as error:
+    except (ArrowException, OSError) as error:
         raise UserError(f"{path}: not a parquet file that can be read ({' '.join(str(error).split())})") from None
 
 
@@ -84,13 +113,13 @@ def _datasets(name: str, bad: BadRecords) -> Iterator[tuple[str, Record]]:
     try:
         for number, record in enumerate(datasets.load_dataset(path, split=split or "train", streaming=True), 1):
             yield f"{name}, row {number}", dict(record)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(f"{name}: neither a file nor a set for `datasets` ({' '.join(str(error).split())})") from None
+    except Exception as error:  # of any type: it reads files of many kinds, over the network
+        raise UserError(f"{name}: neither a file nor a set for `datasets` ({reason(error)})") from None
 
 
 READERS: dict[str, Callable[[str, BadRecords], Iterator[tuple[str, Record]]]] = {
-    "text": _json_lines,  # JSON lines by another name
-    "jsonl": _json_lines,
+    "text": _json,  # by another name
+    "jsonl": _json,
     "parquet": _parquet,
     "datasets": _datasets,
 }

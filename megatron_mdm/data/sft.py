@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,14 +15,16 @@ from numpy.typing import NDArray
 from megatron_mdm.config.errors import UserError
 from megatron_mdm.config.files import sha256
 from megatron_mdm.config.schema import DataConfig
-from megatron_mdm.data.conversation import ASSISTANT, USER, Message, Piece
-from megatron_mdm.data.records import BadRecords, Record, read_records
+from megatron_mdm.data.columns import Prompt, conversation, renamed
+from megatron_mdm.data.conversation import USER, Message, Piece
+from megatron_mdm.data.json_files import Record
+from megatron_mdm.data.records import BadRecords, all_or_none, read_records
 from megatron_mdm.data.sample import Sample
 from megatron_mdm.data.tokenizer import Tokenizer
 from megatron_mdm.diffusion.randomness import Purpose, stream
 
-TEXT_FIELDS = (("question", "answer"), ("prompt", "response"))
 _RECORDS_AT_ONCE = 1024  # that the tokenizer is given
+_NOT_LEARNT = -100  # a label, as torch's and transformers' losses skip it
 
 
 @dataclass(frozen=True)
@@ -58,16 +61,16 @@ class SftDataset:
 
 
 def read_sft(path: str, tokenizer: Tokenizer, data: DataConfig, vocab_size: int) -> SftDataset:
-    """Read JSON lines, parquet or a `datasets` name, in any of the forms that README.md lists.
+    """Read a file of JSON or parquet, or a `datasets` name, in any of the forms that README.md lists.
 
     Raises UserError with the line of the first bad record, unless data.on_error says to skip them; then they are
     counted.
     """
-    bad = BadRecords(data.on_error == "skip")
+    bad = BadRecords(data.on_error)
     samples: list[Sample] = []
     records: list[int] = []
     num_too_long = 0
-    for record, where, sample in _tokenised(path, tokenizer, data, bad):
+    for record, where, sample in _tokenised(path, tokenizer, data, vocab_size, bad):
         if not sample.eligible.any():
             bad.add(f"{where}: no eligible token: the response is empty")
         elif sample.tokens.min() < 0 or sample.tokens.max() >= vocab_size:
@@ -90,7 +93,7 @@ def read_sft(path: str, tokenizer: Tokenizer, data: DataConfig, vocab_size: int)
                 records.append(record)
     if not samples:
         raise UserError(
-            f"{path}: no sample left ({num_too_long} longer than 'data.max_length' {data.max_length}, {bad.count} bad)"
+            f"{path}: no sample left; {num_too_long} longer than 'data.max_length' {data.max_length}{bad.summary()}"
         )
     fingerprint = sha256(Path(path)) if Path(path).is_file() else path
     records = records if len(set(records)) < len(records) else []
@@ -111,42 +114,15 @@ def split_validation(data: SftDataset, fraction: float, seed: int) -> tuple[SftD
     return train, data.subset(np.flatnonzero(held_out))
 
 
-def prompt_and_response(record: Record, where: str) -> tuple[str, str]:
-    """The two texts of a record in one of the known pairs of fields."""
-    for fields in TEXT_FIELDS:
-        if all(field in record for field in fields):
-            prompt, response = (record[field] for field in fields)
-            if not (isinstance(prompt, str) and isinstance(response, str)):
-                raise UserError(f"{where}: '{fields[0]}' and '{fields[1]}' must be strings")
-            return prompt, response
-    raise UserError(
-        f"{where}: expected the fields question and answer, prompt and response, messages, or input_ids and "
-        f"prompt_length; found {', '.join(record) or 'none'}"
-    )
-
-
-def read_prompts(path: str) -> list[str]:
-    """The field 'prompt' or 'question' of every record."""
-    prompts = []
-    for where, record in read_records(path):
-        prompt = record.get("prompt", record.get("question"))
-        if not isinstance(prompt, str):
-            raise UserError(f"{where}: expected a string in the field 'prompt' or 'question'")
-        prompts.append(prompt)
-    if not prompts:
-        raise UserError(f"{path}: no prompts")
-    return prompts
-
-
-def encode_prompt(prompt: str, tokenizer: Tokenizer) -> list[int]:
-    """What stands before a response, in the tokenizer's template."""
+def encode_prompt(prompt: str | Prompt, tokenizer: Tokenizer) -> list[int]:
+    """What stands before a response, in the tokenizer's template. prompt: a text, or the turns so far."""
+    turns = [Message(USER, prompt)] if isinstance(prompt, str) else prompt
     try:
-        pieces = tokenizer.prompt_of([Message(USER, prompt)])
+        pieces = tokenizer.prompt_of(turns)
     except ValueError as error:
-        raise UserError(f"the prompt {prompt[:40]!r}: {error}") from None
-    return [
-        token for piece, ids in zip(pieces, tokenizer.ids_of(pieces)) for token in _ended(piece, ids, tokenizer.eos_id)
-    ]
+        raise UserError(f"the prompt {turns[-1].content[:40]!r}: {error}") from None
+    ids = tokenizer.ids_of(pieces)
+    return [token for piece, own in zip(pieces, ids) for token in _ended(piece, own, tokenizer.eos_id)]
 
 
 class _Draft(NamedTuple):
@@ -157,28 +133,33 @@ class _Draft(NamedTuple):
     content: Sample | list[Piece]
 
 
-def _tokenised(path: str, tokenizer: Tokenizer, data: DataConfig, bad: BadRecords) -> Iterator[tuple[int, str, Sample]]:
-    drafts = _drafts(path, tokenizer, data, bad)
+def _tokenised(
+    path: str, tokenizer: Tokenizer, data: DataConfig, vocab_size: int, bad: BadRecords
+) -> Iterator[tuple[int, str, Sample]]:
+    drafts = _drafts(path, tokenizer, data, vocab_size, bad)
     while batch := list(islice(drafts, _RECORDS_AT_ONCE)):
         pieces = [piece for draft in batch if isinstance(draft.content, list) for piece in draft.content]
-        ids = iter(tokenizer.ids_of(pieces) if pieces else [])
+        together = all_or_none(partial(tokenizer.ids_of, pieces)) if pieces else []
+        ids = iter(together or [])
         for record, where, content in batch:
-            yield record, where, content if isinstance(content, Sample) else _joined(content, ids, tokenizer.eos_id)
+            with bad.of(where):
+                if isinstance(content, Sample):
+                    yield record, where, content
+                    continue
+                own = ids if together is not None else iter(tokenizer.ids_of(content))
+                yield record, where, _joined(content, own, tokenizer.eos_id)
 
 
-def _drafts(path: str, tokenizer: Tokenizer, data: DataConfig, bad: BadRecords) -> Iterator[_Draft]:
+def _drafts(path: str, tokenizer: Tokenizer, data: DataConfig, vocab_size: int, bad: BadRecords) -> Iterator[_Draft]:
     for number, (where, record) in enumerate(read_records(path, bad)):
-        try:
-            if "input_ids" in record:
-                yield _Draft(number, where, _of_ids(record, where))
+        with bad.of(where):
+            ids = renamed(record, data)
+            if ids.get("input_ids") is not None:
+                yield _Draft(number, where, _of_ids(ids, vocab_size))
                 continue
-            conversation = _messages(record, where)
-            for pieces in tokenizer.samples_of(conversation, last_only=data.eligible_turns == "last"):
+            turns = conversation(record, data)
+            for pieces in tokenizer.samples_of(turns, last_only=data.eligible_turns == "last"):
                 yield _Draft(number, where, pieces)
-        except UserError as error:
-            bad.add(str(error))
-        except ValueError as error:
-            bad.add(f"{where}: {error}")
 
 
 def _joined(pieces: list[Piece], ids: Iterator[list[int]], eos_id: int) -> Sample:
@@ -195,41 +176,45 @@ def _ended(piece: Piece, ids: list[int], eos_id: int) -> list[int]:
     return [*ids, eos_id] if piece.ends and ids else ids
 
 
-def _messages(record: Record, where: str) -> list[Message]:
-    turns = record.get("messages")
-    if turns is None:
-        prompt, response = prompt_and_response(record, where)
-        return [Message("user", prompt), Message(ASSISTANT, response)]
-    if not isinstance(turns, list) or not all(
-        isinstance(turn, dict) and isinstance(turn.get("role"), str) and isinstance(turn.get("content"), str)
-        for turn in turns
-    ):
-        raise UserError(f"{where}: 'messages' must be a list of objects with the strings 'role' and 'content'")
-    if not any(turn["role"] == ASSISTANT for turn in turns):
-        raise UserError(f"{where}: 'messages' holds no turn of the role '{ASSISTANT}'")
-    own = ("role", "content")
-    return [
-        Message(turn["role"], turn["content"], {name: turn[name] for name in turn if name not in own}) for turn in turns
-    ]
-
-
-def _of_ids(record: Record, where: str) -> Sample:
-    """Token ids; eligible from prompt_length on, or in 'spans', pairs of first and end position."""
-    ids: Any = record["input_ids"]
-    if not isinstance(ids, list) or not all(type(token) is int for token in ids):
-        raise UserError(f"{where}: 'input_ids' must be a list of integers")
-    prompt_length, spans = record.get("prompt_length"), record.get("spans")
-    if spans is None:
-        if type(prompt_length) is not int:
-            raise UserError(f"{where}: 'input_ids' must be a list of integers and 'prompt_length' an integer")
-        if not 0 <= prompt_length <= len(ids):
-            raise UserError(f"{where}: 'prompt_length' {prompt_length} does not fit {len(ids)} 'input_ids'")
-        spans = [[prompt_length, len(ids)]]
+def _of_ids(record: Record, vocab_size: int) -> Sample:
+    """Token ids; eligible from prompt_length on, or in 'spans', pairs of first and end position, or where 'labels' do
+    not say -100."""
+    ids = _integers(record["input_ids"], "input_ids")
+    for place, token in enumerate(ids):
+        if not 0 <= token < vocab_size:
+            raise ValueError(f"token id {token} at position {place} is outside the vocabulary of {vocab_size} ids")
     eligible = np.zeros(len(ids), dtype=np.bool_)
-    for span in spans if isinstance(spans, list) else [spans]:
-        if not (isinstance(span, list) and len(span) == 2 and all(type(place) is int for place in span)):
-            raise UserError(f"{where}: 'spans' must be a list of pairs [first, end]")
-        if not 0 <= span[0] <= span[1] <= len(ids):
-            raise UserError(f"{where}: the span {span} does not fit {len(ids)} 'input_ids'")
-        eligible[span[0] : span[1]] = True
+    for first, end in _spans(record, ids):
+        if not 0 <= first <= end <= len(ids):
+            raise ValueError(f"the span [{first}, {end}] does not fit {len(ids)} 'input_ids'")
+        eligible[first:end] = True
     return Sample(np.array(ids, dtype=np.int32), eligible)
+
+
+def _spans(record: Record, ids: Sequence[int]) -> list[tuple[int, int]]:
+    """What is learnt of token ids."""
+    spans, prompt_length, labels = (record.get(name) for name in ("spans", "prompt_length", "labels"))
+    if spans is not None:
+        if not isinstance(spans, list) or not all(isinstance(span, list) and len(span) == 2 for span in spans):
+            raise ValueError("'spans' must be a list of pairs [first, end]")
+        return [(first, end) for first, end in (_integers(span, "spans") for span in spans)]
+    if prompt_length is not None:
+        if type(prompt_length) is not int or not 0 <= prompt_length <= len(ids):
+            raise ValueError(f"'prompt_length' {prompt_length!r} is no integer that fits {len(ids)} 'input_ids'")
+        return [(prompt_length, len(ids))]
+    if labels is None:
+        raise ValueError("'input_ids' need 'prompt_length', 'spans' or 'labels', which say what is learnt")
+    if len(_integers(labels, "labels")) != len(ids):
+        raise ValueError(f"{len(labels)} 'labels' do not fit {len(ids)} 'input_ids'")
+    learnt = [place for place, label in enumerate(labels) if label != _NOT_LEARNT]
+    if wrong := [place for place in learnt if labels[place] != ids[place]]:
+        raise ValueError(
+            f"'labels' differ from 'input_ids' at position {wrong[0]}; they must be the same tokens or -100"
+        )
+    return [(place, place + 1) for place in learnt]
+
+
+def _integers(value: Any, name: str) -> list[int]:
+    if not isinstance(value, list) or not all(type(number) is int for number in value):
+        raise ValueError(f"'{name}' must hold integers only")
+    return value

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from megatron_mdm.config.errors import UserError
-from megatron_mdm.data.records import read_records
-from megatron_mdm.data.sft import encode_prompt, prompt_and_response
+from megatron_mdm.config.schema import DataConfig
+from megatron_mdm.data.columns import prompt_and_response
+from megatron_mdm.data.prompts import EncodedPrompt
+from megatron_mdm.data.records import BadRecords, read_records
 from megatron_mdm.data.tokenizer import Tokenizer
 from megatron_mdm.evaluation.tasks import Task
 from megatron_mdm.generation.generate import generate
@@ -18,25 +20,31 @@ from megatron_mdm.parallel.groups import ParallelContext
 WILSON_Z = 1.96  # 95 % interval
 
 
-def read_questions(path: str, task: Task, limit: int) -> list[tuple[str, str]]:
-    """(prompt, final answer) of the first `limit` records (0: all). Raises UserError where a reference has none."""
-    questions = []
-    for where, record in read_records(path):
-        prompt, response = task.question(record, where, Path(path).parent) or prompt_and_response(record, where)
-        try:
-            questions.append((prompt, task.reference(response)))
-        except ValueError as error:
-            raise UserError(f"{where}: {error}") from None
-        if len(questions) == limit:
+class Question(NamedTuple):
+    prompt: EncodedPrompt
+    answer: str  # the reference's final answer
+
+
+def read_questions(
+    path: str, task: Task, limit: int, tokenizer: Tokenizer, data: DataConfig, bad: BadRecords
+) -> list[Question]:
+    """The first `limit` records (0: all). A record whose reference has no final answer is a bad one."""
+    questions = list[Question]()
+    for where, record in read_records(path, bad):
+        with bad.of(where):
+            asked = task.question(record, where, Path(path).parent) or prompt_and_response(record, data)
+            prompt, response = asked
+            questions.append(Question(EncodedPrompt.of(prompt, tokenizer), task.reference(response)))
+        if limit and len(questions) == limit:
             break
     if not questions:
-        raise UserError(f"{path}: no questions")
+        raise UserError(f"{path}: no questions{bad.summary()}")
     return questions
 
 
 def evaluate_exact_match(
     engine: LogitsEngine,
-    questions: Sequence[tuple[str, str]],
+    questions: Sequence[Question],
     task: Task,
     tokenizer: Tokenizer,
     config: GenerationConfig,
@@ -44,7 +52,7 @@ def evaluate_exact_match(
     method: str = "masked",
 ) -> dict[str, Any]:
     """Score and samples, JSON-able, the same on every rank. Collective. method: the model's training method."""
-    prompts = [encode_prompt(prompt, tokenizer) for prompt, _ in questions]
+    prompts = [question.prompt.ids for question in questions]
     special = SpecialIds.of(tokenizer)
     responses = generate(engine, prompts, config, special, context, method)
     samples = []
@@ -53,7 +61,7 @@ def evaluate_exact_match(
         predicted = task.extract(text)
         samples.append(
             {
-                "prompt": prompt,
+                **prompt.as_record(),
                 "response": text,
                 "predicted": predicted,
                 "answer": answer,

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
+from megatron_mdm.config.files import write_atomically, write_json
 from megatron_mdm.config.schema import RunConfig, Section
+from megatron_mdm.data.records import BadRecords
 from megatron_mdm.data.sft import read_sft
 from megatron_mdm.data.tokenizer import Tokenizer
 from megatron_mdm.evaluation.exact_match import evaluate_exact_match, read_questions
@@ -24,6 +28,7 @@ class Source(NamedTuple):
 
     path: str
     limit: int
+    on_error: str = "stop"  # or "skip": bad records are left out, and counted
 
 
 class Measure(NamedTuple):
@@ -36,10 +41,20 @@ class Measure(NamedTuple):
     samples_file: str  # of its "samples", a line each
 
 
+def _left_out(bad: BadRecords) -> Result:
+    return {"num_bad": bad.count, "first_bad": bad.first}
+
+
 def _exact_match(name: str, source: Source, settings: GenerationConfig, config: RunConfig, tokenizer: Tokenizer):
     task, method = TASKS[name], config.diffusion.method
-    questions = read_questions(source.path, task, source.limit)
-    return lambda engine, context: evaluate_exact_match(engine, questions, task, tokenizer, settings, context, method)
+    bad = BadRecords(source.on_error)
+    questions = read_questions(source.path, task, source.limit, tokenizer, config.data, bad)
+
+    def run(engine: Any, context: ParallelContext) -> Result:
+        result = evaluate_exact_match(engine, questions, task, tokenizer, settings, context, method)
+        return {**result, **_left_out(bad)}
+
+    return run
 
 
 def _exact_match_summary(result: Result) -> list[str]:
@@ -53,14 +68,15 @@ def _exact_match_summary(result: Result) -> list[str]:
 
 def _perplexity(source: Source, settings: LikelihoodConfig, config: RunConfig, tokenizer: Tokenizer):
     assert isinstance(config.model.vocab_size, int)
-    data = read_sft(source.path, tokenizer, config.data, int(config.model.vocab_size))
+    section = config.data.model_copy(update={"on_error": source.on_error})
+    data = read_sft(source.path, tokenizer, section, int(config.model.vocab_size))
     samples = data.samples[: source.limit or None]
     special = SpecialIds.of(tokenizer)
     method = config.diffusion.method
 
     def run(engine: Any, context: ParallelContext) -> Result:
         result = evaluate_perplexity(engine, samples, settings, special, context, method)
-        return {**result, "num_too_long": data.num_too_long}
+        return {**result, "num_too_long": data.num_too_long, "num_bad": data.num_bad, "first_bad": data.first_bad}
 
     return run
 
@@ -76,8 +92,15 @@ def _perplexity_summary(result: Result) -> list[str]:
 
 
 def _choices(source: Source, settings: LikelihoodConfig, config: RunConfig, tokenizer: Tokenizer):
-    questions, method = read_choices(source.path, source.limit), config.diffusion.method
-    return lambda engine, context: evaluate_choices(engine, questions, tokenizer, settings, context, method)
+    bad = BadRecords(source.on_error)
+    questions = read_choices(source.path, source.limit, tokenizer, config.data, bad)
+    special = SpecialIds.of(tokenizer)
+    method = config.diffusion.method
+
+    def run(engine: Any, context: ParallelContext) -> Result:
+        return {**evaluate_choices(engine, questions, settings, special, context, method), **_left_out(bad)}
+
+    return run
 
 
 def _choices_summary(result: Result) -> list[str]:
@@ -95,3 +118,15 @@ MEASURES: dict[str, Measure] = {
     "perplexity": Measure(LikelihoodConfig, _perplexity, _perplexity_summary, "perplexity.json", ""),
     "multiple_choice": Measure(LikelihoodConfig, _choices, _choices_summary, *_CHOICES),
 }
+
+
+def write_result(folder: Path, measure: Measure, result: Result) -> dict[str, Path]:
+    """A result in the run's folder, and its samples, a line each, in a file of their own. Returns what was written."""
+    samples = result.pop("samples", [])
+    write_json(folder / measure.file, result)
+    written = {"result": folder / measure.file}
+    if samples:
+        lines = (json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples)
+        write_atomically(folder / measure.samples_file, "".join(lines))
+        written["samples"] = folder / measure.samples_file
+    return written

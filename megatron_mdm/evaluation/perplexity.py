@@ -8,7 +8,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from megatron_mdm.config.errors import UserError
-from megatron_mdm.data.sft import Sample, encode_prompt, read_records
+from megatron_mdm.config.schema import DataConfig
+from megatron_mdm.data.columns import prompt_of
+from megatron_mdm.data.json_files import Record
+from megatron_mdm.data.prompts import EncodedPrompt
+from megatron_mdm.data.records import BadRecords, read_records
+from megatron_mdm.data.sample import Sample
 from megatron_mdm.data.tokenizer import Tokenizer
 from megatron_mdm.evaluation.exact_match import wilson_interval
 from megatron_mdm.evaluation.likelihood import LikelihoodConfig, Scorer, negative_log_likelihoods
@@ -48,46 +53,47 @@ def evaluate_perplexity(
 
 
 class Question(NamedTuple):
-    prompt: str
-    choices: list[str]
+    prompt: EncodedPrompt
+    choices: list[list[int]]  # token ids
     answer: int
 
 
-def read_choices(path: str, limit: int) -> list[Question]:
-    """Records {"prompt" or "question", "choices": […], "answer": index}; the first `limit`, 0: all."""
-    questions = []
-    for where, record in read_records(path):
-        prompt = record.get("prompt", record.get("question"))
-        choices, answer = record.get("choices"), record.get("answer")
-        if not isinstance(prompt, str) or not isinstance(choices, list) or not all(isinstance(c, str) for c in choices):
-            raise UserError(f"{where}: expected a string 'prompt' or 'question' and a list of strings 'choices'")
-        if type(answer) is not int or not 0 <= answer < len(choices):
-            raise UserError(f"{where}: 'answer' must be the index of one of the {len(choices)} choices")
-        if not all(choices):
-            raise UserError(f"{where}: a choice is empty")
-        questions.append(Question(prompt, choices, answer))
-        if len(questions) == limit:
+def read_choices(path: str, limit: int, tokenizer: Tokenizer, data: DataConfig, bad: BadRecords) -> list[Question]:
+    """Records of a prompt (or messages), "choices": […] and "answer": index; the first `limit`, 0: all."""
+    questions = list[Question]()
+    for where, record in read_records(path, bad):
+        with bad.of(where):
+            questions.append(_question(record, tokenizer, data))
+        if limit and len(questions) == limit:
             break
     if not questions:
-        raise UserError(f"{path}: no questions")
+        raise UserError(f"{path}: no questions{bad.summary()}")
     return questions
+
+
+def _question(record: Record, tokenizer: Tokenizer, data: DataConfig) -> Question:
+    choices, answer = record.get("choices"), record.get("answer")
+    if not isinstance(choices, list) or not all(isinstance(choice, str) for choice in choices):
+        raise ValueError("expected a list of strings in the column 'choices', beside a prompt and an 'answer'")
+    if type(answer) is not int or not 0 <= answer < len(choices):
+        raise ValueError(f"'answer' must be the index of one of the {len(choices)} choices")
+    asked = {name: value for name, value in record.items() if name not in ("choices", "answer")}
+    ids = [tokenizer.encode(choice) for choice in choices]
+    if not all(ids):
+        raise ValueError("a choice is empty")
+    return Question(EncodedPrompt.of(prompt_of(asked, data), tokenizer), ids, answer)
 
 
 def evaluate_choices(
     engine: Scorer,
     questions: Sequence[Question],
-    tokenizer: Tokenizer,
     config: LikelihoodConfig,
+    special: SpecialIds,
     context: ParallelContext,
     method: str,
 ) -> dict[str, Any]:
     """The most likely choice, in all and per token. Collective; JSON-able."""
-    samples = [
-        continuation(encode_prompt(question.prompt, tokenizer), tokenizer.encode(choice))
-        for question in questions
-        for choice in question.choices
-    ]
-    special = SpecialIds.of(tokenizer)
+    samples = [continuation(question.prompt.ids, choice) for question in questions for choice in question.choices]
     found = negative_log_likelihoods(engine, samples, config, special, context, method)
     records, first = [], 0
     for question in questions:
@@ -95,7 +101,7 @@ def evaluate_choices(
         nats, per_token = found.nats[mine], found.nats[mine] / found.num_eligible[mine]
         records.append(
             {
-                "prompt": question.prompt,
+                **question.prompt.as_record(),
                 "nats": nats.tolist(),
                 "predicted": int(nats.argmin()),
                 "predicted_per_token": int(per_token.argmin()),

@@ -10,7 +10,7 @@ from typing import Any
 
 from megatron_mdm.config.errors import UserError
 from megatron_mdm.config.files import write_atomically
-from megatron_mdm.data.sft import encode_prompt
+from megatron_mdm.data.prompts import EncodedPrompt
 from megatron_mdm.data.tokenizer import Tokenizer
 from megatron_mdm.generation.generate import generate_by_turns
 from megatron_mdm.generation.settings import GenerationConfig, LogitsEngine, SpecialIds
@@ -19,17 +19,19 @@ from megatron_mdm.parallel.groups import ParallelContext
 
 
 class AnswerFile:
-    """JSON lines {"prompt", "response", "steps"}: as they come, in FILE.partial; at the end, in the prompts'
-    order, FILE.
+    """JSON lines {"prompt" (or "messages"), "response", "steps"}: as they come, in FILE.partial; at the end, in the
+    prompts' order, FILE.
 
     The partial file begins with what its responses depend on; one that was made with other settings is refused.
     """
 
-    def __init__(self, path: Path, prompts: Sequence[str], settings: dict[str, Any], context: ParallelContext) -> None:
+    def __init__(
+        self, path: Path, prompts: Sequence[EncodedPrompt], settings: dict[str, Any], context: ParallelContext
+    ) -> None:
         """settings: JSON-able, all that the responses depend on besides the prompts. Collective."""
         self.path, self.partial = path, path.with_name(path.name + ".partial")
         self.prompts, self.is_main = prompts, context.is_main
-        digest = hashlib.sha256("\0".join(prompts).encode()).hexdigest()
+        digest = hashlib.sha256("".join(_line(prompt.as_record()) for prompt in prompts).encode()).hexdigest()
         self.header = {**settings, "prompts (sha256)": digest}
         self.records: dict[int, dict[str, Any]] = {}
         error = ""
@@ -54,7 +56,7 @@ class AnswerFile:
         if not self.is_main:
             return
         self.records.update(responses)
-        lines = [json.dumps({"row": row, **record}, ensure_ascii=False) + "\n" for row, record in responses.items()]
+        lines = [_line({"row": row, **record}) for row, record in responses.items()]
         try:
             with self.partial.open("a", encoding="utf-8") as file:
                 file.write("".join(lines))
@@ -66,8 +68,8 @@ class AnswerFile:
     def finish(self) -> None:
         if not self.is_main:
             return
-        records = ({"prompt": prompt, **self.records[row]} for row, prompt in enumerate(self.prompts))
-        content = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+        records = ({**prompt.as_record(), **self.records[row]} for row, prompt in enumerate(self.prompts))
+        content = "".join(map(_line, records))
         try:
             write_atomically(self.path, content)
         except OSError as error:
@@ -79,7 +81,7 @@ class AnswerFile:
 
     def _open(self) -> None:
         """Read what an interrupted job left, or begin."""
-        lines = self.partial.read_text(encoding="utf-8").splitlines() if self.partial.exists() else []
+        lines = self.partial.read_bytes().split(b"\n") if self.partial.exists() else []
         records = [record for record in map(_parsed, lines) if record is not None]
         if not records:
             self._begin()
@@ -91,13 +93,14 @@ class AnswerFile:
                     f"{self.partial}: begun with {name} = {header.get(name)!r}, not {self.header.get(name)!r}; go on "
                     "with the same settings, or remove the file"
                 )
-        self.records = {record.pop("row"): record for record in rest}
+        rows = range(len(self.prompts))
+        self.records = {record.pop("row"): record for record in rest if record.get("row") in rows}
         self._begin()  # without the line that was being written when the job died
         self.add(self.records)
 
     def _begin(self) -> None:
         try:
-            write_atomically(self.partial, json.dumps(self.header, ensure_ascii=False) + "\n")
+            write_atomically(self.partial, _line(self.header))
         except OSError as error:
             raise UserError(f"{self.partial}: cannot be written ({error.strerror})") from None
 
@@ -113,7 +116,7 @@ def answer_prompts(
     """Generate what the file lacks and finish it. Collective."""
     if len(file.missing) < len(file.prompts) and context.is_main:
         print(f"{file.partial}: {len(file.prompts) - len(file.missing)} responses are there already", flush=True)
-    ids = [encode_prompt(prompt, tokenizer) for prompt in file.prompts]
+    ids = [prompt.ids for prompt in file.prompts]
     special = SpecialIds.of(tokenizer)
     for share in generate_by_turns(engine, ids, file.missing, config, special, context, method):
         file.add(
@@ -125,8 +128,14 @@ def answer_prompts(
     file.finish()
 
 
-def _parsed(line: str) -> dict[str, Any] | None:
+def _line(record: dict[str, Any]) -> str:
+    return json.dumps(record, ensure_ascii=False) + "\n"
+
+
+def _parsed(line: bytes) -> dict[str, Any] | None:
+    """None for what is no object, such as a line that was cut off."""
     try:
-        return json.loads(line)
+        record = json.loads(line.decode("utf-8"))
     except ValueError:
         return None
+    return record if isinstance(record, dict) else None

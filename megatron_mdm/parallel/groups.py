@@ -138,6 +138,11 @@ def join_job(timeout_minutes: float) -> None:
             ) from None
 
 
+def has_joined() -> bool:
+    """Whether this process is a rank of a job by now."""
+    return dist.is_available() and dist.is_initialized()
+
+
 def shut_down() -> None:
     """Leave the job in order."""
     if dist.is_initialized():

@@ -160,7 +160,7 @@ def test_too_long(folder: Path) -> None:
 BAD = {
     "no JSON": ('{"prompt": "a"', "not valid JSON"),
     "no object": ("[1, 2]", "expected an object, found list"),
-    "no fields": ({"text": "a"}, "expected the fields question and answer"),
+    "no fields": ({"text": "a"}, "expected the columns question and answer"),
     "no assistant": ({"messages": [{"role": "user", "content": "a"}]}, "holds no turn of the role 'assistant'"),
     "no content": ({"messages": [{"role": "user"}]}, "'messages' must be a list of objects"),
     "no response": ({"prompt": "a", "response": ""}, "no eligible token"),

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from megatron_mdm.config.errors import UserError
-from megatron_mdm.evaluation.exact_match import read_questions
 from megatron_mdm.evaluation.tasks import TASKS, gsm8k, openscience
 from megatron_mdm.evaluation.tasks.numbers import parse_number, written
+from tests.evaluation.asked import questions
 
 WAYS_TO_WRITE = {
     "18": (
@@ -188,7 +188,7 @@ def test_answers_of_other_values_differ() -> None:
 def test_a_reference_that_is_a_number_only_in_part_is_refused(answer: str, tmp_path: Path) -> None:
     rows = [{"question": "a?", "answer": "#### 1"}, {"question": "b?", "answer": f"#### {answer}"}]
     with pytest.raises(UserError, match=r"test.jsonl, line 2: .*number") as error:
-        read_questions(write(tmp_path / "test.jsonl", rows), TASKS["gsm8k"], 0)
+        questions(write(tmp_path / "test.jsonl", rows), "gsm8k")
     assert repr(answer) in str(error.value)
 
 

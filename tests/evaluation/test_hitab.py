@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 
 from megatron_mdm.config.errors import UserError
-from megatron_mdm.data.sft import prompt_and_response
-from megatron_mdm.evaluation.exact_match import read_questions
-from megatron_mdm.evaluation.tasks import TASKS, hitab
+from megatron_mdm.config.schema import DataConfig
+from megatron_mdm.data.columns import prompt_and_response
+from megatron_mdm.evaluation.tasks import hitab
+from tests.evaluation.asked import questions
 from tests.ranks import run_program_ranks
 
 # As tables/raw/TABLE_ID.json has it; the text of a merged cell stands at its top left.
@@ -92,9 +93,9 @@ def test_training_and_scoring_ask_alike(changes: dict[str, Any], folder: Path) -
     assert {path.name for path in (folder / "out").iterdir()} == {"train.jsonl", "validation.jsonl", "test.jsonl"}
     path = folder / "out" / "test.jsonl"
     record = json.loads(path.read_text(encoding="utf-8"))
-    learnt = prompt_and_response(record, "")  # what training takes
-    assert learnt == (PROMPT, "\\boxed{88, 89}")
-    scored = [read_questions(str(file), TASKS["hitab"], 0) for file in (folder / "test_samples.jsonl", path)]
+    (prompt,), response = prompt_and_response(record, DataConfig(train="", max_length=64))  # what training takes
+    assert (prompt.content, response) == (PROMPT, "\\boxed{88, 89}")
+    scored = [questions(str(file), "hitab") for file in (folder / "test_samples.jsonl", path)]
     assert scored == [[(PROMPT, "88, 89")]] * 2
 
 
@@ -134,7 +135,7 @@ def test_tables_in_another_folder(folder: Path) -> None:
 def test_records_that_cannot_be_asked(changes: dict[str, Any], message: str, folder: Path) -> None:
     path = write(folder / "test.jsonl", SAMPLE, {**SAMPLE, **changes})
     with pytest.raises(UserError, match=f"line 2.*{message}"):
-        read_questions(path, TASKS["hitab"], 0)
+        questions(path, "hitab")
 
 
 def test_broken_tables_are_named(folder: Path) -> None:
@@ -144,7 +145,7 @@ def test_broken_tables_are_named(folder: Path) -> None:
         table.write_text(content, encoding="utf-8")
         write(folder / "test.jsonl", {**SAMPLE, "table_id": table.stem})
         with pytest.raises(UserError, match=f"{table.name}: .*{message}"):
-            read_questions(path, TASKS["hitab"], 0)
+            questions(path, "hitab")
 
 
 @pytest.mark.parametrize(
@@ -212,7 +213,7 @@ def test_answers(text: str, answer: str | None) -> None:
 def test_answers_compare_as_sets_of_numbers_and_texts(
     predicted: str, answers: list[Any], is_same: bool, folder: Path
 ) -> None:
-    ((_, reference),) = read_questions(write(folder / "a.jsonl", {**SAMPLE, "answer": answers}), TASKS["hitab"], 0)
+    ((_, reference),) = questions(write(folder / "a.jsonl", {**SAMPLE, "answer": answers}), "hitab")
     answer = hitab.extract_answer(f"it is \\boxed{{{predicted}}}")
     assert answer is not None
     assert hitab.same(answer, reference) is is_same

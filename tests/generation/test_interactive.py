@@ -3,37 +3,22 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 
 import torch
 
-from megatron_mdm.data.conversation import TemplateSource
-from megatron_mdm.data.templates import TEMPLATES
 from megatron_mdm.data.tokenizer import Tokenizer
-from megatron_mdm.data.tokenizer_files import Special
 from megatron_mdm.generation.interactive import converse, partly_masked_text
 from megatron_mdm.generation.settings import GenerationConfig
 from megatron_mdm.models.stages import Packet
 from tests.ranks import run_ranks
-from tests.small import EOS, MASK, PAD, VOCAB
+from tests.small import EOS, MASK, VOCAB, word_tokenizer
 
 END_OF_TURN = 40
 
 
-class Words:
-    num_ids, parses_special, special = MASK, False, dict[str, Special]()
-
-    def token(self, token_id: int) -> str | None:
-        return None
-
-    def encode_batch(self, texts: list[str], parse_special: bool = False) -> list[list[int]]:
-        return [[10 + len(word) for word in text.split()] for text in texts]
-
-    def decode(self, ids: list[int]) -> str:
-        return " ".join(f"w{token}" for token in ids)
-
-
 def words() -> Tokenizer:
-    return Tokenizer(Words(), VOCAB, MASK, PAD, EOS, TEMPLATES["plain"](TemplateSource("")), frozenset({END_OF_TURN}))
+    return replace(word_tokenizer(), other_end_ids=frozenset({END_OF_TURN}))
 
 
 class FixedLogits:

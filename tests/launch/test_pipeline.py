@@ -98,12 +98,21 @@ def test_evaluate_and_report(folder: Path, trained: Path) -> None:
 
 
 def test_generate(folder: Path, trained: Path) -> None:
-    output = folder / "out.jsonl"
-    arguments = ["--run-dir", str(trained), "--prompts", str(folder / "test.jsonl"), "--output", str(output)]
-    run("launch/generate.py", *arguments, "gen_length=16", "steps=4", "block_length=8", ranks=2)
+    output, prompts = folder / "out.jsonl", folder / "prompts.jsonl"
+    turns = [{"role": "user", "content": "2 + 3?"}, {"role": "assistant", "content": "5"}]
+    conversation = json.dumps({"messages": [*turns, {"role": "user", "content": "And twice?"}]})
+    broken = '{"question": "cut \\ud83d"}'
+    prompts.write_text((folder / "test.jsonl").read_text() + f"{broken}\n{conversation}\n")
+    arguments = ["--run-dir", str(trained), "--prompts", str(prompts), "--output", str(output)]
+    arguments += ["gen_length=16", "steps=4", "block_length=8"]
+    refused = run_program_ranks("launch/generate.py", arguments)[0]
+    assert refused.exit_code == 1
+    assert refused.stderr.startswith(f"error: {prompts}, line 13: holds \\ud83d")
+    assert "1 bad records left out" in run("launch/generate.py", *arguments, "--on-error", "skip", ranks=2)
     records = [json.loads(line) for line in output.read_text().splitlines()]
-    assert len(records) == 12
-    assert all(record.keys() == {"prompt", "response", "steps"} for record in records)
+    assert len(records) == 13
+    assert all(record.keys() == {"prompt", "response", "steps"} for record in records[:12])
+    assert records[12]["messages"] == json.loads(conversation)["messages"]
 
 
 def test_generation_goes_on_where_it_was_interrupted(folder: Path, trained: Path) -> None:
@@ -118,9 +127,10 @@ def test_generation_goes_on_where_it_was_interrupted(folder: Path, trained: Path
     assert f"error: {output}: cannot be written (Is a directory)" in stopped.stderr
     output.rmdir()
     # As a killed job leaves it: some rows, and a line that was being written. One answer is marked.
-    header, first, *_ = broken.read_text().splitlines()
-    marked = {**json.loads(first), "response": "kept"}
-    broken.write_text("\n".join([header, json.dumps(marked), '{"row": 9, "resp']))
+    header, first, *_ = broken.read_text().split("\n")
+    kept = "kept\u2028with\x85line\x0bseparators\u2029"
+    marked = {**json.loads(first), "response": kept}
+    broken.write_text("\n".join([header, json.dumps(marked, ensure_ascii=False), '{"row": 9, "resp']))
     refused = run_program_ranks("launch/generate.py", [*arguments, "--output", str(output), *settings[:-1]])[0]
     assert refused.exit_code == 1
     assert "begun with temperature = 0.5, not 0.0" in refused.stderr
@@ -128,9 +138,9 @@ def test_generation_goes_on_where_it_was_interrupted(folder: Path, trained: Path
         "launch/generate.py", *arguments, "--output", str(output), *settings, "--tensor", "2", ranks=2
     )
     assert not broken.exists()
-    expected = [json.loads(line) for line in whole.read_text().splitlines()]
-    expected[marked["row"]]["response"] = "kept"
-    assert [json.loads(line) for line in output.read_text().splitlines()] == expected
+    expected = [json.loads(line) for line in whole.read_text().split("\n") if line]
+    expected[marked["row"]]["response"] = kept
+    assert [json.loads(line) for line in output.read_text().split("\n") if line] == expected
 
 
 def test_evaluate_likelihoods(folder: Path, trained: Path) -> None:
