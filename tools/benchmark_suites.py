@@ -16,8 +16,9 @@ from benchmark_head import head_suite
 from benchmark_measure import compare, interleaved, peak_memory, report_memory, resident_mib
 
 from megatron_mdm.config.errors import UserError
-from megatron_mdm.diffusion.control_variate import BinwiseControlVariate
+from megatron_mdm.diffusion.control_variate import CentredVariate, WeightedLosses
 from megatron_mdm.diffusion.moments import MomentSums
+from megatron_mdm.diffusion.t_samplers import UniformSampler
 from megatron_mdm.engine.build import build_engine, from_scratch
 from megatron_mdm.parallel import platform
 from megatron_mdm.parallel.groups import ParallelContext
@@ -217,9 +218,11 @@ def _watched(trainer: Trainer, watch: Callable[[StepResult, dict[str, Any]], Non
 
 
 def _ema(result: StepResult, memory: dict[str, Any]) -> None:
-    variate = memory.setdefault("variate", BinwiseControlVariate.new(10, 0.01))
-    variate.adjusted(result.t, result.sample_loss)
-    variate.update(result.t, result.sample_loss)
+    variate = memory.setdefault("variate", CentredVariate.new(10, 0.01))
+    mass = UniformSampler().weighted_mass(10)
+    batch = WeightedLosses(result.t, result.weight, result.term / result.weight, mass)
+    variate.adjusted(batch)
+    variate.update(batch)
     variate.state()
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from megatron_mdm.config.errors import UserError
 from megatron_mdm.config.files import write_json
 from megatron_mdm.parallel.program import run_program
-from megatron_mdm.reports.plots import save_figure
+from megatron_mdm.reports.plots import VARIANCES, save_figure
 from megatron_mdm.reports.run_facts import fact_lines
 from megatron_mdm.reports.run_page import page_figure
 from megatron_mdm.reports.run_summary import read_run_folder, run_page
@@ -47,7 +47,8 @@ def _print_summary(summary: dict[str, Any]) -> None:
         f"spread of t: {last['min']:.3f} to {last['max']:.3f} in one global batch (mean {last['mean']:.3f}, standard "
         f"deviation {last['std']:.3f}); share of all draws by decile {' '.join(f'{share:.3f}' for share in spread)}"
     )
-    print(f"variance: loss {summary['variance_of_loss']:.3f}, estimator w·l {summary['variance_of_estimator']:.3f}")
+    measured = ((label, summary.get(key)) for key, label in VARIANCES.items())
+    print("variance: " + ", ".join(f"{label} {value:.3f}" for label, value in measured if value is not None))
     calibration = summary["calibration"]
     if calibration:
         uniform = calibration["efficiency_of_uniform"]

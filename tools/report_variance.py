@@ -14,7 +14,7 @@ from megatron_mdm.config.errors import UserError
 from megatron_mdm.config.files import write_json
 from megatron_mdm.config.load import load_config
 from megatron_mdm.config.schema import DiffusionConfig, RunConfig
-from megatron_mdm.diffusion.control_variate import BinwiseControlVariate
+from megatron_mdm.diffusion.control_variate import CONTROL_VARIATES, WeightedLosses
 from megatron_mdm.diffusion.masking import MaskDesign
 from megatron_mdm.diffusion.objective import NORMALIZATIONS
 from megatron_mdm.diffusion.randomness import Purpose, stream
@@ -58,7 +58,7 @@ def report_variance(options: argparse.Namespace) -> None:
     parts = decomposition(engine, config, data, context, options.groups)
     _print_decomposition(parts)
     comparison = comparison_table(engine, config, data, context, options.draws)
-    ema = _ema_loss_ratio(comparison["draws"]["standard"])
+    ema = {name: _ema_loss_ratio(comparison["draws"]["standard"], name) for name in CONTROL_VARIATES}
     rows: list[Comparison] = comparison["rows"]
     _print_table(rows, ema)
     record = {
@@ -166,17 +166,18 @@ def _methods(samplers: dict[str, dict[str, TSampler]], batch_size: int) -> list[
     return rows
 
 
-def _ema_loss_ratio(draws: Draws, batch_size: int = 32, passes: int = 10) -> float:
-    """Variance of the control-variate loss over that of the loss, after one pass of warming up."""
-    variate, generator = BinwiseControlVariate.new(10, 0.01), np.random.default_rng(0)
-    adjusted = []
+def _ema_loss_ratio(draws: Draws, variate_name: str, batch_size: int = 32, passes: int = 10) -> float:
+    """Variance of the adjusted loss over that of the loss, after one pass of warming up."""
+    variate, generator = CONTROL_VARIATES[variate_name].new(10, 0.01), np.random.default_rng(0)
+    mass, adjusted = UniformSampler().weighted_mass(10), []
     for number in range(passes):
         order = generator.permutation(len(draws.t))
         for start in range(0, len(order), batch_size):
-            t, loss = draws.t[order[start : start + batch_size]], draws.loss[order[start : start + batch_size]]
+            part = order[start : start + batch_size]
+            batch = WeightedLosses(draws.t[part], np.ones(len(part)), draws.loss[part], mass)
             if number:
-                adjusted.append(variate.adjusted(t, loss))
-            variate.update(t, loss)
+                adjusted.append(variate.adjusted(batch))
+            variate.update(batch)
     return float(np.concatenate(adjusted).var() / draws.loss.var()) if adjusted else float("nan")
 
 
@@ -189,7 +190,7 @@ def _print_decomposition(parts: dict[str, list[float]]) -> None:
         )
 
 
-def _print_table(rows: list[Comparison], ema: float) -> None:
+def _print_table(rows: list[Comparison], ema: dict[str, float]) -> None:
     heading = f"{'variance / standard':52s} {'loss':>8s} {'gradient':>10s} {'90 % interval':>16s}"
     print(f"\n{heading}   at equal compute: loss, gradient")
     for row in rows:
@@ -199,4 +200,6 @@ def _print_table(rows: list[Comparison], ema: float) -> None:
             f"{row.name:52s} {loss:8.3f} {gradient:10.3f}    {low:.3f} to {high:.3f}   "
             f"{loss * row.passes:10.3f} {gradient * row.passes:9.3f}{mark}"
         )
-    print(f"{'EMA':52s} {ema:8.3f} {1.0:10.3f}    (gradients are the standard method's, bit for bit)")
+    for name, ratio in ema.items():
+        label = f"EMA ({name})"
+        print(f"{label:52s} {ratio:8.3f} {1.0:10.3f}    (gradients are the standard method's, bit for bit)")

@@ -171,9 +171,12 @@ class SyrmConfig(Section):
 
 
 class EmaConfig(Section):
-    """A control variate of the reported loss. It changes no gradient."""
+    """A control variate of the reported loss (adjusted_loss in the log). It changes no gradient."""
 
     enabled: bool = False
+    # centred: less the running mean loss of t's bin, plus that mean's expectation: the loss's mean, less variance.
+    # paper: less c·b of t's bin, which has a mean of its own: the adjusted loss is another quantity, often noisier.
+    variate: Literal["centred", "paper"] = "centred"
     num_bins: int = Field(default=10, gt=0)
     rate: float = Field(default=0.01, gt=0.0, le=1.0)  # alpha
 
@@ -187,7 +190,14 @@ class DiffusionConfig(Section):
     multisample: int = Field(default=1, gt=0)  # k independent masks (MIRROR: pairs of masks) of each sample
     strata: int | Literal["none", "sqrt", "full"] = "none"  # stratified t over the global batch; K or a rule
     masking: Literal["bernoulli", "exact_count"] = "bernoulli"
-    normalization: Literal["sample", "token", "unweighted"] = "sample"
+    # How token losses add up to the global batch's, and whose code that equals: megatron_mdm/diffusion/README.md.
+    # sample: mean over a sample's eligible tokens, then over samples; token: mean over all eligible tokens; batch: sum
+    # over a sample's, then mean over samples; masked: mean over all masked tokens. unweighted…: the same without the
+    # weights 1/p_mask (MMaDA's loss of images is unweighted_masked).
+    normalization: Literal[
+        "sample", "token", "batch", "masked",
+        "unweighted", "unweighted_token", "unweighted_batch", "unweighted_masked",
+    ] = "sample"  # fmt: skip
     isad: IsadConfig = IsadConfig()
     syrm: SyrmConfig = SyrmConfig()
     ema: EmaConfig = EmaConfig()

@@ -194,11 +194,16 @@ def _check_diffusion(config: RunConfig) -> None:
 
 
 def warnings(config: RunConfig) -> list[str]:
-    """Combinations that are allowed but that the paper advises against, one line each."""
+    """Combinations that are allowed but whose parts go ill together, one line each."""
     found = []
     if config.diffusion.ema.enabled and config.diffusion.strata != "none":
         found.append(
             "'diffusion.ema' with 'diffusion.strata': the paper advises against the two together, since stratified t "
             "leaves the control variate little to explain"
+        )
+    if config.diffusion.sampler == "ppots" and config.diffusion.normalization.endswith("masked"):
+        found.append(
+            f"'diffusion.normalization' {config.diffusion.normalization} divides by the batch's masked tokens, which "
+            "'diffusion.sampler' ppots takes to be as many as on average: p(t) is calibrated for the sum alone"
         )
     return found

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from megatron_mdm.diffusion.mask_schedule import Floats
 from megatron_mdm.diffusion.masking import Bernoulli, MaskDesign
-from megatron_mdm.diffusion.objective import Normalization
+from megatron_mdm.diffusion.objective import GlobalBatch, Normalization
 from megatron_mdm.diffusion.t_samplers import CENTRES
 
 
@@ -40,17 +40,26 @@ class SampleShapes:
         distinct, counts = np.unique(pairs, axis=1, return_counts=True)
         return cls(distinct[0].astype(float), distinct[1].astype(float), counts / counts.sum())
 
-    @property
-    def mean_eligible(self) -> float:
-        return float(self.share @ (self.count + self.delimiter_count))
+
+def average_batch(design: MaskDesign, shapes: SampleShapes) -> GlobalBatch:
+    """A global batch of one average sample at uniform t."""
+    sizes = (shapes.count, shapes.delimiter_count)
+    probabilities = design.probabilities(CENTRES[:, None], sizes[0][None, :], sizes[1][None, :])
+    masked = sum((size * q).mean(0) @ shapes.share for size, q in zip(sizes, probabilities))
+    return GlobalBatch(1.0, float(shapes.share @ (sizes[0] + sizes[1])), float(masked))
 
 
-def exposure(design: MaskDesign, shapes: SampleShapes, normalization: Normalization, t: Floats) -> Exposure:
-    """Exposure of one sample's rows at mask rates t [T], exact for every rule, ISAD, MIRROR and repeated masks."""
+def exposure(
+    design: MaskDesign, shapes: SampleShapes, normalization: Normalization, batch: GlobalBatch, t: Floats
+) -> Exposure:
+    """Exposure of one sample's rows at mask rates t [T], exact for every rule, ISAD, MIRROR and repeated masks.
+
+    batch: the global batch that a sample's estimate is its part of.
+    """
     sizes = (shapes.count, shapes.delimiter_count)
     probabilities = design.probabilities(t[:, None], sizes[0][None, :], sizes[1][None, :])
     eligible = sizes[0] + sizes[1]
-    weights = [normalization.token_weight(q, eligible, shapes.mean_eligible) for q in probabilities]
+    weights = [normalization.token_weight(q, eligible, batch) for q in probabilities]
     total, squares, deficit, excess = np.zeros((4, *probabilities[0].shape))
     for n, q, w, rule in zip(sizes, probabilities, weights, (design.rule, Bernoulli())):
         total += n * q * w
@@ -69,5 +78,6 @@ Exposures = Callable[[Floats], Exposure]  # of the estimator in use, as a functi
 
 def exposures(design: MaskDesign, shapes: SampleShapes, normalization: Normalization) -> Exposures:
     """exposure() as a function of t alone; its values at the samplers' cells are computed once."""
-    at_cells = exposure(design, shapes, normalization, CENTRES)
-    return lambda t: at_cells if t is CENTRES else exposure(design, shapes, normalization, t)
+    batch = average_batch(design, shapes)
+    at_cells = exposure(design, shapes, normalization, batch, CENTRES)
+    return lambda t: at_cells if t is CENTRES else exposure(design, shapes, normalization, batch, t)

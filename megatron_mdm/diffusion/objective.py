@@ -1,12 +1,15 @@
 """The loss of a noised micro-batch, as weights on token cross-entropies.
 
-Per sample (paper, Eq. 1):  l = (1/P) Σ_i 1[i masked] · CE_i · w_i,  w = 1/q.
-Per global batch of n samples:  mean of (1/p(t)) · mean over views of l, whatever the micro-batches' sizes.
+Per sample:                         l = (1/P) Σ_i 1[i masked] · v_i · CE_i,  v = 1/q (paper, Eq. 1), or 1
+Per global batch of n samples:      (1/n) Σ w · share · l,  w = 1/p(t), l the mean over views, share by normalisation
+
+whatever the micro-batches' sizes. Which published training code each normalisation equals: README.md.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -15,6 +18,8 @@ from torch import Tensor
 from megatron_mdm.diffusion.mask_schedule import Floats
 from megatron_mdm.diffusion.noiser import NoisedBatch
 
+_Counts = TypeVar("_Counts", Tensor, Floats)
+
 
 class LossWeights(NamedTuple):
     token: Tensor  # [V·B, S] float32: a row's loss is Σ_i token_i · CE_i
@@ -22,66 +27,72 @@ class LossWeights(NamedTuple):
 
 
 class GlobalBatch(NamedTuple):
-    """What a normalisation must know of the whole global batch."""
+    """What a normalisation must know of the whole global batch; of an average one, the numbers need not be whole."""
 
-    num_samples: int
-    num_eligible: int  # Σ P
+    num_samples: float
+    num_eligible: float  # Σ P
+    # Σ w M, M a sample's masked positions in the mean over its views; not a number where nothing depends on it
+    num_masked: float = float("nan")
 
 
-class Normalization(Protocol):
+class Share(Protocol):
+    """P [K] of samples → what their means over P tokens count for in the batch's mean, [K]."""
+
+    def __call__(self, count: _Counts, batch: GlobalBatch, /) -> _Counts: ...
+
+
+def _of_sample(count: _Counts, _: GlobalBatch) -> _Counts:
+    """Every sample weighs the same."""
+    return count * 0.0 + 1.0
+
+
+def _of_token(count: _Counts, batch: GlobalBatch) -> _Counts:
+    """Every eligible token weighs the same: the sum over the batch divided by its Σ P."""
+    return count * (batch.num_samples / batch.num_eligible)
+
+
+def _of_batch(count: _Counts, _: GlobalBatch) -> _Counts:
+    """Samples' sums, not divided by P; their mean over the batch."""
+    return count
+
+
+def _of_masked(count: _Counts, batch: GlobalBatch) -> _Counts:
+    """The sum over the batch divided by its Σ w M: for uniform t, the mean over all masked tokens."""
+    return count * (batch.num_samples / (batch.num_masked or 1.0))  # where nothing is masked, the sum is 0
+
+
+@dataclass(frozen=True)
+class Normalization:
     """How token cross-entropies add up to the batch's loss."""
 
-    def __call__(self, noised: NoisedBatch, batch: GlobalBatch) -> LossWeights: ...
-
-    def token_weight(self, q: Floats, count: Floats, mean_count: float) -> Floats:
-        """Weight of a masked token in its sample's loss: q its mask probability [..., K], count P [K] and its mean."""
-        ...
-
-
-class PerSample:
-    """Every sample weighs the same (the paper's loss)."""
+    is_inverse_to_rate: bool  # v = 1/q; else 1
+    share: Share
+    counts_masked: bool = False  # whether it reads num_masked
 
     def __call__(self, noised: NoisedBatch, batch: GlobalBatch) -> LossWeights:
-        return LossWeights(noised.token_weight / _eligible_per_row(noised)[:, None], _mean_over_batch(noised, batch))
+        count = noised.clean.num_eligible.float().repeat(noised.views)
+        token = noised.token_weight if self.is_inverse_to_rate else noised.masked.float()
+        per_sample = (noised.sample_weight / (noised.views * batch.num_samples)).to(torch.float32)
+        row = per_sample.repeat(noised.views) * self.share(count, batch)
+        return LossWeights(token / count[:, None], row)
 
-    def token_weight(self, q: Floats, count: Floats, mean_count: float) -> Floats:
-        return 1.0 / (q * count)
-
-
-class PerToken:
-    """Every eligible token weighs the same: Σ_samples Σ_i CE_i/q divided by the global batch's Σ P."""
-
-    def __call__(self, noised: NoisedBatch, batch: GlobalBatch) -> LossWeights:
-        weights = PerSample()(noised, batch)
-        share = _eligible_per_row(noised) * (batch.num_samples / batch.num_eligible)
-        return LossWeights(weights.token, weights.row * share)
-
-    def token_weight(self, q: Floats, count: Floats, mean_count: float) -> Floats:
-        return 1.0 / (q * mean_count) + np.zeros_like(count)
-
-
-class Unweighted:
-    """No 1/q (MMaDA's text-to-image loss): l = (1/P) Σ_i 1[i masked] CE_i."""
-
-    def __call__(self, noised: NoisedBatch, batch: GlobalBatch) -> LossWeights:
-        count = _eligible_per_row(noised)
-        return LossWeights(noised.masked.float() / count[:, None], _mean_over_batch(noised, batch))
-
-    def token_weight(self, q: Floats, count: Floats, mean_count: float) -> Floats:
-        return 1.0 / count + np.zeros_like(q)
+    def token_weight(self, q: Floats, count: Floats, batch: GlobalBatch) -> Floats:
+        """Weight of a masked token in its sample's estimate, share · v / P: q its mask probability [..., K], P [K]."""
+        return (1.0 / q if self.is_inverse_to_rate else np.ones_like(q)) / count * self.share(count, batch)
 
 
 NORMALIZATIONS: dict[str, Normalization] = {
-    "sample": PerSample(),
-    "token": PerToken(),
-    "unweighted": Unweighted(),
+    "sample": Normalization(True, _of_sample),
+    "token": Normalization(True, _of_token),
+    "batch": Normalization(True, _of_batch),
+    "masked": Normalization(True, _of_masked, counts_masked=True),
+    "unweighted": Normalization(False, _of_sample),
+    "unweighted_token": Normalization(False, _of_token),
+    "unweighted_batch": Normalization(False, _of_batch),
+    "unweighted_masked": Normalization(False, _of_masked, counts_masked=True),
 }
 
 
-def _eligible_per_row(noised: NoisedBatch) -> Tensor:
-    return noised.clean.num_eligible.float().repeat(noised.views)
-
-
-def _mean_over_batch(noised: NoisedBatch, batch: GlobalBatch) -> Tensor:
-    per_sample = noised.sample_weight / (noised.views * batch.num_samples)
-    return per_sample.to(torch.float32).repeat(noised.views)
+def weighted_masked(noised: NoisedBatch) -> Tensor:
+    """w M of each sample [B] float64: its importance weight times its masked positions, in the mean over its views."""
+    return noised.sample_weight * noised.masked.sum(1).double().view(noised.views, -1).mean(0)

@@ -24,6 +24,10 @@ class TSampler(Protocol):
 
     def density(self, t: Floats) -> Floats: ...
 
+    def weighted_mass(self, num_bins: int) -> Floats:
+        """E[w 1(t in bin)] of equal bins of [0, 1], [num_bins]: for f constant in bins, E[w f(t)] = Σ mass · f."""
+        ...
+
 
 class UniformSampler:
     """t ~ U[0, 1]: standard training."""
@@ -33,6 +37,9 @@ class UniformSampler:
 
     def density(self, t: Floats) -> Floats:
         return np.ones_like(t)
+
+    def weighted_mass(self, num_bins: int) -> Floats:
+        return np.full(num_bins, 1.0 / num_bins)
 
 
 class TabulatedSampler:
@@ -70,6 +77,9 @@ class TabulatedSampler:
         num_cells = len(self.cell_density)
         return self.cell_density[np.minimum((np.asarray(t) * num_cells).astype(np.int64), num_cells - 1)]
 
+    def weighted_mass(self, num_bins: int) -> Floats:
+        return np.full(num_bins, 1.0 / num_bins)  # w p(t) = 1 everywhere
+
 
 class ClippedSampler:
     """t ~ U[β, ω] without a weight (Arriola et al. 2025). Biased: nothing is ever learnt outside [β, ω]."""
@@ -83,6 +93,10 @@ class ClippedSampler:
     def density(self, t: Floats) -> Floats:
         inside = (t >= self.lower) & (t <= self.upper)
         return np.where(inside, 1.0 / (self.upper - self.lower), 0.0)
+
+    def weighted_mass(self, num_bins: int) -> Floats:
+        edges = np.clip(np.linspace(0.0, 1.0, num_bins + 1), self.lower, self.upper)
+        return np.diff(edges) / (self.upper - self.lower)
 
 
 FULL_RANGE = (1e-3, 1.0)  # where an adaptive clipped schedule begins

@@ -1,49 +1,115 @@
-"""Online estimates of the training loss's variance from the losses that training computes anyway."""
+"""Online estimates of the training loss's variance from the losses that training computes anyway.
+
+A run's loss falls while it is measured. So nothing is compared over a whole window: what varies within a global batch
+is taken batch by batch, and what varies between batches from second differences of successive ones.
+"""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import numpy as np
 
 from megatron_mdm.diffusion.mask_schedule import Floats
 
+NAN = float("nan")
+
+
+@dataclass
+class BatchMeans:
+    """The mean of one quantity over each global batch: its mean over batches, and its variance about a moving level."""
+
+    count: int = 0
+    total: float = 0.0
+    num_differences: int = 0
+    sum_differences: float = 0.0
+    last: list[float] = field(default_factory=list)  # those of the two batches before
+
+    def add(self, value: float) -> None:
+        self.count += 1
+        self.total += value
+        if len(self.last) == 2:
+            self.num_differences += 1
+            # Six times the variance on average, for independent batches, whatever line their level moves along.
+            self.sum_differences += (self.last[0] - 2.0 * self.last[1] + value) ** 2 / 6.0
+        self.last = [*self.last[-1:], value]
+
+    def mean(self) -> float:
+        return self.total / self.count if self.count else NAN
+
+    def variance(self) -> float:
+        """Of one batch's mean; not a number before there are three batches."""
+        return self.sum_differences / self.num_differences if self.num_differences else NAN
+
+    def next_window(self) -> BatchMeans:
+        """Nothing counted yet, and the first difference taken to the batches before."""
+        return BatchMeans(last=self.last)
+
 
 @dataclass
 class OnlineVariance:
-    """Running sums over samples with importance weight w = 1/p(t) and per-sample loss l (the mean over its views)."""
+    """What global batches of n samples tell: importance weights w = 1/p(t), losses l (the mean over a sample's views),
+    and terms x, whose mean is the batch's loss: w·l times the sample's share by the normalisation."""
 
-    count: int = 0
-    sum_wl: float = 0.0
-    sum_wl2: float = 0.0
+    losses: BatchMeans = field(default_factory=BatchMeans)  # of w·l
+    terms: BatchMeans = field(default_factory=BatchMeans)  # of x: the losses that were minimised
+    batch_size: int = 0  # n
+    spread_losses: float = 0.0  # Σ over batches of mean(w l²) − mean(w l)²
+    spread_terms: float = 0.0  # Σ over batches of the sample variance of x
+    sum_wl2: float = 0.0  # over samples
     sum_w2l2: float = 0.0
 
-    def update(self, weight: Floats, loss: Floats) -> None:
-        """weight [n], loss [n], float64: the global batch, the same on every rank."""
+    def update(self, weight: Floats, loss: Floats, term: Floats) -> None:
+        """Of one global batch, [n] each, float64, the same on every rank."""
+        self.batch_size = len(loss)
         weighted = weight * loss
-        self.count += len(loss)
-        self.sum_wl += float(weighted.sum())
+        self.losses.add(float(weighted.mean()))
+        self.terms.add(float(term.mean()))
+        self.spread_losses += float((weighted * loss).mean() - weighted.mean() ** 2)
+        self.spread_terms += float(term.var(ddof=1)) if len(term) > 1 else 0.0
         self.sum_wl2 += float((weighted * loss).sum())
         self.sum_w2l2 += float(np.square(weighted).sum())
 
     def mean(self) -> float:
-        """The mean of w·l."""
-        return self.sum_wl / self.count if self.count else float("nan")
+        """The mean of the batches' losses."""
+        return self.terms.mean()
 
     def of_loss(self) -> float:
-        """The variance l would have under uniform t (paper, Eq. 23): m2 − (N m1² − m2w)/(N − 1)."""
-        if self.count < 2:
-            return float("nan")
-        m1, m2, m2w = (total / self.count for total in (self.sum_wl, self.sum_wl2, self.sum_w2l2))
-        return m2 - (self.count * m1**2 - m2w) / (self.count - 1)
+        """The variance l would have under independent, uniform t: E[w l²] − E[w l]², about a moving level.
+
+        Unbiased however the t of a batch depend on each other (StraTS), for E[w l]² is corrected by what batches' means
+        are seen to vary. Before the run's third batch there is nothing to see: then it is of_loss_eq_23.
+        """
+        between = self.losses.variance()
+        return self.of_loss_eq_23() if np.isnan(between) else self.spread_losses / self.losses.count + between
+
+    def of_loss_eq_23(self) -> float:
+        """The same by the paper's Eq. 23, m2 − (N m1² − m2w)/(N − 1), over all N samples: the movement of the level
+        counts, and t is taken to be independent (for strata, a batch alone gives up to 1/n too much)."""
+        number = self.losses.count * self.batch_size
+        if number < 2:
+            return NAN
+        m1, m2, m2w = self.losses.mean(), self.sum_wl2 / number, self.sum_w2l2 / number
+        return m2 - (number * m1**2 - m2w) / (number - 1)
+
+    def of_term(self) -> float:
+        """The variance of x from sample to sample of a batch: n times that of the batch's loss for independent t."""
+        return self.spread_terms / self.terms.count if self.batch_size > 1 else NAN
 
     def of_estimator(self) -> float:
-        """The variance of w·l, the quantity that is averaged in training and that P-POTS minimises."""
-        if self.count < 2:
-            return float("nan")
-        m1, m2w = self.sum_wl / self.count, self.sum_w2l2 / self.count
-        return self.count / (self.count - 1) * (m2w - m1**2)
+        """n times the variance of the batch's loss from batch to batch: strata and shares that depend on the batch
+        count as they are. Its relative standard error over k batches is about 2/√k."""
+        return self.batch_size * self.terms.variance()
 
-    def state(self) -> dict[str, float]:
-        """The sums, JSON-able; OnlineVariance(**state) restores them."""
+    def next_window(self) -> OnlineVariance:
+        return OnlineVariance(self.losses.next_window(), self.terms.next_window())
+
+    def state(self) -> dict[str, Any]:
+        """The sums, JSON-able; of_state restores them."""
         return asdict(self)
+
+    @classmethod
+    def of_state(cls, state: dict[str, Any]) -> OnlineVariance:
+        means = {name: BatchMeans(**state[name]) for name in ("losses", "terms")}
+        return cls(**{**state, **means})

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from megatron_mdm.data.collate import collate
 from megatron_mdm.data.sft import SftDataset
+from megatron_mdm.diffusion.exposure import SampleShapes, average_batch
 from megatron_mdm.diffusion.mask_schedule import Floats
 from megatron_mdm.diffusion.masking import MaskDesign
 from megatron_mdm.diffusion.moments import RowSums
@@ -74,7 +75,8 @@ class LossMeasurement:
         Collective; bit-identical for every number of data-parallel ranks, as micro-batches (of samples of like
         length) are cut once and dealt out. progress: a description for a progress bar; empty: none.
         """
-        batch = GlobalBatch(len(self.data), int(self.data.num_eligible().sum()))
+        shapes = SampleShapes.of(self.data.num_eligible(), self.data.num_delimiters())
+        batch = average_batch(self.design, shapes)
         values = np.zeros((len(RowSums._fields), len(samples), self.design.views))
 
         def scored(part: Places) -> Scored:

@@ -15,6 +15,12 @@ from matplotlib.figure import Figure
 
 from megatron_mdm.config.files import write_atomically
 
+VARIANCES = {  # keys of metrics.jsonl → what is drawn of them
+    "variance_of_loss": "loss under uniform t",
+    "variance_of_term": "a sample's term in the batch's loss",
+    "variance_of_estimator": "n · batch's loss",
+}
+
 
 def save_figure(figure: Figure, path: Path) -> None:
     buffer = io.BytesIO()
@@ -62,8 +68,8 @@ def training_figure(records: Sequence[dict[str, Any]]) -> Figure:
     axes.legend()
 
     axes = figure.add_subplot(2, 2, 2)
-    for key, label in (("variance_of_loss", "loss under uniform t"), ("variance_of_estimator", "estimator w·l")):
-        axes.plot(step, [record[key] for record in train], label=label)
+    for key, label in VARIANCES.items():
+        axes.plot(step, np.array([record.get(key) for record in train], dtype=float), label=label)
     axes.set(xlabel="step", ylabel="variance in the window", yscale="log")
     axes.legend()
 

@@ -11,12 +11,14 @@ from matplotlib.colors import LogNorm, Normalize
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from megatron_mdm.engine.clock import PHASES
+from megatron_mdm.reports.plots import VARIANCES
 
 Page = dict[str, Any]
 
 BLUE, ORANGE, GREEN, RED, PURPLE, GREY = "#3566a8", "#d9822b", "#3a8f5c", "#c0392b", "#7a5ea8", "#7f8790"
 _PALE_BLUE, _PALE_GREY = "#8fb4de", "#c9ced4"
 _TIME_COLOURS = dict(zip(PHASES, (PURPLE, BLUE, _PALE_BLUE, ORANGE, GREEN, _PALE_GREY)))
+_VARIANCE_COLOURS = dict(zip(VARIANCES, (ORANGE, _PALE_BLUE, BLUE)))
 _LOG_FROM = 3.0  # greatest / least value from which an axis is logarithmic
 _PEAK = 1.5  # times the median: step times above it (the first steps') may leave the picture
 _FEW_POINTS = 8
@@ -45,12 +47,10 @@ def _variance(axes: Axes, page: Page) -> None:
     curve, title = page["curves"]["variance"], "variance between log lines"
     if not curve["step"]:
         return not_logged(axes, title)
-    for key, label, colour in (
-        ("variance_of_loss", "loss under uniform t", ORANGE),
-        ("variance_of_estimator", "estimator w·l", BLUE),
-    ):
-        _noisy(axes, curve, key, colour, label)
-    scale(axes, [*curve["variance_of_loss"], *curve["variance_of_estimator"]])
+    shown = [key for key in VARIANCES if has_values(curve[key])]
+    for key in shown:
+        _noisy(axes, curve, key, _VARIANCE_COLOURS[key], VARIANCES[key])
+    scale(axes, [value for key in shown for value in curve[key]])
     axes.set_title(title)
     step_axis(axes, page)
     axes.legend(loc="upper right")

@@ -28,7 +28,7 @@ Record = dict[str, Any]
 _CURVES = {
     "loss": ("loss", "grad_norm", "lr"),
     "validation": ("validation_loss",),
-    "variance": ("variance_of_loss", "variance_of_estimator"),
+    "variance": ("variance_of_loss", "variance_of_term", "variance_of_estimator"),
     "throughput": ("tokens_per_second", "mfu"),
     "step_time": ("time_step", *(f"time_{part}" for part in PHASES)),
 }

@@ -22,7 +22,7 @@ METRICS = (
     ("perplexity", "perplexity.json", "perplexity"),
     ("best validation loss", "summary.json", "best_validation_loss"),
     ("variance of loss", "summary.json", "variance_of_loss"),
-    ("variance of estimator", "summary.json", "variance_of_estimator"),
+    ("variance of n · batch's loss", "summary.json", "variance_of_estimator"),
 )
 # What runs of one method may differ in.
 _FREE = (

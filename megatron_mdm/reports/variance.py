@@ -18,10 +18,11 @@ from numpy.typing import NDArray
 
 from megatron_mdm.data.collate import collate
 from megatron_mdm.data.sft import SftDataset
+from megatron_mdm.diffusion.exposure import SampleShapes, average_batch
 from megatron_mdm.diffusion.mask_schedule import Floats
 from megatron_mdm.diffusion.masking import MaskDesign
 from megatron_mdm.diffusion.noiser import noise
-from megatron_mdm.diffusion.objective import GlobalBatch, Normalization
+from megatron_mdm.diffusion.objective import Normalization
 from megatron_mdm.diffusion.t_samplers import TSampler
 from megatron_mdm.engine.packets import loss_packet
 from megatron_mdm.models.stages import MaskedDiffusionModel
@@ -103,15 +104,15 @@ def draw_gradients(
     name: str,
 ) -> Draws:
     """Forward and backward of each sample alone. samples, t [N]; generators(i): random numbers of draw i's masks."""
-    sketch, batch_of = Sketch(model), GlobalBatch(len(data), int(data.num_eligible().sum()))
+    sketch = Sketch(model)
+    batch_of = average_batch(design, SampleShapes.of(data.num_eligible(), data.num_delimiters()))
     loss, square = np.zeros((2, len(t)))
     sketches = np.zeros((len(t), SKETCH_SIZE), dtype=np.float32)
     for index in progress_bar(range(len(t)), desc=name, unit="draw"):
         row = samples[index]
         batch = collate([data.samples[row]], [0], [row], 0)
         noised = noise(batch, t[index : index + 1], np.ones(1), [generators(index)], design=design, mask_id=mask_id)
-        weights = normalization(noised, batch_of)
-        packet = loss_packet(noised, weights._replace(row=weights.row * len(data)))  # this sample's own mean
+        packet = loss_packet(noised, normalization(noised, batch_of))
         total, _ = model(packet.to_device())
         total.backward()
         loss[index] = float(total)

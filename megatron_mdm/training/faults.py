@@ -70,7 +70,7 @@ class Faults:
     def _watch(self, state: TrainState, result: StepResult) -> None:
         score = robust_score(result.loss, state.recent_losses)
         if score > self.settings.spike_score:
-            worst = np.argsort(-result.sample_loss * result.weight)[:_SHOWN_IDS]
+            worst = np.argsort(-result.term)[:_SHOWN_IDS]
             self._log(state.step, "spike", result, {"score": score, "sample_ids": result.sample_ids[worst].tolist()})
             self.metrics.write(state.step, {"loss_spike_score": score})
             state.rewinding = self.settings.on_spike == "rewind" and state.num_rewinds < self.settings.max_rewinds
@@ -117,10 +117,10 @@ def write_batch(trainer: Trainer, result: StepResult, folder: Path) -> None:
     Collective. A disk that refuses them costs a line only: batch.json's step and the configuration make them anew.
     """
     context = trainer.context
+    _, noised, weights = trainer.noised_batch(result.step)  # collective: not where a disk may refuse
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if context.tensor_rank == 0 and context.pipeline_rank == 0:
-            _, noised, weights = trainer.noised_batch(result.step)
             tensors = {}
             for index, pair in enumerate(zip(noised, weights)):
                 for name, tensor in zip(Packet._fields, loss_packet(*pair)):

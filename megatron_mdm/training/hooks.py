@@ -11,11 +11,10 @@ from tqdm import tqdm
 
 from megatron_mdm.checkpoint.store import VALIDATION_LOSS, CheckpointStore, SaveError
 from megatron_mdm.config.errors import UserError
-from megatron_mdm.config.schema import RunConfig
-from megatron_mdm.diffusion.control_variate import BinwiseControlVariate
+from megatron_mdm.config.schema import EmaConfig, RunConfig
+from megatron_mdm.diffusion.control_variate import CONTROL_VARIATES, ControlVariate, WeightedLosses, bins_of
 from megatron_mdm.diffusion.noiser import Noiser
 from megatron_mdm.diffusion.t_samplers import ClippedSampler, least_variance_interval
-from megatron_mdm.diffusion.variance import OnlineVariance
 from megatron_mdm.evaluation.validation import FixedGridValidation
 from megatron_mdm.models.parameters import checkpoint_bytes
 from megatron_mdm.parallel.heartbeat import enter
@@ -30,15 +29,16 @@ _SLOWEST_DISK = 2e8  # bytes per second that all ranks together write, at which 
 
 
 class Log:
-    """Progress bar on the main rank; every `logging.every` steps a line, a JSON record and tensorboard points."""
+    """Progress bar on the main rank; every `logging.every` steps a line, a JSON record and tensorboard points.
+
+    Runs before the hooks that change the sampler of t. What each figure means: training/README.md.
+    """
 
     def __init__(self, trainer: Trainer, metrics: MetricsLog, state: TrainState, speed: Speed) -> None:
         config, is_main, num_steps = trainer.config, trainer.context.is_main, trainer.num_steps
-        self.every, self.metrics, self.speed, ema = config.logging.every, metrics, speed, config.diffusion.ema
-        self.control_variate: BinwiseControlVariate | None = None
-        if ema.enabled:
-            new = BinwiseControlVariate.new(ema.num_bins, ema.rate)
-            self.control_variate = BinwiseControlVariate(**state.control_variate) if state.control_variate else new
+        self.every, self.metrics, self.speed, self.noiser = config.logging.every, metrics, speed, trainer.noiser
+        self.ema = config.diffusion.ema
+        self.control_variate = _control_variate(self.ema, state) if self.ema.enabled else None
         self.bar = progress_bar(total=num_steps, initial=state.step, desc="train", unit="step", enabled=is_main)
 
     def after_step(self, state: TrainState, result: StepResult) -> None:
@@ -51,8 +51,8 @@ class Log:
         self.bar.update()
         if state.step % self.every == 0:
             self.metrics.write(state.step, self._record(state, result))
-            state.window_variance = OnlineVariance()
-            state.adjusted_variance = OnlineVariance()
+            state.window_variance = state.window_variance.next_window()
+            state.adjusted_means = state.adjusted_means.next_window()
             state.window_bins = [[0.0] * NUM_T_BINS, [0.0] * NUM_T_BINS]
             self.speed.reset()
 
@@ -62,13 +62,10 @@ class Log:
     def _count(self, state: TrainState, result: StepResult) -> None:
         """What is averaged over steps."""
         if self.control_variate:
-            adjusted = self.control_variate.adjusted(result.t, result.sample_loss)
-            state.adjusted_variance.update(result.weight, adjusted)
-            self.control_variate.update(result.t, result.sample_loss)
-            state.control_variate = self.control_variate.state()
-        state.run_variance.update(result.weight, result.sample_loss)
-        state.window_variance.update(result.weight, result.sample_loss)
-        bins = np.minimum((result.t * NUM_T_BINS).astype(int), NUM_T_BINS - 1)
+            self._adjust(self.control_variate, state, result)
+        for variance in (state.run_variance, state.window_variance):
+            variance.update(result.weight, result.sample_loss, result.term)
+        bins = bins_of(result.t, NUM_T_BINS)
         for index, count in enumerate(np.bincount(bins, minlength=NUM_T_BINS)):
             state.t_histogram[index] += int(count)
         losses, counts = np.array(state.window_bins)
@@ -76,23 +73,46 @@ class Log:
         counts += np.bincount(bins, minlength=NUM_T_BINS)
         state.window_bins = [losses.tolist(), counts.tolist()]
 
+    def _adjust(self, variate: ControlVariate, state: TrainState, result: StepResult) -> None:
+        assert isinstance(self.noiser, Noiser)
+        mass = self.noiser.sampler.weighted_mass(self.ema.num_bins)
+        batch = WeightedLosses(result.t, result.weight, result.term / result.weight, mass)
+        adjusted = float(variate.adjusted(batch).mean())
+        for means in (state.adjusted_means, state.run_adjusted_means):
+            means.add(adjusted)
+        variate.update(batch)
+        state.control_variate = {"kind": self.ema.variate, **variate.state()}
+
     def _record(self, state: TrainState, result: StepResult) -> dict[str, Any]:
-        adjusted = state.adjusted_variance
-        ema = {"adjusted_loss": adjusted.mean(), "variance_of_adjusted_loss": adjusted.of_estimator()}
+        window, run, num_samples = state.window_variance, state.run_variance, len(result.term)
+        ema = {
+            "adjusted_loss": state.adjusted_means.mean(),
+            "variance_of_adjusted_loss": num_samples * state.adjusted_means.variance(),
+            "run_variance_of_adjusted_loss": num_samples * state.run_adjusted_means.variance(),
+        }
         by_t = [loss / count if count else None for loss, count in zip(*state.window_bins)]
         return {
             "loss": result.loss,
+            "mean_loss": window.mean(),
             "lr": result.lr,
             "grad_norm": result.grad_norm,
             "tokens": state.num_tokens,
             **self.speed.record(),
-            "variance_of_loss": state.window_variance.of_loss(),
-            "variance_of_estimator": state.window_variance.of_estimator(),
-            "run_variance_of_loss": state.run_variance.of_loss(),
-            "run_variance_of_estimator": state.run_variance.of_estimator(),
+            "variance_of_loss": window.of_loss(),
+            "variance_of_term": window.of_term(),
+            "variance_of_estimator": window.of_estimator(),
+            "run_variance_of_loss": run.of_loss(),
+            "run_variance_of_term": run.of_term(),
+            "run_variance_of_estimator": run.of_estimator(),
             "loss_by_t": by_t,
             **(ema if self.control_variate else {}),
         }
+
+
+def _control_variate(ema: EmaConfig, state: TrainState) -> ControlVariate:
+    """The one that a resumed run has, else a new one."""
+    kind, saved = CONTROL_VARIATES[ema.variate], dict(state.control_variate)
+    return kind(**saved) if saved.pop("kind", "") == ema.variate else kind.new(ema.num_bins, ema.rate)
 
 
 class Validate:

@@ -17,7 +17,7 @@ from megatron_mdm.diffusion.autoregressive import NextTokens
 from megatron_mdm.diffusion.mask_schedule import Floats
 from megatron_mdm.diffusion.moments import Moments, group_moments
 from megatron_mdm.diffusion.noiser import NoisedBatch, Noiser
-from megatron_mdm.diffusion.objective import NORMALIZATIONS, LossWeights
+from megatron_mdm.diffusion.objective import NORMALIZATIONS, GlobalBatch, LossWeights, weighted_masked
 from megatron_mdm.engine.base import Engine, TrainOutput
 from megatron_mdm.engine.clock import CommunicationProfile
 from megatron_mdm.engine.packets import loss_packet
@@ -42,6 +42,7 @@ class StepResult:
     t: Floats
     weight: Floats  # 1/p(t)
     sample_loss: Floats  # per-sample loss, mean over views, without the importance weight
+    term: Floats  # loss is their mean: the weighted loss times the sample's share by diffusion.normalization
     moments: Floats  # [n, len(Moments._fields)], for re-fitting p(t): see diffusion/moments.py
     num_tokens: int  # of the samples, one view of each
     num_views: int
@@ -112,6 +113,7 @@ class Trainer:
             t=t,
             weight=weight,
             sample_loss=values[:, 1],
+            term=values[:, 0] * len(values),
             moments=values[:, 4:],
             num_tokens=batch.num_tokens,
             num_views=noised[0].views,
@@ -129,11 +131,23 @@ class Trainer:
         return every > 0 and (step + 1) % every == 0
 
     def noised_batch(self, step: int) -> tuple[LocalBatch, list[NoisedBatch], list[LossWeights]]:
-        """This data-parallel rank's part of a step's batch: a function of the step and the sampler of t alone."""
+        """This data-parallel rank's part of a step's batch: a function of the step and the sampler of t alone.
+
+        Collective over the data-parallel ranks where the normalisation counts the masked tokens of the global batch.
+        """
         batch = self.loader.batch(step)
         noised = [self.noiser(micro_batch, step) for micro_batch in batch.micro_batches]
         normalize = NORMALIZATIONS[self.config.diffusion.normalization]
+        if normalize.counts_masked:
+            batch = batch._replace(global_batch=self._with_masked(batch.global_batch, noised))
         return batch, noised, [normalize(micro, batch.global_batch) for micro in noised]
+
+    def _with_masked(self, batch: GlobalBatch, noised: Sequence[NoisedBatch]) -> GlobalBatch:
+        """The global batch with its number of masked tokens, summed by position: the same bits on every layout."""
+        masked = np.zeros(self.loader.global_size)
+        for micro in noised:
+            masked[micro.clean.positions.numpy()] = weighted_masked(micro).numpy()
+        return batch._replace(num_masked=float(fill_from_data_ranks(masked, self.context).sum()))
 
     def _collect(
         self, batch: LocalBatch, noised: Sequence[NoisedBatch], weights: Sequence[LossWeights], output: TrainOutput

@@ -255,6 +255,12 @@ def _hooks(
 def _summary(config: RunConfig, state: TrainState, artifact: dict[str, Any] | None, trainer: Trainer) -> dict[str, Any]:
     drawn = np.array(state.t_histogram) / max(1, sum(state.t_histogram))
     t, _ = trainer.noiser.times(max(0, state.step - 1))
+    variances = {
+        "variance_of_loss": state.run_variance.of_loss(),
+        "variance_of_loss_eq_23": state.run_variance.of_loss_eq_23(),
+        "variance_of_term": state.run_variance.of_term(),
+        "variance_of_estimator": state.run_variance.of_estimator(),
+    }
     return {
         "steps": state.step,
         "tokens": state.num_tokens,
@@ -262,8 +268,7 @@ def _summary(config: RunConfig, state: TrainState, artifact: dict[str, Any] | No
         "skipped_steps": state.num_skipped,
         "rewinds": state.num_rewinds,
         "best_validation_loss": state.best_validation if np.isfinite(state.best_validation) else None,
-        "variance_of_loss": state.run_variance.of_loss(),
-        "variance_of_estimator": state.run_variance.of_estimator(),
+        **{key: value if np.isfinite(value) else None for key, value in variances.items()},
         "t_share_by_decile": drawn.round(4).tolist(),
         "t_last_step": {"min": float(t.min()), "mean": float(t.mean()), "max": float(t.max()), "std": float(t.std())},
         "calibration": artifact

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from megatron_mdm.diffusion.variance import OnlineVariance
+from megatron_mdm.diffusion.variance import BatchMeans, OnlineVariance
 
 
 @dataclass
@@ -17,13 +17,15 @@ class TrainState:
     # by tenths of t, since the last log line: sums of losses, and their numbers
     window_bins: list[list[float]] = field(default_factory=lambda: [[0.0] * 10, [0.0] * 10])
     best_validation: float = float("inf")
+    best_step: int = -1  # of the validation with the least loss
     validations_without_best: int = 0
     t_histogram: list[int] = field(default_factory=lambda: [0] * 10)
     moment_sums: list[list[list[float]]] = field(default_factory=list)  # of both halves of the steps (re-fitting)
     cell_density: list[float] = field(default_factory=list)  # the re-fitted p(t); empty: the calibration's
-    control_variate: dict[str, Any] = field(default_factory=dict)  # BinwiseControlVariate's state
+    control_variate: dict[str, Any] = field(default_factory=dict)  # diffusion.ema's, by its kind
     clipping: list[float] = field(default_factory=list)  # the adaptive clipped schedule's interval
-    adjusted_variance: OnlineVariance = field(default_factory=OnlineVariance)  # of the loss less its control variate
+    adjusted_means: BatchMeans = field(default_factory=BatchMeans)  # of the adjusted loss, since the last log line
+    run_adjusted_means: BatchMeans = field(default_factory=BatchMeans)
     validated_step: int = -1  # the last validation's step …
     validation_loss: float = float("inf")  # … and loss
     num_skipped: int = 0  # steps without an update, since loss or gradient was infinite or not a number
@@ -46,7 +48,9 @@ class TrainState:
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> TrainState:
-        value = dict(value)
-        for name in ("run_variance", "window_variance", "adjusted_variance"):
-            value[name] = OnlineVariance(**value[name])
+        value = {key: item for key, item in value.items() if key in cls.__dataclass_fields__}
+        for name in ("run_variance", "window_variance"):
+            value[name] = OnlineVariance.of_state(value[name])
+        for name in ("adjusted_means", "run_adjusted_means"):
+            value[name] = BatchMeans(**value[name])
         return cls(**value)

@@ -1,31 +1,43 @@
-"""Loss weights: what each normalisation adds up to, and independence from the micro-batches."""
+"""Loss weights: what each normalisation adds up to, as in published code, whatever the micro-batches."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import get_args
 
 import numpy as np
 import pytest
 import torch
 
-from megatron_mdm.diffusion.mask_schedule import MaskSchedule
+from megatron_mdm.config.schema import DiffusionConfig
+from megatron_mdm.diffusion.exposure import SampleShapes, average_batch
+from megatron_mdm.diffusion.mask_schedule import Floats, MaskSchedule
 from megatron_mdm.diffusion.masking import MASKING_RULES, MaskDesign
 from megatron_mdm.diffusion.noiser import CleanBatch, NoisedBatch, noise
-from megatron_mdm.diffusion.objective import NORMALIZATIONS, GlobalBatch
+from megatron_mdm.diffusion.objective import NORMALIZATIONS, GlobalBatch, weighted_masked
 
 DESIGN = MaskDesign(MASKING_RULES["bernoulli"], MaskSchedule(1e-3), complementary=True)
 LENGTHS = [3, 7, 5, 8]
-BATCH = GlobalBatch(num_samples=4, num_eligible=sum(LENGTHS))
+WEIGHTS = np.array([1.3, 0.8, 1.0, 0.5])
 
 
-def noised(rows: list[int]) -> NoisedBatch:
+def noised(rows: list[int], design: MaskDesign = DESIGN, weights: Floats = WEIGHTS) -> NoisedBatch:
     size = max(LENGTHS[row] for row in rows)
     lengths = torch.tensor([LENGTHS[row] for row in rows])
     eligible = torch.arange(size)[None, :] < lengths[:, None]
     tokens, nothing = torch.full((len(rows), size), 5), torch.zeros_like(eligible)
     batch = CleanBatch(tokens, eligible, nothing, lengths, torch.tensor(rows), torch.tensor(rows))
     t = np.array([0.2, 0.5, 0.7, 0.9])[rows]
-    weight = np.array([1.3, 0.8, 1.0, 0.5])[rows]
     generators = [np.random.default_rng(row) for row in rows]
-    return noise(batch, t, weight, generators, design=DESIGN, mask_id=9)
+    return noise(batch, t, weights[rows], generators, design=design, mask_id=9)
+
+
+def batch_of(whole: NoisedBatch) -> GlobalBatch:
+    return GlobalBatch(len(LENGTHS), sum(LENGTHS), float(weighted_masked(whole).sum()))
+
+
+BATCH = batch_of(noised([0, 1, 2, 3]))
 
 
 def total(batch: NoisedBatch, normalization: str) -> float:
@@ -41,11 +53,88 @@ def test_loss_does_not_depend_on_the_cut_into_micro_batches(name: str) -> None:
     assert parts == pytest.approx(whole, rel=1e-6)
 
 
+def test_every_normalisation_can_be_configured() -> None:
+    assert set(get_args(DiffusionConfig.model_fields["normalization"].annotation)) == set(NORMALIZATIONS)
+
+
 def test_normalisations_by_hand() -> None:
     batch = noised([0, 1, 2, 3])
     q = (1 - 1e-3) * batch.t.numpy() + 1e-3
     masked = batch.masked.view(2, 4, -1).sum(2).numpy()  # [V, B]
     weight, count = batch.sample_weight.numpy(), np.array(LENGTHS)
-    assert total(batch, "sample") == pytest.approx((weight * masked / (count * q)).sum() / 8, rel=1e-6)
-    assert total(batch, "unweighted") == pytest.approx((weight * masked / count).sum() / 8, rel=1e-6)
-    assert total(batch, "token") == pytest.approx((weight * masked / q).sum() / 2 / sum(LENGTHS), rel=1e-6)
+    weighted_count = (weight * masked).sum() / 2
+    expected = {
+        "sample": (weight * masked / (count * q)).sum() / 8,
+        "token": (weight * masked / q).sum() / 2 / sum(LENGTHS),
+        "batch": (weight * masked / q).sum() / 8,
+        "masked": (weight * masked / q).sum() / 2 / weighted_count,
+        "unweighted": (weight * masked / count).sum() / 8,
+        "unweighted_token": (weight * masked).sum() / 2 / sum(LENGTHS),
+        "unweighted_batch": (weight * masked).sum() / 8,
+        "unweighted_masked": 1.0,
+    }
+    assert {name: pytest.approx(total(batch, name), rel=1e-6) for name in NORMALIZATIONS} == expected
+
+
+# Published training code, each written from its own formula: [B, S] cross-entropies, masks and eligible positions, and
+# [B, 1] mask probabilities. With one device and one micro-batch, theirs are of the global batch, as ours always are.
+PEERS: dict[str, Callable[[Floats, Floats, Floats, Floats], float]] = {
+    # LLaDA's GUIDELINES.md, fine-tuning; MMaDA's losses of text with answer lengths; LLaDA-V; dllm sequence + scheduler
+    "sample": lambda ce, m, e, q: (ce * m / q / e.sum(1, keepdims=True)).sum() / len(ce),
+    # MDLM; d1; LLaDA's pre-training; dllm token + scheduler
+    "token": lambda ce, m, e, q: (ce * m / q).sum() / e.sum(),
+    "batch": lambda ce, m, e, q: (ce * m / q).sum() / len(ce),  # dllm batch + scheduler
+    "masked": lambda ce, m, e, q: (ce * m / q).sum() / m.sum(),  # Dream
+    "unweighted": lambda ce, m, e, q: (ce * m / e.sum(1, keepdims=True)).sum() / len(ce),  # dllm sequence + uniform
+    "unweighted_token": lambda ce, m, e, q: (ce * m).sum() / e.sum(),  # dllm token + uniform
+    "unweighted_batch": lambda ce, m, e, q: (ce * m).sum() / len(ce),  # dllm batch + uniform
+    "unweighted_masked": lambda ce, m, e, q: ce[m > 0].mean(),  # MMaDA's image loss: cross_entropy's own mean
+}
+
+
+@pytest.mark.parametrize("name", NORMALIZATIONS)
+def test_normalisations_are_those_of_published_code(name: str) -> None:
+    single = noised([0, 1, 2, 3], MaskDesign(DESIGN.rule, DESIGN.schedule), np.ones(4))
+    entropies = np.random.default_rng(0).exponential(2.0, single.masked.shape)
+    masked, eligible = single.masked.numpy().astype(float), single.clean.eligible.numpy().astype(float)
+    q = DESIGN.schedule.mask_probability(single.t.numpy())[:, None]
+    weights = NORMALIZATIONS[name](single, batch_of(single))
+    rows = (weights.token.double().numpy() * entropies).sum(1)
+    assert weights.row.double().numpy() @ rows == pytest.approx(PEERS[name](entropies, masked, eligible, q), rel=1e-6)
+
+
+@pytest.mark.parametrize("name", NORMALIZATIONS)
+def test_calibration_weighs_tokens_as_training_does(name: str) -> None:
+    """A sample's estimate is n times its part of the batch's loss; its tokens' weights are what calibration expects."""
+    batch, q = noised([0, 1, 2, 3]), DESIGN.schedule.mask_probability(np.array([0.2, 0.5, 0.7, 0.9]))
+    weights = NORMALIZATIONS[name](batch, BATCH)
+    per_sample = weights.row[:, None] * weights.token * (batch.views * 4) / batch.sample_weight.repeat(2)[:, None]
+    expected = NORMALIZATIONS[name].token_weight(q, np.array(LENGTHS, dtype=float), BATCH)
+    for row in range(8):
+        found = per_sample[row][batch.masked[row]]
+        np.testing.assert_allclose(found, np.full(len(found), expected[row % 4]), rtol=1e-6)
+
+
+def test_a_batch_without_a_mask_has_no_loss() -> None:
+    batch = noised([0, 1])
+    nothing = torch.zeros_like(batch.masked)
+    batch = replace(batch, masked=nothing, token_weight=nothing.float())
+    for name in NORMALIZATIONS:
+        weights = NORMALIZATIONS[name](batch, GlobalBatch(2, 10, float(weighted_masked(batch).sum())))
+        assert torch.isfinite(weights.row).all(), name
+        assert not weights.token.any(), name
+
+
+@pytest.mark.parametrize("rule", MASKING_RULES)
+def test_an_average_batch_has_the_masks_that_uniform_t_draws(rule: str) -> None:
+    """With two delimiters in one of the samples, under ISAD."""
+    design = MaskDesign(MASKING_RULES[rule], MaskSchedule(0.1), delimiter_shift=0.2)
+    counts, delimiters = np.array([4, 4, 9]), np.array([0, 2, 2])
+    typical = average_batch(design, SampleShapes.of(counts, delimiters))
+    assert typical.num_eligible == pytest.approx(17 / 3)
+    generator, drawn = np.random.default_rng(0), []
+    for _ in range(3000):
+        which = generator.integers(3)
+        marks = np.arange(counts[which]) < delimiters[which]
+        drawn.append(design.draw(generator, generator.random(), marks).masked.sum())
+    assert abs(typical.num_masked - np.mean(drawn)) < 4 * np.std(drawn) / np.sqrt(len(drawn))
