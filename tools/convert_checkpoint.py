@@ -38,9 +38,10 @@ def degree(text: str) -> int:
 
 def run_import(arguments: argparse.Namespace) -> None:
     tokens = {name: getattr(arguments, f"{name}_token") for name in ("mask", "pad", "eos")}
-    options = ImportOptions(arguments.tensor, arguments.pipeline, arguments.dtype, arguments.shard_size, tokens)
-    special = import_checkpoint(arguments.source, arguments.output, options)
-    print(special.note)
+    layout = (arguments.tensor, arguments.pipeline, arguments.dtype, arguments.shard_size)
+    options = ImportOptions(*layout, tokens, arguments.ignore_fields)
+    for line in import_checkpoint(arguments.source, arguments.output, options):
+        print(line)
     print(f"run folder: {arguments.output}")
 
 
@@ -53,7 +54,7 @@ def run_export(arguments: argparse.Namespace) -> None:
 
 def run_verify(arguments: argparse.Namespace) -> None:
     found, compared = [], 0
-    for line in differences(arguments.source, arguments.other):
+    for line in differences(arguments.source, arguments.other, arguments.ignore_fields):
         compared += 1
         if line:
             found.append(line)
@@ -64,7 +65,7 @@ def run_verify(arguments: argparse.Namespace) -> None:
 
 
 def run_inspect(arguments: argparse.Namespace) -> None:
-    described = description(arguments.source, not arguments.no_checksums)
+    described = description(arguments.source, not arguments.no_checksums, arguments.ignore_fields)
     if arguments.json:
         json.dump(described, sys.stdout, indent=1)
         print()
@@ -76,6 +77,20 @@ def add_conversion(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", required=True, type=Path, help="the folder to write; it must not exist")
     parser.add_argument("--dtype", choices=["auto", *TYPES], default="auto", help="of the weights that are written")
     parser.add_argument("--shard-size", type=size, default=size("5GB"), help="of a file, at most (5GB, 500MB …)")
+
+
+def names(text: str) -> tuple[str, ...]:
+    return tuple(name for name in re.split(r"[,\s]+", text) if name)
+
+
+def add_ignore_fields(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--ignore-fields",
+        type=names,
+        default=(),
+        metavar="NAME,…",
+        help="of config.json, to read as if they were absent, though they may change what the model computes",
+    )
 
 
 def main() -> None:
@@ -90,6 +105,7 @@ def main() -> None:
     reading.add_argument("--pipeline", type=degree, default=1, help="pipeline stages of the files that are written")
     for name in ("mask", "pad", "eos"):
         reading.add_argument(f"--{name}-token", default="", help="text or id; else what the checkpoint says")
+    add_ignore_fields(reading)
     reading.set_defaults(run=run_import)
     writing = commands.add_parser("export", help="a run's newest checkpoint, of any layout → Hugging Face")
     writing.add_argument("source", type=Path, help="a run's folder")
@@ -103,11 +119,13 @@ def main() -> None:
     )
     comparing.add_argument("source", type=Path, help="Hugging Face folder or run's folder")
     comparing.add_argument("other", type=Path, help="Hugging Face folder or run's folder")
+    add_ignore_fields(comparing)
     comparing.set_defaults(run=run_verify)
     looking = commands.add_parser("inspect", help="names, shapes, types, sizes and checksums of tensors")
     looking.add_argument("source", type=Path, help="Hugging Face folder or run's folder")
     looking.add_argument("--json", action="store_true", help="as JSON")
     looking.add_argument("--no-checksums", action="store_true", help="headers only; no tensor is read")
+    add_ignore_fields(looking)
     looking.set_defaults(run=run_inspect)
     arguments = parser.parse_args()
     try:

@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
 
-from megatron_mdm.checkpoint.huggingface import HuggingFaceCheckpoint, is_checkpoint
+from megatron_mdm.checkpoint.huggingface import CONFIG, HuggingFaceCheckpoint, is_checkpoint, read_json
 from megatron_mdm.checkpoint.native import NativeCheckpoint
 from megatron_mdm.checkpoint.views import View, blocks, num_bytes
 from megatron_mdm.parallel.progress import progress_bar
 
 
-def differences(one: Path, other: Path) -> Iterator[str]:
+def differences(one: Path, other: Path, ignore_fields: Sequence[str] = ()) -> Iterator[str]:
     """For each tensor of either checkpoint, '' where both hold the same bits, else a line that says what differs.
 
-    Two Hugging Face checkpoints of one family are compared under their own names, others under ours.
+    Two Hugging Face checkpoints of one family are compared under their own names, others under ours. ignore_fields: of
+    a config.json, to be read as if they were absent.
     """
-    ours, theirs = _opened(one), _opened(other)
+    ours, theirs = _opened(one, ignore_fields), _opened(other, ignore_fields)
     if isinstance(ours, HuggingFaceCheckpoint) and isinstance(theirs, HuggingFaceCheckpoint):
         same = ours.family.keys == theirs.family.keys
     else:
@@ -53,8 +54,11 @@ def _greatest(left: View, right: View) -> str:
     return f"{max((float((a - b).abs().max()) for a, b in pairs if a.numel()), default=0.0):.3g}"
 
 
-def _opened(folder: Path) -> HuggingFaceCheckpoint | NativeCheckpoint:
-    return HuggingFaceCheckpoint.open(folder) if is_checkpoint(folder) else NativeCheckpoint.open(folder)
+def _opened(folder: Path, ignore_fields: Sequence[str]) -> HuggingFaceCheckpoint | NativeCheckpoint:
+    if not is_checkpoint(folder):
+        return NativeCheckpoint.open(folder)
+    present = read_json(folder / CONFIG).keys()
+    return HuggingFaceCheckpoint.open(folder, [name for name in ignore_fields if name in present])
 
 
 def _text(dtype: torch.dtype) -> str:

@@ -5,21 +5,24 @@ from __future__ import annotations
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from megatron_mdm.checkpoint.huggingface import (
+    COMPANIONS,
     CONFIG,
+    GENERATION_CONFIG,
     INDEX,
     SINGLE,
     HuggingFaceCheckpoint,
     is_checkpoint,
     mapped,
-    read_json,
 )
+from megatron_mdm.checkpoint.imported_tokens import SpecialTokens, special_tokens
 from megatron_mdm.checkpoint.manifest import MANIFEST, TENSORS, entry_of, write_manifest
 from megatron_mdm.checkpoint.native import CHECKPOINTS, HUGGINGFACE, RUN_CONFIG, NativeCheckpoint, keep_companions
-from megatron_mdm.checkpoint.special_tokens import TOKENIZERS, SpecialTokens, special_tokens
+from megatron_mdm.checkpoint.special_tokens import has_chat_template
 from megatron_mdm.checkpoint.store import STATE
 from megatron_mdm.checkpoint.stream import JOURNAL, Output, OutputFile, split, write_files
 from megatron_mdm.checkpoint.tensors import WEIGHT, file_name
@@ -29,6 +32,7 @@ from megatron_mdm.config.files import sha256, write_atomically, write_json
 from megatron_mdm.config.load import dump_config
 from megatron_mdm.config.schema import ModelConfig, RunConfig
 from megatron_mdm.data.tokenizer import load_tokenizer
+from megatron_mdm.data.tokenizer_folder import VOCABULARY, tokenizer_file
 from megatron_mdm.models.families import FAMILIES, family_of
 from megatron_mdm.models.families.family import Json
 from megatron_mdm.models.families.keymap import family_tensors
@@ -38,7 +42,6 @@ from megatron_mdm.parallel.layout import partition
 
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _TYPE_NAMES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}  # config.json's → ours
-GENERATION_CONFIG = "generation_config.json"
 _LENGTH = 4096  # of sequences in an imported run's configuration, where the model allows longer ones
 
 
@@ -49,14 +52,15 @@ class ImportOptions:
     dtype: str  # of TYPES, or auto: as stored
     shard_bytes: int
     tokens: dict[str, str]  # mask, pad, eos: a text or an id where asked for
+    ignore_fields: tuple[str, ...] = ()  # of config.json
 
 
-def import_checkpoint(source: Path, output: Path, options: ImportOptions) -> SpecialTokens:
-    """Write a run's folder with the weights of a Hugging Face checkpoint. Raises UserError before it writes anything
-    where the checkpoint is not whole, and naming the tensor where it meets a bad one."""
-    checkpoint = HuggingFaceCheckpoint.open(source)
-    generation = read_json(source / GENERATION_CONFIG) if (source / GENERATION_CONFIG).is_file() else {}
-    special = special_tokens(checkpoint, generation, options.tokens)
+def import_checkpoint(source: Path, output: Path, options: ImportOptions) -> list[str]:
+    """Write a run's folder with the weights of a Hugging Face checkpoint. Returns lines that say what was chosen where
+    the folder leaves a choice. Raises UserError before it writes anything where the checkpoint is not whole, and naming
+    the tensor where it meets a bad one."""
+    checkpoint = HuggingFaceCheckpoint.open(source, options.ignore_fields)
+    special = special_tokens(checkpoint, options.tokens)
     model = checkpoint.model.model_copy(update={"vocab_size": special.vocab_size})
     _check_layout(model, options)
     views = with_grown_tables(checkpoint.views(), special.vocab_size)
@@ -69,10 +73,11 @@ def import_checkpoint(source: Path, output: Path, options: ImportOptions) -> Spe
     names = {path.removeprefix(f"{step}/"): entry for path, entry in entries.items()}
     write_manifest(temporary / step, {STATE: entry_of(temporary / step / STATE), **names})
     keep_companions(source, temporary)
-    run = _run_config(model, special, source, output, next(iter(outputs.values())).dtype)
+    run = _run_config(model, special, output, next(iter(outputs.values())).dtype)
+    run, template = _with_template(run, special, source)
     write_atomically(temporary / RUN_CONFIG, dump_config(run))
     _publish(temporary, output)
-    return special
+    return [*special.notes, template, *checkpoint.notes]
 
 
 def export_checkpoint(run_folder: Path, output: Path, family_name: str, dtype: str, shard_bytes: int) -> Json:
@@ -143,11 +148,8 @@ def _check_layout(model: ModelConfig, options: ImportOptions) -> None:
         raise UserError(f"--pipeline {options.pipeline} exceeds the model's {model.num_layers} layers")
 
 
-def _run_config(
-    model: ModelConfig, special: SpecialTokens, source: Path, output: Path, dtype: torch.dtype
-) -> RunConfig:
+def _run_config(model: ModelConfig, special: SpecialTokens, output: Path, dtype: torch.dtype) -> RunConfig:
     """A configuration by which programs find model and tokenizer; its training sections are placeholders."""
-    tokenizer = next((name for name in TOKENIZERS if (source / name).is_file()), "")
     length = min(_LENGTH, model.max_sequence_length)
     tokens = {"mask_token": special.mask_id, "pad_token": special.pad_id, "eos_token": special.eos_id}
     return RunConfig.model_validate(
@@ -155,8 +157,9 @@ def _run_config(
             "model": model.model_dump(),
             "data": {
                 "train": "",
-                "tokenizer": str(output / HUGGINGFACE / tokenizer) if tokenizer else "",
+                "tokenizer": str(output / HUGGINGFACE / special.tokenizer.name) if special.tokenizer else "",
                 "max_length": length,
+                "end_tokens": special.end_ids,
                 **tokens,
             },
             "batch": {"global_size": 1, "micro_size": 1},
@@ -168,13 +171,31 @@ def _run_config(
     )
 
 
+def _with_template(run: RunConfig, special: SpecialTokens, source: Path) -> tuple[RunConfig, str]:
+    """With the folder's chat template, if it has one that can be used; and a line that says which template it is."""
+    if not has_chat_template(source):
+        return run, f"template {run.data.template}: the folder has no chat template"
+    template = run.data.model_copy(update={"template": "tokenizer", "tokenizer": str(special.tokenizer or "")})
+    try:
+        load_tokenizer(template)
+    except UserError as error:
+        return run, f"template {run.data.template}: the folder's chat template cannot be used ({error})"
+    data = run.data.model_copy(update={"template": "tokenizer"})
+    return run.model_copy(update={"data": data}), "template tokenizer: the folder's chat template"
+
+
 def _huggingface_config(config: Json, base: Json, run: NativeCheckpoint) -> Json:
     """With the special tokens' ids where the file does not come from the checkpoint that was imported unchanged."""
     if config == base and run.weights_only:
         return config
     tokenizer = load_tokenizer(run.config.data)
     ids = {"mask_token_id": tokenizer.mask_id, "pad_token_id": tokenizer.pad_id, "eos_token_id": tokenizer.eos_id}
-    return {**config, **{name: value for name, value in ids.items() if base.get(name) is None or name[0] == "m"}}
+    return {**config, **{name: value for name, value in ids.items() if not _names(base.get(name), value)}}
+
+
+def _names(stated: Any, token_id: int) -> bool:
+    """Whether an entry of config.json, an id or a list of them, holds an id."""
+    return token_id in stated if isinstance(stated, list) else token_id == stated
 
 
 def _with_dtype(config: Json, dtypes: set[torch.dtype]) -> Json:
@@ -192,13 +213,20 @@ def _write_companions(run: NativeCheckpoint, folder: Path, config: Json) -> None
             shutil.copyfile(path, folder / path.name)
     else:
         tokenizer = Path(run.config.data.tokenizer) if run.config.data.tokenizer else None
-        if tokenizer and tokenizer.is_dir():
-            tokenizer = tokenizer / TOKENIZERS[0]
         if tokenizer:
-            shutil.copyfile(tokenizer, folder / ("tokenizer" + tokenizer.suffix))
+            _copy_tokenizer(tokenizer_file(tokenizer), folder)
         ids = {name: config[name] for name in ("eos_token_id", "pad_token_id")}
         write_json(folder / GENERATION_CONFIG, ids)
     write_json(folder / CONFIG, config)
+
+
+def _copy_tokenizer(file: Path, folder: Path) -> None:
+    if file.name != VOCABULARY:
+        shutil.copyfile(file, folder / ("tokenizer" + file.suffix))
+        return
+    for name in COMPANIONS:
+        if name not in (CONFIG, GENERATION_CONFIG) and (file.parent / name).is_file():
+            shutil.copyfile(file.parent / name, folder / name)
 
 
 def shard_name(number: int, count: int) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +23,14 @@ Json = dict[str, Any]
 _CHECKSUM_DIGITS = 16  # of sha256, on a line for eyes
 
 
-def description(folder: Path, checksums: bool) -> Json:
+def description(folder: Path, checksums: bool, ignore_fields: Sequence[str] = ()) -> Json:
     """{"checkpoint", "architecture", "model": our section, "tensors": name → shape, dtype, bytes[, sha256]}"""
     views: Mapping[str, View]
     if is_checkpoint(folder):
         config = read_json(folder / CONFIG)
         family = family_of(config, str(folder / CONFIG))
-        model, architecture = model_section(family, config, str(folder / CONFIG)), family.architecture
+        model = model_section(family, config, str(folder / CONFIG), ignore_fields)
+        architecture = family.architecture
         views, path = open_tensors(folder), folder
     else:
         run = NativeCheckpoint.open(folder)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,12 +20,14 @@ from megatron_mdm.models.families import family_of
 from megatron_mdm.models.families.family import Family, Json
 from megatron_mdm.models.families.keymap import RowRange, family_shapes, our_parameters
 
-CONFIG, INDEX, SINGLE = "config.json", "model.safetensors.index.json", "model.safetensors"
+CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 # Files beside the weights that are handed on as they are. Code is not: it is never run, and so never needed.
 COMPANIONS = (
-    *(CONFIG, "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
+    *(CONFIG, GENERATION_CONFIG, "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
     *("added_tokens.json", "vocab.json", "merges.txt", "tokenizer.model", "chat_template.jinja", "chat_template.json"),
 )
+_ADAPTER = "adapter_model"  # peft's, beside a model or without one
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 _NUMBERED = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.safetensors")
 # Buffers that old versions of transformers saved; they follow from the configuration.
@@ -38,16 +41,21 @@ class HuggingFaceCheckpoint:
     family: Family
     model: ModelConfig  # what config.json describes
     tensors: dict[str, StoredTensor]
+    notes: tuple[str, ...]  # what was left out or accepted unread, a line each
 
     @classmethod
-    def open(cls, folder: Path) -> HuggingFaceCheckpoint:
-        """Read configuration and headers. Raises UserError naming what is missing, damaged, unknown or unsupported."""
+    def open(cls, folder: Path, ignore_fields: Sequence[str] = ()) -> HuggingFaceCheckpoint:
+        """Read configuration and headers. Raises UserError naming what is missing, damaged, unknown or unsupported.
+
+        ignore_fields: of config.json, to be read as if they were absent.
+        """
         config = read_json(folder / CONFIG)
         where = str(folder / CONFIG)
         family = family_of(config, where)
-        model = model_section(family, config, where)
+        model = model_section(family, config, where, ignore_fields)
         tensors = open_tensors(folder)
-        checkpoint = cls(folder, config, family, model, tensors)
+        notes = (*family.notes(config, where, ignore_fields), *_unread_files(folder, tensors))
+        checkpoint = cls(folder, config, family, model, tensors, notes)
         checkpoint._check()
         return checkpoint
 
@@ -82,10 +90,11 @@ class HuggingFaceCheckpoint:
 
 
 def open_tensors(folder: Path) -> dict[str, StoredTensor]:
-    """The tensors of a folder's safetensors files, by the index where there is one."""
+    """The tensors of the files that transformers would read: model.safetensors, else those of the index. Without
+    either, those of all numbered files, or of all."""
     index = folder / INDEX
-    if not index.is_file():
-        files = sorted(folder.glob("*.safetensors"))
+    if (folder / SINGLE).is_file() or not index.is_file():
+        files = [folder / SINGLE] if (folder / SINGLE).is_file() else _without_index(folder)
         _check_files(folder, files)
         return {name: tensor for path in files for name, tensor in SafetensorsFile(path).tensors.items()}
     places = read_json(index).get("weight_map")
@@ -94,9 +103,10 @@ def open_tensors(folder: Path) -> dict[str, StoredTensor]:
     opened: dict[str, SafetensorsFile] = {}
     tensors = {}
     for name, file in places.items():
+        file = str(file)
         if file not in opened:
             path = folder / file
-            if path.parent != folder or not path.is_file():
+            if not path.is_file() or path.parent != folder:
                 raise UserError(f"{index}: names the file '{file}' (for '{name}'), which is absent")
             opened[file] = SafetensorsFile(path)
         if name not in opened[file].tensors:
@@ -105,10 +115,11 @@ def open_tensors(folder: Path) -> dict[str, StoredTensor]:
     return tensors
 
 
-def model_section(family: Family, config: Json, where: str) -> ModelConfig:
+def model_section(family: Family, config: Json, where: str, ignore_fields: Sequence[str] = ()) -> ModelConfig:
     """Our model section for a config.json."""
     try:
-        return ModelConfig.model_validate(family.read(config, where))
+        values = family.read(config, where, ignore_fields)
+        return ModelConfig.model_validate({**values, "ignore_fields": tuple(ignore_fields)})
     except ValidationError as error:
         detail = error.errors()[0]
         field = str(detail["loc"][0]) if detail["loc"] else ""
@@ -150,6 +161,18 @@ def read_json(path: Path) -> Json:
     return value
 
 
+def _without_index(folder: Path) -> list[Path]:
+    """Safetensors files that may be a model's: the numbered ones, else all but adapters'."""
+    files = [path for path in sorted(folder.glob("*.safetensors")) if not path.name.startswith(_ADAPTER)]
+    return [path for path in files if _NUMBERED.fullmatch(path.name)] or files
+
+
+def _unread_files(folder: Path, tensors: dict[str, StoredTensor]) -> list[str]:
+    read = {tensor.path for tensor in tensors.values()}
+    left = [path.name for path in sorted(folder.glob("*.safetensors")) if path not in read]
+    return [f"{folder}: not read, as transformers would not: {', '.join(left)}"] if left else []
+
+
 def _check_files(folder: Path, files: list[Path]) -> None:
     if not files:
         pickles = sorted(path for pattern in _PICKLES for path in folder.glob(pattern))
@@ -157,6 +180,9 @@ def _check_files(folder: Path, files: list[Path]) -> None:
             raise UserError(
                 f"{pickles[0]}: pickled weights are not read, since that can run code; convert them to safetensors"
             )
+        adapter = next(folder.glob(f"{_ADAPTER}*.safetensors"), None)
+        if adapter:
+            raise UserError(f"{adapter}: an adapter without its model; merge the two and save the result")
         raise UserError(f"{folder}: holds no safetensors files")
     for path in files:
         match = _NUMBERED.fullmatch(path.name)

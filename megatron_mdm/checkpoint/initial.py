@@ -29,13 +29,13 @@ class InitialWeights:
         if not path.is_dir():
             raise UserError(f"'model.init_from' {path}: no such folder")
         if is_checkpoint(path):
-            source = HuggingFaceCheckpoint.open(path)
+            source = HuggingFaceCheckpoint.open(path, model.ignore_fields)
             self.views, theirs, where = source.views(), source.model, path / CONFIG
-            self.kind = source.family.architecture
+            self.kind, self.notes = source.family.architecture, source.notes
         else:
             run = NativeCheckpoint.open(path)
             self.views, theirs, where = run.views(), run.config.model, path / RUN_CONFIG
-            self.kind = f"run, {run.path.name}"
+            self.kind, self.notes = f"run, {run.path.name}", ()
         check_same_architecture(model, theirs, where)
         self.rows = theirs.vocab_size
         self.views = with_grown_tables(self.views, model.vocab_size)
@@ -54,14 +54,14 @@ class InitialWeights:
             fill(parameter, cut(view, sharding, context.tensor_rank, context.layout.tensor))
 
     def describe(self, mask_id: int) -> str:
-        """One line: what was read and where the mask token's row comes from."""
+        """What was read and where the mask token's row comes from; and a line for each thing that was not read."""
         rows, wanted = self.rows, self.model.vocab_size
         size = sum(math.prod(view.shape) for view in self.views.values())
         text = f"initial weights: {self.model.init_from} ({self.kind}, {size / 1e6:,.1f} M parameters)"
         if wanted != rows:
             text += f"; the table grew from {rows} to {wanted} rows, the new ones being the mean of the others"
         new = "a new row" if mask_id >= rows else "a row of the checkpoint's table"
-        return f"{text}; mask token {mask_id}: {new}"
+        return "\n".join([f"{text}; mask token {mask_id}: {new}", *self.notes])
 
 
 def check_same_architecture(model: ModelConfig, theirs: ModelConfig, where: Path) -> None:

@@ -1,112 +1,159 @@
-"""The special tokens of a checkpoint that becomes a masked-diffusion model: which ids, and whether the table grows."""
+"""What the files of a checkpoint, or a run, say about special tokens, one compared with another: which ids are taken.
+
+Import, `model.init_from`, training and generation all ask here.
+"""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NamedTuple
 
-from megatron_mdm.checkpoint.huggingface import HuggingFaceCheckpoint
+from megatron_mdm.checkpoint.huggingface import CONFIG, GENERATION_CONFIG, read_json
 from megatron_mdm.config.errors import UserError
-from megatron_mdm.models.families.family import Json
+from megatron_mdm.data.tokenizer_files import Backend, open_tokenizer
+from megatron_mdm.data.tokenizer_folder import SETTINGS, TOKENIZER_FILES, special_names, tokenizer_file
+from megatron_mdm.models.families.family import Family, Json, json_text
 
-TOKENIZERS = ("tokenizer.json", "tokenizer.model")
+NAMES = ("mask", "pad", "eos", "bos")
+_TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json", "additional_chat_templates")
+_TAKEN = {  # where files disagree
+    "pad": "the first is taken",
+    "eos": "a response ends at any of them",
+    "bos": "a chat template writes that of tokenizer_config.json",
+}
+_MASK_NAME = re.compile(r"\W*(?:mdm_)?mask(?:_token)?\W*", re.IGNORECASE)
+
+
+class Statement(NamedTuple):
+    where: str  # "config.json (mask_token_id)"
+    ids: tuple[int, ...]
+
+    def __str__(self) -> str:
+        return f"{', '.join(map(str, self.ids))} by {self.where}"
+
+
+class Choice(NamedTuple):
+    ids: tuple[int, ...]  # the first counts; others end responses, too; none: no file says anything
+    notes: tuple[str, ...]  # a line each where files disagree
 
 
 @dataclass(frozen=True)
-class SpecialTokens:
-    mask_id: int
-    pad_id: int
-    eos_id: int
-    vocab_size: int  # rows of the table, which may have grown
-    note: str  # one line: where the mask token comes from
+class Stated:
+    """Statements about each special token, that which counts first first."""
+
+    by: Mapping[str, Sequence[Statement]]
+
+    def choice(self, name: str, key: str) -> Choice:
+        """Of the ids that are stated. Files may disagree about all but the mask token, and that is told.
+
+        key: how a user chooses. Raises UserError naming two files that state different mask tokens.
+        """
+        statements = self.by.get(name, ())
+        if not statements:
+            return Choice((), ())
+        first, *others = statements
+        ids = list(first.ids)
+        if name == "mask" and len(ids) > 1:
+            raise UserError(f"the mask token is {first}: choose one with {key}")
+        notes = []
+        for other in others:
+            if other.ids[0] == ids[0] or (name == "eos" and set(other.ids) <= set(ids)):
+                ids += [token for token in other.ids if name == "eos" and token not in ids]
+                continue
+            if name == "mask":
+                raise UserError(f"the mask token is {first}, but {other}; choose one with {key}")
+            notes.append(f"{name} token: {first}, but {other}; {_TAKEN[name]}")
+            ids += [token for token in other.ids if name == "eos" and token not in ids]
+        return Choice(tuple(ids if name == "eos" else ids[:1]), tuple(notes))
+
+    def contradicts(self, name: str, token_id: int) -> Statement | None:
+        """A statement that names another token; for eos, the first one if none of all names this."""
+        statements = self.by.get(name, ())
+        if name == "eos":
+            return statements[0] if statements and all(token_id not in other.ids for other in statements) else None
+        return next((other for other in statements if token_id not in other.ids), None)
 
 
-@dataclass(frozen=True)
-class Vocabulary:
-    """What a tokenizer file knows."""
+def folder_tokenizer(folder: Path) -> tuple[Backend, Path | None, str]:
+    """The tokenizer of a checkpoint's folder and its file, and a line where there is one that cannot be read.
 
-    path: Path
-    ids: dict[str, int]
-
-    @property
-    def num_ids(self) -> int:
-        return max(self.ids.values(), default=-1) + 1
-
-    @classmethod
-    def of(cls, folder: Path) -> Vocabulary | None:
-        """Of the tokenizer file in a folder; None where there is none that we read."""
-        path = next((folder / name for name in TOKENIZERS if (folder / name).is_file()), None)
-        if path is None:
-            return None
-        try:
-            return cls(path, _huggingface_ids(path) if path.suffix == ".json" else _sentencepiece_ids(path))
-        except Exception as error:  # both libraries raise bare exceptions of their own
-            raise UserError(f"{path}: not a tokenizer file ({' '.join(str(error).split())})") from None
-
-
-def special_tokens(checkpoint: HuggingFaceCheckpoint, generation: Json, asked: dict[str, str]) -> SpecialTokens:
-    """Ids by what was asked for (a text or an id, by 'mask', 'pad', 'eos'), else by config.json or
-    generation_config.json. A model without a mask token gets one: a row of the table that the tokenizer does not use,
-    or a new row.
-
-    Raises UserError where the tokenizer has more ids than the table rows, or an id is missing or out of range.
+    Raises UserError where tokenizer.json or tokenizer.model is damaged.
     """
-    rows, vocabulary = checkpoint.model.vocab_size, Vocabulary.of(checkpoint.folder)
-    assert isinstance(rows, int)
-    if vocabulary and vocabulary.num_ids > rows:
+    file = tokenizer_file(folder)
+    if not file.is_file():
+        return open_tokenizer(""), None, ""
+    try:
+        return open_tokenizer(file), file, ""
+    except UserError as error:
+        if file.name != TOKENIZER_FILES[-1]:
+            raise
+        return open_tokenizer(""), None, f"no tokenizer: {error}"
+
+
+def stated_by_folder(folder: Path, config: Json, backend: Backend, lenient: Sequence[str] = ()) -> Stated:
+    """By config.json, generation_config.json, tokenizer_config.json and special_tokens_map.json, in this order.
+
+    Raises UserError where an id is neither an integer nor a list of them, unless lenient names its token; −1, null and
+    [] mean that there is none.
+    """
+    generation = read_json(folder / GENERATION_CONFIG) if (folder / GENERATION_CONFIG).is_file() else {}
+    named = special_names(folder / TOKENIZER_FILES[0])
+    by: dict[str, list[Statement]] = {}
+    for name in NAMES:
+        by[name] = []
+        for file, values in ((CONFIG, config), (GENERATION_CONFIG, generation)):
+            key = f"{name}_token_id"
+            ids = _ids(values.get(key), f"{folder / file}: '{key}'", name in lenient)
+            by[name] += [Statement(f"{folder / file} ({key})", ids)] if ids else []
+        for file, texts in reversed(named.items()):
+            text = texts.get(f"{name}_token", "")
+            token_id = backend.token_id(text) if text else None
+            by[name] += [Statement(f"{folder / file} ({text})", (token_id,))] if token_id is not None else []
+    return Stated(by)
+
+
+def mask_of_family(family: Family, rows: int) -> list[Statement]:
+    """What is true of a family where no file speaks."""
+    return [Statement(f"{family.architecture}'s own", (family.mask_id,))] if 0 <= family.mask_id < rows else []
+
+
+def _masks_by_name(backend: Backend) -> dict[str, int]:
+    return {text: special.id for text, special in backend.special.items() if _MASK_NAME.fullmatch(text)}
+
+
+def other_masks(mask_id: int, backend: Backend, file: Path | None) -> list[str]:
+    """A line where the tokenizer has mask tokens by their names, but not the one that is used."""
+    named = _masks_by_name(backend)
+    if not named or mask_id in named.values():
+        return []
+    return [f"mask token {mask_id}, though {file} has {', '.join(f'{text} {i}' for text, i in named.items())}"]
+
+
+def mask_by_name(backend: Backend, file: Path | None, rows: int, key: str) -> list[Statement]:
+    """A special token of the tokenizer whose text says that it is the mask. Raises UserError where several do."""
+    found = {text: token_id for text, token_id in _masks_by_name(backend).items() if token_id < rows}
+    if len(set(found.values())) > 1:
+        choices = ", ".join(f"{text} {token_id}" for text, token_id in found.items())
         raise UserError(
-            f"{vocabulary.path}: has ids up to {vocabulary.num_ids - 1}, but the embedding table has {rows} rows; "
-            "it is the tokenizer of another model"
+            f"{file}: several tokens could be the mask token ({choices}), and no file names one; choose with {key}"
         )
-    known: Json = {**generation, **{name: value for name, value in checkpoint.config.items() if value is not None}}
-    eos = _chosen("eos", known, vocabulary, asked)
-    pad = _chosen("pad", known, vocabulary, asked)
-    mask = _chosen("mask", known, vocabulary, asked)
-    if mask is None and 0 <= checkpoint.family.mask_id < rows:
-        mask = checkpoint.family.mask_id
-    if eos is None:
-        raise UserError(f"{checkpoint.folder}: config.json has no 'eos_token_id'; give it with --eos-token")
-    for name, token in (("eos", eos), ("pad", pad)):
-        if token is not None and not 0 <= token < rows:
-            raise UserError(f"{checkpoint.folder}: {name} token {token} is outside the table of {rows} rows")
-    mask_id, rows, note = _mask_row(mask, rows, vocabulary)
-    return SpecialTokens(mask_id, eos if pad is None else pad, eos, rows, note)
+    return [Statement(f"{file} ({text}, by its name)", (token_id,)) for text, token_id in found.items()]
 
 
-def _mask_row(mask: int | None, rows: int, vocabulary: Vocabulary | None) -> tuple[int, int, str]:
-    """(id, rows of the table, what was done)"""
-    if mask is None:
-        mask = vocabulary.num_ids if vocabulary else rows
-    if mask > rows:
-        raise UserError(f"mask token {mask} is beyond the table of {rows} rows; the next free id is {rows}")
-    if mask == rows:
-        return mask, rows + 1, f"mask token {mask}: no row was free, so the table grew from {rows} to {rows + 1} rows"
-    if vocabulary and mask >= vocabulary.num_ids:
-        return mask, rows, f"mask token {mask}: a spare row of the table, which the tokenizer does not use"
-    return mask, rows, f"mask token {mask}: the checkpoint's own"
+def has_chat_template(folder: Path) -> bool:
+    """Whether a folder's files hold a template of conversations, good or bad."""
+    if any((folder / name).exists() for name in _TEMPLATE_FILES):
+        return True
+    settings = folder / SETTINGS
+    return settings.is_file() and bool(read_json(settings).get("chat_template"))
 
 
-def _chosen(name: str, known: Json, vocabulary: Vocabulary | None, asked: dict[str, str]) -> int | None:
-    """An id that was asked for or is known; None where neither."""
-    text = asked.get(name, "")
-    if text.isdecimal():
-        return int(text)
-    if text:
-        if vocabulary is None or text not in vocabulary.ids:
-            raise UserError(f"--{name}-token '{text}': the tokenizer has no such token; give an id")
-        return vocabulary.ids[text]
-    value = known.get(f"{name}_token_id")
-    return value[0] if isinstance(value, list) else value  # the first ends a text, others a turn
-
-
-def _huggingface_ids(path: Path) -> dict[str, int]:
-    import tokenizers
-
-    return tokenizers.Tokenizer.from_file(str(path)).get_vocab(with_added_tokens=True)
-
-
-def _sentencepiece_ids(path: Path) -> dict[str, int]:
-    import sentencepiece
-
-    processor = sentencepiece.SentencePieceProcessor(model_file=str(path))
-    return {processor.id_to_piece(token): token for token in range(processor.vocab_size())}
+def _ids(value: Any, where: str, lenient: bool) -> tuple[int, ...]:
+    values = value if isinstance(value, list) else [] if value is None else [value]
+    integers = [token for token in values if type(token) is int]
+    if len(integers) < len(values) and not lenient:
+        raise UserError(f"{where} must be an id or a list of ids, got {json_text(value)}")
+    return tuple(dict.fromkeys(token for token in integers if token >= 0))

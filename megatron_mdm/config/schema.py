@@ -49,6 +49,8 @@ class ModelConfig(Section):
     z_loss: float = Field(default=0.0, ge=0)  # weight of (log Σ exp logits)² beside each cross-entropy
     # Initial weights: a Hugging Face checkpoint's folder, or a run's; empty: random ones.
     init_from: str = ""
+    # Of that checkpoint's config.json: fields to read as if they were absent, though they may change what it computes.
+    ignore_fields: tuple[str, ...] = ()
 
     @property
     def kv_channels(self) -> int:

@@ -130,7 +130,7 @@ class HuggingFace:
     def _special(self) -> dict[str, Special]:
         return {
             token.content: Special(token_id, token.lstrip, token.rstrip, token.normalized)
-            for token_id, token in self.tokenizer.get_added_tokens_decoder().items()
+            for token_id, token in sorted(self.tokenizer.get_added_tokens_decoder().items())
             if token.special and token_id != self._unknown
         }
 

@@ -13,6 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import megatron_mdm
+from megatron_mdm.checkpoint.initial_tokens import with_initial_tokens
 from megatron_mdm.config.errors import UserError
 from megatron_mdm.config.files import sha256
 from megatron_mdm.config.load import flatten
@@ -35,6 +36,7 @@ class RunData:
     tokenizer: Tokenizer
     train: Dataset
     validation: Dataset | None
+    notes: tuple[str, ...] = ()  # on special tokens and template, a line each
 
     @property
     def special_ids(self) -> SpecialIds:
@@ -44,6 +46,7 @@ class RunData:
 def resolve(config: RunConfig) -> tuple[RunConfig, RunData]:
     """Read tokenizer and data; return them with the configuration in which every 'auto' has its value."""
     check_deepspeed_section(config)
+    config, notes = with_initial_tokens(config)
     tokenizer = load_tokenizer(config.data)
     model = resolve_vocabulary(config.model, tokenizer)
     dated = config.data.model_copy(update={"template_date": tokenizer.template.date or config.data.template_date})
@@ -59,7 +62,7 @@ def resolve(config: RunConfig) -> tuple[RunConfig, RunData]:
         _check_next_tokens(train, data.train)
     if config.diffusion.sampler == "ppots" and len(train) < 2:
         raise UserError(f"{data.train}: calibration needs at least 2 training samples")
-    return config, RunData(tokenizer, train, validation)
+    return config, RunData(tokenizer, train, validation, tuple(notes))
 
 
 def _check_next_tokens(data: SftDataset, path: str) -> None:
@@ -156,7 +159,7 @@ def total_steps(config: RunConfig, num_samples: int) -> int:
 
 
 def describe_data(data: RunData, config: RunConfig) -> str:
-    """One line: what was read and what was left out; a line for each thing to know about the template."""
+    """One line: what was read and what was left out; a line for each thing to know about template and special tokens."""
     lengths, sets = data.train.lengths(), [data.train, *([data.validation] if data.validation else [])]
     left_out, bad = sum(part.num_too_long for part in sets), sum(part.num_bad for part in sets)
     validation = f", {len(data.validation):,} for validation" if data.validation else ""
@@ -166,11 +169,11 @@ def describe_data(data: RunData, config: RunConfig) -> str:
     skipped = f"; {bad:,} bad ones skipped" if bad else ""
     split = _num_split(data.train)
     divided = f"; {split:,} conversations gave several samples: the chat template rewrites earlier turns" * bool(split)
-    notes = "".join(f"\nwarning: {line}" for line in data.tokenizer.template.warnings)
-    return (
+    line = (
         f"data: {len(data.train):,} samples{validation}, {lengths.mean():.1f} tokens on average "
-        f"(longest {lengths.max()}), {data.train.num_eligible().mean():.1f} eligible{dropped}{skipped}{divided}{notes}"
+        f"(longest {lengths.max()}), {data.train.num_eligible().mean():.1f} eligible{dropped}{skipped}{divided}"
     )
+    return "\n".join([line, *(f"warning: {told}" for told in data.tokenizer.template.warnings), *data.notes])
 
 
 def _num_split(data: Dataset) -> int:

@@ -155,7 +155,7 @@ def test_train_from_a_checkpoint_and_export(llada: Path, tmp_path: Path) -> None
     """model.init_from on tensor 2 × pipeline 2; the run is exported, and a second run starts from the first."""
     write_ids(tmp_path / "train.jsonl", 20)
     model = small_model(num_layers=3, ffn_hidden_size=48, vocab_size=VOCAB, rope_theta=5000.0)
-    base = [f"model.{key}={value}" for key, value in model.model_dump(exclude={"init_from"}).items()]
+    base = [f"model.{key}={value}" for key, value in model.model_dump(mode="json", exclude={"init_from"}).items()]
     config = tmp_path / "config.yaml"
     config.write_text(
         f"model: {{}}\ndata: {{train: {tmp_path}/train.jsonl, mask_token: {MASK}, pad_token: 0, eos_token: {EOS}, "

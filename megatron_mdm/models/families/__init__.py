@@ -17,6 +17,7 @@ FAMILIES: dict[str, Family] = {family.name: family for family in (LLADA, MMADA, 
 def family_of(config: Json, where: str) -> Family:
     """By `architectures`: two families share a model_type. Raises UserError naming what is not supported."""
     architectures = config.get("architectures") or []
+    architectures = architectures if isinstance(architectures, list) else [architectures]
     for family in FAMILIES.values():
         if family.architecture in architectures:
             return family

@@ -9,7 +9,7 @@ DREAM = CausalFamily(
     keys=KEYS,
     fields={ours: theirs for ours, theirs in FIELDS.items() if ours != "head_dim"},
     fixed={**QWEN_FIXED, "use_mrope": (False,)},
-    silent=QWEN_SILENT,
+    silent=QWEN_SILENT | {"attention_bias"},
     defaults=DEFAULTS,
     implies={"qkv_bias": True, "logit_shift": True},
     mask_id=151666,

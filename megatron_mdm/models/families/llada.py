@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from megatron_mdm.models.families.family import Family, Json, Keys
+from megatron_mdm.models.families.family import Family, Json, Keys, check_number
 
 KEYS = Keys(
     embedding="model.transformer.wte.weight",
@@ -36,12 +36,12 @@ FIXED = {
     "alibi": (False,),
     "attention_dropout": (0.0,),
     "attention_layer_norm": (False,),
-    "bias_for_layer_norm": (False, None),
+    "bias_for_layer_norm": (False,),
     "block_group_size": (1,),
     "block_type": ("llama",),
     "embedding_dropout": (0.0,),
     "include_bias": (False,),
-    "include_qkv_bias": (False, None),
+    "include_qkv_bias": (False,),
     "input_emb_norm": (False,),
     "layer_norm_type": ("rms",),
     "layer_norm_with_affine": (True,),
@@ -74,9 +74,10 @@ class LladaFamily(Family):
     def flatten(self, config: Json, where: str) -> Json:
         flat = dict(config)
         flat["vocab_size"] = flat.get("embedding_size") or flat.get("vocab_size")
-        if flat.get("n_kv_heads") is None:
-            flat["n_kv_heads"] = flat.get("n_heads")
-        if flat.get("mlp_hidden_size") is None and flat.get("mlp_ratio") and flat.get("d_model"):
+        flat.setdefault("n_kv_heads", flat.get("n_heads"))
+        if "mlp_hidden_size" not in flat and flat.get("mlp_ratio") and flat.get("d_model"):
+            for name in ("mlp_ratio", "d_model"):
+                check_number(name, flat[name], where)
             flat["mlp_hidden_size"] = flat["mlp_ratio"] * flat["d_model"]
         return flat
 

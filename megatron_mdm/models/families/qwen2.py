@@ -9,7 +9,7 @@ QWEN2 = CausalFamily(
     keys=KEYS,
     fields=FIELDS,
     fixed={**QWEN_FIXED, "use_mrope": (False,)},
-    silent=QWEN_SILENT,
+    silent=QWEN_SILENT | {"attention_bias"},  # transformers does not read it: q, k and v always have biases
     defaults=DEFAULTS,
     implies={"qkv_bias": True},
 )

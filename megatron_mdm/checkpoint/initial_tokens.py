@@ -1,0 +1,138 @@
+"""A run's special tokens and template beside those of what it starts from: taken where the configuration leaves them
+open, compared where it does not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from megatron_mdm.checkpoint.huggingface import CONFIG, is_checkpoint, model_section, read_json
+from megatron_mdm.checkpoint.native import HUGGINGFACE, RUN_CONFIG
+from megatron_mdm.checkpoint.special_tokens import (
+    Stated,
+    Statement,
+    folder_tokenizer,
+    has_chat_template,
+    mask_by_name,
+    mask_of_family,
+    stated_by_folder,
+)
+from megatron_mdm.config.errors import UserError
+from megatron_mdm.config.load import load_config
+from megatron_mdm.config.schema import DataConfig, RunConfig
+from megatron_mdm.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_mdm.data.tokenizer_files import open_tokenizer
+from megatron_mdm.models.families import family_of
+
+
+def with_initial_tokens(config: RunConfig) -> tuple[RunConfig, list[str]]:
+    """The configuration in which the special tokens and the template that 'data' does not set are those of
+    model.init_from, and a line for each that was taken or that contradicts what 'data' sets.
+
+    Raises UserError where model.init_from names no folder, or its files name two mask tokens and 'data' none.
+    """
+    if not config.model.init_from:
+        return config, []
+    folder, data = Path(config.model.init_from), config.data
+    if not folder.is_dir():
+        raise UserError(f"'model.init_from' {folder}: no such folder")
+    stated, template, notes = _of_folder(folder, config) if is_checkpoint(folder) else _of_run(folder)
+    changes, told = _tokens(data, stated)
+    data = data.model_copy(update=changes)
+    if template != data.template and "template" not in data.model_fields_set and data.format == "sft":
+        data, line = _with_template(data, template, folder)
+        told.append(line)
+    return config.model_copy(update={"data": data}), notes + told
+
+
+def contradictions(run_folder: Path, tokenizer: Tokenizer) -> list[str]:
+    """A line for each special token of a run that the Hugging Face files it keeps know by another id."""
+    kept = run_folder / HUGGINGFACE
+    if not is_checkpoint(kept):
+        return []
+    try:
+        stated = stated_by_folder(kept, read_json(kept / CONFIG), tokenizer.backend)
+    except UserError as error:
+        return [str(error)]
+    lines = []
+    for name, token_id in (("mask", tokenizer.mask_id), ("eos", tokenizer.eos_id)):
+        other = stated.contradicts(name, token_id)
+        if other:
+            lines.append(f"{name} token {token_id}, by the run's {RUN_CONFIG}, though it is {other}")
+    return lines
+
+
+def _of_folder(folder: Path, config: RunConfig) -> tuple[Stated, str, list[str]]:
+    """(statements, template, what to tell) of a Hugging Face checkpoint."""
+    theirs, where = read_json(folder / CONFIG), str(folder / CONFIG)
+    family = family_of(theirs, where)
+    rows = model_section(family, theirs, where, config.model.ignore_fields).vocab_size
+    assert isinstance(rows, int)
+    backend, file, fault = folder_tokenizer(folder)
+    unread = [name for name in ("mask", "pad", "eos") if f"{name}_token" in config.data.model_fields_set]
+    stated = stated_by_folder(folder, theirs, backend, lenient=unread)
+    if not stated.by["mask"]:
+        fallback = mask_of_family(family, rows)
+        if not fallback and "mask" not in unread:
+            fallback = mask_by_name(backend, file, rows, "'data.mask_token'")
+        stated = Stated({**stated.by, "mask": fallback})
+    template = "tokenizer" if has_chat_template(folder) else "plain"
+    return stated, template, [fault] if fault else []
+
+
+def _of_run(folder: Path) -> tuple[Stated, str, list[str]]:
+    """The same of a run's folder."""
+    if not (folder / RUN_CONFIG).is_file():
+        return Stated({}), "plain", []  # what is wrong with it is said where its weights are read
+    data, notes = load_config(folder / RUN_CONFIG).data, []
+    given: dict[str, Any] = {name: getattr(data, f"{name}_token") for name in ("mask", "pad", "eos")}
+    try:
+        tokenizer = load_tokenizer(data.model_copy(update={"template": "plain"}))
+        given = {"mask": tokenizer.mask_id, "pad": tokenizer.pad_id, "eos": tokenizer.eos_id}
+    except UserError as error:
+        notes.append(f"special tokens of {folder} that are texts are not compared ({error})")
+    by = {
+        name: [Statement(f"{folder / RUN_CONFIG} (data.{name}_token)", (token,))]
+        for name, token in given.items()
+        if isinstance(token, int)
+    }
+    return Stated(by), data.template, notes
+
+
+def _tokens(data: DataConfig, stated: Stated) -> tuple[dict[str, Any], list[str]]:
+    """(keys of data to change, what to tell)"""
+    backend = open_tokenizer(data.tokenizer)
+    changes: dict[str, Any] = {}
+    notes: list[str] = []
+    for name in ("eos", "pad", "mask"):
+        key = f"{name}_token"
+        value = getattr(data, key)
+        mine = backend.token_id(value) if isinstance(value, str) else value
+        if key in data.model_fields_set:
+            other = stated.contradicts(name, -1 if mine is None else mine)
+            token = f"{value} (a new id)" if mine is None else mine if mine == value else f"{mine} ({value})"
+            notes += [f"{name} token {token}, by 'data.{key}', though it is {other}"] if other else []
+            continue
+        ids, told = stated.choice(name, f"'data.{key}'")
+        notes += told
+        where = stated.by[name][0].where if ids else ""
+        if name == "pad" and not ids and "eos_token" in changes:
+            ids, where = (changes["eos_token"],), "the end token, since no file names one"
+        if ids and ids[0] != mine:
+            changes[key] = ids[0]
+            notes.append(f"{name} token {ids[0]}, by {where}, since 'data.{key}' is not set")
+        if name == "eos" and ids[1:] and "end_tokens" not in data.model_fields_set:
+            changes["end_tokens"] = ids[1:]
+    return changes, notes
+
+
+def _with_template(data: DataConfig, template: str, folder: Path) -> tuple[DataConfig, str]:
+    taken = data.model_copy(update={"template": template})
+    try:
+        load_tokenizer(taken)
+    except UserError as error:
+        return (
+            data,
+            f"template {data.template}, though {folder} has {template}, since the latter cannot be used: {error}",
+        )
+    return taken, f"template {template}, that of {folder}, since 'data.template' is not set"
