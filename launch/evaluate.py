@@ -9,11 +9,10 @@ from megatron_mdm.parallel import platform
 
 platform.quiet_libraries()
 
-from megatron_mdm.checkpoint.load import load_for_inference, run_config  # noqa: E402
+from megatron_mdm.checkpoint.load import data_overrides, load_for_inference, run_config, run_tokenizer  # noqa: E402
 from megatron_mdm.config.errors import UserError  # noqa: E402
 from megatron_mdm.config.load import load_section  # noqa: E402
 from megatron_mdm.data.records import ON_ERROR, bad_lines  # noqa: E402
-from megatron_mdm.data.tokenizer import load_tokenizer  # noqa: E402
 from megatron_mdm.evaluation.measures import MEASURES, Source, write_result  # noqa: E402
 from megatron_mdm.parallel.groups import initialize  # noqa: E402
 from megatron_mdm.parallel.program import run_program  # noqa: E402
@@ -30,7 +29,9 @@ def main() -> None:
     parser.add_argument("--on-error", choices=ON_ERROR, default="", help="bad records; else the run's data.on_error")
     parser.add_argument("--tensor", type=int, default=0, help="tensor-parallel degree; 0: the run's")
     parser.add_argument("--pipeline", type=int, default=1, help="pipeline-parallel degree")
-    parser.add_argument("settings", nargs="*", metavar="key=value", help="of generation, or of likelihoods")
+    parser.add_argument(
+        "settings", nargs="*", metavar="key=value", help="of generation, or of likelihoods; data.template …"
+    )
     arguments = parser.parse_intermixed_args()
     if not arguments.harness and not arguments.data:
         raise UserError("give --data, or --harness")
@@ -38,10 +39,11 @@ def main() -> None:
     if arguments.harness:
         from megatron_mdm.evaluation.harness import HARNESS as measure
 
-    config = run_config(arguments.run_dir, arguments.tensor, arguments.pipeline)
+    data, others = data_overrides(arguments.settings)
+    config = run_config(arguments.run_dir, arguments.tensor, arguments.pipeline, data)
     source = Source(arguments.harness or arguments.data, arguments.limit, arguments.on_error or config.data.on_error)
-    settings = load_section(measure.settings, arguments.settings)
-    evaluate = measure.prepare(source, settings, config, load_tokenizer(config.data))
+    settings = load_section(measure.settings, others)
+    evaluate = measure.prepare(source, settings, config, run_tokenizer(arguments.run_dir, config))
     context = initialize(config.parallel.tensor, config.parallel.pipeline, hang_minutes=config.faults.hang_minutes)
     watch(arguments.run_dir, config.faults.hang_minutes, context)
     result = evaluate(load_for_inference(arguments.run_dir, config, context), context)

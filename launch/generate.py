@@ -9,12 +9,11 @@ from megatron_mdm.parallel import platform
 
 platform.quiet_libraries()
 
-from megatron_mdm.checkpoint.load import load_for_inference, run_config  # noqa: E402
+from megatron_mdm.checkpoint.load import data_overrides, load_for_inference, run_config, run_tokenizer  # noqa: E402
 from megatron_mdm.config.errors import UserError  # noqa: E402
 from megatron_mdm.config.load import load_section  # noqa: E402
 from megatron_mdm.data.prompts import read_prompts  # noqa: E402
 from megatron_mdm.data.records import ON_ERROR, BadRecords, bad_lines  # noqa: E402
-from megatron_mdm.data.tokenizer import load_tokenizer  # noqa: E402
 from megatron_mdm.generation.answers import AnswerFile, answer_prompts  # noqa: E402
 from megatron_mdm.generation.interactive import converse  # noqa: E402
 from megatron_mdm.generation.settings import GenerationConfig  # noqa: E402
@@ -32,13 +31,15 @@ def main() -> None:
     parser.add_argument("--tensor", type=int, default=0, help="tensor-parallel degree; 0: the run's")
     parser.add_argument("--pipeline", type=int, default=1, help="pipeline-parallel degree")
     parser.add_argument("--on-error", choices=ON_ERROR, default="", help="bad records; else the run's data.on_error")
-    parser.add_argument("generation", nargs="*", metavar="key=value", help=", ".join(GenerationConfig.model_fields))
+    settings = ", ".join(["data.template, data.tokenizer …", *GenerationConfig.model_fields])
+    parser.add_argument("settings", nargs="*", metavar="key=value", help=settings)
     arguments = parser.parse_intermixed_args()
     if not arguments.interactive and not (arguments.prompts and arguments.output):
         raise UserError("give --prompts and --output, or --interactive")
-    generation = load_section(GenerationConfig, arguments.generation)
-    config = run_config(arguments.run_dir, arguments.tensor, arguments.pipeline)
-    tokenizer, method = load_tokenizer(config.data), config.diffusion.method
+    data, others = data_overrides(arguments.settings)
+    generation = load_section(GenerationConfig, others)
+    config = run_config(arguments.run_dir, arguments.tensor, arguments.pipeline, data)
+    tokenizer, method = run_tokenizer(arguments.run_dir, config), config.diffusion.method
     bad = BadRecords(arguments.on_error or config.data.on_error)
     prompts = [] if arguments.interactive else read_prompts(arguments.prompts, tokenizer, config.data, bad)
     context = initialize(config.parallel.tensor, config.parallel.pipeline, hang_minutes=config.faults.hang_minutes)
@@ -47,7 +48,7 @@ def main() -> None:
         converse(engine, tokenizer, generation, method, context, sys.stdin, sys.stdout)
         return
     watch(arguments.run_dir, config.faults.hang_minutes, context)  # above, ranks may wait for a person for hours
-    settings = {"checkpoint": engine.source, **generation.model_dump(mode="json")}
+    settings = {"checkpoint": engine.source, **generation.model_dump(mode="json"), **({"data": data} if data else {})}
     file = AnswerFile(arguments.output, prompts, settings, context)
     answer_prompts(file, engine, tokenizer, generation, method, context)
     if context.is_main:

@@ -17,7 +17,7 @@ from megatron_mdm.parallel.watchdog import watch  # noqa: E402
 from megatron_mdm.training.dry_run import describe  # noqa: E402
 from megatron_mdm.training.inputs import agreement, describe_data, resolve, total_steps  # noqa: E402
 from megatron_mdm.training.layout_check import check_layout  # noqa: E402
-from megatron_mdm.training.resume import on_the_runs_day  # noqa: E402
+from megatron_mdm.training.resume import as_the_run_began  # noqa: E402
 from megatron_mdm.training.run import StartMode, train_run  # noqa: E402
 
 
@@ -34,7 +34,7 @@ def main() -> None:
 
     config = load_config(arguments.config, arguments.overrides)
     validate(config, arguments.world_size)
-    config, data = resolve(on_the_runs_day(config) if arguments.resume else config)
+    config, data = resolve(as_the_run_began(config) if arguments.resume else config)
     description = describe(config, arguments.world_size, total_steps(config, len(data.train)))
     if arguments.dry_run:
         print(f"{description}\n{describe_data(data, config)}")

@@ -31,14 +31,16 @@ def small_model(**changes: Any) -> ModelConfig:
     return ModelConfig(**{**values, **changes})
 
 
-def write_ids(path: Path, num_samples: int, seed: int = 0, length: tuple[int, int] = (8, 24)) -> Path:
-    """A JSONL file of token ids with a learnable pattern: each response token repeats one of the prompt."""
+def write_ids(
+    path: Path, num_samples: int, seed: int = 0, length: tuple[int, int] = (8, 24), num_ids: int = MASK
+) -> Path:
+    """A JSONL file of token ids, from 2 on, with a learnable pattern: each response token repeats one of the prompt."""
     generator = np.random.default_rng(seed)
     lines = []
     for _ in range(num_samples):
         size = int(generator.integers(*length))
         prompt = int(generator.integers(2, size - 2))
-        ids = generator.integers(2, MASK, size)
+        ids = generator.integers(2, num_ids, size)
         ids[prompt:] = ids[np.arange(size - prompt) % prompt]
         lines.append(json.dumps({"input_ids": ids.tolist(), "prompt_length": prompt}))
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")

@@ -24,6 +24,8 @@ from megatron_mdm.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_mdm.data.tokenizer_files import open_tokenizer
 from megatron_mdm.models.families import family_of
 
+_KEYS = ("mask_token", "pad_token", "eos_token", "end_tokens", "template")
+
 
 def with_initial_tokens(config: RunConfig) -> tuple[RunConfig, list[str]]:
     """The configuration in which the special tokens and the template that 'data' does not set are those of
@@ -35,6 +37,8 @@ def with_initial_tokens(config: RunConfig) -> tuple[RunConfig, list[str]]:
         return config, []
     folder, data = Path(config.model.init_from), config.data
     if not folder.is_dir():
+        if data.model_fields_set.issuperset(_KEYS):  # as they are when a run is resumed
+            return config, []
         raise UserError(f"'model.init_from' {folder}: no such folder")
     stated, template, notes = _of_folder(folder, config) if is_checkpoint(folder) else _of_run(folder)
     changes, told = _tokens(data, stated)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -9,6 +11,7 @@ import torch
 from torch import nn
 
 from megatron_mdm.checkpoint.initial import InitialWeights
+from megatron_mdm.checkpoint.initial_tokens import contradictions
 from megatron_mdm.checkpoint.manifest import TENSORS
 from megatron_mdm.checkpoint.store import CheckpointStore
 from megatron_mdm.checkpoint.tensors import TensorReader
@@ -16,24 +19,49 @@ from megatron_mdm.config.errors import UserError
 from megatron_mdm.config.load import load_config
 from megatron_mdm.config.schema import ModelConfig, RunConfig
 from megatron_mdm.config.validate import validate_layout
+from megatron_mdm.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_mdm.engine.base import Engine
 from megatron_mdm.engine.build import build_engine, from_scratch
 from megatron_mdm.engine.inference import InferenceEngine, PipelinedInferenceEngine, build_stages
 from megatron_mdm.engine.master import MOMENTS, WEIGHT, canonical_name
 from megatron_mdm.models.stages import build_model
-from megatron_mdm.parallel.groups import ParallelContext, world_size_from_environment
+from megatron_mdm.parallel.groups import ParallelContext, rank_from_environment, world_size_from_environment
+
+# Keys of a run's data section that may be others when its model is read.
+_READING_KEYS = ("tokenizer", "template", "template_date", "mask_token", "pad_token", "eos_token", "end_tokens")
 
 
-def run_config(folder: Path, tensor: int = 0, pipeline: int = 1) -> RunConfig:
+def data_overrides(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """key=value arguments of a program that reads a run: (those of its data section, the others).
+
+    Raises UserError naming a key of the section that says nothing about reading.
+    """
+    ours = [argument for argument in arguments if argument.startswith("data.")]
+    for argument in ours:
+        key = argument.partition("=")[0]
+        if key.removeprefix("data.") not in _READING_KEYS:
+            raise UserError(f"'{key}' cannot be set here; of 'data', only {', '.join(_READING_KEYS)} can")
+    return ours, [argument for argument in arguments if argument not in ours]
+
+
+def run_tokenizer(folder: Path, config: RunConfig) -> Tokenizer:
+    """The tokenizer of a run; the main rank tells where the Hugging Face files in its folder contradict it."""
+    tokenizer = load_tokenizer(config.data)
+    for line in contradictions(folder, tokenizer) if rank_from_environment() == 0 else ():
+        print(f"warning: {line}", file=sys.stderr, flush=True)
+    return tokenizer
+
+
+def run_config(folder: Path, tensor: int = 0, pipeline: int = 1, overrides: Sequence[str] = ()) -> RunConfig:
     """The resolved configuration of a run, for reading its model, on a layout of its own.
 
-    tensor: another tensor-parallel degree than it was trained with; 0: the same. Raises UserError where the ranks that
-    were started do not form the layout.
+    tensor: another tensor-parallel degree than it was trained with; 0: the same. overrides: see data_overrides. Raises
+    UserError where the ranks that were started do not form the layout.
     """
     path = folder / "config.yaml"
     if not path.is_file():
         raise UserError(f"{folder}: not a run's folder (it has no config.yaml)")
-    config = load_config(path)
+    config = load_config(path, overrides)
     parallel = {"pipeline": pipeline, "tensor": tensor or config.parallel.tensor, "sequence": False}
     config = config.model_copy(update={"parallel": config.parallel.model_copy(update=parallel)})
     validate_layout(config, world_size_from_environment())

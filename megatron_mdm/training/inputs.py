@@ -159,7 +159,7 @@ def total_steps(config: RunConfig, num_samples: int) -> int:
 
 
 def describe_data(data: RunData, config: RunConfig) -> str:
-    """One line: what was read and what was left out; a line for each thing to know about template and special tokens."""
+    """One line: what was read and what was left out; and lines on template and special tokens."""
     lengths, sets = data.train.lengths(), [data.train, *([data.validation] if data.validation else [])]
     left_out, bad = sum(part.num_too_long for part in sets), sum(part.num_bad for part in sets)
     validation = f", {len(data.validation):,} for validation" if data.validation else ""

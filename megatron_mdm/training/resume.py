@@ -18,13 +18,21 @@ FREE_KEYS = (
 )
 
 
-def on_the_runs_day(config: RunConfig) -> RunConfig:
-    """With the day on which the run in its folder began, where the chat template names one and none is asked for."""
-    saved_path = Path(config.checkpoint.directory) / RUN_CONFIG
-    if config.data.template_date != TODAY or not saved_path.exists():
+# What model.init_from decides where 'data' does not.
+_FROM_THE_START = ("mask_token", "pad_token", "eos_token", "end_tokens", "template")
+
+
+def as_the_run_began(config: RunConfig) -> RunConfig:
+    """With what the run in its folder took at its beginning where the configuration leaves it open: the day that its
+    chat template names, and the special tokens and the template of model.init_from, which may be gone by now."""
+    saved_path, data = Path(config.checkpoint.directory) / RUN_CONFIG, config.data
+    if not saved_path.exists():
         return config
-    day = load_config(saved_path).data.template_date
-    return config.model_copy(update={"data": config.data.model_copy(update={"template_date": day})})
+    saved = load_config(saved_path).data
+    open_keys = [key for key in _FROM_THE_START if config.model.init_from and key not in data.model_fields_set]
+    open_keys += ["template_date"] if data.template_date == TODAY else []
+    changes = {key: getattr(saved, key) for key in open_keys}
+    return config.model_copy(update={"data": data.model_copy(update=changes)})
 
 
 def check_same_run(saved_path: Path, config: RunConfig) -> None:

@@ -14,10 +14,12 @@ from megatron_mdm.checkpoint.convert import ImportOptions, import_checkpoint
 from megatron_mdm.checkpoint.huggingface import HuggingFaceCheckpoint
 from megatron_mdm.checkpoint.imported_tokens import special_tokens
 from megatron_mdm.checkpoint.initial_tokens import contradictions, with_initial_tokens
+from megatron_mdm.checkpoint.load import data_overrides, run_config, run_tokenizer
 from megatron_mdm.config.errors import UserError
 from megatron_mdm.config.load import dump_config, load_config
 from megatron_mdm.config.schema import RunConfig
 from megatron_mdm.data.tokenizer import load_tokenizer
+from megatron_mdm.training.resume import as_the_run_began
 from tests.checkpoint.huggingface_models import VOCAB, write_checkpoint
 from tests.checkpoint.test_bad_checkpoints import change_json
 from tests.small import small_config
@@ -271,6 +273,38 @@ def test_a_run_that_contradicts_the_files_it_keeps_says_so(llada: Path) -> None:
     mask, eos = contradictions(run, load_tokenizer(changed))
     assert mask.startswith("mask token 41, by the run's config.yaml, though it is 57 by ")
     assert eos.startswith("eos token 40, by the run's config.yaml, though it is 1 by ")
+
+
+def test_a_run_is_read_with_another_template_or_other_tokens(llada: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As generate and evaluate do with data.… on the command line."""
+    write_tokenizer(llada, chat_template=TEMPLATE)
+    imported(llada)
+    run = llada.parent / "imported"
+    ours, others = data_overrides(["steps=8", "data.template=plain", "data.eos_token=40", "data.end_tokens=[1, 42]"])
+    assert others == ["steps=8"]
+    config = run_config(run, overrides=ours)
+    assert (config.data.template, config.data.eos_token, config.data.end_tokens) == ("plain", 40, (1, 42))
+    capsys.readouterr()
+    assert run_tokenizer(run, config).eos_id == 40
+    assert capsys.readouterr().err.startswith("warning: eos token 40, by the run's config.yaml, though it is 1 by ")
+    run_tokenizer(run, run_config(run))
+    assert capsys.readouterr().err == ""
+    with pytest.raises(UserError, match=r"'data\.train' cannot be set here; of 'data', only tokenizer, template"):
+        data_overrides(["data.train=x"])
+
+
+def test_a_resumed_run_keeps_what_it_took_from_a_start_that_is_gone(llada: Path) -> None:
+    config, _ = start(llada)
+    folder = Path(config.checkpoint.directory)
+    folder.mkdir()
+    (folder / "config.yaml").write_text(dump_config(config))
+    written = load_config(llada.parent / "my.yaml")
+    shutil.rmtree(llada)
+    with pytest.raises(UserError, match="no such folder"):
+        with_initial_tokens(written)
+    resumed, notes = with_initial_tokens(as_the_run_began(written))
+    assert ids(resumed) == ids(config)
+    assert notes == []
 
 
 def test_the_family_speaks_where_no_file_does(llada: Path) -> None:

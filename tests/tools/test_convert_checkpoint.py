@@ -153,7 +153,7 @@ def test_mask_token_of_an_autoregressive_model(llama: Path, tmp_path: Path) -> N
 
 def test_train_from_a_checkpoint_and_export(llada: Path, tmp_path: Path) -> None:
     """model.init_from on tensor 2 × pipeline 2; the run is exported, and a second run starts from the first."""
-    write_ids(tmp_path / "train.jsonl", 20)
+    write_ids(tmp_path / "train.jsonl", 20, num_ids=MASK)
     model = small_model(num_layers=3, ffn_hidden_size=48, vocab_size=VOCAB, rope_theta=5000.0)
     base = [f"model.{key}={value}" for key, value in model.model_dump(mode="json", exclude={"init_from"}).items()]
     config = tmp_path / "config.yaml"
@@ -196,7 +196,7 @@ def test_generate_from_an_imported_run(llama: Path, tmp_path: Path) -> None:
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "word3"}\n', encoding="utf-8")
     output = tmp_path / "answers.jsonl"
     files = ["--prompts", str(tmp_path / "prompts.jsonl"), "--output", str(output)]
-    generation = ["gen_length=8", "block_length=8", "steps=4"]
+    generation = ["gen_length=8", "block_length=8", "steps=4", "data.end_tokens=[3]"]
     arguments = ["--run-dir", str(tmp_path / "run"), *files, "--tensor", "2", *generation]
     for result in run_program_ranks("launch/generate.py", arguments, 2):
         assert result.exit_code == 0, result.stderr
@@ -205,7 +205,7 @@ def test_generate_from_an_imported_run(llama: Path, tmp_path: Path) -> None:
 
 def test_imported_weights_cannot_be_resumed(llada: Path, tmp_path: Path) -> None:
     succeed("import", llada, "--output", tmp_path / "run")
-    write_ids(tmp_path / "train.jsonl", 20)
+    write_ids(tmp_path / "train.jsonl", 20, num_ids=MASK)
     arguments = ["--config", str(tmp_path / "run/config.yaml"), f"data.train={tmp_path}/train.jsonl"]
     (result,) = run_program_ranks("launch/train.py", [*arguments, "--resume"])
     assert result.exit_code == 1
