@@ -26,7 +26,12 @@ def main() -> None:
     parser.add_argument("--nodes", type=int, default=0, help="in place of the cluster's")
     parser.add_argument("--gpus-per-node", type=int, default=0, help="in place of the cluster's")
     parser.add_argument("--samples", type=int, default=0, help="of the training set, where 'schedule.epochs' is set")
-    parser.add_argument("--mean-length", type=float, default=0.0, help="tokens of a sample; default: data.max_length")
+    parser.add_argument(
+        "--mean-length",
+        type=float,
+        default=0.0,
+        help="tokens of a sample, eos padding included; default: data.max_length",
+    )
     parser.add_argument("--eligible", type=float, default=1.0, help="share of the tokens that is learnt")
     parser.add_argument("--search", action="store_true", help="the best feasible layouts, in place of the config's")
     parser.add_argument("--top", type=int, default=10, help="how many of them")

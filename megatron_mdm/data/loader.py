@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -101,11 +101,34 @@ class TrainLoader:
             sum(computed_tokens(lengths, positions, self.config.mode) for positions in mine),
         )
 
+    def padded_samples(self) -> Sequence[Sample]:
+        """All samples, by row, with the eos padding that the first epoch gives them."""
+        size = len(self.data)
+        extra = np.zeros(size, dtype=np.int64)
+        for start in range(0, size if self.eos_padding != NO_EOS_PADDING else 0, self.global_size):
+            ids = self.sample_ids(start // self.global_size - self.first_batch)
+            rows = ids[: size - start]  # the last batch holds some of the next epoch, too
+            extra[rows] = self.lengths[ids].max() - self.lengths[rows]
+        return _Extended(self.data.samples, self.eos_padding, extra)
+
     def _permutation(self, epoch: int) -> NDArray[np.int64]:
         if epoch != self._epoch:
             self._epoch = epoch
             self._order = stream(self.seed, Purpose.DATA_ORDER, epoch).permutation(len(self.data))
         return self._order
+
+
+class _Extended(Sequence[Sample]):
+    """Samples with learnt tokens behind each, made when they are asked for."""
+
+    def __init__(self, samples: Sequence[Sample], token: int, extra: NDArray[np.int64]) -> None:
+        self.samples, self.token, self.extra = samples, token, extra
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, row: Any) -> Any:
+        return _extended(self.samples[row], self.token, int(self.extra[row]))
 
 
 def _extended(sample: Sample, token: int, extra: int) -> Sample:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ import numpy as np
 from megatron_mdm.config.errors import UserError
 from megatron_mdm.config.files import write_json
 from megatron_mdm.config.schema import RunConfig
+from megatron_mdm.data.loader import TrainLoader
 from megatron_mdm.data.sft import SftDataset
 from megatron_mdm.diffusion.calibrator import LOWER_QUANTILE, Calibrator, Fit
 from megatron_mdm.diffusion.exposure import SampleShapes, exposures
@@ -39,6 +40,7 @@ _GOLDEN = (5**0.5 - 1) / 2  # the fractional parts of its multiples fill [0, 1] 
 def calibrate(engine: Forward, config: RunConfig, data: RunData, context: ParallelContext) -> dict[str, Any]:
     """Measure, fit, and return the calibration artifact: JSON-able, the same on every rank. Collective."""
     began = time.monotonic()
+    data = replace(data, train=as_trained(config, data))
     prepass = Prepass(engine, config, data, context)
     calibrator = calibrator_of(config, data.train)
     nested = config.diffusion.calibration.estimator == "naive"
@@ -47,6 +49,24 @@ def calibrate(engine: Forward, config: RunConfig, data: RunData, context: Parall
     artifact["data_fingerprint"] = data.train.fingerprint
     artifact["seconds"] = round(time.monotonic() - began, 3)
     return artifact
+
+
+def as_trained(config: RunConfig, data: RunData) -> SftDataset:
+    """The training samples with the eos padding that is learnt behind them, if any."""
+    if not config.data.eos_padding:
+        return data.train
+    padding = data.tokenizer.eos_id
+    loader = TrainLoader(
+        data.train,
+        batch=config.batch,
+        views=config.diffusion.rows_per_sample,
+        data_rank=0,
+        data_size=1,
+        pad_id=data.tokenizer.pad_id,
+        seed=config.seed,
+        eos_padding=padding,
+    )
+    return data.train.with_samples(loader.padded_samples())
 
 
 def calibrator_of(config: RunConfig, data: SftDataset) -> Calibrator:

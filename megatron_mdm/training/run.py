@@ -36,7 +36,7 @@ from megatron_mdm.parallel.groups import ParallelContext
 from megatron_mdm.parallel.heartbeat import enter
 from megatron_mdm.parallel.watchdog import HANGS
 from megatron_mdm.reports.plots import calibration_figure, save_figure, training_figure
-from megatron_mdm.training.calibrate import calibrate, calibrator_of, load_artifact, save_artifact
+from megatron_mdm.training.calibrate import as_trained, calibrate, calibrator_of, load_artifact, save_artifact
 from megatron_mdm.training.faults import DUMPS, FAULTS, Faults
 from megatron_mdm.training.hooks import AdaptiveClipping, Log, Save, Validate
 from megatron_mdm.training.inputs import RunData, total_steps
@@ -230,7 +230,7 @@ def _hooks(
         CompareRanks(trainer, metrics, folder),
     ]
     if artifact and config.diffusion.calibration.refit_every:
-        hooks.append(Refit(calibrator_of(config, data.train), trainer.noiser, artifact, state, metrics))
+        hooks.append(Refit(calibrator_of(config, as_trained(config, data)), trainer.noiser, artifact, state, metrics))
     if config.evaluation.every and data.validation is not None:
         validation = VALIDATIONS[config.diffusion.method](
             data.validation,

@@ -16,7 +16,10 @@ from megatron_mdm.data.loader import TrainLoader
 from megatron_mdm.data.sft import SftDataset, encode_prompt, read_sft
 from megatron_mdm.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_mdm.generation.settings import SpecialIds
+from megatron_mdm.training.calibrate import as_trained
+from megatron_mdm.training.inputs import RunData
 from tests.ranks import run_program_ranks
+from tests.small import small_config
 
 LLADA_TOKENS = ["<|startoftext|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
 CHAT_TEMPLATE = (
@@ -220,6 +223,32 @@ def test_eos_padding_is_learnt_up_to_the_longest_of_the_global_batch(folder: Pat
         assert (micro.tokens[0, length - 1 :] == tokenizer.eos_id).all()
         assert micro.eligible[0, 2:].all()
     assert local.global_batch.num_eligible == 4 * (longest - 2)
+
+
+def test_calibration_sees_the_eos_padding_that_training_learns(folder: Path) -> None:
+    """The samples of the first epoch, of which the last batch holds two of the second."""
+    data, tokenizer = read(folder, [{"prompt": "a", "response": "b" * size} for size in range(1, 11)])
+    batch = {"global_size": 4, "micro_size": 1}
+    config = small_config(folder, data={"eos_padding": True}, batch=batch)
+    run_data = RunData(tokenizer, data, None)
+    seen = as_trained(config, run_data).samples
+    loader = TrainLoader(
+        data,
+        batch=config.batch,
+        views=1,
+        data_rank=0,
+        data_size=1,
+        pad_id=1,
+        seed=config.seed,
+        eos_padding=tokenizer.eos_id,
+    )
+    trained: dict[int, list[int]] = {}
+    for step in range(3):
+        for micro in loader.batch(step).micro_batches:
+            trained.setdefault(int(micro.sample_ids[0]), micro.tokens[0].tolist())
+    assert {row: seen[row].tokens.tolist() for row in range(10)} == trained
+    assert [int(sample.eligible.sum()) for sample in seen] == [len(trained[row]) - 2 for row in range(10)]
+    assert as_trained(small_config(folder, batch=batch), run_data) is data
 
 
 def lines(path: Path) -> list[dict[str, Any]]:
