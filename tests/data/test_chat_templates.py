@@ -10,15 +10,21 @@ from typing import Any
 
 import pytest
 import tokenizers
+from pydantic import ValidationError
 
 from megatron_mdm.config.errors import UserError
+from megatron_mdm.config.files import write_atomically
+from megatron_mdm.config.load import dump_config
 from megatron_mdm.config.schema import DataConfig
 from megatron_mdm.data.chat_template import ChatTemplate
 from megatron_mdm.data.conversation import Message, Piece, Template, TemplateSource
 from megatron_mdm.data.sft import SftDataset, encode_prompt, read_sft, split_validation
 from megatron_mdm.data.templates import TEMPLATES
 from megatron_mdm.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_mdm.training.inputs import resolve
+from megatron_mdm.training.resume import check_same_run, on_the_runs_day
 from tests.data.chat_templates import CASES, CONVERSATIONS, SPECIAL_TOKENS, source
+from tests.small import small_config
 
 CHATML, CHATML_MARKED = source("chatml"), source("chatml_marked")
 ANSWERS = {
@@ -267,6 +273,30 @@ def test_the_date_is_that_of_the_run(folders: dict[str, Path]) -> None:
     expected = transformers_text(folders["llama-3.1"], CONVERSATIONS["one turn"][:1], True)
     assert joined(new.prompt(messages[:1])) == expected
     assert template_of(folders["llada"]).date == ""
+
+
+def test_a_resumed_run_keeps_its_day(folders: dict[str, Path], tmp_path: Path) -> None:
+    """config.yaml holds the day on which the run began, where the template names it."""
+    records = tmp_path / "records.jsonl"
+    records.write_text(json.dumps({"messages": CONVERSATIONS["one turn"]}) + "\n", encoding="utf-8")
+    today = datetime.date.today().isoformat()
+    for name, begun in (("llama-3.1", today), ("llama-3", "today")):
+        data = {"train": str(records), "tokenizer": str(folders[name]), "template": "tokenizer", "max_length": 200}
+        special = {"eos_token": "<|eot_id|>", "mask_token": "<mask>", "pad_token": "<pad>"}
+        config = small_config(tmp_path / name, data={**data, **special}, model={"vocab_size": 400})
+        first, read_first = resolve(config)
+        assert first.data.template_date == begun
+        assert on_the_runs_day(config) == config  # nothing has begun
+        earlier = first.data.model_copy(update={"template_date": "2021-03-04"} if begun == today else {})
+        saved = tmp_path / name / "run" / "config.yaml"
+        write_atomically(saved, dump_config(first.model_copy(update={"data": earlier})))
+        again, read_again = resolve(on_the_runs_day(config))
+        check_same_run(saved, again)
+        texts = [run.tokenizer.decode_all(run.train.samples[0].tokens) for run in (read_first, read_again)]
+        assert ("04 Mar 2021" in texts[1]) == (begun == today)
+        assert (texts[0] == texts[1]) == (begun == "today")
+    with pytest.raises(ValidationError, match="must be a day as YYYY-MM-DD, or 'today'"):
+        DataConfig(train="", max_length=9, template_date="4 March")
 
 
 def test_fields_of_messages_reach_the_template(vocabulary: str, tmp_path: Path) -> None:

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
-from megatron_mdm.config.schema import RunConfig
+from megatron_mdm.config.schema import DataConfig, RunConfig
+from megatron_mdm.data.templates import BEGIN, END_OF_TURN, HEADER, HEADER_END
 from megatron_mdm.evaluation.exact_match import wilson_interval
+from megatron_mdm.models.cache import Window
+from megatron_mdm.models.stages import Packet
+from tests.data.test_tokenizer_files import byte_level
 from tests.ranks import run_ranks
 from tests.small import small_config, write_ids
 
@@ -17,6 +23,46 @@ def test_wilson_interval() -> None:
     assert (low, high) == pytest.approx((0.7222, 0.8749), abs=1e-4)  # the textbook value
     assert wilson_interval(0, 10)[0] == 0.0
     assert wilson_interval(10, 10)[1] == 1.0
+
+
+class Says:
+    """An engine that answers with these ids."""
+
+    def __init__(self, ids: list[int], start: int, vocab_size: int) -> None:
+        self.ids, self.start, self.vocab_size = torch.tensor(ids), start, vocab_size
+
+    def logits(self, packet: Packet, window: Window | None = None) -> torch.Tensor:
+        places = packet.selected.nonzero()[:, 1] - self.start
+        return torch.nn.functional.one_hot(self.ids[places], self.vocab_size).float()
+
+
+def scored(data: DataConfig, stop_at_eos: bool) -> dict[str, Any]:
+    from megatron_mdm.data.sft import encode_prompt
+    from megatron_mdm.data.tokenizer import load_tokenizer
+    from megatron_mdm.evaluation.exact_match import evaluate_exact_match
+    from megatron_mdm.evaluation.tasks import TASKS
+    from megatron_mdm.generation.settings import GenerationConfig
+    from megatron_mdm.parallel.groups import initialize
+
+    tokenizer = load_tokenizer(data)
+    end_of_turn = tokenizer.backend.token_id("<|eot_id|>")
+    said = [*tokenizer.encode("#### 9"), end_of_turn, *tokenizer.encode("6 #### 96"), tokenizer.eos_id]
+    config = GenerationConfig(gen_length=len(said), block_length=1, steps=len(said), stop_at_eos=stop_at_eos)
+    engine = Says(said, len(encode_prompt("Q", tokenizer)), tokenizer.num_ids)
+    result = evaluate_exact_match(engine, [("Q", "9")], TASKS["gsm8k"], tokenizer, config, initialize(1))
+    return result["samples"][0]
+
+
+@pytest.mark.parametrize("template", ["llada", "mmada"])
+def test_what_follows_the_end_of_turn_is_neither_returned_nor_scored(template: str, tmp_path: Path) -> None:
+    model = byte_level()
+    model.add_special_tokens([BEGIN, HEADER, HEADER_END, END_OF_TURN])
+    model.save(str(tmp_path / "tokenizer.json"))
+    data = DataConfig(train="", tokenizer=str(tmp_path), template=template, max_length=99)
+    whole, stopped = (run_ranks(scored, 1, data, stop_at_eos)[0] for stop_at_eos in (False, True))
+    for sample in (whole, stopped):
+        assert (sample["response"], sample["predicted"], sample["right"]) == ("#### 9", "9", True)
+    assert stopped["steps"] < whole["steps"]  # blocks behind the end of turn are left out
 
 
 def validated(config: RunConfig) -> float:
