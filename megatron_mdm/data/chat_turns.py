@@ -42,9 +42,7 @@ class ChatTurns:
 
     @classmethod
     def of(cls, chat: ChatTemplate, special_tokens: Sequence[str]) -> ChatTurns:
-        named = (token for token in chat.settings.special_tokens_map.values() if isinstance(token, str))
-        known = {token for token in (*special_tokens, *named) if token and not token.isspace()}
-        longest_first = sorted(known, key=len, reverse=True)
+        longest_first = sorted(filter(str.strip, special_tokens), key=len, reverse=True)
         special = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
         for asked in _SHORTEST:
             try:

@@ -37,9 +37,9 @@ class Says:
 
 
 def scored(data: DataConfig, stop_at_eos: bool) -> dict[str, Any]:
-    from megatron_mdm.data.sft import encode_prompt
+    from megatron_mdm.data.prompts import EncodedPrompt
     from megatron_mdm.data.tokenizer import load_tokenizer
-    from megatron_mdm.evaluation.exact_match import evaluate_exact_match
+    from megatron_mdm.evaluation.exact_match import Question, evaluate_exact_match
     from megatron_mdm.evaluation.tasks import TASKS
     from megatron_mdm.generation.settings import GenerationConfig
     from megatron_mdm.parallel.groups import initialize
@@ -48,8 +48,9 @@ def scored(data: DataConfig, stop_at_eos: bool) -> dict[str, Any]:
     end_of_turn = tokenizer.backend.token_id("<|eot_id|>")
     said = [*tokenizer.encode("#### 9"), end_of_turn, *tokenizer.encode("6 #### 96"), tokenizer.eos_id]
     config = GenerationConfig(gen_length=len(said), block_length=1, steps=len(said), stop_at_eos=stop_at_eos)
-    engine = Says(said, len(encode_prompt("Q", tokenizer)), tokenizer.num_ids)
-    result = evaluate_exact_match(engine, [("Q", "9")], TASKS["gsm8k"], tokenizer, config, initialize(1))
+    question = Question(EncodedPrompt.of("Q", tokenizer), "9")
+    engine = Says(said, len(question.prompt.ids), tokenizer.num_ids)
+    result = evaluate_exact_match(engine, [question], TASKS["gsm8k"], tokenizer, config, initialize(1))
     return result["samples"][0]
 
 
