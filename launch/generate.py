@@ -49,8 +49,6 @@ def main() -> None:
         return
     watch(arguments.run_dir, config.faults.hang_minutes, context)  # above, ranks may wait for a person for hours
     settings = {"checkpoint": engine.source, **generation.model_dump(mode="json"), **({"data": data} if data else {})}
-    if tokenizer.template.date:
-        settings["data.template_date"] = tokenizer.template.date
     file = AnswerFile(arguments.output, prompts, settings, context)
     answer_prompts(file, engine, tokenizer, generation, method, context)
     if context.is_main:

@@ -31,8 +31,10 @@ class AnswerFile:
         """settings: JSON-able, all that the responses depend on besides the prompts. Collective."""
         self.path, self.partial = path, path.with_name(path.name + ".partial")
         self.prompts, self.is_main = prompts, context.is_main
-        digest = hashlib.sha256("".join(_line(prompt.as_record()) for prompt in prompts).encode()).hexdigest()
-        self.header = {**settings, "prompts (sha256)": digest}
+        digest = hashlib.sha256()
+        for prompt in prompts:  # their tokens depend on tokenizer and template, and on the day that a template names
+            digest.update(_line({**prompt.as_record(), "ids": prompt.ids}).encode())
+        self.header = {**settings, "prompts and their tokens (sha256)": digest.hexdigest()}
         self.records: dict[int, dict[str, Any]] = {}
         error = ""
         if context.is_main:
