@@ -35,8 +35,10 @@ class ChatTurns:
     chat: ChatTemplate
     special: re.Pattern[str]  # the tokenizer's special tokens
     tail: str = ""  # what follows an answer at the end of a conversation
-    # What follows an answer inside one, if the template opens the next answer whatever it is asked for.
+    # Of a template that does not listen to add_generation_prompt: what follows an answer inside one, and a prompt. What
+    # ends an answer is then told from the opening of the next one.
     following: str = ""
+    prompt_text: str = ""
     end_tokens: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
 
@@ -58,7 +60,7 @@ class ChatTurns:
         text, prompt = chat(answered, False), chat(asked, True)
         header, _, _ = text.partition(_MARK)
         tail = text.rpartition(_MARK)[2]
-        turns = cls(chat, special, tail, _following(chat, answered, text))
+        turns = cls(chat, special, tail, _following(chat, answered, text), prompt)
         end = special.search(turns._end(tail))
         warnings = []
         if end is None:
@@ -143,7 +145,8 @@ class ChatTurns:
     def _end(self, tail: str) -> str:
         """Of what follows an answer, the part that ends it: up to the first special token."""
         if self.following:
-            tail = self._common(tail, self.following) or tail
+            opens_next = self.prompt_text.endswith(tail)
+            tail = self._common(tail, self.following) or ("" if opens_next else tail)
         token = self.special.search(tail)
         return tail[: token.end()] if token else tail
 

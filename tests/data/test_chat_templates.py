@@ -22,10 +22,12 @@ from megatron_mdm.data.sft import SftDataset, encode_prompt, read_sft, split_val
 from megatron_mdm.data.templates import TEMPLATES
 from megatron_mdm.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_mdm.training.inputs import resolve
-from megatron_mdm.training.resume import check_same_run, on_the_runs_day
+from megatron_mdm.training.resume import as_the_run_began, check_same_run
 from tests.data.chat_templates import CASES, CONVERSATIONS, SPECIAL_TOKENS, source
 from tests.small import small_config
 
+# It always opens the next answer, and has nothing that ends one.
+HEADER_ONLY = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% endfor %}<|assistant|>"
 CHATML, CHATML_MARKED = source("chatml"), source("chatml_marked")
 ANSWERS = {
     name: [m["content"] for m in messages if m["role"] == "assistant"] for name, messages in CONVERSATIONS.items()
@@ -244,6 +246,9 @@ def test_other_things_a_user_should_know(folders: dict[str, Path], vocabulary: s
     endless = template_of(folder_of(CHATML.replace("<|im_end|>", ""), {}, vocabulary, tmp_path))
     assert endless.end_tokens == ()
     assert "puts no special token behind an answer" in endless.warnings[0]
+    header_only = template_of(folder_of(HEADER_ONLY, {}, vocabulary, tmp_path))
+    assert header_only.end_tokens == ()
+    assert learnt(header_only.samples(as_messages(CONVERSATIONS["two turns"]), last_only=False)) == ["Me.", "So."]
     grumpy = template_of(folder_of("{{ raise_exception('no') }}", {}, vocabulary, tmp_path))
     assert "'data.end_tokens'" in grumpy.warnings[0]
 
@@ -286,11 +291,11 @@ def test_a_resumed_run_keeps_its_day(folders: dict[str, Path], tmp_path: Path) -
         config = small_config(tmp_path / name, data={**data, **special}, model={"vocab_size": 400})
         first, read_first = resolve(config)
         assert first.data.template_date == begun
-        assert on_the_runs_day(config) == config  # nothing has begun
+        assert as_the_run_began(config) == config  # nothing has begun
         earlier = first.data.model_copy(update={"template_date": "2021-03-04"} if begun == today else {})
         saved = tmp_path / name / "run" / "config.yaml"
         write_atomically(saved, dump_config(first.model_copy(update={"data": earlier})))
-        again, read_again = resolve(on_the_runs_day(config))
+        again, read_again = resolve(as_the_run_began(config))
         check_same_run(saved, again)
         texts = [run.tokenizer.decode_all(run.train.samples[0].tokens) for run in (read_first, read_again)]
         assert ("04 Mar 2021" in texts[1]) == (begun == today)
