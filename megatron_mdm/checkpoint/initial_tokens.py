@@ -3,6 +3,7 @@ open, compared where it does not."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +117,8 @@ def _tokens(data: DataConfig, stated: Stated) -> tuple[dict[str, Any], list[str]
             other = stated.contradicts(name, -1 if mine is None else mine)
             token = f"{value} (a new id)" if mine is None else mine if mine == value else f"{mine} ({value})"
             notes += [f"{name} token {token}, by 'data.{key}', though it is {other}"] if other else []
+            if name == "eos" and not other:
+                changes |= _ends([end for end in stated.choice(name, key).ids if end != mine], data)
             continue
         ids, told = stated.choice(name, f"'data.{key}'")
         notes += told
@@ -125,9 +128,14 @@ def _tokens(data: DataConfig, stated: Stated) -> tuple[dict[str, Any], list[str]
         if ids and ids[0] != mine:
             changes[key] = ids[0]
             notes.append(f"{name} token {ids[0]}, by {where}, since 'data.{key}' is not set")
-        if name == "eos" and ids[1:] and "end_tokens" not in data.model_fields_set:
-            changes["end_tokens"] = ids[1:]
+        if name == "eos":
+            changes |= _ends(ids[1:], data)
     return changes, notes
+
+
+def _ends(others: Sequence[int], data: DataConfig) -> dict[str, Any]:
+    """Where responses end besides eos, unless 'data' says so."""
+    return {"end_tokens": tuple(others)} if others and "end_tokens" not in data.model_fields_set else {}
 
 
 def _with_template(data: DataConfig, template: str, folder: Path) -> tuple[DataConfig, str]:

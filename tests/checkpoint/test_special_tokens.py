@@ -234,7 +234,9 @@ def test_a_run_keeps_what_its_configuration_sets_and_tells_what_contradicts(llad
     assert "pad token <new> (a new id), by 'data.pad_token', though it is 0 by " in told
     assert start(llada, ["mask_token=57", "eos_token=</s>", "pad_token=0"])[1] == ""
     change_json(llada / "config.json", eos_token_id=[42, 1])
-    assert start(llada, ["mask_token=57", "eos_token=</s>", "pad_token=0"])[1] == ""  # any of its end tokens
+    config, told = start(llada, ["mask_token=57", "eos_token=</s>", "pad_token=0"])
+    assert (ids(config), told) == ((57, 0, "</s>", 42), "")  # any of its end tokens; responses end at the others, too
+    assert ids(start(llada, ["eos_token=</s>", "end_tokens=[7]"])[0])[-2:] == ("</s>", 7)
 
 
 def test_two_mask_tokens_of_a_start_are_refused_unless_one_is_chosen(llada: Path) -> None:
