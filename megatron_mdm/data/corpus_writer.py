@@ -220,7 +220,7 @@ def _append(builder: IndexedDatasetBuilder, tokens: NDArray[Any], lengths: NDArr
 def _identity(source: Source, settings: CorpusSettings) -> dict[str, Any]:
     """What an interrupted preparation must have in common with the one that goes on."""
     return {
-        "source": {**asdict(source), "paths": [str(path) for path in source.paths]},
+        "source": {**asdict(source), "paths": [Path(path).name for path in source.paths]},  # wherever they lie
         "shares": list(settings.shares),
         "end_token": settings.end_token,
         "shard_tokens": settings.shard_tokens,

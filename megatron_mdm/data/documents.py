@@ -137,11 +137,11 @@ def _block(content: bytes, file: IO[bytes], separator: re.Pattern[bytes] | None)
     content: of the block, as far as it has been read."""
     size = CHUNK_BYTES
     while separator:
-        content += file.read(size - len(content))
+        content += file.read(max(0, size - len(content)))
         if len(content) < size:
             return content, b""
         # One that touches the end may go on behind it.
-        end = max((match.end() for match in separator.finditer(content) if match.end() < size), default=0)
+        end = max((match.end() for match in separator.finditer(content, 0, size) if match.end() < size), default=0)
         if end:
             return content[:end], content[end:]
         size *= 2

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from megatron_mdm.config.errors import UserError
 from megatron_mdm.config.schema import DataConfig
 from megatron_mdm.data import documents
 from megatron_mdm.data.corpus import CorpusDataset, blend_counts, read_corpora
-from megatron_mdm.data.corpus_writer import CorpusSettings, write_corpus
+from megatron_mdm.data.corpus_writer import CorpusSettings, warnings, write_corpus
 from megatron_mdm.data.documents import Source
 from megatron_mdm.data.indexed import find_shards, open_shard
 from megatron_mdm.data.tokenizer import load_tokenizer
@@ -281,3 +282,154 @@ def test_one_bad_line_among_many(text: dict[str, Any], tmp_path: Path) -> None:
     result = prepare(text, tmp_path / "skipped", path, skip_bad=True)
     assert (result.bad, result.documents) == (1, (19_999,))
     assert result.first_bad[0].startswith(f"{path}, line 17777: not valid JSON")
+
+
+def documents_of(prefix: Path, tokenizer: Any) -> list[str]:
+    """As text, without end tokens."""
+    found = []
+    for shard in map(open_shard, find_shards(str(prefix))):
+        for number, length in enumerate(shard.lengths):
+            ids = shard.read(number, 0, int(length)).tolist()
+            assert ids[-1] == tokenizer.eos_id
+            found.append(tokenizer.decode(ids[:-1]))
+    return found
+
+
+BLANK = ["", " ", "\t ", "\u3000", "\u00a0\u2003", "\x0b\x0c"]  # of which WikiText has the second
+
+
+@pytest.mark.parametrize("chunk_bytes", [37, 1 << 20])
+@pytest.mark.parametrize("line_end", ["\n", "\r\n", "\r"])
+def test_documents_of_a_text_end_at_blank_lines(
+    line_end: str, chunk_bytes: int, text: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of white space of any kind, in any number, on any system; wherever a block of the file ends."""
+    monkeypatch.setattr(documents, "CHUNK_BYTES", chunk_bytes)
+    paragraphs = [f" = {number} = \nthe sea\u2028 of \n storms {'x' * (number % 29)}" for number in range(200)]
+    content = BLANK[1] + "\n"  # WikiText begins with such a line
+    for number, paragraph in enumerate(paragraphs):
+        gap = "\n".join(BLANK[(number + extra) % len(BLANK)] for extra in range(1 + number % 3))
+        content += f"{paragraph}\n{gap}\n"
+    path = tmp_path / "a.txt"
+    path.write_bytes(b"\xef\xbb\xbf" + content.replace("\n", line_end).encode())
+    prepare(text, tmp_path / "c", path)
+    assert documents_of(tmp_path / "c", text["tokenizer"]) == paragraphs
+    result = write_corpus(
+        Source([str(path)], "text", separator="line"), CorpusSettings(str(tmp_path / "lines"), text["data"])
+    )
+    assert result.documents == (600,)  # blank lines are none
+    assert documents_of(tmp_path / "lines", text["tokenizer"])[:2] == paragraphs[0].split("\n")[:2]
+
+
+def test_lines_of_bad_documents_are_counted(text: dict[str, Any], tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    for line_end in (b"\n", b"\r\n", b"\r"):
+        path.write_bytes(line_end.join([b"a", b"b", b" ", b"", b"c", b"", b"d", b"\xff", b"", b"e"]))
+        with pytest.raises(UserError, match=r"a\.txt, line 7: not UTF-8 \(byte 0xff"):
+            prepare(text, tmp_path / "c", path)
+
+
+@pytest.mark.parametrize("layout", ["array", "objects over lines", "compressed lines", "compressed text"])
+def test_other_layouts_give_the_same_corpus(
+    layout: str, text: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In several shards; stopped at a bad record and gone on with, too."""
+    import gzip
+
+    monkeypatch.setattr(documents, "_ROWS", 50)
+    monkeypatch.setattr(documents, "CHUNK_BYTES", 2_000)
+    records = [{"text": paragraph} for paragraph in text["paragraphs"][:400]]
+    lines = "".join(json.dumps(record) + "\n" for record in records).encode()
+    name, content = {
+        "array": ("a.json", json.dumps(records, indent=1).encode()),
+        "objects over lines": ("a.json", "\n".join(json.dumps(record, indent=1) for record in records).encode()),
+        "compressed lines": ("a.jsonl.gz", gzip.compress(lines)),
+        "compressed text": ("a.txt.gz", gzip.compress("\n\n".join(text["paragraphs"][:400]).encode())),
+    }[layout]
+    expected = text["paragraphs"][:400]
+    path = tmp_path / name
+    path.write_bytes(content)
+    prepare(text, tmp_path / "c", path, shard_tokens=4_000)
+    assert documents_of(tmp_path / "c", text["tokenizer"]) == expected
+    if layout != "array":
+        return
+    path.write_bytes(json.dumps([*records[:300], {"text": 3}, *records[300:]], indent=1).encode())
+    with pytest.raises(UserError, match=r"a\.json, line 902: expected a string in the field 'text'"):
+        prepare(text, tmp_path / "d", path, shard_tokens=4_000)
+    path.write_bytes(content)
+    prepare(text, tmp_path / "d", path, shard_tokens=4_000)
+    assert documents_of(tmp_path / "d", text["tokenizer"]) == expected
+
+
+BAD_DOCUMENTS = {
+    "half a surrogate pair": ('{"text": "cut \\ud83d"}', "half of a surrogate pair"),
+    "nested deeply": ('{"text": ' + "[" * 100_000 + "]" * 100_000 + "}", "nested too deeply"),
+    "number": ('{"text": 3}', "expected a string in the field 'text'"),
+    "null": ('{"text": null}', "expected a string in the field 'text'"),
+    "other fields": ('{"content": "a"}', "found content"),
+    "a string": ('"text"', "expected an object, found str"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_DOCUMENTS)
+def test_a_bad_document_costs_itself_only(name: str, text: dict[str, Any], tmp_path: Path) -> None:
+    line, message = BAD_DOCUMENTS[name]
+    path = tmp_path / "a.jsonl"
+    path.write_text(f'{{"text": "the sea"}}\n{line}\n{{"text": "of wind"}}\n')
+    with pytest.raises(UserError, match=rf"a\.jsonl, line 2: .*{message}.*--on-error skip"):
+        prepare(text, tmp_path / "c", path)
+    result = prepare(text, tmp_path / "d", path, skip_bad=True)
+    assert (result.bad, result.documents) == (1, (2,))
+    assert documents_of(tmp_path / "d", text["tokenizer"]) == ["the sea", "of wind"]
+
+
+def test_a_text_of_one_document_is_warned_of(text: dict[str, Any], tmp_path: Path) -> None:
+    paths = [tmp_path / f"{name}.txt" for name in "abc"]
+    for path, content in zip(paths, ("the\nsea\n", "of\n\nthe", "wind")):
+        path.write_text(content)
+    source = Source([str(path) for path in paths], "text")
+    settings = CorpusSettings(str(tmp_path / "c"), text["data"])
+    result = write_corpus(source, settings)
+    (line,) = warnings(result, source)
+    assert line.startswith(f"{paths[0]} and 1 other files: a single document each")
+    assert warnings(write_corpus(source, settings), source) == [line]  # finished already
+    lines = Source(source.paths[:2], "text", separator="line")
+    assert not warnings(write_corpus(lines, replace(settings, output=str(tmp_path / "d"))), lines)
+
+
+def test_a_split_without_documents_is_no_corpus(text: dict[str, Any], tmp_path: Path) -> None:
+    """It is an error where it was asked for; else it has no files, which megatron-core could not map."""
+    path = tmp_path / "a.txt"
+    path.write_text("\n\n".join(text["paragraphs"][:8]))
+    with pytest.raises(UserError, match=r"--splits: none of the 8 documents falls to validation \(0.001\).*--seed"):
+        prepare(text, tmp_path / "c", path, shares=(0.999, 0.001), seed=1)
+    result = prepare(text, tmp_path / "c", path, shares=(0.5, 0.5, 0.0), seed=1)  # another share: nothing is in the way
+    assert min(result.documents[:2]) > result.documents[2] == 0
+    assert [path.name for path in sorted(tmp_path.glob("c-*.bin*"))] == ["c-train-00000.bin", "c-validation-00000.bin"]
+    assert not list(tmp_path.glob("c-*.idx.tmp"))
+
+
+def test_a_split_may_be_empty_in_a_shard(text: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(documents, "CHUNK_BYTES", 2_000)
+    result = prepare(text, tmp_path / "c", text["folder"] / "a.txt", shares=(0.99, 0.01), shard_tokens=1)
+    shards = find_shards(str(tmp_path / "c-validation"))
+    assert 0 < len(shards) < result.shards
+    data, _ = corpus(tmp_path / "c-validation", vocab_size=300)
+    assert len(data.corpora[0].documents) == result.documents[1]
+
+
+def test_a_tokenizer_is_trained_on_text(tmp_path: Path) -> None:
+    """Or on texts in a column, as on samples."""
+    generator = random.Random(0)
+    lines = [" ".join(generator.choices(["sea", "ship", "wind", "storm"], k=9)) for _ in range(200)]
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbf" + "\r\n".join(lines).encode())
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
+    models = []
+    for name in ("a.txt", "a.jsonl"):
+        output = tmp_path / f"{name}.model"
+        arguments = ["--data", str(tmp_path / name), "--output", str(output), "--vocab-size", "60"]
+        result = run_program_ranks("tools/train_tokenizer.py", arguments)[0]
+        assert result.exit_code == 0, result.stderr
+        models.append(load_tokenizer(DataConfig(train="", tokenizer=str(output), max_length=2)))
+    assert models[0].encode(lines[0]) == models[1].encode(lines[0])
+    assert models[0].decode(models[0].encode(lines[0])) == lines[0]
