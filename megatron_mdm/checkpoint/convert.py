@@ -75,7 +75,7 @@ def import_checkpoint(source: Path, output: Path, options: ImportOptions) -> lis
     keep_companions(source, temporary)
     run = _run_config(model, special, output, next(iter(outputs.values())).dtype)
     run, template = _with_template(run, special, source)
-    write_atomically(temporary / RUN_CONFIG, dump_config(run))
+    write_atomically(temporary / RUN_CONFIG, dump_config(run, output))
     _publish(temporary, output)
     return [*special.notes, template, *checkpoint.notes]
 

@@ -12,12 +12,14 @@ from megatron_mdm.checkpoint.store import search
 from megatron_mdm.checkpoint.tensors import WEIGHT, TensorReader
 from megatron_mdm.checkpoint.views import View
 from megatron_mdm.config.errors import UserError
+from megatron_mdm.config.files import write_atomically
 from megatron_mdm.config.load import load_config
 from megatron_mdm.config.schema import RunConfig
+from megatron_mdm.data.tokenizer_folder import tokenizer_file
 from megatron_mdm.models.families.family import Json
 from megatron_mdm.models.parameters import parameter_shapes
 
-RUN_CONFIG, CHECKPOINTS, HUGGINGFACE = "config.yaml", "checkpoints", "huggingface"
+RUN_CONFIG, CHECKPOINTS, HUGGINGFACE, TOKENIZER = "config.yaml", "checkpoints", "huggingface", "tokenizer"
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,19 @@ class NativeCheckpoint:
         """The config.json that the weights came with; {} where they did not."""
         path = self.folder / HUGGINGFACE / CONFIG
         return read_json(path) if path.is_file() else {}
+
+
+def keep_tokenizer(path: str, run_folder: Path) -> str:
+    """Copy a tokenizer, with the files beside it that it is read with, into the run's folder, so that the run does not
+    depend on where it came from. Returns its path there; one that is inside already, and none, stay as they are."""
+    if not path or Path(path).resolve().is_relative_to(run_folder.resolve()):
+        return path
+    file, kept = tokenizer_file(path), run_folder / TOKENIZER
+    kept.mkdir(parents=True, exist_ok=True)
+    for name in {file.name, *COMPANIONS}:
+        if (file.parent / name).is_file():
+            write_atomically(kept / name, (file.parent / name).read_bytes())
+    return str(kept / file.name)
 
 
 def keep_companions(source: Path, run_folder: Path) -> None:

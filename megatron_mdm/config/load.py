@@ -11,6 +11,7 @@ from pydantic import BaseModel, ValidationError
 
 from megatron_mdm.config import field_types
 from megatron_mdm.config.errors import UserError
+from megatron_mdm.config.places import from_run, to_run
 from megatron_mdm.config.schema import RunConfig
 from megatron_mdm.config.yaml_core import Key, dump_yaml, read_override, read_yaml
 
@@ -61,9 +62,11 @@ def validated(model: type[Model], tree: Tree, origins: Origins, where: str) -> M
         raise UserError(_describe(error, model, tree, origins, where)) from None
 
 
-def dump_config(config: RunConfig) -> str:
-    """The configuration as YAML that load_config reads back to an equal value."""
-    return dump_yaml(config.model_dump(mode="json"))
+def dump_config(config: RunConfig, folder: Path | None = None) -> str:
+    """The configuration as YAML that load_config reads back to an equal value. folder: a run's, in which it is to lie;
+    then the run can be moved (places.py)."""
+    tree = config.model_dump(mode="json")
+    return dump_yaml(to_run(tree, folder) if folder else tree)
 
 
 def flatten(tree: Tree) -> Iterator[tuple[str, Any]]:
@@ -88,12 +91,13 @@ def _compose(path: Path, origins: Origins, including: tuple[Path, ...]) -> Tree:
     defaults = own.pop("defaults", [])
     if not isinstance(defaults, list) or not all(isinstance(name, str) for name in defaults):
         raise UserError(f"{path}: 'defaults' must be a list of file names")
+    own = from_run(own, path.parent)
     tree: Tree = {}
     for name in defaults:
         _merge(tree, _compose(path.parent / name, origins, (*including, path.resolve())))
     _merge(tree, own)
     for key, _ in _leaves(own):
-        _place(origins, key, places[key])
+        _place(origins, key, places.get(key, str(path)))
     return tree
 
 

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from megatron_mdm.checkpoint.native import RUN_CONFIG
 from megatron_mdm.config.errors import UserError
 from megatron_mdm.config.load import flatten, load_config
 from megatron_mdm.config.schema import RunConfig
 from megatron_mdm.data.conversation import TODAY
+from megatron_mdm.data.tokenizer_folder import tokenizer_fingerprint
+from megatron_mdm.training.inputs import RunData
+
+INPUTS = "inputs.json"  # contents(), when the run began
+# What is read once, when a run begins: it may have been moved or be gone by now.
+USED_AT_THE_START = ("model.init_from", "diffusion.calibration.artifact")
 
 # Sections that change what is watched and kept, or where it is computed, not what is trained.
 FREE_SECTIONS = ("logging", "checkpoint", "evaluation", "faults", "parallel", "deepspeed")
@@ -35,14 +44,51 @@ def as_the_run_began(config: RunConfig) -> RunConfig:
     return config.model_copy(update={"data": data.model_copy(update=changes)})
 
 
-def check_same_run(saved_path: Path, config: RunConfig) -> None:
-    """Raise UserError naming the first key by which the folder's run differs from the one that was asked for."""
-    saved = dict(flatten(load_config(saved_path).model_dump(mode="json")))
-    asked = dict(flatten(config.model_dump(mode="json")))
-    for key in sorted(saved.keys() | asked.keys()):
-        free = key.split(".")[0] in FREE_SECTIONS or key in FREE_KEYS
-        if not free and saved.get(key) != asked.get(key):
+def contents(config: RunConfig, data: RunData) -> dict[str, str]:
+    """What tells the data and the tokenizer of a run, wherever they lie, by the key that names them."""
+    return {
+        "data.train": data.train.fingerprint,
+        "data.validation": data.validation.fingerprint if data.validation else "",
+        "data.tokenizer": tokenizer_fingerprint(config.data.tokenizer),
+    }
+
+
+def check_same_run(folder: Path, config: RunConfig, data: RunData) -> None:
+    """Raise UserError naming the first key by which the folder's run differs from the one that was asked for. Data and
+    tokenizer are compared by their contents, so they may have been moved or renamed."""
+    began_with = json.loads((folder / INPUTS).read_text(encoding="utf-8")) if (folder / INPUTS).exists() else {}
+    for key, fingerprint in contents(config, data).items():
+        if began_with.get(key, fingerprint) != fingerprint:
             raise UserError(
-                f"{saved_path}: the run has '{key}' = {saved.get(key)!r}, not {asked.get(key)!r}; resume with the same "
-                "configuration, or train in another 'checkpoint.directory'"
+                f"{_path(config, key)}: the file has changed since the run in {folder} began, or is another ('{key}'); "
+                "resume with the same, or train in another 'checkpoint.directory'"
             )
+    saved = _compared(load_config(folder / RUN_CONFIG), began_with)
+    asked = _compared(config, began_with)
+    for key in sorted(saved.keys() | asked.keys()):
+        if saved.get(key) != asked.get(key):
+            raise UserError(
+                f"{folder / RUN_CONFIG}: the run has '{key}' = {saved.get(key)!r}, not {asked.get(key)!r}; resume with "
+                "the same configuration, or train in another 'checkpoint.directory'"
+            )
+
+
+def _compared(config: RunConfig, by_contents: Mapping[str, str]) -> dict[str, Any]:
+    """Values by key, without those that may differ."""
+    values = dict(flatten(config.model_dump(mode="json", exclude={"data": {"train"}})))
+    values["data.train"] = config.data.train
+    for key in by_contents:
+        value = values.pop(key)
+        if isinstance(value, dict):  # a blend of corpora
+            values["the weights in 'data.train'"] = list(value.values())
+    for key in USED_AT_THE_START:
+        values[key] = bool(values[key])
+    return {
+        key: value for key, value in values.items() if key.split(".")[0] not in FREE_SECTIONS and key not in FREE_KEYS
+    }
+
+
+def _path(config: RunConfig, key: str) -> str:
+    section, name = key.split(".")
+    value = getattr(getattr(config, section), name)
+    return ", ".join(value) if isinstance(value, dict) else value

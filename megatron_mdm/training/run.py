@@ -11,7 +11,7 @@ import numpy as np
 
 from megatron_mdm.checkpoint.initial import InitialWeights
 from megatron_mdm.checkpoint.load import restored_engine
-from megatron_mdm.checkpoint.native import HUGGINGFACE, keep_companions
+from megatron_mdm.checkpoint.native import HUGGINGFACE, TOKENIZER, keep_companions, keep_tokenizer
 from megatron_mdm.checkpoint.store import CheckpointStore, read_state
 from megatron_mdm.config.errors import UserError
 from megatron_mdm.config.files import write_atomically, write_json
@@ -44,7 +44,7 @@ from megatron_mdm.training.loop import Hook, Trainer
 from megatron_mdm.training.metrics import MetricsLog, truncate_records
 from megatron_mdm.training.preflight import PREFLIGHT, preflight
 from megatron_mdm.training.refit import JudgeSampler, Refit
-from megatron_mdm.training.resume import check_same_run
+from megatron_mdm.training.resume import INPUTS, check_same_run, contents
 from megatron_mdm.training.rewind import rewind
 from megatron_mdm.training.signals import StopOnSignal
 from megatron_mdm.training.speed import CompareRanks, Speed, job_peak_flops
@@ -53,7 +53,19 @@ from megatron_mdm.training.state import TrainState
 CONFIG, CALIBRATION, CHECKPOINTS = "config.yaml", "calibration.json", "checkpoints"
 _ARTIFACTS = (
     *(CONFIG, CALIBRATION, "calibration.png", "metrics.jsonl", "summary.json", "curves.png"),
-    *("evaluation.json", "samples.jsonl", "run.png", "run.json", HUGGINGFACE, FAULTS, DUMPS, PREFLIGHT, HANGS),
+    *(
+        "evaluation.json",
+        "samples.jsonl",
+        "run.png",
+        "run.json",
+        HUGGINGFACE,
+        TOKENIZER,
+        INPUTS,
+        FAULTS,
+        DUMPS,
+        PREFLIGHT,
+        HANGS,
+    ),
 )
 
 
@@ -68,7 +80,7 @@ class StartMode:
 def train_run(config: RunConfig, data: RunData, context: ParallelContext, mode: StartMode) -> dict[str, Any]:
     """Train (or finish training) one run. Collective. Returns the summary that is also written to summary.json."""
     folder = Path(config.checkpoint.directory)
-    _prepare_folder(folder, config, mode, context)
+    _prepare_folder(folder, config, data, mode, context)
     preflight(config, folder / CHECKPOINTS, context)
     signals = StopOnSignal()  # before long work: what is asked for meanwhile is done after the first step
     store = CheckpointStore(folder / CHECKPOINTS, config.checkpoint, context)
@@ -103,21 +115,25 @@ def train_run(config: RunConfig, data: RunData, context: ParallelContext, mode: 
     return summary
 
 
-def _prepare_folder(folder: Path, config: RunConfig, mode: StartMode, context: ParallelContext) -> None:
+def _prepare_folder(folder: Path, config: RunConfig, data: RunData, mode: StartMode, context: ParallelContext) -> None:
     """Refuse to mix two runs in one folder; write the resolved configuration."""
     used = (folder / "metrics.jsonl").exists() or (folder / CHECKPOINTS).exists()
     if used and not (mode.resume or mode.overwrite):
         raise UserError(f"{folder}: holds a run already; go on with --resume, or start anew with --overwrite")
     if mode.resume and (folder / CONFIG).exists():
-        check_same_run(folder / CONFIG, config)
+        check_same_run(folder, config, data)
     barrier()
     if context.is_main:
         if mode.overwrite:
+            tokenizer = Path(config.data.tokenizer).resolve()  # which may be the run's own
             for name in (*_ARTIFACTS, CHECKPOINTS, "tensorboard"):
                 path = folder / name
-                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+                if not tokenizer.is_relative_to(path.resolve()):
+                    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
         try:
-            write_atomically(folder / CONFIG, dump_config(config))
+            section = config.data.model_copy(update={"tokenizer": keep_tokenizer(config.data.tokenizer, folder)})
+            write_json(folder / INPUTS, contents(config, data))
+            write_atomically(folder / CONFIG, dump_config(config.model_copy(update={"data": section}), folder))
         except OSError as error:
             raise UserError(f"{folder}: cannot be written ({error.strerror}); set 'checkpoint.directory'") from None
     barrier()

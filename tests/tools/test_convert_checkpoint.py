@@ -192,7 +192,9 @@ def test_train_from_a_checkpoint_and_export(llada: Path, tmp_path: Path) -> None
 def test_generate_from_an_imported_run(llama: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(llama, tmp_path / "llama"))
     write_tokenizer(folder, VOCAB - 2)
-    succeed("import", folder, "--output", tmp_path / "run")
+    succeed("import", folder, "--output", tmp_path / "imported")
+    (tmp_path / "imported").rename(tmp_path / "run")  # with its tokenizer
+    shutil.rmtree(folder)
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "word3"}\n', encoding="utf-8")
     output = tmp_path / "answers.jsonl"
     files = ["--prompts", str(tmp_path / "prompts.jsonl"), "--output", str(output)]
