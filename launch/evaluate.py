@@ -22,7 +22,7 @@ from megatron_mdm.parallel.watchdog import watch  # noqa: E402
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--run-dir", required=True, type=Path, help="a run's folder (checkpoint.directory)")
-    parser.add_argument("--data", default="", help="JSONL: see megatron_mdm/evaluation/README.md")
+    parser.add_argument("--data", default="", help="see megatron_mdm/evaluation/README.md; perplexity: the run's own")
     parser.add_argument("--task", choices=sorted(MEASURES), default="gsm8k")
     parser.add_argument("--harness", default="", metavar="TASK,…", help="tasks of lm-eval, which is asked for the data")
     parser.add_argument("--limit", type=int, default=0, help="questions to ask; 0: all")
@@ -33,9 +33,9 @@ def main() -> None:
         "settings", nargs="*", metavar="key=value", help="of generation, or of likelihoods; data.template …"
     )
     arguments = parser.parse_intermixed_args()
-    if not arguments.harness and not arguments.data:
-        raise UserError("give --data, or --harness")
     measure = MEASURES[arguments.task]
+    if not arguments.harness and not arguments.data and measure.needs_data:
+        raise UserError("give --data, or --harness")
     if arguments.harness:
         from megatron_mdm.evaluation.harness import HARNESS as measure
 

@@ -84,6 +84,7 @@ class CorpusDataset:
     fingerprint: str
     num_bad: int  # documents that could not be read and are left out
     num_too_long: int = 0  # as in SftDataset; sequences are never too long
+    first_bad: tuple[str, ...] = ()
 
     @classmethod
     def of(

@@ -41,6 +41,12 @@ class Shard:
         return self.indexed.bin_reader.read(dtype=dtype, count=count, offset=place).astype(np.int32)
 
 
+def is_corpus(prefix: str) -> bool:
+    """Whether files of a corpus have this prefix."""
+    path = Path(prefix)
+    return Path(f"{prefix}.idx").exists() or any(path.parent.glob(f"{path.name}-{'[0-9]' * 5}.idx"))
+
+
 def find_shards(prefix: str) -> list[str]:
     """PREFIX itself, or PREFIX-00000, PREFIX-00001, …"""
     if Path(f"{prefix}.idx").exists() or Path(f"{prefix}.bin").exists():

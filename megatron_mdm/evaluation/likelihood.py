@@ -103,7 +103,7 @@ def negative_log_likelihoods(
     """Of each sample's eligible positions. Collective. method: how the model was trained. Raises UserError where
     guidance is asked of an autoregressive model."""
     rows = _ROWS[method](samples, config, special)
-    num_eligible = np.array([np.count_nonzero(_learnt(sample, method)) for sample in samples], dtype=np.int64)
+    num_eligible = np.array([np.count_nonzero(learnt_positions(sample, method)) for sample in samples], dtype=np.int64)
     losses = _mean_losses(engine, rows, config, special, context)
     repeats = losses.reshape(len(samples), rows.num_repeats, -1).mean(2) * num_eligible[:, None]
     if method != "masked":
@@ -157,7 +157,7 @@ def _next_token_rows(samples: Sequence[Sample], config: LikelihoodConfig, _: Spe
 
     def make(index: int) -> _Row:
         sample = samples[index]
-        scored = _learnt(sample, "autoregressive")
+        scored = learnt_positions(sample, "autoregressive")
         return _Row(sample.tokens, np.append(sample.tokens[1:], 0), np.append(scored[1:], False), ~sample.eligible)
 
     return _Rows(np.array([len(sample.tokens) for sample in samples]), 1, make)
@@ -166,7 +166,7 @@ def _next_token_rows(samples: Sequence[Sample], config: LikelihoodConfig, _: Spe
 _ROWS = {"masked": _masked_rows, "autoregressive": _next_token_rows}  # by diffusion.method
 
 
-def _learnt(sample: Sample, method: str) -> NDArray[np.bool_]:
+def learnt_positions(sample: Sample, method: str) -> NDArray[np.bool_]:
     """[S]: the eligible positions; autoregressively, without a first token that follows none."""
     if method == "masked":
         return sample.eligible

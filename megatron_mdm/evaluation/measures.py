@@ -11,11 +11,11 @@ from typing import Any, NamedTuple
 from megatron_mdm.config.files import write_atomically, write_json
 from megatron_mdm.config.schema import RunConfig, Section
 from megatron_mdm.data.records import BadRecords
-from megatron_mdm.data.sft import read_sft
+from megatron_mdm.data.splits import read_held_out
 from megatron_mdm.data.tokenizer import Tokenizer
 from megatron_mdm.evaluation.exact_match import evaluate_exact_match, read_questions
 from megatron_mdm.evaluation.likelihood import LikelihoodConfig
-from megatron_mdm.evaluation.perplexity import evaluate_choices, evaluate_perplexity, read_choices
+from megatron_mdm.evaluation.perplexity import evaluate_choices, evaluate_perplexity, read_choices, scored_samples
 from megatron_mdm.evaluation.tasks import TASKS
 from megatron_mdm.generation.settings import GenerationConfig, SpecialIds
 from megatron_mdm.parallel.groups import ParallelContext
@@ -39,6 +39,7 @@ class Measure(NamedTuple):
     summary: Callable[[Result], list[str]]
     file: str  # the result's, in the run's folder
     samples_file: str  # of its "samples", a line each
+    needs_data: bool = True  # else an empty path stands for the run's own validation data
 
 
 def _left_out(bad: BadRecords) -> Result:
@@ -69,10 +70,10 @@ def _exact_match_summary(result: Result) -> list[str]:
 def _perplexity(source: Source, settings: LikelihoodConfig, config: RunConfig, tokenizer: Tokenizer):
     assert isinstance(config.model.vocab_size, int)
     section = config.data.model_copy(update={"on_error": source.on_error})
-    data = read_sft(source.path, tokenizer, section, int(config.model.vocab_size))
-    samples = data.samples[: source.limit or None]
-    special = SpecialIds.of(tokenizer)
+    data = read_held_out(source.path, config.model_copy(update={"data": section}), tokenizer)
     method = config.diffusion.method
+    samples = scored_samples(data.samples[: source.limit or None], method)
+    special = SpecialIds.of(tokenizer)
 
     def run(engine: Any, context: ParallelContext) -> Result:
         result = evaluate_perplexity(engine, samples, settings, special, context, method)
@@ -115,7 +116,7 @@ _ANSWERS = ("evaluation.json", "samples.jsonl")
 _CHOICES = ("multiple_choice.json", "multiple_choice_samples.jsonl")
 MEASURES: dict[str, Measure] = {
     **{name: Measure(GenerationConfig, partial(_exact_match, name), _exact_match_summary, *_ANSWERS) for name in TASKS},
-    "perplexity": Measure(LikelihoodConfig, _perplexity, _perplexity_summary, "perplexity.json", ""),
+    "perplexity": Measure(LikelihoodConfig, _perplexity, _perplexity_summary, "perplexity.json", "", needs_data=False),
     "multiple_choice": Measure(LikelihoodConfig, _choices, _choices_summary, *_CHOICES),
 }
 

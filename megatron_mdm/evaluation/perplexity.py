@@ -16,9 +16,26 @@ from megatron_mdm.data.records import BadRecords, read_records
 from megatron_mdm.data.sample import Sample
 from megatron_mdm.data.tokenizer import Tokenizer
 from megatron_mdm.evaluation.exact_match import wilson_interval
-from megatron_mdm.evaluation.likelihood import LikelihoodConfig, Scorer, negative_log_likelihoods
+from megatron_mdm.evaluation.likelihood import LikelihoodConfig, Scorer, learnt_positions, negative_log_likelihoods
 from megatron_mdm.generation.settings import SpecialIds
 from megatron_mdm.parallel.groups import ParallelContext
+
+
+def scored_samples(samples: Sequence[Sample], method: str) -> list[Sample]:
+    """The samples with a token to score; documents that do not see each other as samples of their own."""
+    parts = [part for sample in samples for part in _documents(sample)]
+    kept = [part for part in parts if learnt_positions(part, method).any()]
+    if not kept:
+        raise UserError("no sample has a token that could be scored")
+    return kept
+
+
+def _documents(sample: Sample) -> list[Sample]:
+    if not len(sample.segments):
+        return [sample]
+    ends = np.cumsum(sample.segments)
+    places = [slice(end - length, end) for end, length in zip(ends, sample.segments)]
+    return [Sample(sample.tokens[place], sample.eligible[place]) for place in places]
 
 
 def evaluate_perplexity(

@@ -6,9 +6,7 @@ import hashlib
 import math
 import sys
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -18,16 +16,14 @@ from megatron_mdm.config.errors import UserError
 from megatron_mdm.config.files import sha256
 from megatron_mdm.config.load import flatten
 from megatron_mdm.config.schema import PrecisionConfig, RunConfig
-from megatron_mdm.data.corpus import CorpusDataset, read_corpora
-from megatron_mdm.data.sft import SftDataset, read_sft, split_validation
-from megatron_mdm.data.syntax import add_syntax, mark_delimiters
+from megatron_mdm.data.sft import SftDataset
+from megatron_mdm.data.splits import Dataset, read_splits
 from megatron_mdm.data.tokenizer import Tokenizer, load_tokenizer, resolve_vocabulary
 from megatron_mdm.engine.deepspeed_section import check_deepspeed_section
 from megatron_mdm.generation.settings import SpecialIds
 from megatron_mdm.models.spec import resolve_kernels
 from megatron_mdm.parallel import platform
 
-Dataset = SftDataset | CorpusDataset
 _LIBRARIES = ("torch", "deepspeed", "megatron-core", "transformers", "numpy", "safetensors")
 
 
@@ -57,7 +53,7 @@ def resolve(config: RunConfig) -> tuple[RunConfig, RunData]:
     precision = resolve_precision(config)
     config = config.model_copy(update={"model": model, "precision": precision})
     data = config.data
-    train, validation = SOURCES[data.format](config, tokenizer)
+    train, validation = read_splits(config, tokenizer)
     if causal and data.format == "sft":
         _check_next_tokens(train, data.train)
     if config.diffusion.sampler == "ppots" and len(train) < 2:
@@ -73,41 +69,6 @@ def _check_next_tokens(data: SftDataset, path: str) -> None:
                 f"{path}: sample {row + 1} has no learnt token that follows another; 'diffusion.method' autoregressive "
                 "needs one"
             )
-
-
-def _samples(config: RunConfig, tokenizer: Tokenizer) -> tuple[SftDataset, SftDataset | None]:
-    data, vocab_size = config.data, int(config.model.vocab_size)
-    train, validation = read_sft(str(data.train), tokenizer, data, vocab_size), None
-    if data.validation:
-        validation = read_sft(data.validation, tokenizer, data, vocab_size)
-    elif data.validation_fraction:
-        train, validation = split_validation(train, data.validation_fraction, config.seed)
-    train = mark_delimiters(add_syntax(train, config.diffusion.syrm, tokenizer), config.diffusion.isad, tokenizer)
-    return train, validation
-
-
-def _corpora(config: RunConfig, tokenizer: Tokenizer) -> tuple[CorpusDataset, CorpusDataset | None]:
-    data = config.data
-    read = partial(
-        read_corpora,
-        length=data.max_length,
-        vocab_size=int(config.model.vocab_size),
-        tokenizer_path=data.tokenizer,
-        sees_across_documents=data.across_documents,
-        seed=config.seed,
-        skip_bad=data.on_error == "skip",
-    )
-    blend = data.train if isinstance(data.train, dict) else {data.train: 1.0}
-    train, validation = read(blend, random_length=data.random_length, validation_fraction=data.validation_fraction)
-    if data.validation:
-        validation, _ = read({data.validation: 1.0}, random_length=0.0, validation_fraction=0.0)
-    return train, validation
-
-
-SOURCES: dict[str, Callable[[RunConfig, Tokenizer], tuple[Dataset, Dataset | None]]] = {
-    "sft": _samples,
-    "corpus": _corpora,
-}
 
 
 def resolve_precision(config: RunConfig) -> PrecisionConfig:
@@ -166,7 +127,8 @@ def describe_data(data: RunData, config: RunConfig) -> str:
     dropped = f"; {left_out:,} longer than {config.data.max_length} tokens left out" if left_out else ""
     if config.data.too_long == "truncate" and left_out:
         dropped = f"; {left_out:,} cut to {config.data.max_length} tokens"
-    skipped = f"; {bad:,} bad ones skipped" if bad else ""
+    first = next((place for part in sets for place in part.first_bad), "")
+    skipped = f"; {bad:,} bad ones skipped{f', the first: {first}' if first else ''}" if bad else ""
     split = _num_split(data.train)
     divided = f"; {split:,} conversations gave several samples: the chat template rewrites earlier turns" * bool(split)
     line = (

@@ -11,8 +11,11 @@ import pytest
 import yaml
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
+from megatron_mdm.config.load import dump_config, load_config
+from megatron_mdm.data.splits import read_held_out, read_splits
+from megatron_mdm.data.tokenizer import load_tokenizer
 from tests.ranks import run_program_ranks
-from tests.small import EOS, MASK, PAD, small_model
+from tests.small import EOS, MASK, PAD, VOCAB, small_model
 
 
 def write_corpus(prefix: Path, num_documents: int) -> None:
@@ -71,3 +74,22 @@ def test_pretraining_goes_the_same_way_on_other_ranks_and_batches(folder: Path) 
     validation = losses(folder / "one", "validation_loss")
     np.testing.assert_allclose(losses(folder / "two", "validation_loss"), validation, rtol=1e-5)
     assert validation[-1] < validation[0]
+
+
+def test_perplexity_of_the_corpus_that_a_run_was_trained_on(folder: Path) -> None:
+    """Of its own validation split without naming it, and of a prefix."""
+    config = load_config(write_config(folder, "run"), ["schedule.steps=2", "diffusion.sampler=uniform"])
+    (folder / "run.yaml").write_text(dump_config(config))
+    run("--config", str(folder / "run.yaml"), ranks=1)
+    _, validation = read_splits(config, load_tokenizer(config.data))
+    assert validation is not None
+    whole = read_held_out(str(folder / "b"), config, load_tokenizer(config.data))
+    for data, expected in (([], validation), (["--data", str(folder / "b"), "--limit", "3"], whole)):
+        arguments = ["--run-dir", str(folder / "run"), "--task", "perplexity", *data, "num_times=2", "num_repeats=2"]
+        (result,) = run_program_ranks("launch/evaluate.py", arguments)
+        assert result.exit_code == 0, result.stderr
+        found = json.loads((folder / "run" / "perplexity.json").read_text())
+        assert found["num_tokens"] == expected.lengths()[: 3 if data else None].sum()
+        assert 0.0 < found["nats_per_token"] < 2 * np.log(VOCAB)
+    (result,) = run_program_ranks("launch/evaluate.py", ["--run-dir", str(folder / "run"), "--task", "gsm8k"])
+    assert "error: give --data" in result.stderr

@@ -1,0 +1,95 @@
+"""Perplexity: the mean over tokens, which tokens are counted, and the data that it is measured on."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from megatron_mdm.config.errors import UserError
+from megatron_mdm.data.sample import Sample
+from megatron_mdm.data.splits import read_held_out
+from megatron_mdm.data.tokenizer import load_tokenizer
+from megatron_mdm.evaluation.likelihood import LikelihoodConfig
+from megatron_mdm.evaluation.perplexity import evaluate_perplexity, scored_samples
+from megatron_mdm.generation.settings import SpecialIds
+from megatron_mdm.models.stages import Packet, RowStatistics
+from tests.data.test_corpus import some_documents, write_with_megatron
+from tests.ranks import run_ranks
+from tests.small import EOS, MASK, PAD, small_config, write_ids
+
+SPECIAL = SpecialIds(MASK, PAD, EOS)
+
+
+class KnownLosses:
+    """A model that finds token i with i / 10 nats."""
+
+    def evaluate(self, packets: list[Packet], row_gradients: bool = False) -> list[RowStatistics]:
+        return [self._statistics(packet) for packet in packets]
+
+    def _statistics(self, packet: Packet) -> RowStatistics:
+        loss = (packet.labels / 10 * packet.token_weight * packet.selected).sum(1)
+        return RowStatistics(*[loss] * len(RowStatistics._fields))
+
+
+def sample(tokens: list[int], prompt_length: int = 0, segments: tuple[int, ...] = ()) -> Sample:
+    made = Sample.of(np.array(tokens, dtype=np.int32), prompt_length)
+    return made._replace(segments=np.array(segments, dtype=np.int64))
+
+
+def measured(samples: list[Sample], method: str) -> dict[str, Any]:
+    from megatron_mdm.parallel.groups import initialize
+
+    config = LikelihoodConfig(num_times=4, num_repeats=3)
+    return evaluate_perplexity(KnownLosses(), scored_samples(samples, method), config, SPECIAL, initialize(1), method)
+
+
+def test_every_token_counts_alike() -> None:
+    """In samples of any length: those of a prompt not at all, and the first of a sample without one as the others."""
+    samples = [sample([20] * 6), sample([7, 7, 2, 2], prompt_length=2)]
+    (masked,) = run_ranks(measured, 1, samples, "masked")
+    mean = (6 * 2.0 + 2 * 0.2) / 8
+    assert masked["num_tokens"] == 8
+    assert masked["nats_per_token"] == pytest.approx(mean, abs=1e-6)
+    assert masked["perplexity"] == pytest.approx(math.exp(mean), rel=1e-6)
+    (causal,) = run_ranks(measured, 1, samples, "autoregressive")  # a first token follows none
+    assert causal["num_tokens"] == 7
+    assert causal["nats_per_token"] == pytest.approx((5 * 2.0 + 2 * 0.2) / 7, abs=1e-6)
+
+
+def test_documents_that_do_not_see_each_other_are_scored_apart() -> None:
+    samples = [sample([9, 9, 5, 6, 6, 6], segments=(2, 1, 3)), sample([4, 4])]
+    apart = scored_samples(samples, "masked")
+    assert [part.tokens.tolist() for part in apart] == [[9, 9], [5], [6, 6, 6], [4, 4]]
+    assert all(part.eligible.all() and not len(part.segments) for part in apart)
+    causal = scored_samples(samples, "autoregressive")  # a document of one token has none to score
+    assert [part.tokens.tolist() for part in causal] == [[9, 9], [6, 6, 6], [4, 4]]
+    with pytest.raises(UserError, match="no sample has a token that could be scored"):
+        scored_samples([sample([4])], "autoregressive")
+
+
+def test_the_data_of_a_run(tmp_path: Path) -> None:
+    """Its own validation split, another corpus by its prefix, or samples."""
+    docs = write_with_megatron(tmp_path / "a", some_documents(60, vocab_size=MASK))
+    others = write_with_megatron(tmp_path / "b-00000", some_documents(9, seed=1, vocab_size=MASK))
+    data = {"format": "corpus", "train": str(tmp_path / "a"), "validation_fraction": 0.2, "across_documents": False}
+    config = small_config(tmp_path, data=data)
+    tokenizer = load_tokenizer(config.data)
+    own = read_held_out("", config, tokenizer)
+    assert 0 < sum(own.lengths()) < sum(map(len, docs)) / 3
+    corpus = read_held_out(str(tmp_path / "b"), config, tokenizer)
+    assert sum(corpus.lengths()) == sum(map(len, others))
+    ends = np.cumsum([len(part.tokens) for part in scored_samples(corpus.samples, "masked")])
+    assert set(np.cumsum([len(others[number]) for number in corpus.corpora[0].documents])) <= set(ends)
+    write_ids(tmp_path / "c.jsonl", 5)
+    assert len(read_held_out(str(tmp_path / "c.jsonl"), config, tokenizer)) == 5
+    (tmp_path / "d.txt").write_text("a text")
+    for path, message in (("d.txt", "is a text; make a corpus of it"), ("none", "no corpus here")):
+        with pytest.raises(UserError, match=message):
+            read_held_out(str(tmp_path / path), config, tokenizer)
+    without = small_config(tmp_path, data={**data, "validation_fraction": 0.0})
+    with pytest.raises(UserError, match="holds no validation data out; name some with --data"):
+        read_held_out("", without, tokenizer)
