@@ -20,7 +20,7 @@ class Literals:
     def __init__(self, backend: Backend, mask_id: int) -> None:
         self.backend = backend
         self.unwanted = {special.id for special in backend.special.values()} | {mask_id}
-        names = "|".join(re.escape(token) for token in sorted(backend.special, key=len, reverse=True))
+        names = _any_of(list(backend.special))
         never = r"(?!)"
         self._starts = re.compile(f"(?={names})" if names else never)
         self._control = re.compile(f"(?<!{MARK})({names})" if names else never)
@@ -75,3 +75,15 @@ class Literals:
             ids += self.backend.encode_batch([part.replace(MARK, "")])[0] if part else []
             ids += [after.id] if after.id >= 0 else []
         return ids
+
+
+def _any_of(tokens: Sequence[str]) -> str:
+    """A pattern for any of the tokens, the longest first, that reads common beginnings once: trying hundreds of tokens
+    at every place would take longer than tokenising."""
+    rests: dict[str, list[str]] = {}
+    for token in tokens:
+        rests.setdefault(token[:1], []).append(token[1:])
+    branches = [re.escape(first) + _any_of(rest) for first, rest in rests.items() if first]
+    if not branches or (len(branches) == 1 and "" not in rests):
+        return "".join(branches)
+    return f"(?:{'|'.join(branches)})" + "?" * ("" in rests)

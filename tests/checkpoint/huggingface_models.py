@@ -26,8 +26,10 @@ SIZES = {
 REFERENCES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {}),
     "llama_tied": ("Llama", {"tie_word_embeddings": True}),
+    # As many keys as queries, which could be exchanged unseen, and an eps that is far from every default.
+    "llama_multi_head": ("Llama", {"num_key_value_heads": 4, "rms_norm_eps": 0.03}),
     "qwen2": ("Qwen2", {}),
-    "qwen3": ("Qwen3", {"head_dim": 16}),
+    "qwen3": ("Qwen3", {"head_dim": 16, "rms_norm_eps": 0.03}),
     "dream": ("Qwen2", {}),
     "llada": ("Llama", {}),
     "mmada": ("Llama", {}),
@@ -117,7 +119,7 @@ def _reference(family: str) -> Any:
     import transformers
 
     name, extras = REFERENCES[family]
-    config = getattr(transformers, f"{name}Config")(**SIZES, **extras, attn_implementation="sdpa")
+    config = getattr(transformers, f"{name}Config")(**{**SIZES, **extras}, attn_implementation="sdpa")
     torch.manual_seed(7)
     model = getattr(transformers, f"{name}ForCausalLM")(config).float().eval()
     with torch.no_grad():  # biases and norms as well, which transformers starts at 0 and 1

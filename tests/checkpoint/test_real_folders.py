@@ -15,6 +15,8 @@ from megatron_mdm.checkpoint.huggingface import INDEX, SINGLE, HuggingFaceCheckp
 from megatron_mdm.checkpoint.initial import InitialWeights
 from megatron_mdm.config.errors import UserError
 from megatron_mdm.config.load import load_config
+from megatron_mdm.data.conversation import Message
+from megatron_mdm.data.tokenizer import load_tokenizer
 from tests.checkpoint.huggingface_models import MASK, write_checkpoint
 from tests.checkpoint.test_bad_checkpoints import change_json
 
@@ -84,6 +86,50 @@ def test_an_index_with_a_number_for_a_file_is_named(sharded: Path) -> None:
     change_json(sharded / INDEX, weight_map={**places, EMBEDDING: 5})
     with pytest.raises(UserError, match="names the file '5'"):
         HuggingFaceCheckpoint.open(sharded)
+
+
+def dream_without_tokenizer_json(folder: Path) -> Path:
+    """As Dream's own folder: vocab.json, merges.txt, and a class that is remote code."""
+    write_checkpoint(folder, "dream", shard_size="1GB")
+    pieces = ["Ġ", "Ċ", "?", *"abcdefghijklmnopqrstuvwxyz", "ab", "Ġab"]
+    (folder / "vocab.json").write_text(json.dumps({piece: place for place, piece in enumerate(pieces)}))
+    (folder / "merges.txt").write_text("#version: 0.2\na b\nĠ ab\n", encoding="utf-8")
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    names = {"50": "<|endoftext|>", "51": "<|im_start|>", "52": "<|im_end|>", str(MASK): "<|mask|>"}
+    added = {token: {"content": text, "special": True, **flags} for token, text in names.items()}
+    settings = {"tokenizer_class": "DreamTokenizer", "added_tokens_decoder": added, "mask_token": "<|mask|>"}
+    template = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    template += "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    (folder / "tokenizer_config.json").write_text(json.dumps({**settings, "chat_template": template}))
+    change_json(folder / "config.json", eos_token_id=50, pad_token_id=50)
+    return folder
+
+
+def test_a_dream_checkpoint_without_tokenizer_json_can_be_prompted(tmp_path: Path) -> None:
+    folder = dream_without_tokenizer_json(tmp_path / "dream")
+    notes = import_checkpoint(folder, tmp_path / "run", ImportOptions(1, 1, "auto", 10**9, {}))
+    data = load_config(tmp_path / "run" / "config.yaml").data
+    assert Path(data.tokenizer) == tmp_path / "run" / "huggingface" / "vocab.json"
+    assert (data.mask_token, data.eos_token, data.template) == (MASK, 50, "tokenizer")
+    assert "template tokenizer: the folder's chat template" in notes
+    tokenizer = load_tokenizer(data)
+    ids = [token for part in tokenizer.ids_of(tokenizer.prompt_of([Message("user", "cab ab?")])) for token in part]
+    assert tokenizer.backend.decode(ids) == "user\ncab ab?\nassistant\n"
+    assert [ids[0], ids.count(51), ids.count(52)] == [51, 2, 1]
+    export_checkpoint(tmp_path / "run", tmp_path / "out", "auto", "auto", 10**9)
+    for name in ("vocab.json", "merges.txt", "tokenizer_config.json", "config.json"):
+        assert (tmp_path / "out" / name).read_bytes() == (folder / name).read_bytes() or name == "config.json"
+
+
+def test_a_tokenizer_of_an_unknown_class_is_told_and_left(tmp_path: Path) -> None:
+    folder = dream_without_tokenizer_json(tmp_path / "dream")
+    change_json(folder / "tokenizer_config.json", tokenizer_class="OtherTokenizer")
+    notes = import_checkpoint(folder, tmp_path / "run", ImportOptions(1, 1, "auto", 10**9, {}))
+    assert any("no tokenizer: " in note and "'OtherTokenizer'" in note for note in notes)
+    data = load_config(tmp_path / "run" / "config.yaml").data
+    assert (data.tokenizer, data.mask_token, data.template) == ("", MASK, "plain")
+    with pytest.raises(UserError, match=r"'data\.tokenizer' is empty, so no text can be encoded; set 'data.tokenizer'"):
+        load_tokenizer(data).encode("a")
 
 
 def test_ignored_fields_go_with_the_run(single: Path, tmp_path: Path) -> None:

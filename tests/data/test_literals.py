@@ -189,6 +189,18 @@ def test_the_mask_token_in_clean_ids_is_named(folder: Path, tmp_path: Path) -> N
     assert not np.isin(mask, data.samples[0].tokens)
 
 
+def test_tokens_that_begin_alike_are_told_apart(tmp_path: Path) -> None:
+    model = byte_level()
+    names = ["<a>", "<a>b", "<ab>", "[x", "[x]", *(f"<|reserved_{number}|>" for number in range(300))]
+    model.add_special_tokens(names)
+    model.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = load(tmp_path)
+    text = "<a>b<a><ab>[x][x<|reserved_1|><|reserved_12|><|reserved_<|reserved_2|>"
+    (whole,) = tokenizer.encode_pieces([text])
+    assert tokenizer.encode_pieces([f"{text}{tokenizer.literals.mark('<a>')}"]) == [whole + tokenizer.encode("<a>")]
+    assert not special_ids(tokenizer) & set(tokenizer.encode_pieces([tokenizer.literals.mark(text)])[0])
+
+
 def test_a_content_with_the_mark_itself_is_refused(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"a\.jsonl, line 1: holds the noncharacter U\+FDD0"):
         read(folder, tmp_path / "a.jsonl", [{"prompt": f"a{MARK}", "response": "b"}])
