@@ -2,20 +2,34 @@
 # Train with DeepSpeed's launcher, which starts the other nodes itself by ssh: one command on one node.
 #   HOSTFILE=hosts MASTER_ADDR=node0 bash launch/deepspeed.sh --config my.yaml parallel.tensor=8
 # HOSTFILE: lines "name slots=8"; without it, this node. RANKS_PER_NODE (the GPUs, or each host's slots), MASTER_ADDR,
-# MASTER_PORT (29400), INTERFACE. The nodes need the same paths. A rank that dies ends the job; go on with --resume.
+# MASTER_PORT (29400; without HOSTFILE any that is free), INTERFACE. The nodes need the same paths. A rank that dies ends
+# the job; go on with --resume.
 # SIGTERM and SIGUSR1 go to this node's ranks as SIGUSR1: all ranks save and end.
 set -uo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 activate_environment
 
-launcher=(--no_local_rank --master_port "${MASTER_PORT:-29400}")
+launcher=(--no_local_rank)
 [ -n "${MASTER_ADDR:-}" ] && launcher+=(--master_addr "$MASTER_ADDR")
 if [ -n "${HOSTFILE:-}" ]; then
-    launcher+=(--hostfile "$HOSTFILE")
+    launcher+=(--hostfile "$HOSTFILE" --master_port "${MASTER_PORT:-29400}")
     [ -n "${RANKS_PER_NODE:-}" ] && launcher+=(--num_gpus "$RANKS_PER_NODE")
 else
-    export DS_ACCELERATOR="${DS_ACCELERATOR:-$(nvidia-smi >/dev/null 2>&1 && echo cuda || echo cpu)}"
-    launcher+=(--hostfile /dev/null --num_gpus "${RANKS_PER_NODE:-$(count_devices)}")
+    launcher+=(--hostfile /dev/null --master_port "${MASTER_PORT:-$(free_port)}")
+    read -ra devices <<<"$(visible_devices)"
+    if [ "${#devices[@]}" -gt 0 ]; then # the launcher would number them from 0, whatever CUDA_VISIBLE_DEVICES says
+        export DS_ACCELERATOR="${DS_ACCELERATOR:-cuda}"
+        ranks=${RANKS_PER_NODE:-${#devices[@]}}
+        if [ "$ranks" -gt "${#devices[@]}" ] || [[ ${CUDA_VISIBLE_DEVICES:-} == MIG-* ]]; then
+            echo "error: $ranks ranks on ${#devices[@]} GPUs (CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES:-}) are more than" \
+                "DeepSpeed's launcher can place; set RANKS_PER_NODE, or use launch/torchrun.sh" >&2
+            exit 1
+        fi
+        launcher+=(--include "localhost:$(IFS=, && echo "${devices[*]:0:ranks}")")
+    else
+        export DS_ACCELERATOR="${DS_ACCELERATOR:-cpu}"
+        launcher+=(--num_gpus "${RANKS_PER_NODE:-1}")
+    fi
 fi
 
 deepspeed "${launcher[@]}" "$root/launch/train.py" "$@" &

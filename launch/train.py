@@ -10,12 +10,12 @@ platform.quiet_libraries()
 
 from megatron_mdm.config.load import load_config  # noqa: E402
 from megatron_mdm.config.validate import validate, warnings  # noqa: E402
-from megatron_mdm.parallel.collectives import largest  # noqa: E402
 from megatron_mdm.parallel.groups import initialize, world_size_from_environment  # noqa: E402
 from megatron_mdm.parallel.program import run_program  # noqa: E402
 from megatron_mdm.parallel.watchdog import watch  # noqa: E402
 from megatron_mdm.training.dry_run import describe  # noqa: E402
 from megatron_mdm.training.inputs import agreement, describe_data, resolve, total_steps  # noqa: E402
+from megatron_mdm.training.launches import has_begun  # noqa: E402
 from megatron_mdm.training.layout_check import check_layout  # noqa: E402
 from megatron_mdm.training.resume import as_the_run_began  # noqa: E402
 from megatron_mdm.training.run import StartMode, train_run  # noqa: E402
@@ -34,7 +34,8 @@ def main() -> None:
 
     config = load_config(arguments.config, arguments.overrides)
     validate(config, arguments.world_size)
-    config, data = resolve(as_the_run_began(config) if arguments.resume else config)
+    resume = arguments.resume or has_begun(Path(config.checkpoint.directory))
+    config, data = resolve(as_the_run_began(config) if resume else config)
     description = describe(config, arguments.world_size, total_steps(config, len(data.train)))
     if arguments.dry_run:
         print(f"{description}\n{describe_data(data, config)}")
@@ -49,8 +50,7 @@ def main() -> None:
             print(f"warning: {line}", file=sys.stderr)
         print(f"{description}\n{describe_data(data, config)}", flush=True)
     watch(Path(config.checkpoint.directory), hang_minutes, context)
-    resume = bool(largest(arguments.resume))  # a node that was started anew joins those that were restarted
-    summary = train_run(config, data, context, StartMode(resume, arguments.overwrite and not resume))
+    summary = train_run(config, data, context, StartMode.agreed(resume, arguments.overwrite))
     if context.is_main:
         reason = f" ({summary['stopped_early']})" if summary["stopped_early"] else ""
         print(f"trained {summary['steps']} steps{reason}; run folder: {config.checkpoint.directory}", flush=True)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import os
+import sys
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
@@ -12,10 +14,11 @@ from typing import Any
 import torch.distributed as dist
 
 from megatron_mdm.config.errors import UserError
-from megatron_mdm.parallel import platform
+from megatron_mdm.parallel import environment, platform
 from megatron_mdm.parallel.layout import Layout
 
 _TIMEOUT_MINUTES = 30.0  # of a collective, and of the wait for other ranks to join the job
+_SECONDS_TO_SPEAK = 20.0  # of that wait, after which a line says who waits, and where
 
 
 class JoinError(Exception):
@@ -58,11 +61,11 @@ class ParallelContext:
 
 def world_size_from_environment() -> int:
     """Ranks that the launcher started (1 without a launcher); known before any process group exists."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    return environment.number("WORLD_SIZE", 1)
 
 
 def rank_from_environment() -> int:
-    return int(os.environ.get("RANK", "0"))
+    return environment.number("RANK", 0)
 
 
 def initialize(
@@ -118,24 +121,50 @@ def check_agreement(values: Mapping[str, object]) -> None:
 
 
 def join_job(timeout_minutes: float) -> None:
-    """torch.distributed over the ranks that the launcher started."""
+    """torch.distributed over the ranks that the launcher started. Raises UserError, or JoinError."""
     import deepspeed
 
     platform.prepare()
-    if "RANK" not in os.environ:
-        os.environ.update({"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"})
-        os.environ.setdefault("MASTER_PORT", _free_port())
+    environment.check_rank()
+    if not environment.is_rank():
+        environment.check_alone()
+        alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+        os.environ.update({**alone, "MASTER_PORT": _free_port()})
     if not dist.is_initialized():
         timeout = timedelta(minutes=timeout_minutes)
         if platform.is_cuda():  # of the groups that DeepSpeed makes, which would have 10 minutes
             dist.distributed_c10d.default_pg_nccl_timeout = timeout
+        waiting = threading.Timer(_SECONDS_TO_SPEAK, _say_that_it_waits, (timeout_minutes,))
+        waiting.daemon = True
+        waiting.start()
         try:
             deepspeed.init_distributed(platform.communication_backend(), timeout=timeout, auto_mpi_discovery=False)
         except dist.DistError as error:
-            raise JoinError(
-                f"rank {rank_from_environment()} on {platform.host()} has not found the other ranks at "
-                f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}: {str(error).splitlines()[0]}"
-            ) from None
+            raise JoinError(_why_not_joined(str(error))) from None
+        finally:
+            waiting.cancel()
+
+
+def _why_not_joined(reason: str) -> str:
+    host, port = environment.variable("MASTER_ADDR"), environment.number("MASTER_PORT", 0)
+    return environment.taken_port(reason, port) or (
+        f"rank {rank_from_environment()} on {platform.host()} has not found the other ranks at {host}:{port} "
+        f"(MASTER_ADDR, MASTER_PORT): {reason.splitlines()[0]}"
+    )
+
+
+def _say_that_it_waits(timeout_minutes: float) -> None:
+    """A line from each host."""
+    if environment.number("LOCAL_RANK", 0):
+        return
+    rank, size = rank_from_environment(), world_size_from_environment()
+    found = environment.describe_master(environment.variable("MASTER_ADDR"), environment.number("MASTER_PORT", 0))
+    print(
+        f"warning: rank {rank} on {platform.host()} waits for others of {size} ranks (WORLD_SIZE); {found}; it "
+        f"gives up after {timeout_minutes:g} minutes",
+        file=sys.stderr,
+        flush=True,
+    )
 
 
 def has_joined() -> bool:

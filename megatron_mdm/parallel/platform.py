@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 
+from megatron_mdm.parallel import environment
+
 
 def quiet_libraries() -> None:
     """Keep imports of DeepSpeed and megatron-core from printing notices that no user can act on, and oneDNN from
@@ -39,7 +41,7 @@ def is_cuda() -> bool:
 def device() -> torch.device:
     """Where this rank's model lives."""
     if is_cuda():
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        return torch.device("cuda", environment.number("LOCAL_RANK", 0))
     return torch.device("cpu")
 
 
@@ -116,7 +118,7 @@ def host() -> str:
 
 
 def ranks_on_host() -> int:
-    return int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", "1")))
+    return environment.number("LOCAL_WORLD_SIZE", environment.number("WORLD_SIZE", 1))
 
 
 def is_crowded() -> bool:

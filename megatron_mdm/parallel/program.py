@@ -13,7 +13,8 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from megatron_mdm.config.errors import UserError
-from megatron_mdm.parallel.groups import JoinError, has_joined, rank_from_environment, shut_down
+from megatron_mdm.parallel.environment import check_rank, variable
+from megatron_mdm.parallel.groups import JoinError, has_joined, shut_down
 from megatron_mdm.parallel.watchdog import unwatch, wait_if_hanging
 
 _MISTAKE = 1  # a user's, or a fault that would come again
@@ -35,6 +36,7 @@ def run_program(main: Callable[[], None]) -> None:
     if it is still alive some seconds later, that is, if it alone failed.
     """
     try:
+        check_rank()
         main()
     except UserError as error:
         _fail(f"error: {error}")
@@ -72,8 +74,8 @@ def _described(error: BaseException) -> str:
 
 
 def _fail(message: str) -> None:
-    rank = rank_from_environment()
-    if rank:
+    rank = variable("RANK")  # which may be what is wrong
+    if rank.strip("0"):
         time.sleep(_SECOND_RANK_WAITS)
         message = f"rank {rank}: {message}"
     print(message, file=sys.stderr, flush=True)

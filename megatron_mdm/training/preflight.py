@@ -20,6 +20,7 @@ from megatron_mdm.config.errors import UserError
 from megatron_mdm.config.files import write_json
 from megatron_mdm.config.schema import RunConfig
 from megatron_mdm.models.parameters import checkpoint_bytes
+from megatron_mdm.parallel import environment
 from megatron_mdm.parallel.collectives import gather_objects
 from megatron_mdm.parallel.groups import ParallelContext
 from megatron_mdm.parallel.self_test import NEIGHBOURS, Outcome, message_bytes, self_test, slow_ranks
@@ -72,7 +73,7 @@ def check_shared(folder: Path, context: ParallelContext, patience: float = _SECO
         token.touch()
     gather_objects(None, context)  # it is there
     sees = True
-    if os.environ.get("LOCAL_RANK", "0") == "0":  # one rank of each node looks
+    if environment.number("LOCAL_RANK", 0) == 0:  # one rank of each node looks
         deadline = time.monotonic() + patience
         while not (sees := (folder / name).exists()) and time.monotonic() < deadline:
             time.sleep(0.2)

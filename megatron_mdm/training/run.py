@@ -31,7 +31,7 @@ from megatron_mdm.diffusion.t_samplers import (
 )
 from megatron_mdm.engine.base import Engine
 from megatron_mdm.evaluation.validation import VALIDATIONS, FixedGridValidation
-from megatron_mdm.parallel.collectives import barrier
+from megatron_mdm.parallel.collectives import barrier, gather_objects, largest
 from megatron_mdm.parallel.groups import ParallelContext
 from megatron_mdm.parallel.heartbeat import enter
 from megatron_mdm.parallel.watchdog import HANGS
@@ -40,6 +40,7 @@ from megatron_mdm.training.calibrate import as_trained, calibrate, calibrator_of
 from megatron_mdm.training.faults import DUMPS, FAULTS, Faults
 from megatron_mdm.training.hooks import AdaptiveClipping, Log, Save, Validate
 from megatron_mdm.training.inputs import RunData, total_steps
+from megatron_mdm.training.launches import LAUNCH, launch_id, note_begin
 from megatron_mdm.training.loop import Hook, Trainer
 from megatron_mdm.training.metrics import MetricsLog, truncate_records
 from megatron_mdm.training.preflight import PREFLIGHT, preflight
@@ -65,6 +66,7 @@ _ARTIFACTS = (
         DUMPS,
         PREFLIGHT,
         HANGS,
+        LAUNCH,
     ),
 )
 
@@ -75,6 +77,12 @@ class StartMode:
 
     resume: bool = False
     overwrite: bool = False
+
+    @staticmethod
+    def agreed(resume: bool, overwrite: bool) -> StartMode:
+        """All ranks go on where one is to: a node may have been started anew. Collective."""
+        resume = bool(largest(resume))
+        return StartMode(resume, overwrite and not resume)
 
 
 def train_run(config: RunConfig, data: RunData, context: ParallelContext, mode: StartMode) -> dict[str, Any]:
@@ -122,7 +130,7 @@ def _prepare_folder(folder: Path, config: RunConfig, data: RunData, mode: StartM
         raise UserError(f"{folder}: holds a run already; go on with --resume, or start anew with --overwrite")
     if mode.resume and (folder / CONFIG).exists():
         check_same_run(folder, config, data)
-    barrier()
+    launches = gather_objects(launch_id(), context)  # a barrier, too
     if context.is_main:
         if mode.overwrite:
             tokenizer = Path(config.data.tokenizer).resolve()  # which may be the run's own
@@ -131,6 +139,7 @@ def _prepare_folder(folder: Path, config: RunConfig, data: RunData, mode: StartM
                 if not tokenizer.is_relative_to(path.resolve()):
                     shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
         try:
+            note_begin(folder, launches)
             section = config.data.model_copy(update={"tokenizer": keep_tokenizer(config.data.tokenizer, folder)})
             write_json(folder / INPUTS, contents(config, data))
             write_atomically(folder / CONFIG, dump_config(config.model_copy(update={"data": section}), folder))

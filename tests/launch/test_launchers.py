@@ -6,13 +6,15 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import time
 from pathlib import Path
 
 import pytest
+import torch
 
-from megatron_mdm.config.load import dump_config
+from megatron_mdm.config.load import dump_config, load_config
 from tests.ranks import _free_port, run_program_ranks
 from tests.small import small_config, write_ids
 from tests.training.test_resume import losses
@@ -53,6 +55,118 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def environment(**more: str) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": os.getcwd(), "MASTER_PORT": str(_free_port()), **more}
+
+
+def test_overwrite_holds_until_the_run_has_begun(tmp_path: Path) -> None:
+    """Another job has the port at first; then the run of the day before is replaced, not finished."""
+    arguments = ["--config", str(write_config(tmp_path)), "schedule.steps=2"]
+    assert run_program_ranks("launch/train.py", [*arguments, "optimizer.lr=1e-5"])[0].exit_code == 0
+    with socket.socket() as occupant:
+        occupant.bind(("", 0))
+        occupant.listen()
+        port = str(occupant.getsockname()[1])
+        variables = environment(RANKS_PER_NODE="1", MASTER_PORT=port, RESTART_SECONDS="0")
+        command = ["bash", "launch/torchrun.sh", *arguments, "--overwrite"]
+        with subprocess.Popen(command, env=variables, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as job:
+            assert job.stderr is not None
+            said = next(line for line in job.stderr if line.startswith("error"))
+            occupant.close()
+            output, later = job.communicate(timeout=200)
+    assert said == f"error: port {port} is taken on {socket.gethostname()}; set MASTER_PORT to a free one\n"
+    assert job.returncode == 0, later
+    assert "trying again (2 more times)" in later
+    assert "resumed from" not in output
+    assert load_config(tmp_path / "run/config.yaml").optimizer.lr == 3e-3
+
+
+def test_another_try_goes_on_with_what_its_launch_has_begun(tmp_path: Path) -> None:
+    """With the arguments of the first try, `--overwrite` among them; also where one of two nodes is started anew."""
+    arguments = ["--config", str(write_config(tmp_path)), "schedule.steps=2", "--overwrite"]
+    for launches, goes_on in ((["a", "b"], False), (["c", "b"], True), (["d", "e"], False)):
+        wrapper = tmp_path / "wrapper.py"
+        choice = f"import os; os.environ['MDM_LAUNCH_ID'] = {launches}[int(os.environ['RANK'])]"
+        wrapper.write_text(f"{choice}\nimport runpy; runpy.run_path('launch/train.py', run_name='__main__')")
+        result = run_program_ranks(str(wrapper), arguments, 2)[0]
+        assert result.exit_code == 0, result.stderr
+        assert ("resumed from" in result.stdout) == goes_on
+        assert [record["step"] for record in losses(tmp_path / "run")] == [1, 2]
+
+
+def test_gpus_are_counted_by_torchs_rule(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The ranks that a script starts, by CUDA_VISIBLE_DEVICES, on 4 GPUs of which the last is cut in two instances."""
+    uuids = ["GPU-ab1", "GPU-ab2", "GPU-c3", "GPU-d4"]
+    lines = [f"GPU {index}: H100 80GB (UUID: {uuid})" for index, uuid in enumerate(uuids)]
+    lines += [f"  MIG 1g.10gb     Device  {index}: (UUID: MIG-{index})" for index in range(2)]
+    stub = tmp_path / "nvidia-smi"
+    stub.write_text("#!/bin/sh\ncat <<'X'\n" + "\n".join(lines) + "\nX\n")
+    stub.chmod(0o755)
+    values = [
+        *(
+            "0",
+            "3",
+            "4",
+            "2,3",
+            "1, 0",
+            "",
+            " ",
+            "-1",
+            "0,-1,1",
+            "1,1",
+            "0,9,1",
+            "0,1,9,0",
+            "2gpu,3x",
+            "010",
+            "+2",
+            "x",
+            "0,x,1",
+        ),
+        *(
+            "GPU-c3",
+            "GPU-d,GPU-c3",
+            "GPU-ab",
+            "GPU-",
+            "GPU-ab1,GPU-ab",
+            "GPU-c3,GPU-c3",
+            "GPU-c3,GPU-c",
+            "GPU-c3,0",
+            "0,GPU-c3",
+        ),
+    ]
+    expected = []
+    for value in values:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", value)
+        named = torch.cuda._parse_visible_devices()
+        if named and isinstance(named[0], str):
+            named = torch.cuda._transform_uuid_to_ordinals(named, uuids)
+        expected.append(next((number for number, index in enumerate(named) if index >= len(uuids)), len(named)) or 1)
+    script = "source launch/environment.sh; unset CUDA_VISIBLE_DEVICES; count_devices\n"
+    script += 'for CUDA_VISIBLE_DEVICES in "$@" MIG-1,MIG-0; do count_devices; done'
+    variables = environment(PATH=f"{tmp_path}:{os.environ['PATH']}")
+    counted = subprocess.run(
+        ["bash", "-uc", script, "bash", *values], env=variables, capture_output=True, text=True, check=True
+    )
+    assert [int(line) for line in counted.stdout.split()] == [4, *expected, 1]
+    assert counted.stderr == ""
+
+
+def test_what_pip_says_is_shown_where_it_fails(tmp_path: Path) -> None:
+    """Of an installation into a .venv that is there."""
+    for folder in ("launch", ".venv/bin"):
+        (tmp_path / folder).mkdir(parents=True)
+    shutil.copy("launch/environment.sh", tmp_path / "launch")
+    (tmp_path / "setup.py").touch()
+    programs = {"python": "", "activate": "PATH=$PWD/.venv/bin:$PATH", "pip": "echo WARNING: a; echo b >&2; exit $CODE"}
+    for name, text in programs.items():
+        (tmp_path / ".venv/bin" / name).write_text(f"#!/usr/bin/env bash\n{text}\n", encoding="utf-8")
+        (tmp_path / ".venv/bin" / name).chmod(0o755)
+    script = "source launch/environment.sh; prepare_environment '' && echo ready"
+    for code, said in (("1", "WARNING: a\nb\n"), ("0", "")):
+        variables = {**os.environ, "CODE": code}
+        result = subprocess.run(
+            ["bash", "-uc", script], env=variables, cwd=tmp_path, capture_output=True, text=True, check=False
+        )
+        assert result.stdout == ("" if said else "ready\n")
+        assert result.stderr == f"installing megatron-mdm and what it needs (about a minute)\n{said}"
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=str)
