@@ -41,19 +41,19 @@ def main() -> None:
     config = run_config(arguments.run_dir, arguments.tensor, arguments.pipeline, data)
     tokenizer, method = run_tokenizer(arguments.run_dir, config), config.diffusion.method
     bad = BadRecords(arguments.on_error or config.data.on_error)
-    prompts = [] if arguments.interactive else read_prompts(arguments.prompts, tokenizer, config.data, bad)
+    room = generation.room(config.model)
+    prompts = [] if arguments.interactive else read_prompts(arguments.prompts, tokenizer, config.data, bad, room)
     context = initialize(config.parallel.tensor, config.parallel.pipeline, hang_minutes=config.faults.hang_minutes)
     engine = load_for_inference(arguments.run_dir, config, context)
     if arguments.interactive:
-        converse(engine, tokenizer, generation, method, context, sys.stdin, sys.stdout)
+        converse(engine, tokenizer, generation, room, method, context, sys.stdin, sys.stdout)
         return
     watch(arguments.run_dir, config.faults.hang_minutes, context)  # above, ranks may wait for a person for hours
     settings = {"checkpoint": engine.source, **generation.model_dump(mode="json"), **({"data": data} if data else {})}
     file = AnswerFile(arguments.output, prompts, settings, context)
     answer_prompts(file, engine, tokenizer, generation, method, context)
     if context.is_main:
-        done = f"{len(prompts)} responses: {arguments.output}"
-        print("\n".join([*bad_lines(bad.count, bad.first), done]), flush=True)
+        print(*bad_lines(bad.count, bad.first), f"{len(prompts)} responses: {arguments.output}", sep="\n", flush=True)
 
 
 if __name__ == "__main__":

@@ -56,7 +56,8 @@ def main() -> None:
     task = TASKS[arguments.task]
     config = run_config(arguments.run_dir, 1)
     tokenizer = load_tokenizer(config.data)
-    questions = read_questions(arguments.data, task, arguments.limit, tokenizer, config.data, BadRecords())
+    room = base.room(config.model)
+    questions = read_questions(arguments.data, task, arguments.limit, tokenizer, config.data, BadRecords(), room)
     context = initialize(1)
     special = SpecialIds.of(tokenizer)
     engine = load_for_inference(arguments.run_dir, config, context)

@@ -9,6 +9,7 @@ from megatron_mdm.config.schema import DataConfig
 from megatron_mdm.data.columns import Prompt, prompt_of
 from megatron_mdm.data.conversation import USER, Message
 from megatron_mdm.data.json_files import Record
+from megatron_mdm.data.lengths import UNLIMITED, Room
 from megatron_mdm.data.records import BadRecords, read_records
 from megatron_mdm.data.sft import encode_prompt
 from megatron_mdm.data.tokenizer import Tokenizer
@@ -30,12 +31,17 @@ class EncodedPrompt(NamedTuple):
         return {"messages": [{"role": turn.role, "content": turn.content, **turn.fields} for turn in self.turns]}
 
 
-def read_prompts(path: str, tokenizer: Tokenizer, data: DataConfig, bad: BadRecords) -> list[EncodedPrompt]:
-    """Of every record that has one: a text, an instruction with its input, or a conversation."""
+def read_prompts(
+    path: str, tokenizer: Tokenizer, data: DataConfig, bad: BadRecords, room: Room = UNLIMITED
+) -> list[EncodedPrompt]:
+    """Of every record that has one: a text, an instruction with its input, or a conversation. One that leaves its
+    response no room is a bad one."""
     prompts = []
     for where, record in read_records(path, bad):
         with bad.of(where):
-            prompts.append(EncodedPrompt.of(prompt_of(record, data), tokenizer))
+            prompt = EncodedPrompt.of(prompt_of(record, data), tokenizer)
+            room.check(len(prompt.ids))
+            prompts.append(prompt)
     if not prompts:
         raise UserError(f"{path}: no prompts{bad.summary()}")
     return prompts

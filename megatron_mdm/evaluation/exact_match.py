@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from megatron_mdm.config.errors import UserError
 from megatron_mdm.config.schema import DataConfig
 from megatron_mdm.data.columns import prompt_and_response
+from megatron_mdm.data.lengths import UNLIMITED, Room
 from megatron_mdm.data.prompts import EncodedPrompt
 from megatron_mdm.data.records import BadRecords, read_records
 from megatron_mdm.data.tokenizer import Tokenizer
@@ -26,15 +27,24 @@ class Question(NamedTuple):
 
 
 def read_questions(
-    path: str, task: Task, limit: int, tokenizer: Tokenizer, data: DataConfig, bad: BadRecords
+    path: str,
+    task: Task,
+    limit: int,
+    tokenizer: Tokenizer,
+    data: DataConfig,
+    bad: BadRecords,
+    room: Room = UNLIMITED,
 ) -> list[Question]:
-    """The first `limit` records (0: all). A record whose reference has no final answer is a bad one."""
+    """The first `limit` records (0: all). A record whose reference has no final answer is a bad one, as is one whose
+    prompt leaves the response no room."""
     questions = list[Question]()
     for where, record in read_records(path, bad):
         with bad.of(where):
             asked = task.question(record, where, Path(path).parent) or prompt_and_response(record, data)
             prompt, response = asked
-            questions.append(Question(EncodedPrompt.of(prompt, tokenizer), task.reference(response)))
+            question = Question(EncodedPrompt.of(prompt, tokenizer), task.reference(response))
+            room.check(len(question.prompt.ids))
+            questions.append(question)
         if limit and len(questions) == limit:
             break
     if not questions:

@@ -60,8 +60,8 @@ COUNTS: dict[str, Callable[[int, int, np.random.Generator], Counts]] = {
 
 
 class LikelihoodConfig(Section):
-    """Autoregressive models use batch_size only, and refuse cfg_scale. LLaDA's setting is counts=systematic
-    num_times=128 num_repeats=1."""
+    """Autoregressive models use extrapolate and batch_size only, and refuse cfg_scale. LLaDA's setting is
+    counts=systematic num_times=128 num_repeats=1."""
 
     num_times: int = Field(default=16, gt=0)  # mask counts per repeat
     num_repeats: int = Field(default=4, gt=0)  # independent repeats, from which the standard error is taken
@@ -69,6 +69,7 @@ class LikelihoodConfig(Section):
     # Classifier-free guidance s: l_u + (s + 1)(l_c - l_u), where u does not see the prompt, that is, what is not
     # eligible. Keeps the logits of all masked positions of twice batch_size rows.
     cfg_scale: float = Field(default=0.0, ge=0.0)
+    extrapolate: bool = False  # score samples of any length, beyond model.max_sequence_length, too
     batch_size: int = Field(default=32, gt=0)  # rows per forward pass and data-parallel rank
     seed: int = 0
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any, NamedTuple
 
 from megatron_mdm.config.files import write_atomically, write_json
 from megatron_mdm.config.schema import RunConfig, Section
+from megatron_mdm.data.lengths import Room
 from megatron_mdm.data.records import BadRecords
 from megatron_mdm.data.splits import read_held_out
 from megatron_mdm.data.tokenizer import Tokenizer
@@ -49,7 +51,8 @@ def _left_out(bad: BadRecords) -> Result:
 def _exact_match(name: str, source: Source, settings: GenerationConfig, config: RunConfig, tokenizer: Tokenizer):
     task, method = TASKS[name], config.diffusion.method
     bad = BadRecords(source.on_error)
-    questions = read_questions(source.path, task, source.limit, tokenizer, config.data, bad)
+    room = settings.room(config.model)
+    questions = read_questions(source.path, task, source.limit, tokenizer, config.data, bad, room)
 
     def run(engine: Any, context: ParallelContext) -> Result:
         result = evaluate_exact_match(engine, questions, task, tokenizer, settings, context, method)
@@ -69,7 +72,9 @@ def _exact_match_summary(result: Result) -> list[str]:
 
 def _perplexity(source: Source, settings: LikelihoodConfig, config: RunConfig, tokenizer: Tokenizer):
     assert isinstance(config.model.vocab_size, int)
-    section = config.data.model_copy(update={"on_error": source.on_error})
+    section = config.data.model_copy(
+        update={"on_error": source.on_error, "max_length": _longest(source, settings, config)}
+    )
     data = read_held_out(source.path, config.model_copy(update={"data": section}), tokenizer)
     method = config.diffusion.method
     samples = scored_samples(data.samples[: source.limit or None], method)
@@ -80,6 +85,13 @@ def _perplexity(source: Source, settings: LikelihoodConfig, config: RunConfig, t
         return {**result, "num_too_long": data.num_too_long, "num_bad": data.num_bad, "first_bad": data.first_bad}
 
     return run
+
+
+def _longest(source: Source, settings: LikelihoodConfig, config: RunConfig) -> int:
+    """Tokens of a sample; of a corpus, which is cut into sequences, as the run cuts its own."""
+    if not settings.extrapolate:
+        return min(config.data.max_length, config.model.max_sequence_length)
+    return sys.maxsize if Path(source.path).is_file() else config.data.max_length
 
 
 def _perplexity_summary(result: Result) -> list[str]:
@@ -94,7 +106,8 @@ def _perplexity_summary(result: Result) -> list[str]:
 
 def _choices(source: Source, settings: LikelihoodConfig, config: RunConfig, tokenizer: Tokenizer):
     bad = BadRecords(source.on_error)
-    questions = read_choices(source.path, source.limit, tokenizer, config.data, bad)
+    room = Room.of(config.model, settings.extrapolate)
+    questions = read_choices(source.path, source.limit, tokenizer, config.data, bad, room)
     special = SpecialIds.of(tokenizer)
     method = config.diffusion.method
 

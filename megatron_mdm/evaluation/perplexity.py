@@ -11,6 +11,7 @@ from megatron_mdm.config.errors import UserError
 from megatron_mdm.config.schema import DataConfig
 from megatron_mdm.data.columns import prompt_of
 from megatron_mdm.data.json_files import Record
+from megatron_mdm.data.lengths import UNLIMITED, Room
 from megatron_mdm.data.prompts import EncodedPrompt
 from megatron_mdm.data.records import BadRecords, read_records
 from megatron_mdm.data.sample import Sample
@@ -75,12 +76,16 @@ class Question(NamedTuple):
     answer: int
 
 
-def read_choices(path: str, limit: int, tokenizer: Tokenizer, data: DataConfig, bad: BadRecords) -> list[Question]:
+def read_choices(
+    path: str, limit: int, tokenizer: Tokenizer, data: DataConfig, bad: BadRecords, room: Room = UNLIMITED
+) -> list[Question]:
     """Records of a prompt (or messages), "choices": […] and "answer": index; the first `limit`, 0: all."""
     questions = list[Question]()
     for where, record in read_records(path, bad):
         with bad.of(where):
-            questions.append(_question(record, tokenizer, data))
+            question = _question(record, tokenizer, data)
+            room.check(len(question.prompt.ids), max(map(len, question.choices)), "a choice")
+            questions.append(question)
         if limit and len(questions) == limit:
             break
     if not questions:

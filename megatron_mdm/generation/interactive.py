@@ -8,6 +8,8 @@ from typing import TextIO
 
 from torch import Tensor
 
+from megatron_mdm.config.errors import UserError
+from megatron_mdm.data.lengths import Room
 from megatron_mdm.data.sft import encode_prompt
 from megatron_mdm.data.tokenizer import Tokenizer
 from megatron_mdm.generation.generate import DECODERS
@@ -22,6 +24,7 @@ def converse(
     engine: LogitsEngine,
     tokenizer: Tokenizer,
     config: GenerationConfig,
+    room: Room,
     method: str,
     context: ParallelContext,
     lines: Iterable[str],
@@ -29,7 +32,8 @@ def converse(
 ) -> None:
     """Answer each line that the main rank reads until they end. Collective: the other ranks follow it.
 
-    On a terminal the response is drawn anew after every step; elsewhere only its end is written.
+    On a terminal the response is drawn anew after every step; elsewhere only its end is written. A line that cannot be
+    answered costs itself only.
     """
     special = SpecialIds.of(tokenizer)
     source = iter(lines)
@@ -43,9 +47,15 @@ def converse(
         assert isinstance(prompt, str)
         if not prompt.strip():
             continue
+        try:
+            ids = encode_prompt(prompt.strip(), tokenizer)
+            room.check(len(ids))
+        except (UserError, ValueError) as error:
+            output.write(f"error: {error}\n" if context.is_main else "")
+            output.flush()
+            continue
         screen = _Screen(tokenizer, output) if context.is_main else None
         watch = screen.draw if screen and output.isatty() else None
-        ids = encode_prompt(prompt.strip(), tokenizer)
         (response,) = DECODERS[method](engine, [ids], [turn], config, special, watch)
         if screen:
             screen.clear()

@@ -8,7 +8,8 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from megatron_mdm.config.schema import Section
+from megatron_mdm.config.schema import ModelConfig, Section
+from megatron_mdm.data.lengths import Room
 from megatron_mdm.data.tokenizer import Tokenizer
 from megatron_mdm.generation.remask import COMMIT_SCHEDULES, REMASKING, by_chance
 from megatron_mdm.models.cache import Window
@@ -22,9 +23,10 @@ class LogitsEngine(Protocol):
 
 
 class GenerationConfig(Section):
-    """Autoregressive models use gen_length, temperature, top_p, top_k, batch_size and seed only."""
+    """Autoregressive models use gen_length, extrapolate, temperature, top_p, top_k, batch_size and seed only."""
 
     gen_length: int = Field(default=128, gt=0)  # response tokens
+    extrapolate: bool = False  # let prompt and response be longer than model.max_sequence_length
     block_length: int = Field(default=32, gt=0)  # blocks are finished left to right
     steps: int = Field(default=128, gt=0)  # denoising steps in all, shared evenly by the blocks
     # How many tokens each step of a block commits: linear (LLaDA), cosine (MaskGIT), epsilon (Dream)
@@ -69,6 +71,9 @@ class GenerationConfig(Section):
         if self.eos == "last" and rule.select is by_chance:
             raise ValueError(f"eos last needs an order of positions; remasking {self.remasking} has none")
         return self
+
+    def room(self, model: ModelConfig) -> Room:
+        return Room.of(model, self.extrapolate, self.gen_length)
 
     @property
     def num_blocks(self) -> int:

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import torch
 
+from megatron_mdm.data.lengths import Room
 from megatron_mdm.data.tokenizer import Tokenizer
 from megatron_mdm.generation.interactive import converse, partly_masked_text
 from megatron_mdm.generation.settings import GenerationConfig
@@ -42,14 +43,16 @@ def conversation() -> tuple[str, str]:
     config = GenerationConfig(gen_length=4, block_length=2, steps=4)
     terminal, file = Terminal(), io.StringIO()
     for output in (terminal, file):
-        lines = ["two words\n", "\n", "one\n"]
-        converse(FixedLogits(), tokenizer, config, "masked", context, lines, output)
+        lines = ["two words\n", "\n", "too many of them now\n", "one\n"]
+        converse(FixedLogits(), tokenizer, config, Room(8, 4), "masked", context, lines, output)
     return terminal.getvalue(), file.getvalue()
 
 
 def test_each_line_is_answered_and_the_denoising_shown() -> None:
     terminal, file = run_ranks(conversation, 1)[0]
-    assert file == "w4 w5 w6 w7\nw3 w4 w5 w6\n"
+    answer, refusal, again = file.splitlines()
+    assert (answer, again) == ("w4 w5 w6 w7", "w3 w4 w5 w6")
+    assert refusal.startswith("error: 5 tokens of prompt and 4 of gen_length are 9, more than")
     first, second = terminal.split("(4 forward passes)")[:2]
     for shown in (first, second):
         assert shown.count("▒") == 3 + 2 + 1  # one token a step

@@ -108,6 +108,11 @@ def test_generate(folder: Path, trained: Path) -> None:
     refused = run_program_ranks("launch/generate.py", arguments)[0]
     assert refused.exit_code == 1
     assert refused.stderr.startswith(f"error: {prompts}, line 13: holds \\ud83d")
+    refused = run_program_ranks("launch/generate.py", [*arguments[:-1], "block_length=16", "gen_length=64"])[0]
+    assert refused.exit_code == 1
+    assert refused.stderr.startswith(f"error: {prompts}, line 1: ")
+    assert "64 of gen_length are" in refused.stderr
+    assert "more than 'model.max_sequence_length' 64" in refused.stderr
     assert "1 bad records left out" in run("launch/generate.py", *arguments, "--on-error", "skip", ranks=2)
     records = [json.loads(line) for line in output.read_text().splitlines()]
     assert len(records) == 13
@@ -239,7 +244,10 @@ def test_a_layout_that_does_not_fit(folder: Path, trained: Path) -> None:
 def test_not_a_run_folder(folder: Path) -> None:
     for arguments, message in (
         (["--run-dir", str(folder / "none"), "--data", str(folder / "test.jsonl")], "not a run's folder"),
-        (["--run-dir", str(folder), "--data", str(folder / "test.jsonl")], "the run has no checkpoint yet"),
+        (
+            ["--run-dir", str(folder), "--data", str(folder / "test.jsonl"), "gen_length=32"],
+            "the run has no checkpoint yet",
+        ),
         (["--run-dir", str(folder), "--data", str(folder / "absent.jsonl")], "no such data file"),
     ):
         result = run_program_ranks("launch/evaluate.py", arguments)[0]
