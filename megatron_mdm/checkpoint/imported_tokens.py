@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from megatron_mdm.checkpoint.huggingface import HuggingFaceCheckpoint
 from megatron_mdm.checkpoint.special_tokens import (
-    Stated,
     folder_tokenizer,
     mask_by_name,
     mask_of_family,
@@ -51,14 +50,14 @@ def special_tokens(checkpoint: HuggingFaceCheckpoint, asked: Mapping[str, str]) 
         fallback = mask_of_family(checkpoint.family, rows)
         if not fallback and "mask" not in wanted:
             fallback = mask_by_name(backend, file, rows, "--mask-token")
-        stated = Stated({**stated.by, "mask": fallback})
-    notes = [fault] if fault else []
+        stated = replace(stated, by={**stated.by, "mask": fallback})
+    notes = [*([fault] if fault else []), *stated.notes]
     chosen: dict[str, tuple[int, ...]] = {}
     for name in stated.by:
         if name in wanted:
             chosen[name] = (wanted[name],)
             other = stated.contradicts(name, wanted[name])
-            notes += [f"{name} token {wanted[name]}, as was asked for, though it is {other}"] if other else []
+            notes += [f"warning: {name} token {wanted[name]}, as was asked for, though it is {other}"] if other else []
             continue
         chosen[name], told = stated.choice(name, f"--{name}-token")
         notes += told

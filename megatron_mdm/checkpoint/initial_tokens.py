@@ -4,6 +4,7 @@ open, compared where it does not."""
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -80,9 +81,9 @@ def _of_folder(folder: Path, config: RunConfig) -> tuple[Stated, str, list[str]]
         fallback = mask_of_family(family, rows)
         if not fallback and "mask" not in unread:
             fallback = mask_by_name(backend, file, rows, "'data.mask_token'")
-        stated = Stated({**stated.by, "mask": fallback})
+        stated = replace(stated, by={**stated.by, "mask": fallback})
     template = "tokenizer" if has_chat_template(folder) else "plain"
-    return stated, template, [fault] if fault else []
+    return stated, template, [*([fault] if fault else []), *stated.notes]
 
 
 def _of_run(folder: Path) -> tuple[Stated, str, list[str]]:
@@ -116,7 +117,7 @@ def _tokens(data: DataConfig, stated: Stated) -> tuple[dict[str, Any], list[str]
         if key in data.model_fields_set:
             other = stated.contradicts(name, -1 if mine is None else mine)
             token = f"{value} (a new id)" if mine is None else mine if mine == value else f"{mine} ({value})"
-            notes += [f"{name} token {token}, by 'data.{key}', though it is {other}"] if other else []
+            notes += [f"warning: {name} token {token}, by 'data.{key}', though it is {other}"] if other else []
             if name == "eos" and not other:
                 changes |= _ends([end for end in stated.choice(name, key).ids if end != mine], data)
             continue

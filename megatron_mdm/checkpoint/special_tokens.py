@@ -45,6 +45,7 @@ class Stated:
     """Statements about each special token, that which counts first first."""
 
     by: Mapping[str, Sequence[Statement]]
+    notes: tuple[str, ...] = ()  # what was stated in vain, a line each
 
     def choice(self, name: str, key: str) -> Choice:
         """Of the ids that are stated. Files may disagree about all but the mask token, and that is told.
@@ -102,6 +103,7 @@ def stated_by_folder(folder: Path, config: Json, backend: Backend, lenient: Sequ
     generation = read_json(folder / GENERATION_CONFIG) if (folder / GENERATION_CONFIG).is_file() else {}
     named = special_names(folder / TOKENIZER_FILES[0])
     by: dict[str, list[Statement]] = {}
+    notes: list[str] = []
     for name in NAMES:
         by[name] = []
         for file, values in ((CONFIG, config), (GENERATION_CONFIG, generation)):
@@ -112,7 +114,9 @@ def stated_by_folder(folder: Path, config: Json, backend: Backend, lenient: Sequ
             text = texts.get(f"{name}_token", "")
             token_id = backend.token_id(text) if text else None
             by[name] += [Statement(f"{folder / file} ({text})", (token_id,))] if token_id is not None else []
-    return Stated(by)
+            if text and token_id is None and backend.num_ids:
+                notes.append(f"{name} token: {folder / file} names '{text}', which the tokenizer lacks")
+    return Stated(by, tuple(notes))
 
 
 def mask_of_family(family: Family, rows: int) -> list[Statement]:
@@ -129,7 +133,7 @@ def other_masks(mask_id: int, backend: Backend, file: Path | None) -> list[str]:
     named = _masks_by_name(backend)
     if not named or mask_id in named.values():
         return []
-    return [f"mask token {mask_id}, though {file} has {', '.join(f'{text} {i}' for text, i in named.items())}"]
+    return [f"warning: mask token {mask_id}, though {file} has {', '.join(f'{text} {i}' for text, i in named.items())}"]
 
 
 def mask_by_name(backend: Backend, file: Path | None, rows: int, key: str) -> list[Statement]:

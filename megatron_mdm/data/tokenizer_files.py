@@ -67,9 +67,9 @@ def open_tokenizer(path: str | Path) -> Backend:
         if file.suffix != ".json":
             backend: Backend = SentencePiece(file, beside)
         elif file.name == VOCABULARY:
-            backend = HuggingFace(byte_level_description(file.parent), beside, file)
+            backend = HuggingFace(json.dumps(byte_level_description(file.parent)), beside, file)
         else:
-            backend = HuggingFace(json.loads(file.read_text(encoding="utf-8")), beside, file)
+            backend = HuggingFace(file.read_text(encoding="utf-8"), beside, file)
     except UserError:
         raise
     except Exception as error:  # both libraries raise bare exceptions of their own
@@ -86,9 +86,10 @@ class HuggingFace:
 
     parses_special = True
 
-    def __init__(self, description: Json, beside: Sequence[Added], file: Path) -> None:
-        """description: what tokenizer.json holds. Raises UserError where two tokens have one id."""
-        self.tokenizer = _with_stated_ids(description, beside, file)
+    def __init__(self, text: str, beside: Sequence[Added], file: Path) -> None:
+        """text: of a tokenizer.json. Raises UserError where two tokens have one id."""
+        tokenizer, description = tokenizers.Tokenizer.from_str(text), json.loads(text)
+        self.tokenizer = _with_stated_ids(tokenizer, description, beside, file)
         self.tokenizer.no_truncation()
         self.tokenizer.no_padding()
         self.tokenizer.post_processor = None
@@ -213,10 +214,11 @@ class Ids:
         pass
 
 
-def _with_stated_ids(description: Json, beside: Sequence[Added], file: Path) -> tokenizers.Tokenizer:
+def _with_stated_ids(
+    tokenizer: tokenizers.Tokenizer, description: Json, beside: Sequence[Added], file: Path
+) -> tokenizers.Tokenizer:
     """With every added token under the id that the files state. The library itself counts on from the vocabulary's
     size, which collides with real ids where the vocabulary has gaps."""
-    tokenizer = tokenizers.Tokenizer.from_str(json.dumps(description))
     entries = description.get("added_tokens") or []
     known = {entry["content"]: entry["id"] for entry in entries}
     for token in beside:

@@ -113,6 +113,14 @@ def test_import_takes_a_mask_token_by_its_name_before_it_takes_a_spare_row(qwen2
     assert "mask token 44: a spare row" in told
 
 
+def test_a_named_token_that_the_tokenizer_lacks_is_told(llada: Path) -> None:
+    write_tokenizer(llada, mask_token="<MASK>", pad_token="[PAD]")
+    ids, told = chosen(llada)
+    assert ids == (57, 0, 1)
+    for name, text in (("mask", "<MASK>"), ("pad", "[PAD]")):
+        assert f"{name} token: {llada}/tokenizer_config.json names '{text}', which the tokenizer lacks" in told
+
+
 def test_two_mask_tokens_are_refused_with_both(llada: Path) -> None:
     write_tokenizer(llada, mask_token="<|mask|>")
     named = ("57 by ", "config.json (mask_token_id)", "but 41 by ", "tokenizer_config.json (<|mask|>)", "--mask-token")
