@@ -50,7 +50,7 @@ def write_ids(
 class Words:
     """A tokenizer's back end: words by their length."""
 
-    num_ids, parses_special, special = MASK, False, dict[str, Special]()
+    num_ids, parses_special, special, unknown_id = MASK, False, dict[str, Special](), None
 
     def token(self, token_id: int) -> str | None:
         return None

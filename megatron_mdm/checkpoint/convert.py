@@ -32,7 +32,7 @@ from megatron_mdm.config.files import sha256, write_atomically, write_json
 from megatron_mdm.config.load import dump_config
 from megatron_mdm.config.schema import ModelConfig, RunConfig
 from megatron_mdm.data.tokenizer import load_tokenizer
-from megatron_mdm.data.tokenizer_folder import VOCABULARY, tokenizer_file
+from megatron_mdm.data.tokenizer_folder import TOKENIZER_FILES, tokenizer_file, tokenizer_fingerprint
 from megatron_mdm.models.families import FAMILIES, family_of
 from megatron_mdm.models.families.family import Json
 from megatron_mdm.models.families.keymap import family_tensors
@@ -207,26 +207,36 @@ def _with_dtype(config: Json, dtypes: set[torch.dtype]) -> Json:
 
 
 def _write_companions(run: NativeCheckpoint, folder: Path, config: Json) -> None:
-    kept = run.folder / HUGGINGFACE
+    """The files that the run keeps; but of tokenizers, that with which it was trained."""
+    kept, tokenizer = run.folder / HUGGINGFACE, run.config.data.tokenizer
+    others = True
     if is_checkpoint(kept):
         for path in kept.iterdir():
             shutil.copyfile(path, folder / path.name)
+        others = tokenizer_file(kept).is_file() and _differ(tokenizer_file(tokenizer), tokenizer_file(kept))
     else:
-        tokenizer = Path(run.config.data.tokenizer) if run.config.data.tokenizer else None
-        if tokenizer:
-            _copy_tokenizer(tokenizer_file(tokenizer), folder)
-        ids = {name: config[name] for name in ("eos_token_id", "pad_token_id")}
+        used = load_tokenizer(run.config.data)
+        ends = [config["eos_token_id"], *sorted(used.other_end_ids)]
+        ids = {"eos_token_id": ends if ends[1:] else ends[0], "pad_token_id": config["pad_token_id"]}
         write_json(folder / GENERATION_CONFIG, ids)
+    if tokenizer and others:
+        _write_tokenizer(tokenizer_file(tokenizer), folder)
     write_json(folder / CONFIG, config)
 
 
-def _copy_tokenizer(file: Path, folder: Path) -> None:
-    if file.name != VOCABULARY:
-        shutil.copyfile(file, folder / ("tokenizer" + file.suffix))
-        return
-    for name in COMPANIONS:
-        if name not in (CONFIG, GENERATION_CONFIG) and (file.parent / name).is_file():
+def _differ(one: Path, other: Path) -> bool:
+    """Whether two tokenizers' files do; one that is gone is taken for the other."""
+    return one.is_file() and tokenizer_fingerprint(str(one)) != tokenizer_fingerprint(str(other))
+
+
+def _write_tokenizer(file: Path, folder: Path) -> None:
+    """In place of the one in a folder: the file and, if it has one of the usual names, what belongs to it."""
+    for name in (name for name in COMPANIONS if name not in (CONFIG, GENERATION_CONFIG)):
+        (folder / name).unlink(missing_ok=True)
+        if file.name in TOKENIZER_FILES and (file.parent / name).is_file():
             shutil.copyfile(file.parent / name, folder / name)
+    if file.name not in TOKENIZER_FILES:
+        shutil.copyfile(file, folder / ("tokenizer" + file.suffix))
 
 
 def shard_name(number: int, count: int) -> str:

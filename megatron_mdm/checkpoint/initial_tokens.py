@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from megatron_mdm.checkpoint.huggingface import CONFIG, is_checkpoint, model_section, read_json
 from megatron_mdm.checkpoint.native import HUGGINGFACE, RUN_CONFIG
@@ -21,7 +21,7 @@ from megatron_mdm.checkpoint.special_tokens import (
 )
 from megatron_mdm.config.errors import UserError
 from megatron_mdm.config.load import load_config
-from megatron_mdm.config.schema import DataConfig, RunConfig
+from megatron_mdm.config.schema import DataConfig, ModelConfig, RunConfig
 from megatron_mdm.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_mdm.data.tokenizer_files import open_tokenizer
 from megatron_mdm.models.families import family_of
@@ -42,13 +42,16 @@ def with_initial_tokens(config: RunConfig) -> tuple[RunConfig, list[str]]:
         if data.model_fields_set.issuperset(_KEYS):  # as they are when a run is resumed
             return config, []
         raise UserError(f"'model.init_from' {folder}: no such folder")
-    stated, template, notes = _of_folder(folder, config) if is_checkpoint(folder) else _of_run(folder)
-    changes, told = _tokens(data, stated)
-    data = data.model_copy(update=changes)
+    start = _of_folder(folder, config) if is_checkpoint(folder) else _of_run(folder)
+    changes, told = _tokens(data, start.stated)
+    data, template = data.model_copy(update=changes), start.template
     if template != data.template and "template" not in data.model_fields_set and data.format == "sft":
         data, line = _with_template(data, template, folder)
         told.append(line)
-    return config.model_copy(update={"data": data}), notes + told
+    return config.model_copy(update={"model": _with_rows(config.model, data, start.rows), "data": data}), [
+        *start.notes,
+        *told,
+    ]
 
 
 def contradictions(run_folder: Path, tokenizer: Tokenizer) -> list[str]:
@@ -68,8 +71,16 @@ def contradictions(run_folder: Path, tokenizer: Tokenizer) -> list[str]:
     return lines
 
 
-def _of_folder(folder: Path, config: RunConfig) -> tuple[Stated, str, list[str]]:
-    """(statements, template, what to tell) of a Hugging Face checkpoint."""
+class _Start(NamedTuple):
+    """What a run begins with, by its files."""
+
+    stated: Stated
+    template: str
+    rows: int  # of its table
+    notes: Sequence[str]
+
+
+def _of_folder(folder: Path, config: RunConfig) -> _Start:
     theirs, where = read_json(folder / CONFIG), str(folder / CONFIG)
     family = family_of(theirs, where)
     rows = model_section(family, theirs, where, config.model.ignore_fields).vocab_size
@@ -83,14 +94,14 @@ def _of_folder(folder: Path, config: RunConfig) -> tuple[Stated, str, list[str]]
             fallback = mask_by_name(backend, file, rows, "'data.mask_token'")
         stated = replace(stated, by={**stated.by, "mask": fallback})
     template = "tokenizer" if has_chat_template(folder) else "plain"
-    return stated, template, [*([fault] if fault else []), *stated.notes]
+    return _Start(stated, template, rows, [*([fault] if fault else []), *stated.notes])
 
 
-def _of_run(folder: Path) -> tuple[Stated, str, list[str]]:
-    """The same of a run's folder."""
+def _of_run(folder: Path) -> _Start:
     if not (folder / RUN_CONFIG).is_file():
-        return Stated({}), "plain", []  # what is wrong with it is said where its weights are read
-    data, notes = load_config(folder / RUN_CONFIG).data, []
+        return _Start(Stated({}), "plain", 0, [])  # what is wrong with it is said where its weights are read
+    config = load_config(folder / RUN_CONFIG)
+    data, rows, notes = config.data, config.model.vocab_size, list[str]()
     given: dict[str, Any] = {name: getattr(data, f"{name}_token") for name in ("mask", "pad", "eos")}
     try:
         tokenizer = load_tokenizer(data.model_copy(update={"template": "plain"}))
@@ -102,7 +113,17 @@ def _of_run(folder: Path) -> tuple[Stated, str, list[str]]:
         for name, token in given.items()
         if isinstance(token, int)
     }
-    return Stated(by), data.template, notes
+    return _Start(Stated(by), data.template, rows if isinstance(rows, int) else 0, notes)
+
+
+def _with_rows(model: ModelConfig, data: DataConfig, rows: int) -> ModelConfig:
+    """With the table's size where the model section leaves it open, and a tokenizer's ids, new ones included, fit."""
+    if model.vocab_size != "tokenizer":
+        return model
+    backend = open_tokenizer(data.tokenizer)
+    tokens = {data.mask_token, data.pad_token, data.eos_token}
+    new = sum(isinstance(token, str) and backend.token_id(token) is None for token in tokens)
+    return model.model_copy(update={"vocab_size": rows}) if backend.num_ids + new <= rows else model
 
 
 def _tokens(data: DataConfig, stated: Stated) -> tuple[dict[str, Any], list[str]]:

@@ -19,6 +19,7 @@ from megatron_mdm.models.families.family import Family, Json, json_text
 
 NAMES = ("mask", "pad", "eos", "bos")
 _TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json", "additional_chat_templates")
+_USUAL_MASKS = ("<mask>", "<|mask|>", "[MASK]", "<|mdm_mask|>", "<MASK>", "<|mask_token|>")
 _TAKEN = {  # where files disagree
     "pad": "the first is taken",
     "eos": "a response ends at any of them",
@@ -125,7 +126,9 @@ def mask_of_family(family: Family, rows: int) -> list[Statement]:
 
 
 def _masks_by_name(backend: Backend) -> dict[str, int]:
-    return {text: special.id for text, special in backend.special.items() if _MASK_NAME.fullmatch(text)}
+    found = {text: special.id for text, special in backend.special.items() if _MASK_NAME.fullmatch(text)}
+    usual = {text: backend.token_id(text) for text in _USUAL_MASKS}  # which need not be marked as special
+    return found | {text: token_id for text, token_id in usual.items() if token_id is not None}
 
 
 def other_masks(mask_id: int, backend: Backend, file: Path | None) -> list[str]:

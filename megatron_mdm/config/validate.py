@@ -168,10 +168,11 @@ def _check_data(config: RunConfig) -> None:
             f"'data.max_length' {data.max_length} exceeds 'model.max_sequence_length' {model.max_sequence_length}"
         )
     if not data.tokenizer:
-        if model.vocab_size == "tokenizer":
+        if model.vocab_size == "tokenizer" and not model.init_from:
             raise UserError("'data.tokenizer' is empty, so 'model.vocab_size' must be a number")
         for name in ("mask_token", "pad_token", "eos_token"):
-            if isinstance(getattr(data, name), str):
+            open_yet = model.init_from and name not in data.model_fields_set  # the checkpoint's files may say
+            if isinstance(getattr(data, name), str) and not open_yet:
                 raise UserError(f"'data.tokenizer' is empty, so 'data.{name}' must be a token id")
     if config.evaluation.every and not data.validation and not data.validation_fraction:
         raise UserError("'evaluation.every' is set, but neither 'data.validation' nor 'data.validation_fraction' is")

@@ -19,7 +19,7 @@ class Literals:
 
     def __init__(self, backend: Backend, mask_id: int) -> None:
         self.backend = backend
-        self.unwanted = {special.id for special in backend.special.values()} | {mask_id}
+        self.unwanted = {special.id for special in backend.special.values()} - {backend.unknown_id} | {mask_id}
         names = _any_of(list(backend.special))
         never = r"(?!)"
         self._starts = re.compile(f"(?={names})" if names else never)

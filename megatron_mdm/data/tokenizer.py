@@ -120,6 +120,8 @@ def load_tokenizer(data: DataConfig) -> Tokenizer:
     ids: dict[str, int] = {}
     for name, token in given.items():
         token_id = known[name]
+        if token_id is None and not data.tokenizer:
+            raise UserError(f"'data.tokenizer' is empty, so 'data.{name}' must be a token id")
         if token_id is None and token not in new:
             while num_ids in taken:
                 num_ids += 1

@@ -17,7 +17,15 @@ import tokenizers
 
 from megatron_mdm.config.errors import UserError
 from megatron_mdm.data.byte_level import byte_level_description
-from megatron_mdm.data.tokenizer_folder import FLAGS, VOCABULARY, Added, added_beside, special_names, tokenizer_file
+from megatron_mdm.data.tokenizer_folder import (
+    FLAGS,
+    VOCABULARY,
+    Added,
+    added_beside,
+    further_special_names,
+    special_names,
+    tokenizer_file,
+)
 
 Json = dict[str, Any]
 _TAG = re.compile(r"<.+>|\[.+\]", re.DOTALL)  # what a special token looks like, even where no file says that it is one
@@ -34,7 +42,8 @@ class Special(NamedTuple):
 
 class Backend(Protocol):
     num_ids: int  # the highest id + 1, added tokens included
-    special: Mapping[str, Special]  # by text, the token for the unknown left out
+    special: Mapping[str, Special]  # by text
+    unknown_id: int | None  # of the token that stands for what the vocabulary lacks
     parses_special: bool  # whether it can find special tokens in a text by itself
 
     def encode_batch(self, texts: Sequence[str], parse_special: bool = False) -> list[list[int]]:
@@ -74,10 +83,10 @@ def open_tokenizer(path: str | Path) -> Backend:
         raise
     except Exception as error:  # both libraries raise bare exceptions of their own
         raise UserError(f"{file}: not a sentencepiece model or tokenizer.json ({_first_line(error)})") from None
-    for texts in special_names(file).values():
-        for token in texts.values():
-            if backend.token_id(token) is not None:
-                backend.make_special(token)
+    named = [text for texts in special_names(file).values() for text in texts.values()]
+    for token in [*named, *further_special_names(file)]:
+        if backend.token_id(token) is not None:
+            backend.make_special(token)
     return backend
 
 
@@ -97,7 +106,7 @@ class HuggingFace:
             self.tokenizer.model.dropout = None
         model = description["model"]
         unknown = model.get("unk_id") if model.get("type") == "Unigram" else model.get("unk_token")
-        self._unknown = self.token_id(unknown) if isinstance(unknown, str) else unknown
+        self.unknown_id = self.token_id(unknown) if isinstance(unknown, str) else unknown
         self.num_ids = max(self.tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
         self.special = self._special()
 
@@ -132,7 +141,7 @@ class HuggingFace:
         return {
             token.content: Special(token_id, token.lstrip, token.rstrip, token.normalized)
             for token_id, token in sorted(self.tokenizer.get_added_tokens_decoder().items())
-            if token.special and token_id != self._unknown
+            if token.special
         }
 
 
@@ -144,6 +153,7 @@ class SentencePiece:
     def __init__(self, path: Path, beside: Sequence[Added]) -> None:
         self.processor = sentencepiece.SentencePieceProcessor(model_file=str(path))
         self.size = size = self.processor.vocab_size()
+        self.unknown_id: int | None = self.processor.unk_id()
         self.added = {token.id: token for token in beside if token.id >= size}
         self.num_ids = max([size - 1, *self.added]) + 1
         control = [token for token in range(size) if self.processor.is_control(token)]
@@ -182,7 +192,7 @@ class SentencePiece:
 
     def make_special(self, token: str) -> None:
         token_id = self.token_id(token)
-        if token_id is not None and token_id != self.processor.unk_id() and _TAG.fullmatch(token):
+        if token_id is not None and token_id != self.unknown_id and _TAG.fullmatch(token):
             self.special.setdefault(token, Special(token_id))
 
 
@@ -192,6 +202,7 @@ class Ids:
     num_ids = 0
     parses_special = False
     special: Mapping[str, Special] = {}
+    unknown_id: int | None = None
 
     def encode_batch(self, texts: Sequence[str], parse_special: bool = False) -> list[list[int]]:
         if texts:

@@ -55,11 +55,24 @@ def special_names(file: Path) -> dict[str, dict[str, str]]:
     return named
 
 
+def further_special_names(file: Path) -> list[str]:
+    """Texts of the special tokens that these files list without a role."""
+    found: list[str] = []
+    for name in (SPECIAL_TOKENS, SETTINGS) if file.name in TOKENIZER_FILES else ():
+        described = _json_object(file.parent / name)
+        for key in ("additional_special_tokens", "extra_special_tokens"):
+            value = described.get(key)
+            values = list(value.values()) if isinstance(value, dict) else value
+            found += [_text(token) for token in values if _text(token)] if isinstance(values, list) else []
+    return found
+
+
 def added_beside(file: Path) -> list[Added]:
     """Tokens that files beside the tokenizer's own add, by id: added_tokens.json and tokenizer_config.json."""
     if file.name not in TOKENIZER_FILES:
         return []
     special = {text for texts in special_names(file).values() for text in texts.values()}
+    special |= set(further_special_names(file))
     added: dict[str, Added] = {}
     for content, token_id in _json_object(file.parent / ADDED_TOKENS).items():
         if type(token_id) is int:

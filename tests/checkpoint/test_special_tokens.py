@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from megatron_mdm.checkpoint.convert import ImportOptions, import_checkpoint
+from megatron_mdm.checkpoint.convert import ImportOptions, export_checkpoint, import_checkpoint
 from megatron_mdm.checkpoint.huggingface import HuggingFaceCheckpoint
 from megatron_mdm.checkpoint.imported_tokens import special_tokens
 from megatron_mdm.checkpoint.initial_tokens import contradictions, with_initial_tokens
@@ -18,7 +18,8 @@ from megatron_mdm.checkpoint.load import data_overrides, run_config, run_tokeniz
 from megatron_mdm.config.errors import UserError
 from megatron_mdm.config.load import dump_config, load_config
 from megatron_mdm.config.schema import RunConfig
-from megatron_mdm.data.tokenizer import load_tokenizer
+from megatron_mdm.config.validate import validate
+from megatron_mdm.data.tokenizer import load_tokenizer, resolve_vocabulary
 from megatron_mdm.training.resume import as_the_run_began
 from tests.checkpoint.huggingface_models import VOCAB, write_checkpoint
 from tests.checkpoint.test_bad_checkpoints import change_json
@@ -121,6 +122,14 @@ def test_a_named_token_that_the_tokenizer_lacks_is_told(llada: Path) -> None:
         assert f"{name} token: {llada}/tokenizer_config.json names '{text}', which the tokenizer lacks" in told
 
 
+def test_a_mask_token_that_is_listed_or_not_marked_as_special_is_found_by_its_name(qwen2: Path) -> None:
+    write_tokenizer(qwen2, additional_special_tokens=["<|mask|>"])
+    change_json(qwen2 / "tokenizer.json", added_tokens=[])  # all of them are in the vocabulary, as words
+    assert chosen(qwen2)[0][0] == 41
+    (qwen2 / "tokenizer_config.json").unlink()
+    assert chosen(qwen2)[0][0] == 41
+
+
 def test_two_mask_tokens_are_refused_with_both(llada: Path) -> None:
     write_tokenizer(llada, mask_token="<|mask|>")
     named = ("57 by ", "config.json (mask_token_id)", "but 41 by ", "tokenizer_config.json (<|mask|>)", "--mask-token")
@@ -217,7 +226,9 @@ def start(folder: Path, data: Sequence[str] = (), **model: Any) -> tuple[RunConf
     values["data"] = {"train": "a.jsonl", "max_length": 64, "tokenizer": str(folder / "tokenizer.json")}
     path = folder.parent / "my.yaml"
     path.write_text(json.dumps(json.loads(json.dumps(values))))
-    config, notes = with_initial_tokens(load_config(path, [f"data.{key}" for key in data]))
+    written = load_config(path, [f"data.{key}" for key in data])
+    validate(written, 1)
+    config, notes = with_initial_tokens(written)
     assert not any("\n" in note for note in notes)
     return config, "\n".join(notes)
 
@@ -273,6 +284,42 @@ def test_the_start_may_be_a_run(llada: Path) -> None:
     assert f"mask token 57, by {run}/config.yaml (data.mask_token), since 'data.mask_token' is not set" in told
     told = start(run, [f"tokenizer={llada}/tokenizer.json", "mask_token=41"])[1]
     assert f"mask token 41, by 'data.mask_token', though it is 57 by {run}/config.yaml" in told
+
+
+def test_the_table_has_the_starts_rows_where_the_configuration_leaves_them_open(llada: Path) -> None:
+    assert start(llada, vocab_size="tokenizer")[0].model.vocab_size == VOCAB
+    write_tokenizer(llada, {**SPECIAL, "<|last|>": 59})
+    grown = start(llada, ["eos_token=<new>"], vocab_size="tokenizer")[0]
+    assert resolve_vocabulary(grown.model, load_tokenizer(grown.data)).vocab_size == VOCAB + 1
+
+
+def test_token_ids_alone_need_no_special_tokens_beside_a_start(llada: Path) -> None:
+    config, _ = start(llada, ["tokenizer="], vocab_size="tokenizer")
+    assert ids(config) == (57, 0, 1)
+    assert config.model.vocab_size == VOCAB
+    change_json(llada / "config.json", mask_token_id=None)
+    config, _ = start(llada, ["tokenizer=", "pad_token=0"])
+    assert ids(config) == (41, 0, 1)  # <|mask|> of its tokenizer
+    (llada / "tokenizer.json").unlink()
+    with pytest.raises(UserError, match=r"'data\.tokenizer' is empty, so 'data\.mask_token' must be a token id"):
+        load_tokenizer(start(llada, ["tokenizer="])[0].data)
+
+
+def test_an_export_has_the_tokenizer_that_the_run_was_trained_with(llada: Path) -> None:
+    write_tokenizer(llada, chat_template=TEMPLATE)
+    config, _ = imported(llada)
+    run, out = llada.parent / "imported", llada.parent / "out"
+    export_checkpoint(run, out, "auto", "auto", 10**9)
+    assert (out / "tokenizer.json").read_bytes() == (llada / "tokenizer.json").read_bytes()
+    assert (out / "tokenizer_config.json").exists()
+    other = llada.parent / "other.json"
+    shutil.copyfile(llada / "tokenizer.json", other)
+    change_json(other, normalizer={"type": "Lowercase"})
+    changed = config.data.model_copy(update={"tokenizer": str(other), "template": "plain"})
+    (run / "config.yaml").write_text(dump_config(config.model_copy(update={"data": changed})))
+    export_checkpoint(run, llada.parent / "again", "auto", "auto", 10**9)
+    assert (llada.parent / "again" / "tokenizer.json").read_bytes() == other.read_bytes()
+    assert not (llada.parent / "again" / "tokenizer_config.json").exists()
 
 
 def test_a_run_that_contradicts_the_files_it_keeps_says_so(llada: Path) -> None:

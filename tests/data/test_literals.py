@@ -201,6 +201,19 @@ def test_tokens_that_begin_alike_are_told_apart(tmp_path: Path) -> None:
     assert not special_ids(tokenizer) & set(tokenizer.encode_pieces([tokenizer.literals.mark(text)])[0])
 
 
+def test_the_text_of_the_unknown_token_is_text(tmp_path: Path) -> None:
+    """And what the vocabulary lacks is still the unknown token."""
+    alphabet = {letter: place for place, letter in enumerate("<unk>ab", 1) if letter != "u"}
+    model = tokenizers.Tokenizer(tokenizers.models.BPE({"<unk>": 0, **alphabet}, [], unk_token="<unk>"))
+    model.add_special_tokens(["<unk>"])
+    model.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = load(tmp_path)
+    expected = [alphabet["a"], alphabet["<"], 0, *(alphabet[letter] for letter in "nk>b")]
+    assert tokenizer.encode("a<unk>b") == expected
+    assert tokenizer.encode_pieces([tokenizer.literals.mark("a<unk>b")]) == [expected]
+    assert tokenizer.encode_pieces(["a<unk>b"]) == [[alphabet["a"], 0, alphabet["b"]]]
+
+
 def test_a_content_with_the_mark_itself_is_refused(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"a\.jsonl, line 1: holds the noncharacter U\+FDD0"):
         read(folder, tmp_path / "a.jsonl", [{"prompt": f"a{MARK}", "response": "b"}])
