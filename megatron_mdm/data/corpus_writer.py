@@ -18,7 +18,7 @@ from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 from numpy.typing import NDArray
 
 from megatron_mdm.config.errors import UserError
-from megatron_mdm.config.files import write_json
+from megatron_mdm.config.files import sync, write_json
 from megatron_mdm.config.schema import DataConfig
 from megatron_mdm.data.documents import START, Position, Source
 from megatron_mdm.data.encode import Encoded, Settings, encode_all
@@ -187,6 +187,7 @@ class _Shards:
                     Path(f"{shard}{kind}.tmp").unlink()
                 continue
             for kind in (".bin", ".idx"):  # a reader looks for the .idx, which comes last
+                sync(Path(f"{shard}{kind}.tmp"))
                 Path(f"{shard}{kind}.tmp").replace(f"{shard}{kind}")
         return replace(state, shards=state.shards + 1)
 

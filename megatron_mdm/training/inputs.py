@@ -7,6 +7,7 @@ import math
 import sys
 from collections import Counter
 from dataclasses import dataclass
+from fractions import Fraction
 from importlib.metadata import version
 from pathlib import Path
 
@@ -116,7 +117,8 @@ def total_steps(config: RunConfig, num_samples: int) -> int:
     """Optimizer steps of the run; epochs are rounded up to whole global batches."""
     if config.schedule.steps:
         return config.schedule.steps
-    return math.ceil(config.schedule.epochs * num_samples / config.batch.global_size)
+    epochs = Fraction(str(config.schedule.epochs))  # exactly what was written: 0.1 × 30 samples are 3
+    return math.ceil(epochs * num_samples / config.batch.global_size)
 
 
 def describe_data(data: RunData, config: RunConfig) -> str:

@@ -22,6 +22,7 @@ from megatron_mdm.data.corpus_writer import CorpusSettings, warnings, write_corp
 from megatron_mdm.data.documents import Source
 from megatron_mdm.data.indexed import find_shards, open_shard
 from megatron_mdm.data.tokenizer import load_tokenizer
+from tests.disk import Disk
 from tests.ranks import run_program_ranks
 
 
@@ -176,12 +177,20 @@ def test_every_token_is_in_one_sequence(tmp_path: Path) -> None:
 def test_documents_are_segments_where_they_shall_not_see_each_other(tmp_path: Path) -> None:
     docs = write_with_megatron(tmp_path / "a", some_documents(60))
     data, _ = corpus(tmp_path / "a", sees_across_documents=False)
-    parts = [part for sample in data.samples for part in (sample.segments if len(sample.segments) else [16])]
-    assert sum(map(len, docs)) == sum(sample.segments.sum() or len(sample.tokens) for sample in data.samples)
-    assert max(parts) <= 16
-    ends = np.cumsum([len(docs[number]) for number in data.corpora[0].documents])
-    inner = np.cumsum(data.samples[0].segments)[:-1]
-    assert inner.tolist() == ends[: len(inner)].tolist()
+    ends = set(np.cumsum([len(docs[number]) for number in data.corpora[0].documents]).tolist())
+    sizes = data.lengths()
+    cuts = set(np.cumsum(sizes).tolist())  # of sequences
+    found, numbers = set[int](), set[int]()
+    for first, sample in zip(np.cumsum(sizes) - sizes, data.samples):
+        parts = sample.segments if len(sample.segments) else np.array([len(sample.tokens)])
+        assert parts.sum() == len(sample.tokens)
+        found |= set((first + np.cumsum(parts)).tolist())
+        numbers.add(len(parts))
+        assert sample.eligible.all()  # the first of a sequence and of a document, too
+    assert found == ends | cuts  # no two documents share a segment, none is cut but where its sequence ends
+    assert {1, 2, 3} <= numbers
+    together, _ = corpus(tmp_path / "a")
+    assert not any(len(sample.segments) for sample in together.samples)
 
 
 def test_random_lengths(tmp_path: Path) -> None:
@@ -195,8 +204,29 @@ def test_random_lengths(tmp_path: Path) -> None:
     assert data.samples[row].tokens.tolist() == plain.samples[row].tokens[: data.lengths()[row]].tolist()
 
 
+def test_random_lengths_are_of_any_size(tmp_path: Path) -> None:
+    """U{1 … length}, the whole length included."""
+    write_with_megatron(tmp_path / "a", some_documents(500))
+    data, _ = corpus(tmp_path / "a", random_length=1.0, length=4)
+    counts = np.bincount(data.lengths()[:-1])[1:]
+    assert np.abs(counts / counts.sum() - 0.25).max() < 4 * np.sqrt(0.25 * 0.75 / counts.sum())
+
+
+def test_a_small_corpus_has_a_document_for_validation(tmp_path: Path) -> None:
+    docs = write_with_megatron(tmp_path / "a", some_documents(20))
+    train, validation = corpus(tmp_path / "a", validation_fraction=0.001)
+    assert validation is not None
+    (number,) = validation.corpora[0].documents
+    assert sum(validation.lengths()) == len(docs[number])
+    assert len(train.corpora[0].documents) == 19
+
+
 def test_blend(tmp_path: Path) -> None:
     assert blend_counts([100, 50], [3, 1]).tolist() == [150, 50]
+    assert blend_counts([7, 5, 3], [0.4, 0.4, 0.2]).tolist() == [7, 7, 4]  # half a row more, not less
+    for sizes in ([10, 7], [33, 1], [3, 11, 29]):  # every sequence of the one that lasts longest, whatever is rounded
+        weights = [size * 0.1 for size in sizes]
+        assert blend_counts(sizes, weights).tolist() == sizes
     write_with_megatron(tmp_path / "a", some_documents(60))
     write_with_megatron(tmp_path / "b", some_documents(20, seed=1))
     data, _ = corpus({tmp_path / "a": 0.25, tmp_path / "b": 0.75})
@@ -410,8 +440,10 @@ def test_a_split_without_documents_is_no_corpus(text: dict[str, Any], tmp_path: 
 
 
 def test_a_split_may_be_empty_in_a_shard(text: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(documents, "CHUNK_BYTES", 2_000)
-    result = prepare(text, tmp_path / "c", text["folder"] / "a.txt", shares=(0.99, 0.01), shard_tokens=1)
+    monkeypatch.setattr(documents, "CHUNK_BYTES", 20_000)
+    with Disk() as disk:
+        result = prepare(text, tmp_path / "c", text["folder"] / "a.txt", shares=(0.99, 0.01), shard_tokens=1)
+    assert not disk.too_early
     shards = find_shards(str(tmp_path / "c-validation"))
     assert 0 < len(shards) < result.shards
     data, _ = corpus(tmp_path / "c-validation", vocab_size=300)

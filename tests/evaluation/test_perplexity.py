@@ -55,6 +55,8 @@ def test_every_token_counts_alike() -> None:
     assert masked["num_tokens"] == 8
     assert masked["nats_per_token"] == pytest.approx(mean, abs=1e-6)
     assert masked["perplexity"] == pytest.approx(math.exp(mean), rel=1e-6)
+    (first,) = run_ranks(measured, 1, [sample([50, 2, 2, 2])] * 50, "masked")
+    assert first["nats_per_token"] == pytest.approx((5.0 + 3 * 0.2) / 4, abs=4 * first["standard_error"])
     (causal,) = run_ranks(measured, 1, samples, "autoregressive")  # a first token follows none
     assert causal["num_tokens"] == 7
     assert causal["nats_per_token"] == pytest.approx((5 * 2.0 + 2 * 0.2) / 7, abs=1e-6)
