@@ -121,11 +121,6 @@ def ranks_on_host() -> int:
     return environment.number("LOCAL_WORLD_SIZE", environment.number("WORLD_SIZE", 1))
 
 
-def is_crowded() -> bool:
-    """Whether ranks that compute on CPU must share cores."""
-    return not is_cuda() and ranks_on_host() > len(os.sched_getaffinity(0))
-
-
 def device_name() -> str:
     """The GPU's model; CPUs of one job may be of several."""
     return torch.cuda.get_device_name(device()) if is_cuda() else "cpu"

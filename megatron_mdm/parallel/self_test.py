@@ -14,6 +14,7 @@ from torch import Tensor
 from megatron_mdm.config.errors import UserError
 from megatron_mdm.parallel import platform
 from megatron_mdm.parallel.collectives import gather_objects
+from megatron_mdm.parallel.cores import CoreUse, core_use, core_wait
 from megatron_mdm.parallel.groups import ParallelContext
 
 SLOW = 1.5  # times the median
@@ -29,7 +30,7 @@ class Outcome(NamedTuple):
 
     host: str
     compute: float  # of a fixed number of matrix products, while all ranks do them
-    is_crowded: bool  # the host has fewer cores than ranks that compute on them, so that times say little
+    cores: CoreUse  # meanwhile
     latency: dict[str, float]  # by test: of a message of one element
     transfer: dict[str, float]  # of a message of message_bytes()
     right: dict[str, bool]
@@ -56,9 +57,9 @@ def self_test(context: ParallelContext) -> list[Outcome]:
     if layout.pipeline > 1:
         outcome = _neighbours(context)
         latency[NEIGHBOURS], transfer[NEIGHBOURS], right[NEIGHBOURS] = outcome
-    mine = Outcome(platform.host(), _compute(), platform.is_crowded(), latency, transfer, right)
-    gathered: list[Any] = gather_objects(mine._asdict(), context)
-    outcomes = [Outcome(**outcome) for outcome in gathered]
+    compute, cores = _compute()
+    mine = Outcome(platform.host(), compute, cores, latency, transfer, right)
+    outcomes: list[Any] = gather_objects(mine, context)
     for name in right:
         wrong = [rank for rank, outcome in enumerate(outcomes) if not outcome.right[name]]
         if wrong:
@@ -68,10 +69,10 @@ def self_test(context: ParallelContext) -> list[Outcome]:
     return outcomes
 
 
-def slow_ranks(seconds: list[float]) -> list[int]:
-    """Ranks that take more than SLOW times the median."""
-    limit = SLOW * median(seconds)
-    return [rank for rank, mine in enumerate(seconds) if mine > limit]
+def slow_ranks(seconds: dict[int, float]) -> list[int]:
+    """Ranks that take more than SLOW times the median of all. seconds: by rank."""
+    limit = SLOW * median(seconds.values()) if seconds else 0.0
+    return [rank for rank, mine in seconds.items() if mine > limit]
 
 
 def _all_reduce(group: dist.ProcessGroup | None) -> tuple[float, float, bool]:
@@ -115,8 +116,8 @@ def pattern(rank: int) -> Tensor:
     return (torch.arange(size, device=platform.device()) % _PATTERN + rank % _PATTERN + 1).float()
 
 
-def _compute() -> float:
-    """Seconds of matrix products on this rank, whatever else its core or its GPU is doing included."""
+def _compute() -> tuple[float, CoreUse]:
+    """(seconds of matrix products on this rank, whatever else its core or its GPU is doing included; its cores)"""
     kind = platform.device().type
     matrix = torch.ones(_MATRIX[kind], _MATRIX[kind], device=platform.device())
     if platform.is_cuda():
@@ -126,7 +127,9 @@ def _compute() -> float:
         for _ in range(_PRODUCTS[kind]):
             matrix @ matrix
 
-    return sum(_timed(products, _CHUNKS))
+    began, waited = time.perf_counter(), core_wait()
+    seconds = sum(_timed(products, _CHUNKS))
+    return seconds, core_use(time.perf_counter() - began, core_wait() - waited)
 
 
 def _timed(action: Callable[[], object], repeats: int) -> list[float]:

@@ -23,6 +23,7 @@ from megatron_mdm.engine.clock import CommunicationProfile
 from megatron_mdm.engine.packets import loss_packet
 from megatron_mdm.evaluation.losses import row_sums
 from megatron_mdm.parallel.collectives import fill_from_data_ranks
+from megatron_mdm.parallel.cores import core_wait
 from megatron_mdm.parallel.groups import ParallelContext
 from megatron_mdm.parallel.heartbeat import enter
 from megatron_mdm.training.schedules import learning_rate
@@ -52,6 +53,7 @@ class StepResult:
     seconds: float
     phases: dict[str, float]  # seconds of this rank by phase: see engine/clock.py
     communication: float  # seconds of this rank within collectives; not a number but at sampled steps
+    core_wait: float  # seconds without a core, while ready to run; not a number where the kernel does not tell
 
     @property
     def is_skipped(self) -> bool:
@@ -93,7 +95,7 @@ class Trainer:
 
     def train_step(self, step: int) -> StepResult:
         """clean → noised → weighted → one optimizer step."""
-        clock, began = self.engine.clock, time.perf_counter()
+        clock, began, waited = self.engine.clock, time.perf_counter(), core_wait()
         clock.reset()
         clock.is_exact = self.is_sampled(step)
         with CommunicationProfile(self.is_sampled(step)) as profile:
@@ -103,7 +105,7 @@ class Trainer:
             lr = learning_rate(step, self.num_steps, self.config.optimizer.lr, self.config.schedule)
             output = self.engine.train_batch(packets, lr)
             values = self._collect(batch, noised, weights, output)
-            seconds = time.perf_counter() - began
+            seconds, waited = time.perf_counter() - began, core_wait() - waited
         t, weight = self.noiser.times(step)
         return StepResult(
             step=step,
@@ -123,6 +125,7 @@ class Trainer:
             seconds=seconds,
             phases=clock.close(seconds),
             communication=profile.read(),
+            core_wait=waited,
         )
 
     def is_sampled(self, step: int) -> bool:

@@ -22,6 +22,7 @@ from megatron_mdm.config.schema import RunConfig
 from megatron_mdm.models.parameters import checkpoint_bytes
 from megatron_mdm.parallel import environment
 from megatron_mdm.parallel.collectives import gather_objects
+from megatron_mdm.parallel.cores import unfit_hosts
 from megatron_mdm.parallel.groups import ParallelContext
 from megatron_mdm.parallel.self_test import NEIGHBOURS, Outcome, message_bytes, self_test, slow_ranks
 from megatron_mdm.training.inputs import package_folder, versions
@@ -57,7 +58,7 @@ def preflight(config: RunConfig, checkpoints: Path, context: ParallelContext) ->
         "seconds": round(seconds, 3),
         "message_bytes": message_bytes(),
         "slow": slow,
-        "ranks": [outcome._asdict() for outcome in outcomes],
+        "ranks": [{**outcome._asdict(), "cores": len(outcome.cores.cores)} for outcome in outcomes],
     }
     try:
         write_json(folder / PREFLIGHT, report)
@@ -121,21 +122,25 @@ def describe(outcomes: list[Outcome], disk: dict[str, int], seconds: float) -> l
         ratio = times[slowest] / median(times)
         lines.append("; ".join(groups))
         lines.append(f"slowest rank {slowest} on {outcomes[slowest].host}, {ratio:.2f} times the median's time")
+    for reason in unfit_hosts([outcome.cores for outcome in outcomes]).values():
+        lines.append(f"slow ranks are not named: {reason}")
     return lines
 
 
 def describe_slow(outcomes: list[Outcome]) -> list[str]:
-    """A line for each rank that computes, and for each test whose messages travel, markedly slower than the median."""
-    if any(outcome.is_crowded for outcome in outcomes):
-        return []
+    """A line for each rank that computes, and for each test whose messages travel, markedly slower than the median of
+    those that have cores for themselves."""
+    unfit = unfit_hosts([outcome.cores for outcome in outcomes])
+    fit = [rank for rank, outcome in enumerate(outcomes) if outcome.host not in unfit]
     lines = []
     tests = {"to compute": [outcome.compute for outcome in outcomes]}
     for name in outcomes[0].transfer:
         what = "messages between" if name == NEIGHBOURS else "all-reduces in the group"
         tests[f"for {what} {name}"] = [outcome.transfer[name] for outcome in outcomes]
-    for what, seconds in tests.items():
+    for what, times in tests.items():
+        seconds = {rank: times[rank] for rank in fit}
         for rank in slow_ranks(seconds):
-            ratio = seconds[rank] / median(seconds)
+            ratio = seconds[rank] / median(seconds.values())
             lines.append(f"rank {rank} on {outcomes[rank].host} takes {ratio:.1f} times the median's time {what}")
     return lines
 

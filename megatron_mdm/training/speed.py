@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import sys
-from collections import defaultdict
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from megatron_mdm.engine.clock import PHASES
 from megatron_mdm.models.parameters import training_flops
 from megatron_mdm.parallel import platform
 from megatron_mdm.parallel.collectives import gather_objects
+from megatron_mdm.parallel.cores import CoreUse, core_use, own_seconds, unfit_hosts
 from megatron_mdm.parallel.groups import ParallelContext
 from megatron_mdm.training.faults import append_fault
 from megatron_mdm.training.loop import StepResult, Trainer
@@ -60,38 +62,72 @@ class Speed:
         return values
 
 
-class CompareRanks:
-    """A hook: at sampled steps (`logging.profile_every`), every rank's times and memory, and who is slow.
+class RankTimes(NamedTuple):
+    """What one rank has measured of a step. JSON-able."""
 
-    A rank is busy while it is in no collective: those that wait for a slow one are not. Its peers are the ranks of the
-    same pipeline stage. They may have other numbers of tokens, and a step costs something besides: a slow rank is busy
-    for longer than they are, and also for longer per token.
+    stage: int  # of the pipeline
+    tokens: int  # that it computed
+    cores: CoreUse  # over the seconds in which it was in no collective
+    phases: dict[str, float]  # seconds
+    communication: float  # seconds
+    memory: float  # GiB, at most
+
+
+def stragglers(ranks: Sequence[RankTimes], ratio: float) -> list[int]:
+    """Ranks that are busy for more than `ratio` times their peers' median, also per token.
+
+    A rank is busy while it is in no collective, those that wait for a slow one are not, and while it has a core. Its
+    peers are the ranks of the same pipeline stage. They may have other numbers of tokens, and a step costs something
+    besides: a slow rank is busy for longer than they are, and also for longer per token. Ranks of hosts on which ranks
+    go without cores are not compared (parallel/cores.py).
     """
+    unfit = unfit_hosts([rank.cores for rank in ranks])
+    slow = []
+    for number, rank in enumerate(ranks):
+        peers = [other for other in peers_of(ranks, number) if other.cores.host not in unfit]
+        if not peers or rank.cores.host in unfit:
+            continue
+        busy = float(np.median([own_seconds(peer.cores) for peer in peers]))
+        per_token = float(np.median([own_seconds(peer.cores) / peer.tokens for peer in peers]))
+        if own_seconds(rank.cores) > ratio * max(busy, rank.tokens * per_token):
+            slow.append(number)
+    return slow
+
+
+def peers_of(ranks: Sequence[RankTimes], number: int) -> list[RankTimes]:
+    """The other ranks of a rank's stage."""
+    return [rank for other, rank in enumerate(ranks) if other != number and rank.stage == ranks[number].stage]
+
+
+class CompareRanks:
+    """A hook: at sampled steps (`logging.profile_every`), every rank's times and memory, and who is slow."""
 
     def __init__(self, trainer: Trainer, metrics: MetricsLog, folder: Path) -> None:
         self.trainer, self.metrics, self.folder = trainer, metrics, folder
         self.context, self.ratio = trainer.context, trainer.config.logging.straggler_ratio
-        self.slow_in_a_row: dict[int, int] = {}
+        self.slow_in_a_row: Counter[int] = Counter()
+        self.unfit_in_a_row: Counter[str] = Counter()
+        self.told: set[str] = set()  # hosts whose ranks are not compared
 
     def after_step(self, state: TrainState, result: StepResult) -> None:
         if not self.trainer.is_sampled(result.step):
             return
-        mine = {
-            "busy": result.seconds - result.communication,
-            "communication": result.communication,
-            "tokens": max(1, result.num_computed),
-            "memory": platform.peak_memory_bytes() / GIB,
-            "phases": result.phases,
-            "host": platform.host(),
-        }
+        mine = RankTimes(
+            stage=self.context.pipeline_rank,
+            tokens=max(1, result.num_computed),
+            cores=core_use(result.seconds - result.communication, result.core_wait),
+            phases=result.phases,
+            communication=result.communication,
+            memory=platform.peak_memory_bytes() / GIB,
+        )
         ranks: list[Any] = gather_objects(mine, self.context)
-        busy = [rank["busy"] for rank in ranks]
+        busy = [rank.cores.seconds for rank in ranks]
         self.metrics.write(
             state.step,
             {
                 "time_busy_by_rank": busy,
-                "time_communication_by_rank": [rank["communication"] for rank in ranks],
-                "memory_gib_by_rank": [rank["memory"] for rank in ranks],
+                "time_communication_by_rank": [rank.communication for rank in ranks],
+                "memory_gib_by_rank": [rank.memory for rank in ranks],
                 "slowest_rank": int(np.argmax(busy)),
             },
         )
@@ -101,31 +137,32 @@ class CompareRanks:
     def after_run(self, _: TrainState) -> None:
         pass
 
-    def _name_stragglers(self, step: int, ranks: list[Any]) -> None:
-        stages: dict[int, list[Any]] = defaultdict(list)
-        for number, rank in enumerate(ranks):
-            stages[self.context.layout.pipeline_rank(number)].append(rank)
-        for number, rank in enumerate(ranks):
-            peers = [other for other in stages[self.context.layout.pipeline_rank(number)] if other is not rank]
-            median = float(np.median([peer["busy"] for peer in peers])) if peers else rank["busy"]
-            per_token = [peer["busy"] / peer["tokens"] for peer in peers] or [np.inf]
-            is_slow = rank["busy"] > self.ratio * max(median, rank["tokens"] * float(np.median(per_token)))
-            self.slow_in_a_row[number] = self.slow_in_a_row.get(number, 0) + 1 if is_slow else 0
+    def _name_stragglers(self, step: int, ranks: list[RankTimes]) -> None:
+        unfit, slow = unfit_hosts([rank.cores for rank in ranks]), stragglers(ranks, self.ratio)
+        self.unfit_in_a_row = Counter({host: self.unfit_in_a_row[host] + 1 for host in unfit})
+        self.slow_in_a_row = Counter({number: self.slow_in_a_row[number] + 1 for number in slow})
+        for host, reason in unfit.items():
+            if self.unfit_in_a_row[host] == _SAMPLES_IN_A_ROW and host not in self.told:
+                self.told.add(host)
+                tqdm.write(f"step {step}: slow ranks are not named: {reason}", file=sys.stderr)
+        for number in slow:
             if self.slow_in_a_row[number] == _SAMPLES_IN_A_ROW:
-                self._report(step, number, rank, peers, median)
+                self._report(step, number, ranks)
 
-    def _report(self, step: int, number: int, rank: Any, peers: list[Any], median: float) -> None:
+    def _report(self, step: int, number: int, ranks: list[RankTimes]) -> None:
+        rank, peers = ranks[number], peers_of(ranks, number)
+        busy, median = rank.cores.seconds, float(np.median([peer.cores.seconds for peer in peers]))
         excess = {
-            phase: seconds - float(np.median([peer["phases"][phase] for peer in peers]))
-            for phase, seconds in rank["phases"].items()
+            phase: seconds - float(np.median([peer.phases[phase] for peer in peers]))
+            for phase, seconds in rank.phases.items()
         }
         phase = max(excess, key=lambda name: excess[name])
         tqdm.write(
-            f"warning: step {step}: rank {number} (host {rank['host']}) is slow: busy for {rank['busy']:.3g} s of a "
-            f"step, its peers for {median:.3g} s; it loses most in '{phase}'",
+            f"warning: step {step}: rank {number} (host {rank.cores.host}) is slow: busy for {busy:.3g} s of a step, "
+            f"its peers for {median:.3g} s; it loses most in '{phase}'",
             file=sys.stderr,
         )
-        record = {"rank": number, "host": rank["host"], "busy": rank["busy"], "median": median, "phase": phase}
+        record = {"rank": number, "host": rank.cores.host, "busy": busy, "median": median, "phase": phase}
         append_fault(self.folder, {"step": step, "kind": "straggler", **record})
 
 

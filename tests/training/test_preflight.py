@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,9 @@ import pytest
 from megatron_mdm.config.errors import UserError
 from megatron_mdm.config.load import dump_config
 from megatron_mdm.models.parameters import checkpoint_bytes
+from megatron_mdm.parallel.cores import CoreUse
 from megatron_mdm.parallel.self_test import Outcome
-from megatron_mdm.training.preflight import PREFLIGHT, describe_slow
+from megatron_mdm.training.preflight import PREFLIGHT, describe, describe_slow
 from tests.ranks import run_program_ranks, run_ranks
 from tests.small import small_config, small_model, write_ids
 
@@ -94,10 +96,13 @@ def test_wrong_sums_name_the_group_and_its_ranks() -> None:
     assert messages[0].startswith("self-test: sums in the group world are wrong on rank 0 on ")
 
 
-def outcomes(compute: list[float], transfer: list[float], is_crowded: bool = False) -> list[Outcome]:
+def outcomes(compute: list[float], transfer: list[float], waited: Sequence[float] = (0.0,) * 4) -> list[Outcome]:
+    """Of ranks on hosts of their own, of which the last two are one."""
+    hosts = ["host0", "host1", "host2", "host2"]
+    cores = [CoreUse(host, [rank], True, 0.5, 1.0, waited[rank]) for rank, host in enumerate(hosts)]
+    times = zip(hosts, compute, cores, transfer)
     return [
-        Outcome(f"host{rank}", seconds, is_crowded, {"data": 1.0}, {"data": message}, {"data": True})
-        for rank, (seconds, message) in enumerate(zip(compute, transfer))
+        Outcome(host, own, use, {"data": 1.0}, {"data": message}, {"data": True}) for host, own, use, message in times
     ]
 
 
@@ -110,7 +115,19 @@ def test_slow_ranks_are_named() -> None:
     assert describe_slow(outcomes(even, [1.0, 2.0, 1.0, 1.0])) == [
         "rank 1 on host1 takes 2.0 times the median's time for all-reduces in the group data"
     ]
-    assert describe_slow(outcomes([1.0, 1.0, 1.6, 1.0], even, is_crowded=True)) == []
+
+
+def test_ranks_that_waited_for_a_core_are_not_compared() -> None:
+    """Those of other hosts are, with each other."""
+    even, slow = [1.0, 1.1, 0.9, 1.0], [1.0, 1.0, 1.6, 1.0]
+    assert describe_slow(outcomes(slow, even, [0.0, 0.0, 0.0, 0.3])) == []
+    assert describe_slow(outcomes([9.0, 1.0, 5.0, 5.0], even, [0.0, 0.0, 0.4, 0.3])) == [
+        "rank 0 on host0 takes 1.8 times the median's time to compute"
+    ]
+    lines = describe(outcomes(slow, even, [0.0, 0.0, 0.0, 0.3]), {"free_bytes": 9, "checkpoint_bytes": 1}, 0.1)
+    reason = "rank 3 on host2 waited for a core for 30% of its time: others use them"
+    assert lines[-1] == f"slow ranks are not named: {reason}"
+    assert describe_slow(outcomes(slow, even, [0.3] * 4)) == []
 
 
 def test_changed_code_is_another_code(tmp_path: Path) -> None:

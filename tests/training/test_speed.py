@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +15,19 @@ import pytest
 from megatron_mdm.config.load import dump_config
 from megatron_mdm.engine.clock import PHASES, PhaseClock, covered
 from megatron_mdm.models.parameters import parameter_shapes, training_flops
+from megatron_mdm.parallel.cores import CoreUse, core_wait, unfit_hosts
 from megatron_mdm.training.metrics import is_measured
-from tests.ranks import run_program_ranks
+from megatron_mdm.training.speed import RankTimes, stragglers
+from tests.ranks import run_program_ranks, run_ranks
 from tests.small import small_config, small_model, write_ids
 
-# launch/train.py, in which a rank takes a nap in every step's data.
+# launch/train.py, in which a rank takes a nap in every step's data. Whatever else this machine does, all have cores.
 SLEEPER = """
 import runpy, time
+from megatron_mdm.training import speed
 from megatron_mdm.training.loop import Trainer
+speed.unfit_hosts = lambda uses: {}
+speed.own_seconds = lambda use: use.seconds
 noised_batch = Trainer.noised_batch
 def slow(self, step):
     if self.context.rank == 1:
@@ -73,6 +81,90 @@ def test_a_slow_rank_is_named(tmp_path: Path) -> None:
             assert record["time_communication_by_rank"][0] > 0.1  # it waits
     (straggler,) = map(json.loads, (tmp_path / "run/faults.jsonl").read_text().splitlines())
     assert (straggler["kind"], straggler["step"], straggler["rank"], straggler["phase"]) == ("straggler", 8, 1, "data")
+
+
+def times(
+    busy: Sequence[float],
+    waited: Sequence[float] | None = None,
+    tokens: Sequence[int] | None = None,
+    hosts: str = "aaaa",
+    stages: str = "0000",
+    cores: Sequence[list[int]] = ([0], [1], [2], [3]),
+    load: float = 0.5,
+) -> list[RankTimes]:
+    """Of four ranks, each on a core of its own that it never waits for."""
+    waited, tokens = waited or [0.0] * 4, tokens or [100] * 4
+    uses = [CoreUse(hosts[rank], cores[rank], True, load, busy[rank], waited[rank]) for rank in range(4)]
+    return [RankTimes(int(stages[rank]), tokens[rank], uses[rank], {"data": busy[rank]}, 0.1, 1.0) for rank in range(4)]
+
+
+EVEN, SLOW = [1.0, 1.1, 1.0, 0.9], [1.0, 1.0, 2.0, 1.0]
+UNKNOWN = [math.nan] * 4
+
+
+@pytest.mark.parametrize(
+    ("ranks", "named"),
+    [
+        (times(EVEN), []),
+        (times(SLOW), [2]),
+        (times([1.0, 1.0, 1.26, 1.0]), [2]),
+        (times([1.0, 1.0, 1.24, 1.0]), []),
+        (times(SLOW, tokens=[100, 100, 200, 100]), []),  # it has more to do
+        (times([1.0, 1.0, 2.0, 2.0], stages="0011"), []),  # its peers are those of its stage
+        (times([1.0, 1.0, 2.0, 3.0], stages="0011"), [3]),
+        (times(SLOW, hosts="abcd", stages="0123"), []),  # it has no peers
+        # Where a rank waited for a core, nobody of its host is compared …
+        (times(SLOW, [0.0, 0.0, 0.9, 0.0]), []),
+        (times(SLOW, [0.2, 0.0, 0.0, 0.0]), []),
+        (times(SLOW, [0.2, 0.0, 0.0, 0.0], hosts="abbb"), [2]),
+        (times([3.0, 1.0, 2.0, 1.0], [0.9, 0.0, 0.0, 0.0], hosts="abbb"), [2]),
+        # … and a little waiting is taken off.
+        (times([1.0, 1.0, 1.3, 1.0], [0.0, 0.0, 0.1, 0.0]), []),
+        (times([1.0, 1.0, 1.3, 1.0], [0.08, 0.08, 0.08, 0.08]), [2]),
+        # More ranks than cores; cores that differ from rank to rank; ranks that are bound to the same one.
+        (times(SLOW, cores=[[0, 1, 2]] * 4), []),
+        (times(SLOW, cores=[[0, 1, 2, 3]] * 4), [2]),
+        (times(SLOW, cores=[[0], [1], [0], [1]]), []),
+        (times(SLOW, cores=[[0, 1]] * 4, hosts="aabb"), [2]),
+        # Where the kernel does not tell, the host's load does.
+        (times(SLOW, UNKNOWN), [2]),
+        (times(SLOW, UNKNOWN, load=1.5), []),
+        (times(SLOW, load=1.5), [2]),
+    ],
+)
+def test_stragglers_are_told_from_ranks_that_wait_for_a_core(ranks: list[RankTimes], named: list[int]) -> None:
+    assert stragglers(ranks, 1.25) == named
+
+
+def test_why_ranks_are_not_compared() -> None:
+    reasons = [
+        (times(SLOW, [0.0, 0.0, 0.9, 0.0]), "rank 2 on a waited for a core for 45% of its time: others use them"),
+        (times(SLOW, cores=[[0]] * 4), "4 ranks on a share 1 core"),
+        (times(SLOW, UNKNOWN, load=1.5), "the load of a is 1.5 processes a core"),
+    ]
+    for ranks, reason in reasons:
+        assert unfit_hosts([rank.cores for rank in ranks]) == {"a": reason}
+    gpus = [use.cores._replace(computes_on_them=False) for use in times(SLOW, cores=[[0]] * 4)]
+    assert unfit_hosts(gpus) == {}
+
+
+def computes_on_one_core(seconds: float) -> tuple[float, float]:
+    """On a rank: (how long it waited for the core that it shares with the others, how long it took in all)."""
+    os.sched_setaffinity(0, [min(os.sched_getaffinity(0))])
+    began, waited = time.perf_counter(), core_wait()
+    while time.perf_counter() < began + seconds:
+        pass
+    waited = core_wait() - waited
+    return waited, time.perf_counter() - began
+
+
+def test_waiting_for_a_core_is_measured() -> None:
+    """Two processes that compute on one core at a time: one of them waits for about half of it, at least."""
+    if math.isnan(core_wait()):
+        pytest.skip("this kernel does not tell")
+    outcomes = run_ranks(computes_on_one_core, 2, 0.5)
+    assert max(waited for waited, _ in outcomes) > 0.1
+    assert all(waited <= took for waited, took in outcomes)
 
 
 def test_phases_within_phases_count_once() -> None:

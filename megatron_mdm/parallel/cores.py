@@ -1,0 +1,78 @@
+"""Whether every rank has a core for itself. One that waits for a core is not slow, and its times say little."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from megatron_mdm.parallel import platform
+
+_SHARE = 0.1  # of a rank's time that it may wait for a core, for its times to be compared
+_SCHEDULE = "/proc/thread-self/schedstat"  # nanoseconds: on a core, ready to run but on none; slices of time
+
+
+class CoreUse(NamedTuple):
+    """Of one rank, over some work. JSON-able."""
+
+    host: str
+    cores: list[int]  # that it may run on
+    computes_on_them: bool  # else on a GPU
+    load: float  # processes on the host that run or want to, for each of its cores
+    seconds: float  # of the work
+    waited: float  # seconds of these without a core, while ready to run; not a number where the kernel does not tell
+
+
+def core_wait() -> float:
+    """Seconds for which this thread has been ready to run without a core, since it began. Not a number where the kernel
+    does not tell."""
+    try:
+        with open(_SCHEDULE, encoding="ascii") as file:
+            running, waiting, _ = map(int, file.read().split())
+    except (OSError, ValueError):
+        return math.nan
+    return waiting / 1e9 if running else math.nan  # all are 0 where the kernel does not count
+
+
+def core_use(seconds: float, waited: float) -> CoreUse:
+    """Of this rank. waited: the difference of two core_wait()."""
+    cores, load = sorted(os.sched_getaffinity(0)), os.getloadavg()[0] / (os.cpu_count() or 1)
+    return CoreUse(platform.host(), cores, not platform.is_cuda(), load, seconds, waited)
+
+
+def unfit_hosts(uses: Sequence[CoreUse]) -> dict[str, str]:
+    """Hosts whose ranks cannot be compared by their times, each with the reason. uses: of all ranks, by rank."""
+    ranks: dict[str, list[int]] = defaultdict(list)
+    for rank, use in enumerate(uses):
+        ranks[use.host].append(rank)
+    reasons = {host: _reason(members, uses) for host, members in ranks.items()}
+    return {host: reason for host, reason in reasons.items() if reason}
+
+
+def own_seconds(use: CoreUse) -> float:
+    """Of the work, less those that were waited for a core."""
+    return use.seconds - (0.0 if math.isnan(use.waited) else use.waited)
+
+
+def _reason(ranks: list[int], uses: Sequence[CoreUse]) -> str:
+    """Why the ranks of a host cannot be compared; empty where they can."""
+    host = uses[ranks[0]].host
+    computing = [rank for rank in ranks if uses[rank].computes_on_them]
+    cores = {core for rank in computing for core in uses[rank].cores}
+    if len(computing) > len(cores):
+        return f"{len(computing)} ranks on {host} share {len(cores)} core{'s' * (len(cores) != 1)}"
+    longest = max(ranks, key=lambda rank: _share(uses[rank]))
+    if _share(uses[longest]) > _SHARE:
+        return (
+            f"rank {longest} on {host} waited for a core for {_share(uses[longest]):.0%} of its time: others use them"
+        )
+    if any(math.isnan(uses[rank].waited) and uses[rank].load > 1 for rank in ranks):
+        return f"the load of {host} is {uses[ranks[0]].load:.1f} processes a core"
+    return ""
+
+
+def _share(use: CoreUse) -> float:
+    """Of the work's time that was waited for a core; 0 where it is not known."""
+    return 0.0 if math.isnan(use.waited) or use.seconds <= 0 else use.waited / use.seconds
