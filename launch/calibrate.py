@@ -8,6 +8,7 @@ from megatron_mdm.parallel import platform
 
 platform.quiet_libraries()
 
+from megatron_mdm.checkpoint.choice import AUTO, CHOICES  # noqa: E402
 from megatron_mdm.checkpoint.load import load_for_inference, restored_engine  # noqa: E402
 from megatron_mdm.config.load import load_config  # noqa: E402
 from megatron_mdm.config.validate import validate  # noqa: E402
@@ -22,7 +23,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--config", required=True, help="YAML file; see configs/")
     parser.add_argument("--output", required=True, type=Path, help="the JSON file to write; a PNG goes beside it")
-    parser.add_argument("--run-dir", type=Path, help="take the weights of this run's newest checkpoint")
+    parser.add_argument("--run-dir", type=Path, help="take this run's weights")
+    parser.add_argument("--checkpoint", default=AUTO, help=f"which of its checkpoints: {CHOICES}")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     arguments = parser.parse_intermixed_args()
 
@@ -33,7 +35,7 @@ def main() -> None:
     context = initialize(parallel.tensor, parallel.pipeline, agreement(config, data), hang_minutes)
     watch(arguments.output.parent, hang_minutes, context)
     if arguments.run_dir:
-        engine = load_for_inference(arguments.run_dir, config, context)
+        engine = load_for_inference(arguments.run_dir, config, context, arguments.checkpoint)
     else:
         engine = restored_engine(None, config, context, 0)
     artifact = calibrate(engine, config, data, context)

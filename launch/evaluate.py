@@ -3,13 +3,12 @@ Tasks: answers that are exactly right (gsm8k, hitab, openscience), perplexity, m
 of tasks of EleutherAI's lm-eval."""
 
 import argparse
-from pathlib import Path
 
 from megatron_mdm.parallel import platform
 
 platform.quiet_libraries()
 
-from megatron_mdm.checkpoint.load import data_overrides, load_for_inference, run_config, run_tokenizer  # noqa: E402
+from megatron_mdm.checkpoint import load  # noqa: E402
 from megatron_mdm.config.errors import UserError  # noqa: E402
 from megatron_mdm.config.load import load_section  # noqa: E402
 from megatron_mdm.data.records import ON_ERROR, bad_lines  # noqa: E402
@@ -21,14 +20,12 @@ from megatron_mdm.parallel.watchdog import watch  # noqa: E402
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--run-dir", required=True, type=Path, help="a run's folder (checkpoint.directory)")
+    load.add_run_arguments(parser)
     parser.add_argument("--data", default="", help="see megatron_mdm/evaluation/README.md; perplexity: the run's own")
     parser.add_argument("--task", choices=sorted(MEASURES), default="gsm8k")
     parser.add_argument("--harness", default="", metavar="TASK,…", help="tasks of lm-eval, which is asked for the data")
     parser.add_argument("--limit", type=int, default=0, help="questions to ask; 0: all")
     parser.add_argument("--on-error", choices=ON_ERROR, default="", help="bad records; else the run's data.on_error")
-    parser.add_argument("--tensor", type=int, default=0, help="tensor-parallel degree; 0: the run's")
-    parser.add_argument("--pipeline", type=int, default=1, help="pipeline-parallel degree")
     parser.add_argument(
         "settings", nargs="*", metavar="key=value", help="of generation, or of likelihoods; data.template …"
     )
@@ -39,17 +36,19 @@ def main() -> None:
     if arguments.harness:
         from megatron_mdm.evaluation.harness import HARNESS as measure
 
-    data, others = data_overrides(arguments.settings)
-    config = run_config(arguments.run_dir, arguments.tensor, arguments.pipeline, data)
+    data, others = load.data_overrides(arguments.settings)
+    config = load.run_config(arguments.run_dir, arguments.tensor, arguments.pipeline, data)
     source = Source(arguments.harness or arguments.data, arguments.limit, arguments.on_error or config.data.on_error)
     settings = load_section(measure.settings, others)
-    evaluate = measure.prepare(source, settings, config, run_tokenizer(arguments.run_dir, config))
+    evaluate = measure.prepare(source, settings, config, load.run_tokenizer(arguments.run_dir, config))
     context = initialize(config.parallel.tensor, config.parallel.pipeline, hang_minutes=config.faults.hang_minutes)
     watch(arguments.run_dir, config.faults.hang_minutes, context)
-    result = evaluate(load_for_inference(arguments.run_dir, config, context), context)
+    engine = load.load_for_inference(arguments.run_dir, config, context, arguments.checkpoint)
+    result = evaluate(engine, context)
     if context.is_main:
         print("\n".join([*measure.summary(result), *bad_lines(result.get("num_bad", 0), result.get("first_bad", ()))]))
         about = {"task": "harness" if arguments.harness else arguments.task, "data": source.path}
+        about["checkpoint"] = engine.source
         for name, path in write_result(arguments.run_dir, measure, {**about, **result}).items():
             print(f"{name}: {path}", flush=True)
 

@@ -9,7 +9,7 @@ from megatron_mdm.parallel import platform
 
 platform.quiet_libraries()
 
-from megatron_mdm.checkpoint.load import data_overrides, load_for_inference, run_config, run_tokenizer  # noqa: E402
+from megatron_mdm.checkpoint import load  # noqa: E402
 from megatron_mdm.config.errors import UserError  # noqa: E402
 from megatron_mdm.config.load import load_section  # noqa: E402
 from megatron_mdm.data.prompts import read_prompts  # noqa: E402
@@ -24,27 +24,25 @@ from megatron_mdm.parallel.watchdog import watch  # noqa: E402
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--run-dir", required=True, type=Path, help="a run's folder (checkpoint.directory)")
+    load.add_run_arguments(parser)
     parser.add_argument("--prompts", help="JSONL or parquet: prompts, questions, instructions or messages")
     parser.add_argument("--output", type=Path, help="JSONL to write; interrupted, the same command goes on with it")
     parser.add_argument("--interactive", action="store_true", help="read prompts from the terminal, a line each")
-    parser.add_argument("--tensor", type=int, default=0, help="tensor-parallel degree; 0: the run's")
-    parser.add_argument("--pipeline", type=int, default=1, help="pipeline-parallel degree")
     parser.add_argument("--on-error", choices=ON_ERROR, default="", help="bad records; else the run's data.on_error")
     settings = ", ".join(["data.template, data.tokenizer …", *GenerationConfig.model_fields])
     parser.add_argument("settings", nargs="*", metavar="key=value", help=settings)
     arguments = parser.parse_intermixed_args()
     if not arguments.interactive and not (arguments.prompts and arguments.output):
         raise UserError("give --prompts and --output, or --interactive")
-    data, others = data_overrides(arguments.settings)
+    data, others = load.data_overrides(arguments.settings)
     generation = load_section(GenerationConfig, others)
-    config = run_config(arguments.run_dir, arguments.tensor, arguments.pipeline, data)
-    tokenizer, method = run_tokenizer(arguments.run_dir, config), config.diffusion.method
+    config = load.run_config(arguments.run_dir, arguments.tensor, arguments.pipeline, data)
+    tokenizer, method = load.run_tokenizer(arguments.run_dir, config), config.diffusion.method
     bad = BadRecords(arguments.on_error or config.data.on_error)
     room = generation.room(config.model)
     prompts = [] if arguments.interactive else read_prompts(arguments.prompts, tokenizer, config.data, bad, room)
     context = initialize(config.parallel.tensor, config.parallel.pipeline, hang_minutes=config.faults.hang_minutes)
-    engine = load_for_inference(arguments.run_dir, config, context)
+    engine = load.load_for_inference(arguments.run_dir, config, context, arguments.checkpoint)
     if arguments.interactive:
         converse(engine, tokenizer, generation, room, method, context, sys.stdin, sys.stdout)
         return

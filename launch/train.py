@@ -18,7 +18,7 @@ from megatron_mdm.training.inputs import agreement, describe_data, resolve, tota
 from megatron_mdm.training.launches import has_begun  # noqa: E402
 from megatron_mdm.training.layout_check import check_layout  # noqa: E402
 from megatron_mdm.training.resume import as_the_run_began  # noqa: E402
-from megatron_mdm.training.run import StartMode, train_run  # noqa: E402
+from megatron_mdm.training.run import StartMode, outcome, train_run  # noqa: E402
 
 
 def main() -> None:
@@ -52,8 +52,7 @@ def main() -> None:
     watch(Path(config.checkpoint.directory), hang_minutes, context)
     summary = train_run(config, data, context, StartMode.agreed(resume, arguments.overwrite))
     if context.is_main:
-        reason = f" ({summary['stopped_early']})" if summary["stopped_early"] else ""
-        print(f"trained {summary['steps']} steps{reason}; run folder: {config.checkpoint.directory}", flush=True)
+        print("\n".join(outcome(config, summary)), flush=True)
 
 
 if __name__ == "__main__":

@@ -12,9 +12,11 @@ import re
 import sys
 from pathlib import Path
 
+from megatron_mdm.checkpoint.choice import AUTO, CHOICES
 from megatron_mdm.checkpoint.compare import differences
 from megatron_mdm.checkpoint.convert import TYPES, ImportOptions, export_checkpoint, import_checkpoint
 from megatron_mdm.checkpoint.describe import description, tree_lines
+from megatron_mdm.checkpoint.native import NativeCheckpoint
 from megatron_mdm.config.errors import UserError
 from megatron_mdm.models.families import FAMILIES
 from megatron_mdm.parallel.program import run_program
@@ -46,9 +48,9 @@ def run_import(arguments: argparse.Namespace) -> None:
 
 
 def run_export(arguments: argparse.Namespace) -> None:
-    config = export_checkpoint(
-        arguments.source, arguments.output, arguments.family, arguments.dtype, arguments.shard_size
-    )
+    run = NativeCheckpoint.open(arguments.source, arguments.checkpoint)
+    print(f"weights: {run.path.name}, {run.reason}", flush=True)
+    config = export_checkpoint(run, arguments.output, arguments.family, arguments.dtype, arguments.shard_size)
     print(f"{config['architectures'][0]}: {arguments.output}")
 
 
@@ -107,8 +109,9 @@ def main() -> None:
         reading.add_argument(f"--{name}-token", default="", help="text or id; else what the checkpoint says")
     add_ignore_fields(reading)
     reading.set_defaults(run=run_import)
-    writing = commands.add_parser("export", help="a run's newest checkpoint, of any layout → Hugging Face")
+    writing = commands.add_parser("export", help="a run's checkpoint, of any layout → Hugging Face")
     writing.add_argument("source", type=Path, help="a run's folder")
+    writing.add_argument("--checkpoint", default=AUTO, help=CHOICES)
     add_conversion(writing)
     writing.add_argument(
         "--family", choices=["auto", *FAMILIES], default="auto", help="auto: what it was imported from"

@@ -80,17 +80,16 @@ def import_checkpoint(source: Path, output: Path, options: ImportOptions) -> lis
     return [*special.notes, template, *checkpoint.notes]
 
 
-def export_checkpoint(run_folder: Path, output: Path, family_name: str, dtype: str, shard_bytes: int) -> Json:
-    """Write the newest checkpoint of a run, of any layout, as a Hugging Face checkpoint. Returns its config.json.
+def export_checkpoint(run: NativeCheckpoint, output: Path, family_name: str, dtype: str, shard_bytes: int) -> Json:
+    """Write a run's checkpoint, of any layout, as a Hugging Face checkpoint. Returns its config.json.
 
     family_name: of FAMILIES, or auto: the one it was imported from. dtype auto: as stored where the weights were
     imported, what config.json says (else fp32) where they have been trained.
     """
-    run = NativeCheckpoint.open(run_folder)
     base = run.huggingface_config()
     if family_name == "auto" and not base:
-        raise UserError(f"{run_folder}: was not imported; choose its form with --family ({', '.join(FAMILIES)})")
-    family = family_of(base, f"{run_folder}/{HUGGINGFACE}/{CONFIG}") if family_name == "auto" else FAMILIES[family_name]
+        raise UserError(f"{run.folder}: was not imported; choose its form with --family ({', '.join(FAMILIES)})")
+    family = family_of(base, f"{run.folder}/{HUGGINGFACE}/{CONFIG}") if family_name == "auto" else FAMILIES[family_name]
     base = base if family.architecture in base.get("architectures", []) else {}
     config = _huggingface_config(family.write(run.config.model, base), base, run)
     views = mapped(run.views(), family_tensors(family, run.config.model))

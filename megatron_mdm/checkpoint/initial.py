@@ -34,8 +34,8 @@ class InitialWeights:
             self.kind, self.notes = source.family.architecture, source.notes
         else:
             run = NativeCheckpoint.open(path)
-            self.views, theirs, where = run.views(), run.config.model, path / RUN_CONFIG
-            self.kind, self.notes = f"run, {run.path.name}", ()
+            self.views, theirs, where = run.views(), run.config.model, run.folder / RUN_CONFIG
+            self.kind, self.notes = f"run, {run.path.name}, {run.reason}", ()
         check_same_architecture(model, theirs, where)
         self.rows = theirs.vocab_size
         self.views = with_grown_tables(self.views, model.vocab_size)

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from megatron_mdm.checkpoint.choice import located
 from megatron_mdm.checkpoint.huggingface import CONFIG, is_checkpoint, model_section, read_json
 from megatron_mdm.checkpoint.native import HUGGINGFACE, RUN_CONFIG
 from megatron_mdm.checkpoint.special_tokens import (
@@ -42,7 +43,7 @@ def with_initial_tokens(config: RunConfig) -> tuple[RunConfig, list[str]]:
         if data.model_fields_set.issuperset(_KEYS):  # as they are when a run is resumed
             return config, []
         raise UserError(f"'model.init_from' {folder}: no such folder")
-    start = _of_folder(folder, config) if is_checkpoint(folder) else _of_run(folder)
+    start = _of_folder(folder, config) if is_checkpoint(folder) else _of_run(located(folder)[0])
     changes, told = _tokens(data, start.stated)
     data, template = data.model_copy(update=changes), start.template
     if template != data.template and "template" not in data.model_fields_set and data.format == "sft":

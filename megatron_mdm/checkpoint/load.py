@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from argparse import ArgumentParser
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -10,10 +11,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from megatron_mdm.checkpoint.choice import AUTO, CHOICES, choose_together
 from megatron_mdm.checkpoint.initial import InitialWeights
 from megatron_mdm.checkpoint.initial_tokens import contradictions
 from megatron_mdm.checkpoint.manifest import TENSORS
-from megatron_mdm.checkpoint.store import CheckpointStore
 from megatron_mdm.checkpoint.tensors import TensorReader
 from megatron_mdm.config.errors import UserError
 from megatron_mdm.config.load import load_config
@@ -50,6 +51,14 @@ def run_tokenizer(folder: Path, config: RunConfig) -> Tokenizer:
     for line in contradictions(folder, tokenizer) if rank_from_environment() == 0 else ():
         print(f"warning: {line}", file=sys.stderr, flush=True)
     return tokenizer
+
+
+def add_run_arguments(parser: ArgumentParser) -> None:
+    """Which run a program reads, which of its checkpoints, and on which layout."""
+    parser.add_argument("--run-dir", required=True, type=Path, help="a run's folder (checkpoint.directory)")
+    parser.add_argument("--checkpoint", default=AUTO, help=CHOICES)
+    parser.add_argument("--tensor", type=int, default=0, help="tensor-parallel degree; 0: the run's")
+    parser.add_argument("--pipeline", type=int, default=1, help="pipeline-parallel degree")
 
 
 def run_config(folder: Path, tensor: int = 0, pipeline: int = 1, overrides: Sequence[str] = ()) -> RunConfig:
@@ -96,12 +105,14 @@ def restore(engine: Engine, checkpoint: Path, model: ModelConfig, context: Paral
 
 
 def load_for_inference(
-    folder: Path, config: RunConfig, context: ParallelContext
+    folder: Path, config: RunConfig, context: ParallelContext, wish: str = AUTO
 ) -> InferenceEngine | PipelinedInferenceEngine:
-    """The model of the newest intact checkpoint: whole on every data-parallel rank, or on every pipeline's ranks."""
-    checkpoint = CheckpointStore(folder / "checkpoints", config.checkpoint, context).newest_intact()
-    if checkpoint is None:
-        raise UserError(f"{folder}: the run has no checkpoint yet")
+    """The model of a run's checkpoint (choice.py says what wishes there are): whole on every data-parallel rank, or on
+    every pipeline's ranks. Says in a line which it is."""
+    choice = choose_together(folder, wish, context)
+    if context.is_main:
+        print(f"weights: {choice}", flush=True)
+    checkpoint = choice.path
     reader, dtype = TensorReader(checkpoint / TENSORS, config.model), config.precision.dtype
     if context.layout.pipeline > 1:
         stages = build_stages(

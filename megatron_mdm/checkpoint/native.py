@@ -6,9 +6,9 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_mdm.checkpoint.choice import AUTO, choose, located
 from megatron_mdm.checkpoint.huggingface import COMPANIONS, CONFIG, is_checkpoint, read_json
 from megatron_mdm.checkpoint.manifest import TENSORS
-from megatron_mdm.checkpoint.store import search
 from megatron_mdm.checkpoint.tensors import WEIGHT, TensorReader
 from megatron_mdm.checkpoint.views import View
 from megatron_mdm.config.errors import UserError
@@ -28,18 +28,18 @@ class NativeCheckpoint:
     config: RunConfig
     path: Path  # of the checkpoint
     reader: TensorReader
+    reason: str  # why this one
 
     @classmethod
-    def open(cls, folder: Path) -> NativeCheckpoint:
-        """The newest checkpoint whose files match their checksums. Raises UserError where there is none."""
+    def open(cls, folder: Path, wish: str = AUTO) -> NativeCheckpoint:
+        """A checkpoint of a run whose files match their checksums. folder: the run's, for its best where it keeps one,
+        else its newest; or one of the checkpoints in it. Raises UserError where there is none."""
+        folder, named = located(folder)
         if not (folder / RUN_CONFIG).is_file():
             raise UserError(f"{folder}: neither a Hugging Face checkpoint ({CONFIG}) nor a run's folder ({RUN_CONFIG})")
         config = load_config(folder / RUN_CONFIG)
-        name, fault = search(folder / CHECKPOINTS)
-        if not name:
-            raise UserError(f"{folder}: no intact checkpoint ({fault or 'there is none yet'})")
-        path = folder / CHECKPOINTS / name
-        return cls(folder, config, path, TensorReader(path / TENSORS, config.model))
+        choice = choose(folder, named if wish == AUTO else wish)
+        return cls(folder, config, choice.path, TensorReader(choice.path / TENSORS, config.model), choice.reason)
 
     @property
     def weights_only(self) -> bool:
@@ -76,7 +76,7 @@ def keep_tokenizer(path: str, run_folder: Path) -> str:
 
 def keep_companions(source: Path, run_folder: Path) -> None:
     """Copy configuration and tokenizer files of a checkpoint (or of another run's) beside a run's own."""
-    origin = source if is_checkpoint(source) else source / HUGGINGFACE
+    origin = source if is_checkpoint(source) else located(source)[0] / HUGGINGFACE
     for name in COMPANIONS:
         if (origin / name).is_file():
             (run_folder / HUGGINGFACE).mkdir(parents=True, exist_ok=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -132,14 +132,14 @@ def superfluous(folder: Path, newest: Path, retention: CheckpointConfig) -> list
     kept = set(found[-retention.keep_last :])
     if retention.keep_every:
         kept |= {path for path in found if int(path.name.removeprefix("step-")) % retention.keep_every == 0}
-    if retention.keep_best:
-        losses = {path: _validation_loss(path) for path in found}
+    if retention.keep_best is True:
+        losses = {path: validation_loss(path) for path in found}
         best = min(found, key=lambda path: losses[path])
         kept |= {best} if losses[best] < math.inf else set()
     return [path for path in found if path not in kept]
 
 
-def _validation_loss(checkpoint: Path) -> float:
+def validation_loss(checkpoint: Path) -> float:
     """Infinity where there is none, or none that can be read."""
     try:
         return float(read_state(checkpoint).get(VALIDATION_LOSS, math.inf))
@@ -159,14 +159,21 @@ def steps(folder: Path) -> list[Path]:
 
 def search(folder: Path) -> tuple[str, str]:
     """(name of the newest intact checkpoint, what is wrong with the newest where none is intact)"""
+    path, fault = first_intact(steps(folder)[::-1])
+    return (path.name if path else ""), fault
+
+
+def first_intact(candidates: Sequence[Path]) -> tuple[Path | None, str]:
+    """(the first whose files match their checksums, what is wrong with the first where none do); damage is named."""
     first_fault = ""
-    for path in reversed(steps(folder)):
+    for path in candidates:
         fault = find_fault(path)
         if fault is None:
-            return path.name, ""
+            return path, ""
         first_fault = first_fault or fault
-        print(f"checkpoint {path} is damaged ({fault}); trying the one before", flush=True)
-    return "", first_fault
+        following = "; trying the next" if path != candidates[-1] else ""
+        print(f"checkpoint {path} is damaged ({fault}){following}", flush=True)
+    return None, first_fault
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:

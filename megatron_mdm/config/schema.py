@@ -176,7 +176,9 @@ class CheckpointConfig(Section):
     asynchronous: bool = True  # training waits for a copy in memory only, which a thread then writes
     keep_last: int = Field(default=2, gt=0)  # the newest, which are always kept; besides them:
     keep_every: int = Field(default=0, ge=0)  # those of every so many steps; 0: none
-    keep_best: bool = False  # the one with the least validation loss, of those saved at a validation
+    # The one with the least validation loss: saved at every validation that is the best so far, kept, and what
+    # evaluation, generation and export take. auto: where evaluation.patience stops early.
+    keep_best: bool | Literal["auto"] = "auto"
 
 
 class FaultsConfig(Section):

@@ -178,7 +178,7 @@ def _check_data(config: RunConfig) -> None:
         raise UserError("'evaluation.every' is set, but neither 'data.validation' nor 'data.validation_fraction' is")
     if config.evaluation.patience and not config.evaluation.every:
         raise UserError("'evaluation.patience' needs 'evaluation.every'")
-    if config.checkpoint.keep_best and not config.evaluation.every:
+    if config.checkpoint.keep_best is True and not config.evaluation.every:
         raise UserError("'checkpoint.keep_best' judges by validation loss; set 'evaluation.every'")
     if data.validation and data.validation_fraction:
         raise UserError("set either 'data.validation' or 'data.validation_fraction', not both")

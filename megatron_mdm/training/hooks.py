@@ -139,7 +139,7 @@ class Validate:
         self.last_step = state.step
         state.validated_step, state.validation_loss = state.step, loss
         if loss < state.best_validation:
-            state.best_validation, state.validations_without_best = loss, 0
+            state.best_validation, state.best_step, state.validations_without_best = loss, state.step, 0
         else:
             state.validations_without_best += 1
         self.metrics.write(state.step, {"validation_loss": loss, "best_validation_loss": state.best_validation})
@@ -175,7 +175,8 @@ class AdaptiveClipping:
 
 
 class Save:
-    """A checkpoint every `checkpoint.save_every` steps and at the end. Runs after the hooks whose state it saves.
+    """A checkpoint every `checkpoint.save_every` steps, at the end, and, with `checkpoint.keep_best`, after every
+    validation that is the best so far. Runs after the hooks whose state it saves.
 
     One that cannot be written costs a line, and training goes on to the next; at the end, it is the program's error.
     """
@@ -185,12 +186,14 @@ class Save:
         self.store, self.engine, self.metrics, self.fingerprint = store, trainer.engine, metrics, fingerprint
         config = trainer.config
         self.every, self.asynchronous = config.checkpoint.save_every, config.checkpoint.asynchronous
+        self.keeps_best = config.checkpoint.keep_best is True
         self.last_step = -1  # of the last checkpoint that was begun and has not failed
         self.seconds = checkpoint_bytes(config.model) / _SLOWEST_DISK
 
     def after_step(self, state: TrainState, _: StepResult) -> None:
         began = time.perf_counter()
-        is_due = self.every and state.step % self.every == 0 and not state.rewinding
+        is_best = self.keeps_best and state.best_step == state.step
+        is_due = (is_best or (self.every and state.step % self.every == 0)) and not state.rewinding
         if is_due or state.rewinding or not self.store.is_writing():
             self._finish()
         if is_due:

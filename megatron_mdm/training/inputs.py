@@ -16,7 +16,7 @@ from megatron_mdm.checkpoint.initial_tokens import with_initial_tokens
 from megatron_mdm.config.errors import UserError
 from megatron_mdm.config.files import sha256
 from megatron_mdm.config.load import flatten
-from megatron_mdm.config.schema import PrecisionConfig, RunConfig
+from megatron_mdm.config.schema import CheckpointConfig, PrecisionConfig, RunConfig
 from megatron_mdm.data.sft import SftDataset
 from megatron_mdm.data.splits import Dataset, read_splits
 from megatron_mdm.data.tokenizer import Tokenizer, load_tokenizer, resolve_vocabulary
@@ -52,7 +52,7 @@ def resolve(config: RunConfig) -> tuple[RunConfig, RunData]:
     attention = "causal" if causal else model.attention
     model = model.model_copy(update={"kernels": resolve_kernels(model), "attention": attention})
     precision = resolve_precision(config)
-    config = config.model_copy(update={"model": model, "precision": precision})
+    config = config.model_copy(update={"model": model, "precision": precision, "checkpoint": resolve_retention(config)})
     data = config.data
     train, validation = read_splits(config, tokenizer)
     if causal and data.format == "sft":
@@ -70,6 +70,13 @@ def _check_next_tokens(data: SftDataset, path: str) -> None:
                 f"{path}: sample {row + 1} has no learnt token that follows another; 'diffusion.method' autoregressive "
                 "needs one"
             )
+
+
+def resolve_retention(config: RunConfig) -> CheckpointConfig:
+    """'auto': the best checkpoint is kept where early stopping goes past it."""
+    if config.checkpoint.keep_best != "auto":
+        return config.checkpoint
+    return config.checkpoint.model_copy(update={"keep_best": config.evaluation.patience > 0})
 
 
 def resolve_precision(config: RunConfig) -> PrecisionConfig:

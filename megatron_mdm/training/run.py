@@ -277,6 +277,16 @@ def _hooks(
     return hooks
 
 
+def outcome(config: RunConfig, summary: dict[str, Any]) -> list[str]:
+    """A run's end, in a line or two for the screen."""
+    reason = f" ({summary['stopped_early']})" if summary["stopped_early"] else ""
+    lines = [f"trained {summary['steps']} steps{reason}; run folder: {config.checkpoint.directory}"]
+    if config.checkpoint.keep_best and summary["best_step"] is not None:
+        best = f"best validation loss: {summary['best_validation_loss']:.6g} after step {summary['best_step']}"
+        lines.append(f"{best}; evaluation, generation and export take its checkpoint (--checkpoint newest: the last)")
+    return lines
+
+
 def _summary(config: RunConfig, state: TrainState, artifact: dict[str, Any] | None, trainer: Trainer) -> dict[str, Any]:
     drawn = np.array(state.t_histogram) / max(1, sum(state.t_histogram))
     t, _ = trainer.noiser.times(max(0, state.step - 1))
@@ -293,6 +303,7 @@ def _summary(config: RunConfig, state: TrainState, artifact: dict[str, Any] | No
         "skipped_steps": state.num_skipped,
         "rewinds": state.num_rewinds,
         "best_validation_loss": state.best_validation if np.isfinite(state.best_validation) else None,
+        "best_step": state.best_step if np.isfinite(state.best_validation) else None,
         **{key: value if np.isfinite(value) else None for key, value in variances.items()},
         "t_share_by_decile": drawn.round(4).tolist(),
         "t_last_step": {"min": float(t.min()), "mean": float(t.mean()), "max": float(t.max()), "std": float(t.std())},

@@ -224,13 +224,22 @@ def test_dry_run(folder: Path) -> None:
 
 
 def test_early_stopping(folder: Path) -> None:
-    """With a learning rate that cannot learn, the first validation stays the best."""
+    """With a learning rate that cannot learn, the first validation stays the best: two more, and its weights are what
+    evaluation takes, while the newest can be had."""
     overrides = ["optimizer.lr=1e-12", "evaluation.every=1", "evaluation.patience=2", "schedule.steps=50"]
     overrides += ["schedule.epochs=0", "diffusion.sampler=uniform", "precision.dtype=bf16"]
     target = f"checkpoint.directory={folder / 'early'}"
     output = run("launch/train.py", "--config", str(folder / "config.yaml"), target, *overrides)
     assert "no better validation loss in 2 validations" in output
-    assert json.loads((folder / "early" / "summary.json").read_text())["steps"] < 50
+    assert "after step 1; evaluation, generation and export take its checkpoint" in output
+    summary = json.loads((folder / "early" / "summary.json").read_text())
+    assert (summary["steps"], summary["best_step"]) == (3, 1)
+    arguments = ["--run-dir", str(folder / "early"), "--data", str(folder / "test.jsonl"), "--limit", "1"]
+    output = run("launch/evaluate.py", *arguments, "gen_length=4", "steps=1", "block_length=4")
+    assert "weights: step-00000001, the best by validation loss (" in output
+    assert json.loads((folder / "early" / "evaluation.json").read_text())["checkpoint"] == "step-00000001"
+    arguments = ["export", str(folder / "early"), "--family", "llada", "--output", str(folder / "exported")]
+    assert "weights: step-00000003, the newest" in run("tools/convert_checkpoint.py", *arguments, "--checkpoint=newest")
 
 
 def test_a_layout_that_does_not_fit(folder: Path, trained: Path) -> None:

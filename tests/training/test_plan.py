@@ -46,6 +46,11 @@ def test_fine_tuning_has_the_settings_of_the_paper(path: Path) -> None:
     assert (schedule.name, schedule.epochs, schedule.warmup_steps, schedule.min_lr_ratio) == ("linear", 5, 0, 0.0)
     assert (config.batch.global_size, config.data.max_length, config.data.too_long) == (32, 4096, "drop")
     assert (config.precision.dtype, config.evaluation.patience, config.seed) == ("bf16", 3, 42)
+    diffusion, calibration = config.diffusion, config.diffusion.calibration
+    assert (diffusion.sampler, diffusion.views, diffusion.strata) == ("ppots", 2, "none")
+    assert (diffusion.masking, diffusion.normalization) == ("bernoulli", "sample")
+    assert (calibration.estimator, calibration.density, calibration.target) == ("naive", "epr", "paper")
+    assert (calibration.num_samples, calibration.num_times, calibration.num_masks) == (15, 70, 15)
 
 
 def test_8b_has_the_parameters_of_llada() -> None:
