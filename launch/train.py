@@ -18,7 +18,8 @@ from megatron_mdm.training.inputs import agreement, describe_data, resolve, tota
 from megatron_mdm.training.launches import has_begun  # noqa: E402
 from megatron_mdm.training.layout_check import check_layout  # noqa: E402
 from megatron_mdm.training.resume import as_the_run_began  # noqa: E402
-from megatron_mdm.training.run import StartMode, outcome, train_run  # noqa: E402
+from megatron_mdm.training.run import StartMode, train_run  # noqa: E402
+from megatron_mdm.training.summary import outcome  # noqa: E402
 
 
 def main() -> None:

@@ -50,6 +50,7 @@ from megatron_mdm.training.rewind import rewind
 from megatron_mdm.training.signals import StopOnSignal
 from megatron_mdm.training.speed import CompareRanks, Speed, job_peak_flops
 from megatron_mdm.training.state import TrainState
+from megatron_mdm.training.summary import summarize
 
 CONFIG, CALIBRATION, CHECKPOINTS = "config.yaml", "calibration.json", "checkpoints"
 _ARTIFACTS = (
@@ -113,7 +114,7 @@ def train_run(config: RunConfig, data: RunData, context: ParallelContext, mode: 
         state = rewind(state, trainer, store, metrics)
     if state.failure:
         raise UserError(state.failure)
-    summary = {**_summary(config, state, artifact, trainer), "peak_flops_per_second": peak}
+    summary = {**summarize(config, state, artifact, trainer), "peak_flops_per_second": peak}
     if context.is_main:
         write_json(folder / "summary.json", summary)
         records = metrics.records()
@@ -275,48 +276,3 @@ def _hooks(
     hooks.append(signals)
     hooks.append(Save(trainer, store, metrics, data.train.fingerprint))
     return hooks
-
-
-def outcome(config: RunConfig, summary: dict[str, Any]) -> list[str]:
-    """A run's end, in a line or two for the screen."""
-    reason = f" ({summary['stopped_early']})" if summary["stopped_early"] else ""
-    lines = [f"trained {summary['steps']} steps{reason}; run folder: {config.checkpoint.directory}"]
-    if config.checkpoint.keep_best and summary["best_step"] is not None:
-        best = f"best validation loss: {summary['best_validation_loss']:.6g} after step {summary['best_step']}"
-        lines.append(f"{best}; evaluation, generation and export take its checkpoint (--checkpoint newest: the last)")
-    return lines
-
-
-def _summary(config: RunConfig, state: TrainState, artifact: dict[str, Any] | None, trainer: Trainer) -> dict[str, Any]:
-    drawn = np.array(state.t_histogram) / max(1, sum(state.t_histogram))
-    t, _ = trainer.noiser.times(max(0, state.step - 1))
-    variances = {
-        "variance_of_loss": state.run_variance.of_loss(),
-        "variance_of_loss_eq_23": state.run_variance.of_loss_eq_23(),
-        "variance_of_term": state.run_variance.of_term(),
-        "variance_of_estimator": state.run_variance.of_estimator(),
-    }
-    return {
-        "steps": state.step,
-        "tokens": state.num_tokens,
-        "stopped_early": state.stop_reason,
-        "skipped_steps": state.num_skipped,
-        "rewinds": state.num_rewinds,
-        "best_validation_loss": state.best_validation if np.isfinite(state.best_validation) else None,
-        "best_step": state.best_step if np.isfinite(state.best_validation) else None,
-        **{key: value if np.isfinite(value) else None for key, value in variances.items()},
-        "t_share_by_decile": drawn.round(4).tolist(),
-        "t_last_step": {"min": float(t.min()), "mean": float(t.mean()), "max": float(t.max()), "std": float(t.std())},
-        "calibration": artifact
-        and {
-            key: artifact[key]
-            for key in (
-                "efficiency",
-                "efficiency_interval",
-                "efficiency_of_uniform",
-                "uniform_floor",
-                "forwards",
-                "seconds",
-            )
-        },
-    }
