@@ -57,7 +57,7 @@ def special_tokens(checkpoint: HuggingFaceCheckpoint, asked: Mapping[str, str]) 
         if name in wanted:
             chosen[name] = (wanted[name],)
             other = stated.contradicts(name, wanted[name])
-            notes += [f"warning: {name} token {wanted[name]}, as was asked for, though it is {other}"] if other else []
+            notes += [f"{name} token {wanted[name]}, as was asked for, though it is {other}"] if other else []
             continue
         chosen[name], told = stated.choice(name, f"--{name}-token")
         notes += told

@@ -139,7 +139,7 @@ def _tokens(data: DataConfig, stated: Stated) -> tuple[dict[str, Any], list[str]
         if key in data.model_fields_set:
             other = stated.contradicts(name, -1 if mine is None else mine)
             token = f"{value} (a new id)" if mine is None else mine if mine == value else f"{mine} ({value})"
-            notes += [f"warning: {name} token {token}, by 'data.{key}', though it is {other}"] if other else []
+            notes += [f"{name} token {token}, by 'data.{key}', though it is {other}"] if other else []
             if name == "eos" and not other:
                 changes |= _ends([end for end in stated.choice(name, key).ids if end != mine], data)
             continue

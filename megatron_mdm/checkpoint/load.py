@@ -49,7 +49,7 @@ def run_tokenizer(folder: Path, config: RunConfig) -> Tokenizer:
     """The tokenizer of a run; the main rank tells where the Hugging Face files in its folder contradict it."""
     tokenizer = load_tokenizer(config.data)
     for line in contradictions(folder, tokenizer) if rank_from_environment() == 0 else ():
-        print(f"warning: {line}", file=sys.stderr, flush=True)
+        print(line, file=sys.stderr, flush=True)
     return tokenizer
 
 

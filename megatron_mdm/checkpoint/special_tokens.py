@@ -136,7 +136,7 @@ def other_masks(mask_id: int, backend: Backend, file: Path | None) -> list[str]:
     named = _masks_by_name(backend)
     if not named or mask_id in named.values():
         return []
-    return [f"warning: mask token {mask_id}, though {file} has {', '.join(f'{text} {i}' for text, i in named.items())}"]
+    return [f"mask token {mask_id}, though {file} has {', '.join(f'{text} {i}' for text, i in named.items())}"]
 
 
 def mask_by_name(backend: Backend, file: Path | None, rows: int, key: str) -> list[Statement]:

@@ -343,7 +343,7 @@ def test_a_run_is_read_with_another_template_or_other_tokens(llada: Path, capsys
     assert (config.data.template, config.data.eos_token, config.data.end_tokens) == ("plain", 40, (1, 42))
     capsys.readouterr()
     assert run_tokenizer(run, config).eos_id == 40
-    assert capsys.readouterr().err.startswith("warning: eos token 40, by the run's config.yaml, though it is 1 by ")
+    assert capsys.readouterr().err.startswith("eos token 40, by the run's config.yaml, though it is 1 by ")
     run_tokenizer(run, run_config(run))
     assert capsys.readouterr().err == ""
     with pytest.raises(UserError, match=r"'data\.train' cannot be set here; of 'data', only tokenizer, template"):

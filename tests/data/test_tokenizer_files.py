@@ -58,6 +58,11 @@ def post_processor(tokenizer: tokenizers.Tokenizer) -> None:
     tokenizer.post_processor = tokenizers.processors.TemplateProcessing(single="</s> $A </s>", special_tokens=ends)
 
 
+def doubling(tokenizer: tokenizers.Tokenizer) -> None:
+    """A post-processor that acts without special tokens, too."""
+    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(single="$A $A", special_tokens=[])
+
+
 def all_of_them(tokenizer: tokenizers.Tokenizer) -> None:
     for change in (dropout, truncation, padding, post_processor):
         change(tokenizer)
@@ -65,7 +70,7 @@ def all_of_them(tokenizer: tokenizers.Tokenizer) -> None:
 
 @pytest.mark.parametrize(
     "change",
-    [dropout, truncation, padding, fixed_padding, post_processor, all_of_them],
+    [dropout, truncation, padding, fixed_padding, post_processor, doubling, all_of_them],
     ids=lambda change: change.__name__,
 )
 def test_what_a_file_stores_does_not_steer_encoding(change: Change, tmp_path: Path) -> None:
