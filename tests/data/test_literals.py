@@ -13,6 +13,8 @@ import tokenizers
 from megatron_mdm.config.errors import UserError
 from megatron_mdm.config.schema import DataConfig
 from megatron_mdm.data.conversation import Message
+from megatron_mdm.data.documents import Chunk, Position
+from megatron_mdm.data.encode import Settings, encode_all
 from megatron_mdm.data.literals import MARK
 from megatron_mdm.data.sft import SftDataset, encode_prompt, read_sft
 from megatron_mdm.data.tokenizer import Tokenizer, load_tokenizer
@@ -157,6 +159,20 @@ def refused(tokenizer_path: Path, content: str, named: str, tmp_path: Path, **ch
 def test_what_cannot_be_text_is_refused_by_line(sentencepiece_model: Path, tmp_path: Path) -> None:
     refused(unigram(tmp_path / "unigram.json"), "ab</s>", "</s>", tmp_path)
     refused(sentencepiece_model, "a <mask>", "<mask>", tmp_path)
+
+
+def test_documents_of_a_corpus_are_text(folder: Path, sentencepiece_model: Path) -> None:
+    documents = ["a text", "a <mask> text </s>"]
+    chunk = Chunk(documents, "c.jsonl", ["line 1", "line 2"], [], "value", 2, Position())
+    for path, num_bad in ((folder, 0), (sentencepiece_model, 1)):  # the latter cannot write <mask> as text
+        data = DataConfig(train="", tokenizer=str(path), max_length=9)
+        tokenizer = load_tokenizer(data)
+        (encoded,) = encode_all([chunk], Settings(data, "text", True, "int32"), 1)
+        assert encoded.num_bad == num_bad
+        assert len(encoded.lengths) == 2 - num_bad
+        assert np.isin(encoded.tokens, [tokenizer.mask_id, tokenizer.eos_id]).sum() == len(encoded.lengths)  # ends
+        if num_bad:
+            assert encoded.first_bad[0].startswith("c.jsonl, line 2: the text holds '<mask>'")
 
 
 def test_control_symbols_of_sentencepiece_are_text_in_a_text(sentencepiece_model: Path) -> None:
