@@ -97,9 +97,7 @@ def test_gpus_are_counted_by_torchs_rule(tmp_path: Path, monkeypatch: pytest.Mon
     uuids = ["GPU-ab1", "GPU-ab2", "GPU-c3", "GPU-d4"]
     lines = [f"GPU {index}: H100 80GB (UUID: {uuid})" for index, uuid in enumerate(uuids)]
     lines += [f"  MIG 1g.10gb     Device  {index}: (UUID: MIG-{index})" for index in range(2)]
-    stub = tmp_path / "nvidia-smi"
-    stub.write_text("#!/bin/sh\ncat <<'X'\n" + "\n".join(lines) + "\nX\n")
-    stub.chmod(0o755)
+    write_programs(tmp_path, **{"nvidia-smi": "\n".join(["cat <<'X'", *lines, "X"])})
     values = [
         *(
             "0",
@@ -149,16 +147,58 @@ def test_gpus_are_counted_by_torchs_rule(tmp_path: Path, monkeypatch: pytest.Mon
     assert counted.stderr == ""
 
 
+@pytest.mark.parametrize(
+    ("variables", "placed"),
+    [
+        ({"CUDA_VISIBLE_DEVICES": "2,3"}, "--include localhost:2,3"),
+        ({"CUDA_VISIBLE_DEVICES": "3,1,0", "RANKS_PER_NODE": "2"}, "--include localhost:3,1"),
+        ({"CUDA_VISIBLE_DEVICES": "0", "RANKS_PER_NODE": "2"}, "error: 2 ranks on 1 GPUs"),
+        ({"CUDA_VISIBLE_DEVICES": "MIG-1"}, "error: 1 ranks on 1 GPUs (CUDA_VISIBLE_DEVICES=MIG-1)"),
+        ({"CUDA_VISIBLE_DEVICES": "", "RANKS_PER_NODE": "2"}, "--num_gpus 2"),
+        ({"CUDA_VISIBLE_DEVICES": "1", "HOSTFILE": "hosts"}, "--hostfile hosts --master_port 29400"),
+    ],
+)
+def test_deepspeeds_launcher_is_told_which_gpus(variables: dict[str, str], placed: str, tmp_path: Path) -> None:
+    """It numbers them from 0 by itself, whatever CUDA_VISIBLE_DEVICES says. With a stand-in for it, and for 4 GPUs."""
+    write_programs(tmp_path, **{"deepspeed": 'echo "$@"', "nvidia-smi": "for n in 0 1 2 3; do echo GPU $n: A100; done"})
+    known = environment(PATH=f"{tmp_path}:{os.environ['PATH']}", **variables)
+    del known["MASTER_PORT"]
+    result = subprocess.run(
+        ["bash", "launch/deepspeed.sh", "--config", "a"], env=known, capture_output=True, text=True, check=False
+    )
+    assert placed in result.stdout + result.stderr
+    assert (result.returncode == 1) == placed.startswith("error")
+    assert re.search(r"--master_port [1-9]\d+ ", result.stdout) or placed.startswith("error")
+
+
+@pytest.mark.parametrize(("code", "queued"), [(0, True), (143, True), (1, False)])
+def test_slurm_queues_again_what_another_start_may_cure(code: int, queued: bool, tmp_path: Path) -> None:
+    """1: a mistake. Every start of the job has the same id and the same arguments."""
+    srun = f'echo "$MDM_LAUNCH_ID: ${{*: -2}}"; trap "exit {code}" USR1; sleep 0.5; kill -USR1 $PPID; sleep 0.5; exit 9'
+    write_programs(tmp_path, srun=srun, scontrol=SCONTROL)
+    variables = environment(
+        PATH=f"{tmp_path}:{os.environ['PATH']}",
+        CALLS=str(tmp_path / "calls"),
+        SLURM_JOB_ID="17",
+        SLURM_JOB_NUM_NODES="1",
+        SLURM_JOB_NODELIST="node0",
+        SLURM_RESTART_COUNT="1",
+        SLURM_SUBMIT_DIR=os.getcwd(),
+    )
+    command = ["bash", "launch/slurm.sbatch", "--config", "a", "seed=1", "--overwrite"]
+    result = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=60, check=False)
+    assert result.returncode == code
+    assert result.stdout.startswith("slurm-cluster-17: seed=1 --overwrite\n")
+    assert (tmp_path / "calls").exists() == queued
+
+
 def test_what_pip_says_is_shown_where_it_fails(tmp_path: Path) -> None:
     """Of an installation into a .venv that is there."""
-    for folder in ("launch", ".venv/bin"):
-        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "launch").mkdir()
     shutil.copy("launch/environment.sh", tmp_path / "launch")
     (tmp_path / "setup.py").touch()
-    programs = {"python": "", "activate": "PATH=$PWD/.venv/bin:$PATH", "pip": "echo WARNING: a; echo b >&2; exit $CODE"}
-    for name, text in programs.items():
-        (tmp_path / ".venv/bin" / name).write_text(f"#!/usr/bin/env bash\n{text}\n", encoding="utf-8")
-        (tmp_path / ".venv/bin" / name).chmod(0o755)
+    pip = "echo WARNING: a; echo b >&2; exit $CODE"
+    write_programs(tmp_path / ".venv/bin", python="", activate="PATH=$PWD/.venv/bin:$PATH", pip=pip)
     script = "source launch/environment.sh; prepare_environment '' && echo ready"
     for code, said in (("1", "WARNING: a\nb\n"), ("0", "")):
         variables = {**os.environ, "CODE": code}
@@ -167,6 +207,16 @@ def test_what_pip_says_is_shown_where_it_fails(tmp_path: Path) -> None:
         )
         assert result.stdout == ("" if said else "ready\n")
         assert result.stderr == f"installing megatron-mdm and what it needs (about a minute)\n{said}"
+
+
+def write_programs(folder: Path, **texts: str) -> None:
+    """Stand-ins, as scripts of bash."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in texts.items():
+        (folder / name).write_text(
+            text if text.startswith("#!") else f"#!/usr/bin/env bash\n{text}\n", encoding="utf-8"
+        )
+        (folder / name).chmod(0o755)
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=str)
@@ -187,10 +237,7 @@ def test_deepspeed_launcher(undisturbed: Path, tmp_path: Path) -> None:
 
 def test_slurm_saves_before_the_time_limit_and_goes_on_when_queued_again(undisturbed: Path, tmp_path: Path) -> None:
     config, programs, calls = write_config(tmp_path), tmp_path / "bin", tmp_path / "calls"
-    programs.mkdir()
-    for name, text in (("srun", SRUN), ("scontrol", SCONTROL)):
-        (programs / name).write_text(text, encoding="utf-8")
-        (programs / name).chmod(0o755)
+    write_programs(programs, srun=SRUN, scontrol=SCONTROL)
     variables = environment(
         PATH=f"{programs}:{os.environ['PATH']}",
         CALLS=str(calls),
