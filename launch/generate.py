@@ -47,7 +47,8 @@ def main() -> None:
         converse(engine, tokenizer, generation, room, method, context, sys.stdin, sys.stdout)
         return
     watch(arguments.run_dir, config.faults.hang_minutes, context)  # above, ranks may wait for a person for hours
-    settings = {"checkpoint": engine.source, **generation.model_dump(mode="json"), **({"data": data} if data else {})}
+    settings = {**load.checkpoint_identity(arguments.run_dir, engine.source), **generation.model_dump(mode="json")}
+    settings |= {"data": data} if data else {}
     file = AnswerFile(arguments.output, prompts, settings, context)
     answer_prompts(file, engine, tokenizer, generation, method, context)
     if context.is_main:

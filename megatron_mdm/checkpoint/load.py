@@ -14,9 +14,10 @@ from torch import nn
 from megatron_mdm.checkpoint.choice import AUTO, CHOICES, choose_together
 from megatron_mdm.checkpoint.initial import InitialWeights
 from megatron_mdm.checkpoint.initial_tokens import contradictions
-from megatron_mdm.checkpoint.manifest import TENSORS
+from megatron_mdm.checkpoint.manifest import MANIFEST, TENSORS
 from megatron_mdm.checkpoint.tensors import TensorReader
 from megatron_mdm.config.errors import UserError
+from megatron_mdm.config.files import sha256
 from megatron_mdm.config.load import load_config
 from megatron_mdm.config.schema import ModelConfig, RunConfig
 from megatron_mdm.config.validate import validate_layout
@@ -123,6 +124,11 @@ def load_for_inference(
     model = build_model(_to_be_read(config.model, checkpoint), config.parallel, context, config.seed)
     read_weights(model, reader, config.model, context)
     return InferenceEngine(model, dtype, checkpoint.name)
+
+
+def checkpoint_identity(folder: Path, name: str) -> dict[str, str]:
+    """JSON-able: a checkpoint's name, and what tells it from another run's of that name."""
+    return {"checkpoint": name, "checkpoint's manifest (sha256)": sha256(folder / "checkpoints" / name / MANIFEST)}
 
 
 def _to_be_read(model: ModelConfig, checkpoint: Path) -> ModelConfig:

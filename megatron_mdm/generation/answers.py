@@ -89,7 +89,7 @@ class AnswerFile:
             self._begin()
             return
         header, *rest = records
-        for name in sorted(header.keys() | self.header.keys()):
+        for name in {**self.header, **header}:  # the checkpoint first
             if header.get(name) != self.header.get(name):
                 raise UserError(
                     f"{self.partial}: begun with {name} = {header.get(name)!r}, not {self.header.get(name)!r}; go on "

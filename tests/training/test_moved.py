@@ -89,6 +89,13 @@ def test_a_moved_run_answers_and_is_scored(trained: Path, moved: Path, tmp_path:
         settings = ["gen_length=4", "block_length=4", "steps=2"]
         arguments = ["--run-dir", str(moved), "--prompts", str(aside / "train.jsonl")]
         arguments += ["--output", str(tmp_path / "out.jsonl"), *settings]
+        begun = tmp_path / "out.jsonl.partial"  # of another run
+        begun.write_text(
+            json.dumps({"checkpoint": "step-00000004", "checkpoint's manifest (sha256)": ""}) + "\n"
+        )  # another run's
+        (result,) = run_program_ranks("launch/generate.py", arguments)
+        assert "begun with checkpoint's manifest (sha256) = '', not '" in result.stderr
+        begun.unlink()
         (result,) = run_program_ranks("launch/generate.py", arguments)
         assert result.exit_code == 0, result.stderr
         arguments = ["--run-dir", str(moved), "--data", str(aside / "train.jsonl"), "--task", "perplexity"]
