@@ -91,7 +91,7 @@ class ChatTurns:
         said = ""
         for place in answers[-1:] if last_only else answers:
             turn = self._turn(messages[:place], messages[place])
-            if not samples or not turn.text.startswith(said) or turn.learnt[0][0] < len(said):
+            if not samples or not turn.text.startswith(said):
                 samples.append([])  # earlier turns read otherwise here: this answer is learnt by itself
                 said = ""
             done = len(said)
@@ -118,7 +118,8 @@ class ChatTurns:
         """By {% generation %} blocks."""
         text, spans = self.chat.with_answers([*history, answer])
         earlier = len(self.chat.with_answers(history)[1]) if history else 0
-        learnt = [span for span in spans[earlier:] if span[0] < span[1]]
+        own = spans[earlier:] or spans[-1:]  # some mark the last answer only
+        learnt = [span for span in own if span[0] < span[1]]
         if not learnt:
             raise ValueError("the chat template's {% generation %} blocks hold nothing of an answer")
         return _Turn(text, learnt)
@@ -144,19 +145,16 @@ class ChatTurns:
 
     def _end(self, tail: str) -> str:
         """Of what follows an answer, the part that ends it: up to the first special token."""
-        if self.following:
-            opens_next = self.prompt_text.endswith(tail)
-            tail = self._common(tail, self.following) or ("" if opens_next else tail)
         token = self.special.search(tail)
-        return tail[: token.end()] if token else tail
-
-    def _common(self, tail: str, following: str) -> str:
-        """The text with which both begin, in whole special tokens."""
-        length = _num_shared(tail, following)
-        for token in self.special.finditer(tail):
-            if token.start() < length < token.end():
-                return tail[: token.start()]
-        return tail[:length]
+        if token and not (self.following and self.prompt_text.endswith(tail[token.start() :])):
+            return tail[: token.end()]
+        if not self.following:
+            return tail
+        # What is last in it opens the next answer, as a prompt does. What is first is there in a conversation, too.
+        common = tail[: _num_shared(tail, self.following)]
+        if token and token.start() < len(common):
+            return tail[: token.end() if token.end() <= len(common) else token.start()]
+        return common
 
 
 def _following(chat: ChatTemplate, answered: Sequence[Message], text: str) -> str:

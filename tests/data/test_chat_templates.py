@@ -215,9 +215,11 @@ def with_spaces(how: str) -> tokenizers.Tokenizer:
     """A vocabulary of characters in which ▁ is a space, put before the first word (prepend_scheme), or before every
     stretch between special tokens (the normalizer Prepend)."""
     letters = "▁abcdefghijklmnopqrstuvwxyzABIMNSTUW<>|/[]?.\n_"
-    pieces = [*dict.fromkeys([*SPECIAL_TOKENS, "<unk>", *letters]), "▁M", "▁S", "▁W"]
+    pieces = [*dict.fromkeys([*SPECIAL_TOKENS, "<unk>", *letters]), "▁M", "▁S", "▁W", "\n\n"]
     model = tokenizers.models.BPE(
-        {piece: index for index, piece in enumerate(pieces)}, [("▁", "M"), ("▁", "S"), ("▁", "W")], unk_token="<unk>"
+        {piece: index for index, piece in enumerate(pieces)},
+        [("▁", "M"), ("▁", "S"), ("▁", "W"), ("\n", "\n")],
+        unk_token="<unk>",
     )
     made = tokenizers.Tokenizer(model)
     if how == "Prepend":
@@ -231,7 +233,7 @@ def with_spaces(how: str) -> tokenizers.Tokenizer:
 
 
 def test_a_mark_without_the_end_of_turn_is_told(vocabulary: str, tmp_path: Path) -> None:
-    shorter = CHATML_MARKED.replace(" + '<|im_end|>' }}{% endgeneration %}", " }}{% endgeneration %}{{ '<|im_end|>' }}")
+    shorter = CHATML_MARKED.replace(" + eos_token }}{% endgeneration %}", " }}{% endgeneration %}{{ '<|im_end|>' }}")
     (warning,) = template_of(folder_of(shorter, {}, vocabulary, tmp_path)).warnings
     assert "leaves out <|im_end|>, which ends an answer" in warning
 
@@ -273,6 +275,9 @@ def test_the_date_is_that_of_the_run(folders: dict[str, Path]) -> None:
     old = TEMPLATES["tokenizer"](TemplateSource(path, SPECIAL_TOKENS, "2021-03-04"))
     assert old.date == "2021-03-04"
     assert "Today Date: 04 Mar 2021\n" in joined(old.prompt(messages[:1]))
+    theirs = transformers_text(folders["llama-3.1"], CONVERSATIONS["one turn"][:1], True)
+    assert theirs is not None
+    assert "2021" not in theirs  # who asks transformers in this process gets its own clock
     new = TEMPLATES["tokenizer"](TemplateSource(path, SPECIAL_TOKENS))
     assert new.date == datetime.date.today().isoformat()
     expected = transformers_text(folders["llama-3.1"], CONVERSATIONS["one turn"][:1], True)
@@ -304,6 +309,69 @@ def test_a_resumed_run_keeps_its_day(folders: dict[str, Path], tmp_path: Path) -
         DataConfig(train="", max_length=9, template_date="4 March")
 
 
+def test_the_place_of_an_answer_does_not_depend_on_what_it_says(folders: dict[str, Path]) -> None:
+    """It begins like the thought that only a prompt for generation has."""
+    turns = [Message("user", "Who?"), Message("assistant", "<b>Me.")]
+    (pieces,) = template_of(folders["qwen3 without thoughts"]).samples(turns, last_only=False)
+    assert learnt([pieces]) == ["<b>Me.<|im_end|>"]
+
+
+def test_a_conversation_may_begin_with_an_answer(folders: dict[str, Path]) -> None:
+    turns = [Message("assistant", "Hi."), Message("user", "Who?"), Message("assistant", "Me.")]
+    for name in ("chatml", "chatml, marked", "llada", "llama-3.1"):
+        end = CASES[name].end
+        (pieces,) = template_of(folders[name]).samples(turns, last_only=False)
+        assert learnt([pieces]) == [f"Hi.{end}", f"Me.{end}"]
+
+
+ODD = {
+    # name: (how an answer is written, samples that a conversation of two gives)
+    "a point where there is none": ("{{ m.content }}{% if m.content[-1] != '.' %}.{% endif %}<|end|>", 1),
+    "the length behind it": ("{{ m.content }}<|end|>{{ 'x' * messages|length }}", 1),
+    "eos behind the last only": ("{{ m.content }}{% if loop.last %}<|end|>{% endif %}", 2),
+    "the last is marked": (
+        "{% if loop.last %}{% generation %}{{ m.content }}<|end|>{% endgeneration %}"
+        "{% else %}{{ m.content }}<|end|>{% endif %}",
+        1,
+    ),
+}
+
+
+@pytest.mark.parametrize("listens", [True, False])
+@pytest.mark.parametrize("name", ODD)
+def test_odd_endings(name: str, listens: bool, vocabulary: str, tmp_path: Path) -> None:
+    """Of templates that end a prompt with a header if they are asked to, and of those that never do."""
+    answer, num_samples = ODD[name]
+    header = "{% if add_generation_prompt %}<|assistant|>{% endif %}" if listens else ""
+    template = template_of(
+        folder_of(
+            "{% for m in messages %}<|{{ m.role }}|>{% if m.role == 'assistant' %}"
+            f"{answer}{{% else %}}{{{{ m.content }}}}{{% endif %}}{{% endfor %}}{header}",
+            {},
+            vocabulary,
+            tmp_path,
+        )
+    )
+    assert template.end_tokens == ("<|end|>",)
+    samples = template.samples(as_messages(CONVERSATIONS["two turns"]), last_only=False)
+    marked = "generation %}" in answer
+    before = "" if listens or marked else "<|assistant|>"
+    assert learnt(samples) == [f"{before}Me.<|end|>", f"{before}So.<|end|>"]
+    assert len(samples) == num_samples
+
+
+def test_a_token_across_the_beginning_of_an_answer_belongs_to_none(tmp_path: Path) -> None:
+    """The prompt of a conversation is that which generation sees, also where two line breaks are one token."""
+    case = CASES["zephyr"]
+    folder = folder_of(case.template, case.tokens, with_spaces("Prepend").to_str(), tmp_path)
+    turns = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "\nMe."}]
+    data, tokenizer = read(folder, turns, eos_token="</s>")
+    sample = data.samples[0]
+    assert encode_prompt("Who?", tokenizer) == sample.tokens[~sample.eligible].tolist()
+    assert tokenizer.backend.token_id("\n\n") not in sample.tokens
+    assert tokenizer.backend.token_id("\n\n") in tokenizer.encode("a\n\nb")
+
+
 def test_fields_of_messages_reach_the_template(vocabulary: str, tmp_path: Path) -> None:
     """As transformers takes them: a null counts as absent."""
     folder = folder_of(source("qwen3"), {}, vocabulary, tmp_path)
@@ -321,6 +389,7 @@ def test_samples_of_a_conversation_stay_together(folders: dict[str, Path]) -> No
     data, _ = read(folders["qwen3"], CONVERSATIONS["thoughts"], copies=10)
     train, validation = split_validation(data, 0.2, seed=0)
     assert (len(train), len(validation)) == (16, 4)
+    assert (len(set(train.records)), len(set(validation.records))) == (8, 2)
     assert not set(train.records) & set(validation.records)
 
 
