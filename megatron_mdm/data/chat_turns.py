@@ -138,10 +138,11 @@ class ChatTurns:
             if not text.startswith(header):
                 raise ValueError("the chat template writes an answer and what precedes it in one")
             text, first = prompt + text[_end_of_prompt(prompt, header) :], len(prompt)
-        if not text.endswith(tail):
-            end = text.rfind(self._end(tail), first)
-            return _Turn(text, [(first, len(text) if end < 0 else end + len(self._end(tail)))])
-        return _Turn(text, [(first, len(text) - len(tail) + len(self._end(tail)))])
+        end = len(text) - len(tail) + len(self._end(tail))
+        if not text.endswith(tail):  # it depends on what the answer says
+            ends = [text.rfind(token, first) + len(token) for token in self.end_tokens if token in text[first:]]
+            end = max(ends, default=len(text))
+        return _Turn(text, [(first, end)])
 
     def _end(self, tail: str) -> str:
         """Of what follows an answer, the part that ends it: up to the first special token."""

@@ -327,10 +327,12 @@ def test_a_conversation_may_begin_with_an_answer(folders: dict[str, Path]) -> No
 ODD = {
     # name: (how an answer is written, samples that a conversation of two gives)
     "a point where there is none": ("{{ m.content }}{% if m.content[-1] != '.' %}.{% endif %}<|end|>", 1),
+    "a mark behind a single letter": ("{{ m.content }}{% if m.content|length == 1 %}?{% endif %}<|end|>\n", 1),
     "the length behind it": ("{{ m.content }}<|end|>{{ 'x' * messages|length }}", 1),
+    "the length behind the last": ("{{ m.content }}<|end|>{% if loop.last %}{{ 'x' * messages|length }}{% endif %}", 1),
     "eos behind the last only": ("{{ m.content }}{% if loop.last %}<|end|>{% endif %}", 2),
     "the last is marked": (
-        "{% if loop.last %}{% generation %}{{ m.content }}<|end|>{% endgeneration %}"
+        "{% if loop.index0 > messages|length - 3 %}{% generation %}{{ m.content }}<|end|>{% endgeneration %}"
         "{% else %}{{ m.content }}<|end|>{% endif %}",
         1,
     ),
@@ -369,6 +371,7 @@ def test_a_token_across_the_beginning_of_an_answer_belongs_to_none(tmp_path: Pat
     sample = data.samples[0]
     assert encode_prompt("Who?", tokenizer) == sample.tokens[~sample.eligible].tolist()
     assert tokenizer.backend.token_id("\n\n") not in sample.tokens
+    assert tokenizer.decode(sample.tokens[sample.eligible]).endswith("\nMe.")
     assert tokenizer.backend.token_id("\n\n") in tokenizer.encode("a\n\nb")
 
 
@@ -377,12 +380,29 @@ def test_fields_of_messages_reach_the_template(vocabulary: str, tmp_path: Path) 
     folder = folder_of(source("qwen3"), {}, vocabulary, tmp_path)
     turns = [
         {"role": "user", "content": "1 + 1?"},
-        {"role": "assistant", "content": "2", "reasoning_content": "add", "name": None},
+        {"role": "assistant", "content": "2", "reasoning_content": "a<|im_end|>b", "name": None},
     ]
     data, tokenizer = read(folder, turns)
     sample = data.samples[0]
-    assert tokenizer.decode_all(sample.tokens[sample.eligible]) == "<think>\nadd\n</think>\n\n2⏎"
+    assert tokenizer.decode_all(sample.tokens[sample.eligible]) == "<think>\na<|im_end|>b\n</think>\n\n2⏎"
     assert encode_prompt("1 + 1?", tokenizer) == sample.tokens[~sample.eligible].tolist()
+
+
+def test_fields_that_are_null_count_as_absent(vocabulary: str, tmp_path: Path) -> None:
+    template = CHATML_MARKED + "{{ messages[1].name is defined }}"
+    chat = ChatTemplate.load(folder_of(template, {"eos_token": "<|im_end|>"}, vocabulary, tmp_path))
+    turns = [Message("user", "Who?"), Message("assistant", "Me.", {"name": None})]
+    assert chat(turns, False).endswith("False")
+    assert chat.with_answers(turns)[0] == chat(turns, False)
+
+
+def test_a_thought_is_learnt_behind_what_it_shares_with_the_prompt(vocabulary: str, tmp_path: Path) -> None:
+    """Where the prompt for generation ends in an empty thought, and the answer has one that is not."""
+    template = source("qwen3").replace("enable_thinking is defined and enable_thinking is false", "true")
+    made = template_of(folder_of(template, {}, vocabulary, tmp_path))
+    first, _ = made.samples(as_messages(CONVERSATIONS["thoughts"]), last_only=False)
+    assert joined(first).endswith("<|im_start|>assistant\n<think>\nadd\n</think>\n\n2<|im_end|>")
+    assert learnt([first]) == ["add\n</think>\n\n2<|im_end|>"]
 
 
 def test_samples_of_a_conversation_stay_together(folders: dict[str, Path]) -> None:
