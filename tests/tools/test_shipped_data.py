@@ -28,6 +28,7 @@ PUBLIC_FILES: dict[str, list[list[dict[str, Any]]]] = {  # what people download,
 }
 
 
+@cache
 def shipped(form: str) -> dict[str, DataConfig]:
     """The data sections of all configurations that name data of this form."""
     found = {}

@@ -19,8 +19,9 @@ from megatron_mdm.evaluation.tasks.numbers import leading_number, parse_number, 
 _MARK = re.compile("#{4,}")
 _BEHIND_A_NUMBER = re.compile(r"(?:[.,;:?°].*|/[A-Za-z].*|\s.*)?")
 _CHANGES_IT = re.compile(
-    r"[+=^×÷±<>≈\\]|\s[-*/]\s|\b(?:half|halves|and an? (?:third|quarter|fourth)|plus|minus|squared|cubed|k|bn|mn)\b"
+    r"[+=^×÷±<>≈\\]|^\s[-*/]\s|\b(?:half|halves|and an? (?:third|quarter|fourth)|plus|minus|squared|cubed|k|bn|mn)\b"
 )
+_POWER_OF_A_UNIT = re.compile(r"\b(mm|cm|m|km|in|ft|yd|mi)(?:\^?[23]|[²³])(?![0-9])")
 
 
 def prepare(paths: Sequence[str], arguments: argparse.Namespace) -> Sets:
@@ -38,7 +39,7 @@ def extract_answer(response: str) -> str | None:
     found = leading_number(_answer_line(response), slash=True)
     if found is None:
         return None
-    value, rest = found
+    value, rest = found[0], _POWER_OF_A_UNIT.sub(r"\1", found[1])
     is_words = _BEHIND_A_NUMBER.fullmatch(rest) and not any(map(str.isnumeric, rest)) and not _CHANGES_IT.search(rest)
     return written(value) if is_words else None
 
