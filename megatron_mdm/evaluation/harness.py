@@ -14,6 +14,7 @@ from typing import Any
 
 from megatron_mdm.config.errors import UserError
 from megatron_mdm.config.schema import RunConfig
+from megatron_mdm.data.lengths import Room
 from megatron_mdm.data.tokenizer import Tokenizer
 from megatron_mdm.evaluation.harness_requests import HarnessConfig, Requests, generation_for, wish
 from megatron_mdm.evaluation.measures import Measure, Result, Source
@@ -86,7 +87,7 @@ def _prepare(
     for task in tasks.loaded["tasks"].values():  # what cannot be answered shows before a model is loaded
         if task.OUTPUT_TYPE == "generate_until":
             asked = wish(task.config.generation_kwargs or {}, settings)
-            generation_for(asked, settings, config.model.max_sequence_length)
+            generation_for(asked, settings, Room.of(config.model, settings.extrapolate).longest)
 
     def run(engine: Any, context: ParallelContext) -> Result:
         found = lm_eval.simple_evaluate(

@@ -14,6 +14,7 @@ from pydantic import Field
 
 from megatron_mdm.config.errors import UserError
 from megatron_mdm.config.schema import RunConfig
+from megatron_mdm.data.lengths import Room
 from megatron_mdm.data.tokenizer import Tokenizer
 from megatron_mdm.evaluation.likelihood import LikelihoodConfig, Likelihoods, negative_log_likelihoods
 from megatron_mdm.evaluation.perplexity import continuation
@@ -96,6 +97,7 @@ class Requests:
     ) -> None:
         self.engine, self.tokenizer, self.settings, self.context = engine, tokenizer, settings, context
         self.method, self.max_length = config.diffusion.method, config.model.max_sequence_length
+        self.longest = Room.of(config.model, settings.extrapolate).longest  # prompt and what is behind it
         self.special = SpecialIds.of(tokenizer)
         self.num_cut = 0  # prompts, since it was said last
 
@@ -130,7 +132,7 @@ class Requests:
             self._say(f"the tasks' generation settings {', '.join(sorted(unknown))} have no meaning here")
         texts = [""] * len(prompts)
         for rows in _alike([(asked.max_tokens, asked.sampling) for asked in wishes]):
-            config = generation_for(wishes[rows[0]], self.settings, self.max_length)
+            config = generation_for(wishes[rows[0]], self.settings, self.longest)
             before = [self._fitting(self._context(prompts[row][0]), config.gen_length) for row in rows]
             for row, response in zip(rows, self._generated(before, config)):
                 text = self.tokenizer.decode(response[: wishes[row].max_tokens])
@@ -172,7 +174,7 @@ class Requests:
 
     def _fitting(self, ids: list[int], behind: int) -> list[int]:
         """The end of a context that leaves the model room for so many tokens behind it."""
-        room = self.max_length - behind
+        room = self.longest - behind
         if room < 1:
             raise UserError(
                 f"--harness: {behind} tokens to score do not fit 'model.max_sequence_length' {self.max_length}"

@@ -53,6 +53,7 @@ def answers(config: RunConfig) -> dict[str, Any]:
     engine = InferenceEngine(build_model(config.model, config.parallel, context, 3), "fp32")
     tokenizer = Tokenizer(Letters(), VOCAB, MASK, PAD, EOS, TEMPLATES["plain"](TemplateSource("")))
     settings = HarnessConfig(num_times=8, block_length=4, batch_size=3)
+    beyond = settings.model_copy(update={"extrapolate": True, "is_greedy": False})
     requests = Requests(engine, tokenizer, settings, config, context)
     long = "ab" * 40  # 80 tokens, where the model has room for 64
     asked = [
@@ -71,6 +72,7 @@ def answers(config: RunConfig) -> dict[str, Any]:
         "stopped": stopped,
         "stops": stops,
         "pairs": requests.log_likelihoods(pairs),
+        "uncut": Requests(engine, tokenizer, beyond, config, context).log_likelihoods(pairs[-1:]),
         "documents": requests.document_log_likelihoods(["a" * 200, "b", ""]),
     }
 
@@ -82,6 +84,7 @@ def test_requests_are_answered_alike_on_every_layout(tmp_path: Path) -> None:
     assert all(0 < len(text) <= 8 for text in whole)  # padding that an untrained model writes has no letter
     assert expected["stopped"] == [min(whole[0].split(stop)[0] for stop in (one, other)), whole[0].split(one)[0]]
     assert all(likelihood < 0.0 for likelihood, _ in expected["pairs"])
+    assert expected["uncut"][0][0] != expected["pairs"][-1][0]  # 80 tokens of prompt, not the last 60
     assert expected["documents"][0] < expected["documents"][1] < expected["documents"][2] == 0.0
     for parallel, ranks in (({}, 2), ({"tensor": 2}, 2)):
         config = small_config(tmp_path, model={"init_std": 0.3}, parallel=parallel)
