@@ -57,7 +57,8 @@ def check_deepspeed_section(config: RunConfig) -> None:
     platform.quiet_libraries()
     from deepspeed.runtime.config import DeepSpeedConfig
 
-    noted = _Noted(deepspeed_config(config, 1), [])
+    one_replica = config.parallel.tensor * config.parallel.pipeline
+    noted = _Noted(deepspeed_config(config, one_replica), [])
     try:
         DeepSpeedConfig(noted)
     except ValidationError as error:

@@ -98,7 +98,9 @@ def test_what_deepspeed_reads_is_passed_on(tmp_path: Path) -> None:
         *("data_types.keep_in_fp32_modules=auto", "checkpoint.tag_validation=Ignore", "compile={deepcompile: false}"),
     ]
     config = loaded(tmp_path, *overrides)
-    check_deepspeed_section(config)
+    split = config.parallel.model_copy(update={"tensor": 2, "pipeline": 2})
+    for layout in (config.parallel, split):
+        check_deepspeed_section(config.model_copy(update={"parallel": layout}))
     values = deepspeed_config(config, 1)
     assert values["zero_optimization"]["reduce_bucket_size"] == 500_000
     assert (type(values["aio"]["block_size"]), values["steps_per_print"]) == (int, 100)
