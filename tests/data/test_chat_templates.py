@@ -301,7 +301,7 @@ def test_a_resumed_run_keeps_its_day(folders: dict[str, Path], tmp_path: Path) -
         saved = tmp_path / name / "run" / "config.yaml"
         write_atomically(saved, dump_config(first.model_copy(update={"data": earlier})))
         again, read_again = resolve(as_the_run_began(config))
-        check_same_run(saved, again)
+        check_same_run(saved.parent, again, read_again)
         texts = [run.tokenizer.decode_all(run.train.samples[0].tokens) for run in (read_first, read_again)]
         assert ("04 Mar 2021" in texts[1]) == (begun == today)
         assert (texts[0] == texts[1]) == (begun == "today")

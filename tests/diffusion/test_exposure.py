@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from megatron_mdm.diffusion.exposure import SampleShapes, exposure
+from megatron_mdm.diffusion.exposure import SampleShapes, average_batch, exposure
 from megatron_mdm.diffusion.mask_schedule import MaskSchedule
 from megatron_mdm.diffusion.masking import MASKING_RULES, MaskDesign
 from megatron_mdm.diffusion.objective import NORMALIZATIONS
@@ -22,9 +22,10 @@ def drawn_sums(design: MaskDesign, t: float, sample: int, generator: np.random.G
     delimiters = np.arange(ELIGIBLE[sample]) < DELIMITERS[sample]
     masking = design.draw(generator, t, delimiters)
     eligible = np.full(len(delimiters), float(len(delimiters)))
+    batch = average_batch(design, SampleShapes.of(ELIGIBLE, DELIMITERS))
     result = []
     for normalization in NORMALIZATIONS.values():
-        weights = masking.masked * normalization.token_weight(masking.probability, eligible, ELIGIBLE.mean())
+        weights = masking.masked * normalization.token_weight(masking.probability, eligible, batch)
         total, squares = weights.sum(1), np.square(weights).sum(1)
         pairs = total**2 - squares
         result.append([total.mean(), squares.mean(), pairs.mean(), total.sum() ** 2 - np.square(total).sum()])
@@ -37,7 +38,8 @@ def test_exposure_agrees_with_drawn_masks(rule: str, complementary: bool) -> Non
     """Every sample counts as often as it stands in the data set, and delimiters by their own probability."""
     design = MaskDesign(MASKING_RULES[rule], SCHEDULE, complementary, repeats=2, delimiter_shift=0.2)
     shapes, generator = SampleShapes.of(ELIGIBLE, DELIMITERS), np.random.default_rng(0)
-    known = [exposure(design, shapes, normalization, TIMES) for normalization in NORMALIZATIONS.values()]
+    batch = average_batch(design, shapes)
+    known = [exposure(design, shapes, normalization, batch, TIMES) for normalization in NORMALIZATIONS.values()]
     for index, t in enumerate(TIMES):
         # Each sample as often as the others, so that means over the draws are those over the data set.
         draws = np.array([drawn_sums(design, t, place % len(ELIGIBLE), generator) for place in range(NUM_DRAWS)])
