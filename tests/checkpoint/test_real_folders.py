@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from megatron_mdm.checkpoint.convert import ImportOptions, export_checkpoint, import_checkpoint
 from megatron_mdm.checkpoint.huggingface import INDEX, SINGLE, HuggingFaceCheckpoint
 from megatron_mdm.checkpoint.initial import InitialWeights
+from megatron_mdm.checkpoint.native import NativeCheckpoint
 from megatron_mdm.config.errors import UserError
 from megatron_mdm.config.load import load_config
 from megatron_mdm.data.conversation import Message
@@ -116,7 +117,7 @@ def test_a_dream_checkpoint_without_tokenizer_json_can_be_prompted(tmp_path: Pat
     ids = [token for part in tokenizer.ids_of(tokenizer.prompt_of([Message("user", "cab ab?")])) for token in part]
     assert tokenizer.backend.decode(ids) == "user\ncab ab?\nassistant\n"
     assert [ids[0], ids.count(51), ids.count(52)] == [51, 2, 1]
-    export_checkpoint(tmp_path / "run", tmp_path / "out", "auto", "auto", 10**9)
+    export_checkpoint(NativeCheckpoint.open(tmp_path / "run"), tmp_path / "out", "auto", "auto", 10**9)
     for name in ("vocab.json", "merges.txt", "tokenizer_config.json", "config.json"):
         assert (tmp_path / "out" / name).read_bytes() == (folder / name).read_bytes() or name == "config.json"
 
@@ -146,7 +147,7 @@ def test_ignored_fields_go_with_the_run(single: Path, tmp_path: Path) -> None:
     assert f"{single}/config.json: fields that training tools left are ignored: unsloth_fixed" in notes
     model = load_config(tmp_path / "run" / "config.yaml").model
     assert model.ignore_fields == ("rope_scaling",)
-    exported = export_checkpoint(tmp_path / "run", tmp_path / "out", "auto", "auto", 10**9)
+    exported = export_checkpoint(NativeCheckpoint.open(tmp_path / "run"), tmp_path / "out", "auto", "auto", 10**9)
     assert exported["rope_scaling"] == scaling
     for start in (single, tmp_path / "out", tmp_path / "run"):
         initial = InitialWeights(model.model_copy(update={"init_from": str(start)}))

@@ -15,6 +15,7 @@ from megatron_mdm.checkpoint.huggingface import HuggingFaceCheckpoint
 from megatron_mdm.checkpoint.imported_tokens import special_tokens
 from megatron_mdm.checkpoint.initial_tokens import contradictions, with_initial_tokens
 from megatron_mdm.checkpoint.load import data_overrides, run_config, run_tokenizer
+from megatron_mdm.checkpoint.native import NativeCheckpoint
 from megatron_mdm.config.errors import UserError
 from megatron_mdm.config.load import dump_config, load_config
 from megatron_mdm.config.schema import RunConfig
@@ -166,6 +167,9 @@ def test_padding_tokens_may_differ_and_that_is_told(llada: Path) -> None:
     assert ids[1] == 0
     assert "pad token: 0 by " in told
     assert "but 40 by " in told
+    change_json(llada / "config.json", pad_token_id=None)
+    (llada / "special_tokens_map.json").write_text(json.dumps({"pad_token": "<|eot_id|>"}))
+    assert chosen(llada)[0][1] == 40  # tokenizer_config.json goes before it
 
 
 @pytest.mark.parametrize("value", ["1", True, 1.0, [1, "2"], {"id": 1}, [[1]]])
@@ -309,7 +313,7 @@ def test_an_export_has_the_tokenizer_that_the_run_was_trained_with(llada: Path) 
     write_tokenizer(llada, chat_template=TEMPLATE)
     config, _ = imported(llada)
     run, out = llada.parent / "imported", llada.parent / "out"
-    export_checkpoint(run, out, "auto", "auto", 10**9)
+    export_checkpoint(NativeCheckpoint.open(run), out, "auto", "auto", 10**9)
     assert (out / "tokenizer.json").read_bytes() == (llada / "tokenizer.json").read_bytes()
     assert (out / "tokenizer_config.json").exists()
     other = llada.parent / "other.json"
@@ -317,7 +321,7 @@ def test_an_export_has_the_tokenizer_that_the_run_was_trained_with(llada: Path) 
     change_json(other, normalizer={"type": "Lowercase"})
     changed = config.data.model_copy(update={"tokenizer": str(other), "template": "plain"})
     (run / "config.yaml").write_text(dump_config(config.model_copy(update={"data": changed})))
-    export_checkpoint(run, llada.parent / "again", "auto", "auto", 10**9)
+    export_checkpoint(NativeCheckpoint.open(run), llada.parent / "again", "auto", "auto", 10**9)
     assert (llada.parent / "again" / "tokenizer.json").read_bytes() == other.read_bytes()
     assert not (llada.parent / "again" / "tokenizer_config.json").exists()
 

@@ -161,6 +161,13 @@ def test_what_cannot_be_text_is_refused_by_line(sentencepiece_model: Path, tmp_p
     refused(sentencepiece_model, "a <mask>", "<mask>", tmp_path)
 
 
+def test_a_mask_token_that_is_an_ordinary_word_is_refused_in_a_text(folder: Path) -> None:
+    tokenizer = load(folder, mask_token="a")
+    with pytest.raises(UserError, match="the text holds 'a', which the tokenizer takes for its special token"):
+        tokenizer.encode("a word")
+    assert tokenizer.encode("the")
+
+
 def test_documents_of_a_corpus_are_text(folder: Path, sentencepiece_model: Path) -> None:
     documents = ["a text", "a <mask> text </s>"]
     chunk = Chunk(documents, "c.jsonl", ["line 1", "line 2"], [], "value", 2, Position())
