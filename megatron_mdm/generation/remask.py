@@ -78,7 +78,7 @@ def by_chance(ranking: Ranking, share: float) -> Tensor:
 
 def confident_enough(ranking: Ranking, count: float, threshold: float) -> Tensor:
     """[R, B] bool: all whose confidence is at least the threshold, and count at least (Fast-dLLM)."""
-    return most_confident(ranking, count) | ((ranking.scores >= threshold) & ~ranking.held_back)
+    return most_confident(ranking, count) | (ranking.scores >= threshold)
 
 
 class Rule(NamedTuple):

@@ -12,7 +12,7 @@ from megatron_mdm.config.schema import ParallelConfig
 from megatron_mdm.generation.candidates import draw, truncated
 from megatron_mdm.generation.remask import COMMIT_SCHEDULES, REMASKING, Step, cosine, epsilon, linear
 from megatron_mdm.generation.sampler import denoise
-from megatron_mdm.generation.settings import GenerationConfig, SpecialIds
+from megatron_mdm.generation.settings import GenerationConfig, Response, SpecialIds
 from megatron_mdm.models.cache import Window
 from megatron_mdm.models.stages import Packet
 from tests.ranks import run_ranks
@@ -120,12 +120,12 @@ def test_dreams_schedule() -> None:
     assert [step.share for step in plan] == pytest.approx([0.2475, 1 - 505 / 752.5, 1 - 257.5 / 505, 1.0])
 
 
-def generated(configs: list[GenerationConfig], tensor: int = 1, pipeline: int = 1) -> list[list[list[int]]]:
+def generated(configs: list[GenerationConfig], tensor: int = 1, pipeline: int = 1) -> list[list[Response]]:
     """Of each setting, the responses to all prompts."""
     from megatron_mdm.generation.generate import generate
 
     engine, context = built_engine(tensor, pipeline)
-    return [[response.tokens for response in generate(engine, PROMPTS, config, SPECIAL, context)] for config in configs]
+    return [generate(engine, PROMPTS, config, SPECIAL, context) for config in configs]
 
 
 def built_engine(tensor: int, pipeline: int):
@@ -162,7 +162,7 @@ def settings(batch_size: int) -> list[GenerationConfig]:
 
 
 @pytest.fixture(scope="module")
-def alone() -> list[list[list[int]]]:
+def alone() -> list[list[Response]]:
     return run_ranks(generated, 1, settings(1))[0]
 
 
@@ -170,12 +170,20 @@ def alone() -> list[list[list[int]]]:
     ("batch_size", "num_ranks", "tensor", "pipeline"), [(4, 1, 1, 1), (3, 4, 2, 1), (2, 2, 1, 2), (4, 4, 2, 2)]
 )
 def test_responses_depend_neither_on_batch_nor_on_ranks(
-    batch_size: int, num_ranks: int, tensor: int, pipeline: int, alone: list[list[list[int]]]
+    batch_size: int, num_ranks: int, tensor: int, pipeline: int, alone: list[list[Response]]
 ) -> None:
     for results in run_ranks(generated, num_ranks, settings(batch_size), tensor, pipeline):
         for changes, responses, expected in zip(SETTINGS, results, alone):
             assert responses == expected, changes
-            assert all(len(response) == 8 and MASK not in response for response in responses)
+            assert all(len(response.tokens) == 8 and MASK not in response.tokens for response in responses)
+
+
+def test_steps_that_commit_nothing_cost_no_pass() -> None:
+    engine = Recorder()
+    config = GenerationConfig(gen_length=8, block_length=8, steps=20, schedule="epsilon", remasking="entropy")
+    (response,) = denoise(engine, PROMPTS[:1], [0], config, SPECIAL)
+    busy = [step for step in epsilon(8, 20, 1e-3) if step.count]
+    assert len(engine.packets) == response.steps == len(busy) < 20
 
 
 @pytest.mark.parametrize("remasking", ["low_confidence", "random", "entropy"])
