@@ -47,7 +47,7 @@ def decode_greedily(
         uniforms = _uniforms(prompt_ids, step, logits.shape[1], config)
         found = draw(logits, config.temperature, config.top_p, config.top_k, special.mask, uniforms)
         chosen = found.tokens.cpu()
-        responses[:, step] = torch.where(running, chosen, special.eos)
+        responses[:, step] = chosen
         if watch:
             watch(responses)
         running &= ~special.ends(chosen)

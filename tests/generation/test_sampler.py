@@ -178,6 +178,11 @@ def test_responses_depend_neither_on_batch_nor_on_ranks(
             assert all(len(response.tokens) == 8 and MASK not in response.tokens for response in responses)
 
 
+def test_special_ids_without_an_eos() -> None:
+    assert SpecialIds(MASK, PAD).end_ids == []
+    assert SPECIAL_OF_TWO_ENDS.end_ids == [EOS, 8]
+
+
 def test_steps_that_commit_nothing_cost_no_pass() -> None:
     engine = Recorder()
     config = GenerationConfig(gen_length=8, block_length=8, steps=20, schedule="epsilon", remasking="entropy")
