@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import datetime
+import hashlib
+import json
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -70,6 +72,12 @@ class ChatTemplate:
     def marks_answers(self) -> bool:
         """Whether {% generation %} blocks say what is learnt."""
         return _GENERATION.search(self.source) is not None
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """sha256 of the template and of the special tokens that it is given."""
+        read = json.dumps([self.source, self.settings.special_tokens_map], sort_keys=True)
+        return hashlib.sha256(read.encode()).hexdigest()
 
     @cached_property
     def names_the_date(self) -> bool:

@@ -84,6 +84,10 @@ class ChatTurns:
     def date(self) -> str:
         return self.chat.day.isoformat() if self.chat.names_the_date else ""
 
+    @property
+    def fingerprint(self) -> str:
+        return self.chat.fingerprint
+
     def samples(self, messages: Sequence[Message], last_only: bool) -> list[list[Piece]]:
         last = last_answer(messages)
         answers = [place for place in range(last + 1) if messages[place].role == ASSISTANT]

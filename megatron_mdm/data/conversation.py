@@ -40,6 +40,10 @@ class Template(Protocol):
         """The day (YYYY-MM-DD) that its texts name; empty where they name none."""
 
     @property
+    def fingerprint(self) -> str:
+        """sha256 of what files say of it; empty where it is built in."""
+
+    @property
     def warnings(self) -> tuple[str, ...]:
         """What a user should know about it, a line each."""
 

@@ -32,6 +32,7 @@ class TurnTemplate:
     answer_header: tuple[Piece, ...] = ()
     end_tokens: tuple[str, ...] = ()
     date: str = ""
+    fingerprint: str = ""
     warnings: tuple[str, ...] = ()
 
     def samples(self, messages: Sequence[Message], last_only: bool) -> list[list[Piece]]:

@@ -20,6 +20,7 @@ from megatron_mdm.config.schema import CheckpointConfig, PrecisionConfig, RunCon
 from megatron_mdm.data.sft import SftDataset
 from megatron_mdm.data.splits import Dataset, read_splits
 from megatron_mdm.data.tokenizer import Tokenizer, load_tokenizer, resolve_vocabulary
+from megatron_mdm.data.tokenizer_folder import tokenizer_fingerprint
 from megatron_mdm.engine.deepspeed_section import check_deepspeed_section
 from megatron_mdm.generation.settings import SpecialIds
 from megatron_mdm.models.spec import resolve_kernels
@@ -94,7 +95,13 @@ def agreement(config: RunConfig, data: RunData) -> dict[str, object]:
     values: dict[str, object] = dict(flatten(config.model_dump(mode="json")))
     values["training data (sha256)"] = data.train.fingerprint
     values["validation data (sha256)"] = data.validation.fingerprint if data.validation else ""
+    values["tokenizer (sha256)"] = tokenizer_contents(config, data)
     return {**values, **versions()}
+
+
+def tokenizer_contents(config: RunConfig, data: RunData) -> str:
+    """What tells the tokenizer and its chat template, if that is used, wherever they lie."""
+    return tokenizer_fingerprint(config.data.tokenizer) + data.tokenizer.template.fingerprint
 
 
 def versions() -> dict[str, str]:

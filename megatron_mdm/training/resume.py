@@ -12,8 +12,7 @@ from megatron_mdm.config.errors import UserError
 from megatron_mdm.config.load import flatten, load_config
 from megatron_mdm.config.schema import RunConfig
 from megatron_mdm.data.conversation import TODAY
-from megatron_mdm.data.tokenizer_folder import tokenizer_fingerprint
-from megatron_mdm.training.inputs import RunData
+from megatron_mdm.training.inputs import RunData, tokenizer_contents
 
 INPUTS = "inputs.json"  # contents(), when the run began
 # What is read once, when a run begins: it may have been moved or be gone by now.
@@ -49,7 +48,7 @@ def contents(config: RunConfig, data: RunData) -> dict[str, str]:
     return {
         "data.train": data.train.fingerprint,
         "data.validation": data.validation.fingerprint if data.validation else "",
-        "data.tokenizer": tokenizer_fingerprint(config.data.tokenizer),
+        "data.tokenizer": tokenizer_contents(config, data),
     }
 
 

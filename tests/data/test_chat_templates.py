@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import json
 from collections.abc import Sequence
@@ -13,7 +14,7 @@ import tokenizers
 from pydantic import ValidationError
 
 from megatron_mdm.config.errors import UserError
-from megatron_mdm.config.files import write_atomically
+from megatron_mdm.config.files import write_atomically, write_json
 from megatron_mdm.config.load import dump_config
 from megatron_mdm.config.schema import DataConfig
 from megatron_mdm.data.chat_template import ChatTemplate
@@ -21,8 +22,8 @@ from megatron_mdm.data.conversation import Message, Piece, Template, TemplateSou
 from megatron_mdm.data.sft import SftDataset, encode_prompt, read_sft, split_validation
 from megatron_mdm.data.templates import TEMPLATES
 from megatron_mdm.data.tokenizer import Tokenizer, load_tokenizer
-from megatron_mdm.training.inputs import resolve
-from megatron_mdm.training.resume import as_the_run_began, check_same_run
+from megatron_mdm.training.inputs import agreement, resolve
+from megatron_mdm.training.resume import INPUTS, as_the_run_began, check_same_run, contents
 from tests.data.chat_templates import CASES, CONVERSATIONS, SPECIAL_TOKENS, source
 from tests.small import small_config
 
@@ -285,8 +286,8 @@ def test_the_date_is_that_of_the_run(folders: dict[str, Path]) -> None:
     assert template_of(folders["llada"]).date == ""
 
 
-def test_a_resumed_run_keeps_its_day(folders: dict[str, Path], tmp_path: Path) -> None:
-    """config.yaml holds the day on which the run began, where the template names it."""
+def test_a_resumed_run_keeps_its_day_and_its_template(folders: dict[str, Path], tmp_path: Path) -> None:
+    """config.yaml holds the day on which the run began, where the template names it. Another template is refused."""
     records = tmp_path / "records.jsonl"
     records.write_text(json.dumps({"messages": CONVERSATIONS["one turn"]}) + "\n", encoding="utf-8")
     today = datetime.date.today().isoformat()
@@ -301,7 +302,13 @@ def test_a_resumed_run_keeps_its_day(folders: dict[str, Path], tmp_path: Path) -
         saved = tmp_path / name / "run" / "config.yaml"
         write_atomically(saved, dump_config(first.model_copy(update={"data": earlier})))
         again, read_again = resolve(as_the_run_began(config))
+        write_json(saved.with_name(INPUTS), contents(first, read_first))
         check_same_run(saved.parent, again, read_again)
+        changed = template_of(folders["llada" if name == "llama-3" else "llama-3"])
+        other = dataclasses.replace(read_again, tokenizer=dataclasses.replace(read_again.tokenizer, template=changed))
+        assert agreement(again, other) != agreement(again, read_again)
+        with pytest.raises(UserError, match="the file has changed since the run"):
+            check_same_run(saved.parent, again, other)
         texts = [run.tokenizer.decode_all(run.train.samples[0].tokens) for run in (read_first, read_again)]
         assert ("04 Mar 2021" in texts[1]) == (begun == today)
         assert (texts[0] == texts[1]) == (begun == "today")
