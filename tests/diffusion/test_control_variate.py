@@ -124,6 +124,30 @@ def test_state_restores_it(name: str) -> None:
     np.testing.assert_array_equal(again.adjusted(batch), variate.adjusted(batch))
 
 
+def test_where_t_explains_nothing_nothing_is_added() -> None:
+    """Losses that do not depend on t, few of them, and averages that forget at once: β is noise, so c becomes small."""
+    generator, control, results = np.random.default_rng(0), CentredVariate.new(NUM_BINS, 0.3), []
+    for step in range(2000):
+        t, ones = generator.random(4), np.ones(4)
+        batch = WeightedLosses(t, ones, 2.0 + generator.normal(size=4), UniformSampler().weighted_mass(NUM_BINS))
+        if step >= 300:
+            results.append((float(batch.loss.mean()), float(control.adjusted(batch).mean())))
+        control.update(batch)
+    loss, adjusted = np.array(results).T
+    assert spread(adjusted) < 1.2 * spread(loss)  # with c = 1, 1.29 times
+
+
+def test_averages_of_the_centred_variate_by_hand() -> None:
+    """Two bins; losses weigh w², those of a batch before half as much: β is 4·1/4 and (1·3 + 4·6)/(1 + 4), then
+    (½·27 + 1·8)/(½·5 + 1)."""
+    variate = CentredVariate.new(2, 0.5)
+    first = WeightedLosses(np.array([0.1, 0.6, 0.9]), np.array([2.0, 1.0, 2.0]), np.array([1.0, 3.0, 6.0]), np.ones(2))
+    variate.update(first)
+    assert [a / b for a, b in zip(variate.weighted_loss, variate.weight)] == pytest.approx([1.0, 27.0 / 5.0])
+    variate.update(WeightedLosses(np.array([0.7]), np.ones(1), np.array([8.0]), np.ones(2)))
+    assert [a / b for a, b in zip(variate.weighted_loss, variate.weight)] == pytest.approx([1.0, 21.5 / 3.5])
+
+
 def test_the_papers_averages_follow_its_recursion() -> None:
     """One bin, two steps, by hand: μ_L, μ_H, M_LH, M_HH and b move by α towards l, b, l·b, b², l."""
     variate, t, ones = PaperVariate.new(1, 0.5), np.array([0.2, 0.7]), np.ones(2)

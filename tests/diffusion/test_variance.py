@@ -134,6 +134,14 @@ def test_over_one_batch_it_is_the_sample_variance() -> None:
     assert np.isnan(ones.of_estimator())
 
 
+def test_a_window_goes_on_from_the_one_before() -> None:
+    online = simulated(independent, 5).next_window()
+    assert np.isnan(online.of_estimator())
+    online.update(*independent(5, np.random.default_rng(7)))
+    assert online.of_estimator() >= 0.0
+    assert online.terms.count == 1
+
+
 def test_state_survives_json() -> None:
     online = simulated(importance, 5)
     again = OnlineVariance.of_state(json.loads(json.dumps(online.state())))
