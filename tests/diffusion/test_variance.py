@@ -75,7 +75,7 @@ CASES = {
 def test_estimates_agree_with_the_truth(batch: Callable[[int, np.random.Generator], Batch]) -> None:
     """Over windows of 10 batches, going on from each other; means within 4 standard errors of the windows' spread."""
     online, generator, found = OnlineVariance(), np.random.default_rng(0), []
-    for step in range(4000):
+    for step in range(2500):
         online.update(*batch(step, generator))
         if step % 10 == 9:
             found.append((online.of_loss(), online.of_term(), online.of_estimator()))
@@ -84,13 +84,13 @@ def test_estimates_agree_with_the_truth(batch: Callable[[int, np.random.Generato
     error = values.std(0, ddof=1) / len(values) ** 0.5
     for name, mean, truth, one in zip(("loss", "term", "estimator"), values.mean(0), CASES[batch], error):
         assert abs(mean - truth) < 4.0 * one, (name, mean, truth, one)
-        assert one < 0.04 * truth  # so that the strata's share, and a bias of 1/n in each of two terms, would show
+        assert one < 0.05 * truth  # so that the strata's share, and a bias of 1/n in each of two terms, would show
 
 
 def test_eq_23_is_the_papers_and_strata_bias_it() -> None:
     """+1/(n − 1) of the rate's variance from one batch with a stratum for each sample; none from three."""
     generator, of_one, of_three, online = np.random.default_rng(0), [], [], OnlineVariance()
-    for step in range(4500):
+    for step in range(3600):
         batch, one = stratified(step, generator), OnlineVariance()
         one.update(*batch)
         of_one.append(one.of_loss_eq_23())
@@ -111,12 +111,12 @@ def test_per_token_losses_are_judged_by_what_is_averaged() -> None:
         count, loss = generator.integers(1, 41, SIZE).astype(float), 2.0 + generator.normal(size=SIZE)
         return np.ones(SIZE), loss, loss * count / count.mean()
 
-    online = simulated(batch, 6000)
+    online = simulated(batch, 3000)
     generator = np.random.default_rng(1)
-    counts = generator.integers(1, 41, (50000, SIZE)).astype(float)
+    counts = generator.integers(1, 41, (20000, SIZE)).astype(float)
     truth = SIZE * float((np.square(counts).sum(1) / counts.sum(1) ** 2).mean())  # given the counts, Var(l) = 1
-    assert online.of_loss() == pytest.approx(1.0, rel=0.02)
-    assert online.of_estimator() == pytest.approx(truth, rel=4 * 2 / 6000**0.5)
+    assert online.of_loss() == pytest.approx(1.0, rel=0.03)
+    assert online.of_estimator() == pytest.approx(truth, rel=4 * 2 / 3000**0.5)
     assert online.of_term() == pytest.approx(
         truth + 4.0 * (truth - 1.0), rel=0.05
     )  # E[(P/mean P)²] = truth, mean l = 2
