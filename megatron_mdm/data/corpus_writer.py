@@ -9,6 +9,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -73,10 +74,11 @@ def write_corpus(source: Source, settings: CorpusSettings) -> Progress:
     bar = progress_bar(total=source.total(), desc="tokenise", unit="B", unit_scale=True, initial=progress.read)
     try:
         Path(settings.output).parent.mkdir(parents=True, exist_ok=True)
-        encoded = () if progress.done else encode_all(source.chunks(progress.position), encoding, settings.workers)
-        for shard in _Shards(names, settings, dtype, progress).write(iter(encoded), bar):
-            progress = shard
-            write_json(progress_path, asdict(progress))
+        chunks = () if progress.done else source.chunks(progress.position)
+        with closing(encode_all(chunks, encoding, settings.workers)) as encoded:  # ends the processes, come what may
+            for shard in _Shards(names, settings, dtype, progress).write(encoded, bar):
+                progress = shard
+                write_json(progress_path, asdict(progress))
     except OSError as error:
         raise UserError(f"{error.filename or settings.output}: cannot be written ({error.strerror})") from None
     except BrokenProcessPool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import collections
 import multiprocessing
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from functools import partial
 from typing import Any, NamedTuple
@@ -39,7 +39,7 @@ class Settings(NamedTuple):
     dtype: str
 
 
-def encode_all(chunks: Iterable[Chunk], settings: Settings, num_workers: int) -> Iterator[Encoded]:
+def encode_all(chunks: Iterable[Chunk], settings: Settings, num_workers: int) -> Generator[Encoded, None, None]:
     """Every chunk, in order. At most two chunks a worker are under way, so memory does not grow with the corpus."""
     if num_workers == 1:
         _start(settings)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import random
 from dataclasses import replace
 from pathlib import Path
@@ -157,6 +158,12 @@ def test_the_program_with_two_processes(text: dict[str, Any], tmp_path: Path) ->
     assert "3,000 documents" in result.stdout
     prepare(text, tmp_path / "one", path)
     assert (tmp_path / "two-00000.bin").read_bytes() == (tmp_path / "one-00000.bin").read_bytes()
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"text": "a"}\n{"text": 3}\n')
+    with pytest.raises(UserError, match=r"bad\.jsonl, line 2") as error:
+        prepare(text, tmp_path / "bad", bad, workers=2)
+    assert not multiprocessing.active_children()  # they would keep a pipe open for ever
+    assert error.traceback  # which is what a program still has when it ends
 
 
 def test_every_token_is_in_one_sequence(tmp_path: Path) -> None:

@@ -254,7 +254,7 @@ def test_not_a_run_folder(folder: Path) -> None:
     for arguments, message in (
         (["--run-dir", str(folder / "none"), "--data", str(folder / "test.jsonl")], "not a run's folder"),
         (
-            ["--run-dir", str(folder), "--data", str(folder / "test.jsonl"), "gen_length=32"],
+            ["--run-dir", str(folder), "--data", str(folder / "test.jsonl"), "gen_length=16"],
             "the run has no checkpoint yet",
         ),
         (["--run-dir", str(folder), "--data", str(folder / "absent.jsonl")], "no such data file"),
