@@ -100,8 +100,12 @@ def test_figures_of_a_pipeline() -> None:
 def test_mirror_doubles_the_work_and_calibration_is_bounded() -> None:
     plan = planned(SFT[0])
     assert 1.5 < plan.views_factor <= 2.0
-    rows = 15 * 70 * 15  # the paper's
-    assert plan.calibration[1] == pytest.approx(plan.calibration[0] * rows / 256)
+    assert plan.calibration[0] == plan.calibration[1]  # the paper's: all rows, always
+    ours = {"estimator": "token_moments", "target": "second_moment"}
+    adaptive = planned(SFT[0], *(f"diffusion.calibration.{key}={value}" for key, value in ours.items()))
+    rows = 15 * 70 * 15
+    assert adaptive.calibration[1] == pytest.approx(adaptive.calibration[0] * rows / 256)
+    assert adaptive.calibration[1] == pytest.approx(plan.calibration[1])
     assert plan.num_steps == 1168
     assert plan.days > 0
 
