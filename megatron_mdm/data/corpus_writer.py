@@ -66,6 +66,12 @@ def write_corpus(source: Source, settings: CorpusSettings) -> Progress:
     """Tokenise everything that is not in finished shards yet. Raises UserError on the first bad document, unless they
     are to be skipped, and where there is no document at all."""
     tokenizer = load_tokenizer(settings.data)
+    if (
+        len(settings.shares) > len(SPLITS)
+        or min(settings.shares, default=1) < 0
+        or (settings.shares and not sum(settings.shares))
+    ):
+        raise UserError(f"--splits: give shares of {', '.join(SPLITS)}, as many as there shall be, none below 0")
     names = tuple(f"{settings.output}-{name}" for name in SPLITS[: len(settings.shares)]) or (settings.output,)
     progress_path = Path(f"{settings.output}.progress.json")
     progress = _resumed(progress_path, _identity(source, settings), len(names))
@@ -75,7 +81,8 @@ def write_corpus(source: Source, settings: CorpusSettings) -> Progress:
     try:
         Path(settings.output).parent.mkdir(parents=True, exist_ok=True)
         chunks = () if progress.done else source.chunks(progress.position)
-        with closing(encode_all(chunks, encoding, settings.workers)) as encoded:  # ends the processes, come what may
+        # What is open ends with it, come what may: the line of the bar, the processes.
+        with bar, closing(encode_all(chunks, encoding, settings.workers)) as encoded:
             for shard in _Shards(names, settings, dtype, progress).write(encoded, bar):
                 progress = shard
                 write_json(progress_path, asdict(progress))
@@ -86,7 +93,6 @@ def write_corpus(source: Source, settings: CorpusSettings) -> Progress:
             "a process that tokenises has died, of lack of memory perhaps; the same command goes on, with fewer "
             "--workers if need be"
         ) from None
-    bar.close()
     progress = _with_file(progress, "", 0)
     try:
         _check_splits(progress, source, settings)

@@ -75,9 +75,9 @@ class Source:
 
 
 def format_of(path: str) -> str:
-    """The format that a file's name tells; a name that is no file is a `datasets` name."""
+    """The format that a file's name tells; a folder, and a name that is no file, are for `datasets`."""
     suffixes = {".jsonl": "jsonl", ".json": "jsonl", ".parquet": "parquet"}
-    if not Path(path).exists() and "." not in Path(path).name:
+    if Path(path.partition(":")[0]).is_dir() or (not Path(path).exists() and "." not in Path(path).name):
         return "datasets"
     return suffixes.get(Path(path.removesuffix(".gz")).suffix, "text")
 

@@ -117,16 +117,16 @@ def _from_json(record: bytes, field: str) -> str:
 
 
 def _from_object(record: Record, field: str) -> str:
-    if not isinstance(record.get(field), str):
-        raise ValueError(f"expected a string in the field '{field}'; found {', '.join(record) or 'none'}")
-    return record[field]
+    if field not in record:
+        raise ValueError(f"no field '{field}' (found {', '.join(record) or 'none'}); name yours with --field")
+    return _from_value(record[field], field)
 
 
 def _from_value(record: Any, field: str) -> str:
     if isinstance(record, Exception):
         raise record
     if not isinstance(record, str):
-        raise ValueError(f"expected a string in the column '{field}', found {type(record).__name__}")
+        raise ValueError(f"expected a string in the field '{field}', found {type(record).__name__}")
     return record
 
 

@@ -105,11 +105,11 @@ def _parquet(path: str, bad: BadRecords) -> Iterator[tuple[str, Record]]:
 
 def _datasets(name: str, bad: BadRecords) -> Iterator[tuple[str, Record]]:
     """A set of the `datasets` library, 'name' or 'name:split'; the split is train unless it is named."""
-    if not Path(name).exists() and "/" not in name.strip("/"):
+    path, _, split = name.partition(":")
+    if not Path(path).exists() and "/" not in name.strip("/"):
         raise UserError(f"{name}: no such data file")
     import datasets
 
-    path, _, split = name.partition(":")
     try:
         for number, record in enumerate(datasets.load_dataset(path, split=split or "train", streaming=True), 1):
             yield f"{name}, row {number}", dict(record)

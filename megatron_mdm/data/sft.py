@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -33,7 +34,7 @@ class SftDataset:
 
     samples: Sequence[Sample]
     num_too_long: int  # left out, or cut: longer than max_length
-    fingerprint: str  # sha256 of the file
+    fingerprint: str  # sha256 of the file, or of the samples
     num_bad: int = 0  # left out: not readable
     first_bad: tuple[str, ...] = ()  # where some of them are, and what is wrong
     records: Sequence[int] = ()  # of each sample; empty: every sample is a record of its own
@@ -95,9 +96,17 @@ def read_sft(path: str, tokenizer: Tokenizer, data: DataConfig, vocab_size: int)
         raise UserError(
             f"{path}: no sample left; {num_too_long} longer than 'data.max_length' {data.max_length}{bad.summary()}"
         )
-    fingerprint = sha256(Path(path)) if Path(path).is_file() else path
+    fingerprint = sha256(Path(path)) if Path(path).is_file() else _contents(samples)
     records = records if len(set(records)) < len(records) else []
     return SftDataset(samples, num_too_long, fingerprint, bad.count, tuple(bad.first), records)
+
+
+def _contents(samples: Sequence[Sample]) -> str:
+    """sha256 of what is learnt, where the data are no file."""
+    digest = hashlib.sha256()
+    for sample in samples:
+        digest.update(np.int64(len(sample.tokens)).tobytes() + sample.tokens.tobytes() + sample.eligible.tobytes())
+    return digest.hexdigest()
 
 
 def split_validation(data: SftDataset, fraction: float, seed: int) -> tuple[SftDataset, SftDataset]:

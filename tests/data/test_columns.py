@@ -123,7 +123,7 @@ def test_what_is_not_known_is_said(name: str) -> None:
         conversation(record, PLAIN.model_copy(update={"columns": {"prompt": "ask"}}))
 
 
-@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet", "datasets"])
 def test_files_of_every_kind_give_the_same_samples(suffix: str, tmp_path: Path) -> None:
     """Through the tokenizer, as training and generation read them."""
     folder = write_byte_tokenizer(tmp_path)
@@ -132,6 +132,9 @@ def test_files_of_every_kind_give_the_same_samples(suffix: str, tmp_path: Path) 
         {"conversations": openai(SHAREGPT[1:3], "from", "value")},
     ]
     path = tmp_path / f"a.{suffix}"
+    if suffix == "datasets":  # a folder of files
+        (tmp_path / "set").mkdir()
+        path = tmp_path / "set" / "train.jsonl"
     if suffix == "parquet":
         import pyarrow
         from pyarrow import parquet
@@ -139,6 +142,7 @@ def test_files_of_every_kind_give_the_same_samples(suffix: str, tmp_path: Path) 
         parquet.write_table(pyarrow.Table.from_pylist(records), path)
     else:
         path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    path = path.parent if suffix == "datasets" else path
     data = DataConfig(train="", tokenizer=str(folder), max_length=64)
     tokenizer = load_tokenizer(data)
     samples = read_sft(str(path), tokenizer, data, tokenizer.num_ids).samples

@@ -401,8 +401,8 @@ def test_other_layouts_give_the_same_corpus(
 BAD_DOCUMENTS = {
     "half a surrogate pair": ('{"text": "cut \\ud83d"}', "half of a surrogate pair"),
     "nested deeply": ('{"text": ' + "[" * 100_000 + "]" * 100_000 + "}", "nested too deeply"),
-    "number": ('{"text": 3}', "expected a string in the field 'text'"),
-    "null": ('{"text": null}', "expected a string in the field 'text'"),
+    "number": ('{"text": 3}', "expected a string in the field 'text', found int"),
+    "null": ('{"text": null}', "expected a string in the field 'text', found NoneType"),
     "other fields": ('{"content": "a"}', "found content"),
     "a string": ('"text"', "expected an object, found str"),
 }
@@ -438,6 +438,9 @@ def test_a_split_without_documents_is_no_corpus(text: dict[str, Any], tmp_path: 
     """It is an error where it was asked for; else it has no files, which megatron-core could not map."""
     path = tmp_path / "a.txt"
     path.write_text("\n\n".join(text["paragraphs"][:8]))
+    for shares in ((0.0, 0.0), (0.5, -0.5, 1.0), (0.4, 0.2, 0.2, 0.2)):
+        with pytest.raises(UserError, match="--splits: give shares of train, validation, test"):
+            prepare(text, tmp_path / "c", path, shares=shares)
     with pytest.raises(UserError, match=r"--splits: none of the 8 documents falls to validation \(0.001\).*--seed"):
         prepare(text, tmp_path / "c", path, shares=(0.999, 0.001), seed=1)
     result = prepare(text, tmp_path / "c", path, shares=(0.5, 0.5, 0.0), seed=1)  # another share: nothing is in the way
