@@ -111,5 +111,8 @@ class OnlineVariance:
 
     @classmethod
     def of_state(cls, state: dict[str, Any]) -> OnlineVariance:
+        """A checkpoint of before batches were told apart has other sums: they start anew."""
+        if "losses" not in state:
+            return cls()
         means = {name: BatchMeans(**state[name]) for name in ("losses", "terms")}
         return cls(**{**state, **means})

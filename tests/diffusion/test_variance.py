@@ -142,6 +142,11 @@ def test_a_window_goes_on_from_the_one_before() -> None:
     assert online.terms.count == 1
 
 
+def test_sums_of_an_older_checkpoint_start_anew() -> None:
+    old = {"count": 64, "sum_wl": 130.0, "sum_wl2": 300.0, "sum_w2l2": 310.0}
+    assert OnlineVariance.of_state(old) == OnlineVariance()
+
+
 def test_state_survives_json() -> None:
     online = simulated(importance, 5)
     again = OnlineVariance.of_state(json.loads(json.dumps(online.state())))
