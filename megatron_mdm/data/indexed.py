@@ -91,11 +91,15 @@ def open_shard(prefix: str, allow_truncated: bool = False) -> Shard:
         raise UserError(f"{prefix}.bin: cannot be read ({error.strerror})") from None
     if actual == 0:
         raise UserError(f"{prefix}.bin: is empty")
-    indexed = IndexedDataset(prefix, mmap=True)
+    damaged = UserError(f"{prefix}.idx: its documents do not match its {sequences:,} sequences; the file is damaged")
+    try:
+        indexed = IndexedDataset(prefix, mmap=True)
+    except AssertionError:  # the last document does not end with the last sequence
+        raise damaged from None
     index = indexed.index
     bounds = index.document_indices.astype(np.int64)
-    if bounds[0] != 0 or bounds[-1] != sequences or (np.diff(bounds) < 0).any() or documents != len(bounds):
-        raise UserError(f"{prefix}.idx: its documents do not match its {sequences:,} sequences; the file is damaged")
+    if bounds[0] != 0 or (np.diff(bounds) < 0).any() or documents != len(bounds):
+        raise damaged
     totals = np.concatenate([[0], np.cumsum(index.sequence_lengths, dtype=np.int64)])
     lengths = np.diff(totals[bounds])
     offsets = totals[bounds[:-1]] * index.dtype_size

@@ -165,6 +165,10 @@ def test_bad_overrides(tmp_path: Path, override: str, message: str) -> None:
         ("evaluation.every=5", "neither 'data.validation'"),
         ("evaluation.patience=2", "needs 'evaluation.every'"),
         ("checkpoint.keep_best=true", "set 'evaluation.every'"),
+        ("model.head_dim=7", "must be even for rotary positions"),
+        ("model.attention=causal", "is for 'diffusion.method' autoregressive"),
+        ("diffusion.calibration.refit_every=5", "needs 'diffusion.sampler' ppots"),
+        ("diffusion={sampler: clipped, clipping: {bounds: adaptive}}", "set 'evaluation.every'"),
         ("diffusion.strata=9", "exceeds 'batch.global_size' 8"),
         ("deepspeed={zero_optimization: {stage: 3}}", "'deepspeed.zero_optimization.stage' is set by the section"),
         ("parallel={pipeline: 2, zero: 3}", "cannot be combined with 'parallel.pipeline' 2"),
@@ -188,6 +192,21 @@ def test_fp32_gradients_need_zero_and_no_pipeline(tmp_path: Path) -> None:
     for parallel, message in (({"zero": 0}, "needs 'parallel.zero'"), ({"pipeline": 2}, "cannot be combined with")):
         with pytest.raises(UserError, match=message):
             validate(small_config(tmp_path, precision=precision, parallel=parallel), 4)
+
+
+def test_what_just_fits_is_allowed(tmp_path: Path) -> None:
+    config = small_config(tmp_path, diffusion={"strata": 8}, parallel={"pipeline": 2})
+    assert (config.batch.global_size, config.data.max_length) == (8, config.model.max_sequence_length)
+    validate(config, 4)
+
+
+def test_rules_of_data(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"either 'data.validation' or 'data.validation_fraction', not both"):
+        validate(small_config(tmp_path, data={"validation": "a", "validation_fraction": 0.1}), 4)
+    with pytest.raises(UserError, match=r"'data.eos_padding' is for 'data.format' sft"):
+        validate(small_config(tmp_path, data={"format": "corpus", "eos_padding": True}), 4)
+    with pytest.raises(UserError, match=r"a blend, which only 'data.format' corpus"):
+        validate(small_config(tmp_path, data={"train": {"a": 1.0}}), 4)
 
 
 def test_kv_heads_fewer_than_tensor_ranks(tmp_path: Path) -> None:

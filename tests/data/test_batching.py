@@ -3,6 +3,7 @@ resume."""
 
 from __future__ import annotations
 
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,9 @@ from megatron_mdm.config.errors import UserError
 from megatron_mdm.config.schema import BatchConfig, DataConfig
 from megatron_mdm.config.validate import accumulation_steps, validate
 from megatron_mdm.data.batching import CUTS, computed_tokens, cut
-from megatron_mdm.data.loader import PrefetchLoader, TrainLoader
+from megatron_mdm.data.collate import collate
+from megatron_mdm.data.loader import LocalBatch, PrefetchLoader, TrainLoader
+from megatron_mdm.data.sample import Sample
 from megatron_mdm.data.sft import SftDataset, read_sft
 from megatron_mdm.data.tokenizer import load_tokenizer
 from tests.small import EOS, MASK, PAD, VOCAB, small_config, write_ids
@@ -76,6 +79,7 @@ def test_settings_that_do_not_go_together() -> None:
 
     check(mode="packed", micro_tokens=128)
     check(mode="packed", micro_tokens=128, global_size=7)  # a budget fits any number of samples
+    check(mode="packed", global_size=8, micro_size=8)
     with pytest.raises(UserError, match=r"'batch.micro_tokens' needs 'batch.mode' bucketed or packed"):
         check(mode="padded", micro_tokens=128)
     with pytest.raises(UserError, match=r"cannot hold one sample: 2 rows a sample × 64 .* = 128 tokens"):
@@ -142,6 +146,44 @@ def test_prefetching_changes_nothing(data: SftDataset) -> None:
         for one, other in zip(ours.micro_batches, theirs.micro_batches, strict=True):
             assert one.tokens.equal(other.tokens)
             assert one.positions.equal(other.positions)
+
+
+def test_what_was_read_ahead_is_released_after_a_jump(data: SftDataset) -> None:
+    alive: dict[int, weakref.ref[Any]] = {}
+
+    class Watched(TrainLoader):
+        def batch(self, step: int) -> LocalBatch:
+            local = super().batch(step)
+            alive[step] = weakref.ref(local.micro_batches[0].tokens)
+            return local
+
+    config = BatchConfig(global_size=8, micro_size=2)
+    fetching = PrefetchLoader(Watched(data, batch=config, views=1, data_rank=0, data_size=1, pad_id=PAD, seed=5))
+    for step in (0, 20, 40):
+        fetching.batch(step)
+    fetching.batch(41)  # what was under way at the jumps has been read
+    assert not [step for step, tokens in alive.items() if step < 40 and tokens() is not None]
+
+
+def test_micro_batches_are_padded_with_the_padding_token() -> None:
+    """A whole sample beside one of several segments is one segment."""
+    parts = Sample.of(np.arange(2, 7, dtype=np.int32), 2)._replace(segments=np.array([2, 3]))
+    batch = collate([Sample.of(np.arange(2, 5, dtype=np.int32), 1), parts], [0, 1], [0, 1], pad_id=9)
+    assert batch.tokens.tolist() == [[2, 3, 4, 9, 9], [2, 3, 4, 5, 6]]
+    assert batch.segments is not None
+    assert batch.segments.tolist() == [[3, 0], [2, 3]]
+    assert batch.eligible.tolist() == [[False, True, True, False, False], [False, False, True, True, True]]
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_steps_of_accumulation_hold_what_does_not_divide(ranks: int) -> None:
+    """7 samples of full length: the most micro-batches that a rank may get."""
+    batch = BatchConfig(global_size=7, micro_size=1, mode="bucketed", micro_tokens=100)
+    config = small_config(Path("unused"), data={"train": "x", "max_length": 50})
+    parts = cut(np.full(7, 50), batch, 1, ranks)
+    steps = accumulation_steps(config.model_copy(update={"batch": batch}), ranks)
+    assert steps >= len(parts) // ranks
+    assert steps == {1: 4, 2: 2, 3: 2}[ranks]
 
 
 def test_an_error_in_the_background_is_raised(data: SftDataset) -> None:

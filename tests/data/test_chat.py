@@ -156,8 +156,17 @@ def test_too_long(folder: Path) -> None:
     cut, _ = read(folder, records, max_length=20, too_long="truncate")
     assert (len(cut), cut.num_too_long) == (2, 2)  # the second would have nothing left to learn
     assert cut.lengths().tolist() == [20, 3]
+    assert cut.samples[0].tokens.tolist() == read(folder, records)[0].samples[0].tokens[:20].tolist()
     with pytest.raises(UserError, match=r"line 1: 53 tokens exceed 'data.max_length' 20"):
         read(folder, records, max_length=20, too_long="error")
+    fitting, _ = read(folder, records, max_length=53, too_long="error")
+    assert (fitting.lengths().tolist(), fitting.num_too_long) == ([53, 53, 3], 0)
+
+
+def test_the_last_turn_alone_is_learnt_where_that_is_asked_for(folder: Path) -> None:
+    for template in ("plain", "tokenizer"):
+        data, tokenizer = read(folder, [{"messages": CONVERSATION}], template=template, eligible_turns="last")
+        assert learnt_and_given(data, tokenizer)[0] == "So.⏎"
 
 
 BAD = {

@@ -17,14 +17,16 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatase
 
 from megatron_mdm.config.errors import UserError
 from megatron_mdm.config.schema import DataConfig
-from megatron_mdm.data import documents
+from megatron_mdm.data import documents, indexed
 from megatron_mdm.data.corpus import CorpusDataset, blend_counts, read_corpora
 from megatron_mdm.data.corpus_writer import CorpusSettings, warnings, write_corpus
 from megatron_mdm.data.documents import Source
 from megatron_mdm.data.indexed import find_shards, open_shard
+from megatron_mdm.data.splits import read_splits
 from megatron_mdm.data.tokenizer import load_tokenizer
 from tests.disk import Disk
 from tests.ranks import run_program_ranks
+from tests.small import small_config
 
 
 def write_with_megatron(prefix: Path, docs: list[list[int]], dtype: Any = np.uint16) -> list[list[int]]:
@@ -228,6 +230,32 @@ def test_a_small_corpus_has_a_document_for_validation(tmp_path: Path) -> None:
     assert len(train.corpora[0].documents) == 19
 
 
+def test_held_out_sequences_are_whole(tmp_path: Path) -> None:
+    write_with_megatron(tmp_path / "a", some_documents(60))
+    _, validation = corpus(tmp_path / "a", random_length=1.0, validation_fraction=0.5)
+    assert validation is not None
+    assert (validation.lengths()[:-1] == 16).all()
+    data = {"train": str(tmp_path / "a"), "validation": str(tmp_path / "a"), "format": "corpus", "max_length": 16}
+    config = small_config(tmp_path, data={**data, "random_length": 1.0}, model={"vocab_size": 200})
+    ids = load_tokenizer(config.data)
+    train, validation = read_splits(config, ids)
+    assert isinstance(train, CorpusDataset)
+    assert (train.lengths() < 16).sum() > len(train) / 2
+    assert validation is not None
+    assert (validation.lengths()[:-1] == 16).all()
+
+
+def test_ids_behind_those_that_are_checked_at_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are refused when they are read; the greatest id is the vocabulary's size − 1."""
+    monkeypatch.setattr(indexed, "_CHECKED_TOKENS", 1)
+    write_with_megatron(tmp_path / "a", [[5, 199, 7], [5, 200, 7]])
+    data, _ = corpus(tmp_path / "a", length=3, vocab_size=201)
+    assert sorted(max(sample.tokens.tolist()) for sample in data.samples) == [199, 200]
+    data, _ = corpus(tmp_path / "a", length=3)
+    with pytest.raises(UserError, match=r"a\.bin, document 1: a token id is outside the vocabulary of 200 ids"):
+        list(data.samples)
+
+
 def test_blend(tmp_path: Path) -> None:
     assert blend_counts([100, 50], [3, 1]).tolist() == [150, 50]
     assert blend_counts([7, 5, 3], [0.4, 0.4, 0.2]).tolist() == [7, 7, 4]  # half a row more, not less
@@ -251,6 +279,17 @@ BREAKAGES = {
     "idx of another bin": (".bin", lambda data: data + b"\0\0", r"a\.idx does not fit its \.bin: it describes"),
     "no index": (".idx", lambda data: b"something else" * 9, r"a\.idx: not an index of Megatron's"),
     "truncated idx": (".idx", lambda data: data[:-9], r"a\.idx: truncated or damaged: [\d,]+ bytes"),
+    "idx with more behind it": (".idx", lambda data: data + b"1234567", r"a\.idx: truncated or damaged: [\d,]+ bytes"),
+    "documents of other sequences": (
+        ".idx",
+        lambda data: data[:-8] + (999).to_bytes(8, "little"),
+        r"a\.idx: its documents do not match its [\d,]+ sequences",
+    ),
+    "first document behind the beginning": (
+        ".idx",
+        lambda data: data[: -51 * 8] + (1).to_bytes(8, "little") + data[-50 * 8 :],
+        r"a\.idx: its documents do not match its [\d,]+ sequences",
+    ),
     "empty bin": (".bin", lambda data: b"", r"a\.bin: is empty"),
 }
 

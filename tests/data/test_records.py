@@ -129,6 +129,13 @@ def test_what_the_tokenizer_cannot_read_is_one_records_fault(folder: Path, tmp_p
     assert [sample.tokens.tolist() for sample in found.samples] == expected[:17] + expected[18:]
 
 
+def test_the_first_bad_records_are_kept_and_all_are_counted(folder: Path, tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text("\n".join([GOOD_LINE, *["{"] * 12]), encoding="utf-8")
+    data = read(folder, path, on_error="skip")
+    assert (data.num_bad, len(data.first_bad)) == (12, BadRecords.NUM_SHOWN)
+
+
 def test_nothing_left_says_why(folder: Path, tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "a"}\n' * 3)

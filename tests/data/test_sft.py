@@ -71,6 +71,27 @@ def test_tokenizer_round_trip_and_special_tokens(folder: Path, name: str) -> Non
         resolve_vocabulary(small_model(vocab_size=50), tokenizer)
 
 
+def test_a_vocabulary_holds_every_id(folder: Path) -> None:
+    """Of special tokens, and of the tokenizer's others."""
+    file = str(folder / "tokenizer.json")
+    tokenizer = load_tokenizer(DataConfig(train="x", tokenizer=file, max_length=64, mask_token=2, pad_token=0))
+    with pytest.raises(UserError, match=r"'model.vocab_size' 200 is smaller than the tokenizer's \d+ ids"):
+        resolve_vocabulary(small_model(vocab_size=200), tokenizer)
+    ids_alone = load_tokenizer(DataConfig(train="x", mask_token=60, pad_token=0, eos_token=1, max_length=64))
+    assert resolve_vocabulary(small_model(vocab_size=61), ids_alone).vocab_size == 61
+    with pytest.raises(UserError, match=r"'data.mask_token': id 60 is outside the vocabulary of 60 ids"):
+        resolve_vocabulary(small_model(vocab_size=60), ids_alone)
+
+
+def test_text_in_ids_outside_the_vocabulary_is_refused(folder: Path) -> None:
+    tokenizer = tokenizer_of(folder, "tokenizer.json")
+    size = max(tokenizer.encode("Tom has 12 apples."))
+    path = folder / "outside.jsonl"
+    path.write_text(json.dumps({"prompt": "Tom has 12 apples.", "response": "a"}), encoding="utf-8")
+    with pytest.raises(UserError, match=rf"line 1: a token id is outside the vocabulary of {size} ids"):
+        read_sft(str(path), tokenizer, settings(64), size)
+
+
 def test_whole_numbers_are_single_tokens(folder: Path) -> None:
     processor = sentencepiece.SentencePieceProcessor(model_file=str(folder / "sp.model"))
     assert all(len(processor.encode(f"= {n}.")) == 3 for n in range(LARGEST + 1))
