@@ -32,6 +32,8 @@ WAYS = {  # changes of the settings on the command line
     "exact": {},
     "half the steps": None,
     "stop at eos": {"stop_at_eos": True},
+    "least entropy first": {"remasking": "entropy"},
+    "greatest margin first": {"remasking": "topk_margin"},
     "threshold 0.95": {"threshold": 0.95},
     "threshold 0.9": {"threshold": 0.9},
     "threshold 0.8": {"threshold": 0.8},
