@@ -18,14 +18,15 @@ from megatron_mdm.diffusion.noiser import CleanBatch, NoisedBatch, noise
 from megatron_mdm.diffusion.objective import NORMALIZATIONS, GlobalBatch, weighted_masked
 
 DESIGN = MaskDesign(MASKING_RULES["bernoulli"], MaskSchedule(1e-3), complementary=True)
-LENGTHS = [3, 7, 5, 8]
+LENGTHS, PROMPT = [3, 7, 5, 8], 2  # eligible tokens, and those before them
 WEIGHTS = np.array([1.3, 0.8, 1.0, 0.5])
 
 
 def noised(rows: list[int], design: MaskDesign = DESIGN, weights: Floats = WEIGHTS) -> NoisedBatch:
-    size = max(LENGTHS[row] for row in rows)
-    lengths = torch.tensor([LENGTHS[row] for row in rows])
-    eligible = torch.arange(size)[None, :] < lengths[:, None]
+    lengths = torch.tensor([PROMPT + LENGTHS[row] for row in rows])
+    size = int(lengths.max())
+    places = torch.arange(size)[None, :]
+    eligible = (places >= PROMPT) & (places < lengths[:, None])
     tokens, nothing = torch.full((len(rows), size), 5), torch.zeros_like(eligible)
     batch = CleanBatch(tokens, eligible, nothing, lengths, torch.tensor(rows), torch.tensor(rows))
     t = np.array([0.2, 0.5, 0.7, 0.9])[rows]

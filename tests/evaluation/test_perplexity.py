@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 
 from megatron_mdm.config.errors import UserError
+from megatron_mdm.data.prompts import EncodedPrompt
 from megatron_mdm.data.sample import Sample
 from megatron_mdm.data.splits import read_held_out
 from megatron_mdm.data.tokenizer import load_tokenizer
-from megatron_mdm.evaluation.likelihood import LikelihoodConfig
-from megatron_mdm.evaluation.perplexity import evaluate_perplexity, scored_samples
+from megatron_mdm.evaluation.likelihood import LikelihoodConfig, negative_log_likelihoods
+from megatron_mdm.evaluation.perplexity import Question, evaluate_choices, evaluate_perplexity, scored_samples
 from megatron_mdm.generation.settings import SpecialIds
 from megatron_mdm.models.stages import Packet, RowStatistics
 from tests.data.test_corpus import some_documents, write_with_megatron
@@ -60,6 +61,33 @@ def test_every_token_counts_alike() -> None:
     (causal,) = run_ranks(measured, 1, samples, "autoregressive")  # a first token follows none
     assert causal["num_tokens"] == 7
     assert causal["nats_per_token"] == pytest.approx((5 * 2.0 + 2 * 0.2) / 7, abs=1e-6)
+
+
+def choices_and_repeats() -> tuple[dict[str, Any], Any]:
+    from megatron_mdm.parallel.groups import initialize
+
+    context, prompt = initialize(1), EncodedPrompt([], [5, 6])
+    questions = [Question(prompt, [[30], [20, 20, 20]], 1), Question(prompt, [[30, 20], [40]], 1)]
+    chosen = evaluate_choices(KnownLosses(), questions, LikelihoodConfig(), SPECIAL, context, "masked")
+    config = LikelihoodConfig(num_times=1, num_repeats=2)
+    pairs = [sample([10, 30])] * 20
+    return chosen, negative_log_likelihoods(KnownLosses(), pairs, config, SPECIAL, context)
+
+
+def test_choices_by_likelihood_in_all_and_per_token() -> None:
+    """3 nats against 6, 3 against 2 a token; 5 against 4, 2.5 against 4."""
+    chosen, _ = run_ranks(choices_and_repeats, 1)[0]
+    assert [record["predicted"] for record in chosen["samples"]] == [0, 1]
+    assert [record["predicted_per_token"] for record in chosen["samples"]] == [1, 0]
+    assert (chosen["accuracy"], chosen["accuracy_per_token"]) == (0.5, 0.5)
+
+
+def test_standard_error_of_two_repeats_is_half_their_difference() -> None:
+    """A repeat is 2 · 1, 2 · 3, or, where both tokens are masked, 2 · 2 nats."""
+    _, found = run_ranks(choices_and_repeats, 1)[0]
+    for repeat in (found.nats + found.standard_error, found.nats - found.standard_error):
+        assert np.isclose(repeat[:, None], [2.0, 4.0, 6.0], atol=1e-5).any(1).all()
+    assert found.standard_error.max() > 0.5
 
 
 def test_documents_that_do_not_see_each_other_are_scored_apart() -> None:
