@@ -35,9 +35,7 @@ def end(folder: Path, joined: str, fault: str) -> ProgramResult:
     return run_program_ranks(str(program), [joined, fault])[0]
 
 
-@pytest.mark.parametrize(
-    "fault", ["KeyError('x')", "RuntimeError('a\\nb')", "PermissionError(13, 'no', 'f')", "Panic('x')", "MemoryError()"]
-)
+@pytest.mark.parametrize("fault", ["KeyError('x')", "RuntimeError('a\\nb')", "Panic('x')"])
 def test_every_fault_before_the_ranks_join_is_a_line(fault: str, tmp_path: Path) -> None:
     """And not tried again, whatever its type."""
     result = end(tmp_path, "alone", fault)
@@ -60,9 +58,7 @@ def test_the_traceback_on_demand(tmp_path: Path) -> None:
     ("fault", "code"),
     [
         ("RuntimeError('Connection closed by peer')", 70),
-        ("OSError(5, 'Input/output error')", 70),
         ("TypeError('x')", 1),
-        ("AssertionError('x')", 1),
         ("RecursionError('x')", 1),
         ("Panic('x')", 1),
     ],
