@@ -251,10 +251,11 @@ def test_a_layout_that_does_not_fit(folder: Path, trained: Path) -> None:
 
 
 def test_not_a_run_folder(folder: Path) -> None:
+    short = ["gen_length=16", "block_length=16"]
     for arguments, message in (
         (["--run-dir", str(folder / "none"), "--data", str(folder / "test.jsonl")], "not a run's folder"),
         (
-            ["--run-dir", str(folder), "--data", str(folder / "test.jsonl"), "gen_length=16"],
+            ["--run-dir", str(folder), "--data", str(folder / "test.jsonl"), *short],
             "the run has no checkpoint yet",
         ),
         (["--run-dir", str(folder), "--data", str(folder / "absent.jsonl")], "no such data file"),
