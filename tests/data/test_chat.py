@@ -141,6 +141,8 @@ def test_what_follows_the_last_answer_is_left_out(folder: Path) -> None:
 def test_spans_of_token_ids(folder: Path) -> None:
     data, _ = read(folder, [{"input_ids": [9, 8, 7, 6, 5, 4], "spans": [[1, 3], [5, 6]]}])
     assert data.samples[0].eligible.tolist() == [False, True, True, False, False, True]
+    data, _ = read(folder, [{"input_ids": [9, 8, 7, 6], "prompt_length": 3}])
+    assert data.samples[0].eligible.tolist() == [False, False, False, True]
     with pytest.raises(UserError, match=r"line 1: the span \[1, 9\] does not fit 2 'input_ids'"):
         read(folder, [{"input_ids": [9, 8], "spans": [[1, 9]]}])
 
