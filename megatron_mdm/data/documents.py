@@ -18,14 +18,19 @@ from megatron_mdm.data.text_files import open_text
 
 CHUNK_BYTES = 1 << 20
 _ROWS = 1024  # of a table, or of JSON that is not read line by line, in a chunk
-_LINE_END = rb"(?:\r\n|\n|\r(?!\n))"
-_SPACES = [chr(code) for code in range(0x3001) if chr(code).isspace() and chr(code) not in "\r\n"]
-_SPACE = b"(?:%s)" % b"|".join(re.escape(space.encode()) for space in _SPACES)
-SEPARATORS: dict[str, re.Pattern[bytes] | None] = {  # between the documents of a text file
-    "line": re.compile(_LINE_END),
-    "paragraph": re.compile(rb"(?:\A|%s)(?:%s*%s)+" % (_LINE_END, _SPACE, _LINE_END)),  # lines of white space only
+# White space but for \r and \n, as str.isspace() has it, in UTF-8.
+_SPACE = (
+    rb"(?:[\t\x0b\x0c\x1c-\x1f ]|\xc2[\x85\xa0]|\xe1\x9a\x80|\xe2\x80[\x80-\x8a\xa8\xa9\xaf]|\xe2\x81\x9f|\xe3\x80\x80)"
+)
+_BLANK_LINES = rb"(?:%s*(?:\r\n|\n|\r))+" % _SPACE
+# Between the documents of a text file. A separator begins at the last byte of a line's end; the first that a match may
+# have is one of two, which makes the search fast.
+SEPARATORS: dict[str, re.Pattern[bytes] | None] = {
+    "line": re.compile(rb"\n|\r(?!\n)"),
+    "paragraph": re.compile(rb"(?:\n|\r(?!\n))" + _BLANK_LINES),
     "file": None,
 }
+_LEADING = re.compile(_BLANK_LINES)
 _JSON_LINE = re.compile(rb"\n")
 
 
@@ -120,13 +125,14 @@ def _separated(
     block, rest = _block(b"", file, separator)
     while block:
         offset += len(block)
-        records, places = [], []
-        ends = [(match.start(), match.end()) for match in separator.finditer(block)] if separator else []
-        begin = 0
+        records, places, begin = [], [], 0
+        if separator and (leading := _LEADING.match(block)):  # of the file, or of a gap that the last block's end cut
+            begin, number = leading.end(), number + _num_lines(block, 0, leading.end())
+        ends = [match.span() for match in separator.finditer(block, begin)] if separator else []
         for end, following in [*ends, (len(block), len(block))]:
-            records.append(block[begin:end])
+            records.append(block[begin:end].removesuffix(b"\r") if separator else block)
             places.append(f"line {number}")
-            number += _num_lines(block[begin:following])
+            number += _num_lines(block, begin, following)
             begin = following
         yield Chunk(records, path, places, (), parse, len(block), Position(index, offset, number))
         block, rest = _block(rest, file, separator)
@@ -140,16 +146,27 @@ def _block(content: bytes, file: IO[bytes], separator: re.Pattern[bytes] | None)
         content += file.read(max(0, size - len(content)))
         if len(content) < size:
             return content, b""
-        # One that touches the end may go on behind it.
-        end = max((match.end() for match in separator.finditer(content, 0, size) if match.end() < size), default=0)
-        if end:
+        if end := _last_end(separator, content, size):
             return content[:end], content[end:]
         size *= 2
     return content + file.read(), b""
 
 
-def _num_lines(content: bytes) -> int:
-    return content.count(b"\n") + content.count(b"\r") - content.count(b"\r\n")
+def _last_end(separator: re.Pattern[bytes], content: bytes, size: int) -> int:
+    """Where the last separator in the first `size` bytes ends; 0 without one. It is looked for from the back."""
+    tail = 1 << 12
+    while True:
+        begin = max(0, size - tail)
+        # One that touches the end may go on behind it.
+        ends = [match.end() for match in separator.finditer(content, begin, size) if match.end() < size]
+        if ends or not begin:
+            return max(ends, default=0)
+        tail *= 4
+
+
+def _num_lines(content: bytes, begin: int, end: int) -> int:
+    lone = content.count(b"\r", begin, end)
+    return content.count(b"\n", begin, end) + (lone and lone - content.count(b"\r\n", begin, end))
 
 
 def _objects(file: IO[bytes], path: str, index: int, done: int) -> Iterator[Chunk]:

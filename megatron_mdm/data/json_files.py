@@ -15,7 +15,7 @@ Fault = Callable[[str], None]  # is told what is wrong and where; raises, or cou
 _OPENINGS = (b"{", b"[", b"[{")  # lines that only begin something
 _BETWEEN = re.compile(r"[\s,]*")  # of two objects
 _BYTE = re.compile("[\udc80-\udcff]")  # that is not UTF-8, as surrogateescape decodes it
-_HALF = re.compile("\\\\u[dD][89a-fA-F]|[\ud800-\udfff]")  # what half of a surrogate pair may come from
+_HALF = re.compile(r"\\u[dD][89a-fA-F]")  # what half of a surrogate pair may come from
 _DECODER = json.JSONDecoder()
 
 
@@ -47,7 +47,7 @@ def parse_object(line: bytes) -> Record:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise ValueError(_reason(error)) from None
-    return _checked(value, text)
+    return _checked(value, text, all_utf8=True)
 
 
 def _lines(path: str, file: IO[bytes], fault: Fault) -> Iterator[tuple[str, Record]]:
@@ -67,6 +67,7 @@ def _values(path: str, text: str, fault: Fault) -> Iterator[tuple[str, Record]]:
     place = _behind_gap(text, 0)
     in_array = text.startswith("[", place)
     place, line, counted, number = place + in_array, 1, 0, 0
+    all_utf8 = not _BYTE.search(text)
     while (place := _behind_gap(text, place)) < len(text) and not (in_array and text[place] == "]"):
         line, counted, number = line + text.count("\n", counted, place), place, number + 1
         indentation = text[text.rfind("\n", 0, place) + 1 : place]
@@ -83,7 +84,7 @@ def _values(path: str, text: str, fault: Fault) -> Iterator[tuple[str, Record]]:
                 return
             continue
         try:
-            record = _checked(value, text[place:end])
+            record = _checked(value, text[place:end], all_utf8)
         except ValueError as error:
             fault(f"{where}: {error}")
         else:
@@ -122,13 +123,13 @@ def _behind_gap(text: str, place: int) -> int:
     return match.end() if match else place
 
 
-def _checked(value: Any, text: str) -> Record:
+def _checked(value: Any, text: str, all_utf8: bool) -> Record:
     """An object whose strings can be written. text: what it was read from."""
     if not isinstance(value, dict):
         raise ValueError(f"expected an object, found {type(value).__name__}")
-    if byte := _BYTE.search(text):
+    if not all_utf8 and (byte := _BYTE.search(text)):
         raise ValueError(f"not UTF-8 (byte {ord(byte[0]) - 0xDC00:#04x})")
-    if _HALF.search(text):
+    if "\\u" in text and _HALF.search(text):
         try:
             json.dumps(value, ensure_ascii=False).encode("utf-8")
         except RecursionError as error:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import multiprocessing
 import random
+import re
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -395,6 +397,13 @@ def test_documents_of_a_text_end_at_blank_lines(
     )
     assert result.documents == (600,)  # blank lines are none
     assert documents_of(tmp_path / "lines", text["tokenizer"])[:2] == paragraphs[0].split("\n")[:2]
+
+
+def test_white_space_is_pythons() -> None:
+    spaces = [chr(code) for code in range(sys.maxunicode + 1) if chr(code).isspace() and chr(code) not in "\r\n"]
+    assert all(re.fullmatch(documents._SPACE, space.encode()) for space in spaces)
+    others = [chr(code) for code in [*range(0x3100), 0xFEFF] if not chr(code).isspace()]
+    assert not any(re.fullmatch(documents._SPACE, other.encode()) for other in others)
 
 
 def test_lines_of_bad_documents_are_counted(text: dict[str, Any], tmp_path: Path) -> None:
