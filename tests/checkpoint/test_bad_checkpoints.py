@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_mdm.checkpoint.convert import ImportOptions, import_checkpoint
+from megatron_mdm.checkpoint.huggingface import HuggingFaceCheckpoint
 from megatron_mdm.checkpoint.initial import InitialWeights
 from megatron_mdm.config.errors import UserError
 from tests.checkpoint.huggingface_models import VOCAB, write_checkpoint
@@ -103,6 +104,14 @@ def index_names_an_absent_file(folder: Path) -> str:
     places = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
     change_json(folder / INDEX, weight_map={**places, QUERY: "model-00099-of-00099.safetensors"})
     return f"names the file 'model-00099-of-00099.safetensors' (for '{QUERY}'), which is absent"
+
+
+def index_leaves_the_folder(folder: Path) -> str:
+    places = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
+    path = shard_of(folder, QUERY)
+    shutil.copyfile(path, folder.parent / path.name)
+    change_json(folder / INDEX, weight_map={**places, QUERY: f"../{path.name}"})
+    return f"names the file '../{path.name}' (for '{QUERY}'), which is absent"
 
 
 def index_places_a_tensor_wrongly(folder: Path) -> str:
@@ -199,6 +208,7 @@ def write_tokenizer(folder: Path, num_ids: int) -> None:
 FAULTS = [
     *(missing_shard, missing_shard_without_index, truncated_file, truncated_header, not_safetensors, wrong_shape),
     *(nan_tensor, infinite_tensor, unsupported_type, index_names_an_absent_file, index_places_a_tensor_wrongly),
+    index_leaves_the_folder,
     *(missing_tensor, unknown_tensor, tokenizer_of_another_model, pickles_only, no_weights, biases, alibi, block_type),
     *(unknown_field, missing_field, field_of_a_wrong_type, unknown_architecture, broken_json),
 ]
@@ -230,6 +240,19 @@ def test_field_of_causal_families_is_named(expected: str, tmp_path: Path) -> Non
     with pytest.raises(UserError) as error:
         import_checkpoint(folder, tmp_path / "run", ImportOptions(1, 1, "auto", 10**9, {}))
     assert expected in str(error.value)
+
+
+def test_a_head_that_is_tied_in_words_only_is_named(tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path / "tied", "llama_tied", shard_size="1GB")
+    (path,) = folder.glob("*.safetensors")
+    tensors = load_file(path)
+    head = tensors["model.embed_tokens.weight"].clone()
+    save_file({**tensors, "lm_head.weight": head}, path)
+    HuggingFaceCheckpoint.open(folder)
+    head[0, 0] += 1.0
+    save_file({**tensors, "lm_head.weight": head}, path)
+    with pytest.raises(UserError, match=r"'lm_head.weight' differs from 'model.embed_tokens.weight'"):
+        HuggingFaceCheckpoint.open(folder)
 
 
 @pytest.mark.parametrize(

@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save
 
+from megatron_mdm.checkpoint import views
 from megatron_mdm.checkpoint.direct_writer import PAGE, DirectWriter, write_memory
 from megatron_mdm.checkpoint.safetensors_file import METADATA, SafetensorsFile, is_finite
-from megatron_mdm.checkpoint.stream import Output, OutputFile, write_files
+from megatron_mdm.checkpoint.stream import Output, OutputFile, split, write_files
+from megatron_mdm.checkpoint.tensors import TensorReader, file_name
 from megatron_mdm.checkpoint.views import Columns, Flat, Part, Rows, cut, mean_row, merge, read, with_rows
+from megatron_mdm.config.errors import UserError
 from megatron_mdm.models.sharding import Sharding
+from tests.small import small_model
 
 TENSORS = {
     "wide.weight": torch.randn(5, 7),
@@ -45,6 +51,84 @@ def test_types_are_converted(stored: SafetensorsFile, tmp_path: Path) -> None:
     write_files([OutputFile("ours.safetensors", outputs)], tmp_path, {})
     for name, tensor in load_file(tmp_path / "ours.safetensors").items():
         torch.testing.assert_close(tensor, TENSORS[name].half(), rtol=0, atol=0)
+
+
+def test_a_value_too_great_for_its_new_type_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "great.safetensors"
+    path.write_bytes(save({"great": torch.tensor([1.0, 7e4])}))
+    outputs = {"great": Output(SafetensorsFile(path).tensors["great"], torch.float16)}
+    with pytest.raises(UserError, match="'great' holds values that are too great for F16"):
+        write_files([OutputFile("ours.safetensors", outputs)], tmp_path, {})
+
+
+def test_what_an_earlier_call_wrote_is_kept_only_where_it_is_the_same(stored: SafetensorsFile, tmp_path: Path) -> None:
+    """The same inputs, and the file as it was, by its bytes and not by its size alone."""
+    outputs = {name: Output(tensor, tensor.dtype) for name, tensor in stored.tensors.items()}
+    files, path = [OutputFile("ours.safetensors", outputs)], tmp_path / "ours.safetensors"
+    write_files(files, tmp_path, {"source": 1})
+    written, when = path.read_bytes(), path.stat().st_mtime_ns
+    write_files(files, tmp_path, {"source": 1})
+    assert path.stat().st_mtime_ns == when
+    for damaged, source in ((written[:-1] + b"x", 1), (written, 2)):
+        path.write_bytes(damaged)
+        when = path.stat().st_mtime_ns
+        write_files(files, tmp_path, {"source": source})
+        assert path.read_bytes() == written
+        assert path.stat().st_mtime_ns > when
+
+
+def test_groups_of_at_most_so_many_bytes(stored: SafetensorsFile) -> None:
+    """140, 12, 8 and 36 bytes."""
+    outputs = [(name, Output(tensor, tensor.dtype)) for name, tensor in sorted(stored.tensors.items())]
+    sizes = [output.num_bytes for _, output in outputs]
+    assert sizes == [12, 8, 36, 140]
+    for most, expected in ((20, [2, 1, 1]), (19, [1, 1, 1, 1]), (56, [3, 1]), (1000, [4]), (1, [1, 1, 1, 1])):
+        assert [len(group) for group in split(outputs, most)] == expected
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda content: content + b"more", "the file is too long: "),
+        (lambda content: content[:-1], "the file is truncated: "),
+        (lambda content: content.replace(b"[5,7]", b"[7,7]"), "'wide.weight' has 140 bytes, which do not fit its"),
+        (lambda content: content.replace(b'"F32"', b'"F64"'), "which do not fit its shape"),
+    ],
+)
+def test_a_header_that_does_not_fit_its_file_is_named(
+    change: Callable[[bytes], bytes], message: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "bad.safetensors"
+    path.write_bytes(change(save(TENSORS, METADATA)))
+    with pytest.raises(UserError, match=message):
+        SafetensorsFile(path)
+
+
+def write_shard(folder: Path, rank: int, part: int, start: int, values: torch.Tensor, degree: int = 2) -> None:
+    """A part of a tensor-parallel rank's shard, [2, 4], of the final norm's weight."""
+    metadata = {**METADATA, "fragments": json.dumps({"1.final_norm.weight/weight": [start, 8]})}
+    content = save({"1.final_norm.weight/weight": values}, metadata)
+    (folder / file_name(0, rank, degree, part)).write_bytes(content)
+
+
+def test_tensors_of_which_a_part_is_missing_are_named(tmp_path: Path) -> None:
+    """A part at the end, in the middle, a whole shard."""
+    values = torch.arange(8.0)
+    for part, (start, stop) in enumerate(((0, 3), (3, 5), (5, 8))):
+        write_shard(tmp_path, 0, part, start, values[start:stop], 1)
+    assert torch.equal(read(TensorReader(tmp_path, small_model()).view("1.final_norm.weight", "weight")), values)
+    (tmp_path / file_name(0, 0, 1, 2)).rename(tmp_path / "kept")
+    with pytest.raises(UserError, match="is incomplete: no file has its element 5"):
+        TensorReader(tmp_path, small_model())
+    (tmp_path / "kept").rename(tmp_path / file_name(0, 0, 1, 2))
+    (tmp_path / file_name(0, 0, 1, 1)).unlink()
+    with pytest.raises(UserError, match="is incomplete: no file has its element 3"):
+        TensorReader(tmp_path, small_model())
+    for path in tmp_path.iterdir():
+        path.unlink()
+    write_shard(tmp_path, 1, 0, 0, values)
+    with pytest.raises(UserError, match="has 1 of 2 tensor-parallel shards"):
+        TensorReader(tmp_path, small_model()).view("1.final_norm.weight", "weight")
 
 
 @pytest.mark.parametrize("size", [0, 1, 4096, 16 * 2**20, 16 * 2**20 + 5, 40 * 2**20 + 4097])
@@ -83,13 +167,26 @@ def test_parts_of_parts(stored: SafetensorsFile) -> None:
     expected = torch.cat([tensor[3:5], tensor[:1]])
     torch.testing.assert_close(read(Columns([Part(rows, 4, 3), Part(rows, 0, 1)])), expected[:, [4, 5, 6, 0]])
     torch.testing.assert_close(read(with_rows(wide, 7)), torch.cat([tensor, torch.zeros(2, 7)]))
-    grown = read(with_rows(wide, 6, mean_row(wide)))
-    torch.testing.assert_close(grown[5], tensor.mean(0))
+    grown = with_rows(wide, 6, mean_row(wide))
+    torch.testing.assert_close(read(grown)[5], tensor.mean(0))
+    torch.testing.assert_close(read(Columns([Part(grown, 2, 3)]))[5], tensor.mean(0)[2:5])
 
 
+def test_columns_of_many_rows(tmp_path: Path) -> None:
+    """More than one call to the system reads."""
+    whole = torch.randn(700, 5)
+    path = tmp_path / "tall.safetensors"
+    path.write_bytes(save({"tall": whole}))
+    assert torch.equal(read(Columns([Part(SafetensorsFile(path).tensors["tall"], 1, 3)])), whole[:, 1:4])
+
+
+@pytest.mark.parametrize("block_bytes", [views._BLOCK_BYTES, 100])
 @pytest.mark.parametrize("shape", [(8, 12), (96,), (5, 3)])
-def test_runs_of_elements(shape: tuple[int, ...], tmp_path: Path) -> None:
-    """As ZeRO cuts tensors: regardless of rows."""
+def test_runs_of_elements(
+    shape: tuple[int, ...], block_bytes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As ZeRO cuts tensors: regardless of rows. Also where they are read in several blocks."""
+    monkeypatch.setattr(views, "_BLOCK_BYTES", block_bytes)
     whole = torch.randn(shape)
     cuts = [0, 1, 7, 14, whole.numel()]
     runs = {str(index): whole.flatten()[start:stop] for index, (start, stop) in enumerate(itertools.pairwise(cuts))}

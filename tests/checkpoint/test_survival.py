@@ -117,6 +117,12 @@ def test_retention(settings: dict[str, int], kept: set[int], tmp_path: Path) -> 
     assert {int(path.name[5:]) for path in paths if path not in removed} == kept
 
 
+def test_without_validation_losses_there_is_no_best(tmp_path: Path) -> None:
+    paths = folders(tmp_path, {1: 0.0, 2: 0.0, 3: 0.0})
+    settings = CheckpointConfig(directory="", keep_last=1, keep_best=True)
+    assert superfluous(tmp_path, paths[2], settings) == paths[:2]
+
+
 def test_the_best_by_validation_loss_is_kept(tmp_path: Path) -> None:
     config = config_file(tmp_path, tmp_path / "run")
     arguments = ["--config", str(config), "data.validation_fraction=0.2", "evaluation.every=2"]

@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from megatron_mdm.checkpoint.compare import differences
 from tests.checkpoint.huggingface_models import EOS, MASK, VOCAB, write_checkpoint
 from tests.checkpoint.test_bad_checkpoints import change_json, write_tokenizer
 from tests.ranks import ProgramResult, run_program_ranks
@@ -60,6 +61,9 @@ def test_verify_names_what_differs(llama: Path, tmp_path: Path) -> None:
     assert result.exit_code == 1
     assert f"{EMBEDDING}: values; greatest difference 0.5" in result.stdout
     assert "1 of 30 tensors differ" in result.stderr
+    tied = write_checkpoint(tmp_path / "tied", "llama_tied")
+    for pair in ((llama, tied), (tied, llama)):
+        assert [line for line in differences(*pair) if "only in" in line] == [f"lm_head.weight: only in {llama}"]
 
 
 def test_inspect(llada: Path, tmp_path: Path) -> None:
