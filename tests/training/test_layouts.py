@@ -140,15 +140,20 @@ def test_layout_equals_one_process(name: str, folder: Path, reference: dict[str,
     assert_same_tensors(folder / name, folder / "reference", config.model)
 
 
-@pytest.mark.parametrize("name", ["tp2_pp2_sp", "dp2_zero3"])
-def test_tied_embeddings_and_z_loss(name: str, folder: Path) -> None:
+TIED = {"tie_embeddings": True, "z_loss": 1e-2}
+
+
+@pytest.fixture(scope="module")
+def tied_reference(folder: Path) -> dict[str, Any]:
+    return run_ranks(train_and_watch, 1, config_of(folder, {"zero": 0}, 8, **TIED), folder / "tied_reference")[0]
+
+
+@pytest.mark.parametrize("name", ["pp2_zero0", "tp2_pp2_sp", "dp2_zero3"])
+def test_tied_embeddings_and_z_loss(name: str, folder: Path, tied_reference: dict[str, Any]) -> None:
     num_ranks, parallel, micro_size = LAYOUTS[name]
-    changes = {"tie_embeddings": True, "z_loss": 1e-2}
-    single = config_of(folder, {"zero": 0}, 8, **changes)
-    reference = run_ranks(train_and_watch, 1, single, folder / f"tied_reference_{name}")[0]
-    config = config_of(folder, parallel, micro_size, **changes)
-    assert_equal_runs(run_ranks(train_and_watch, num_ranks, config, folder / f"tied_{name}"), reference)
-    assert_same_tensors(folder / f"tied_{name}", folder / f"tied_reference_{name}", config.model)
+    config = config_of(folder, parallel, micro_size, **TIED)
+    assert_equal_runs(run_ranks(train_and_watch, num_ranks, config, folder / f"tied_{name}"), tied_reference)
+    assert_same_tensors(folder / f"tied_{name}", folder / "tied_reference", config.model)
 
 
 def assert_equal_runs(results: list[dict[str, Any]], reference: dict[str, Any]) -> None:
