@@ -2,17 +2,19 @@
 
 python tools/calibration_study.py --run-dir runs/quickstart --output runs/calibration_study
 
-Measures losses of many groups (a sample at one t) once, 10 times the paper's 15·70·15 by default. Every seed calibrates
-on groups of its own; its density is judged on all the other groups, twice: by the second moment E[l² | t] that they
-give (efficiency), and without any curve, by the importance-weighted losses themselves (variance over uniform t's).
+Measures three kinds of groups (a sample at one t) once and keeps them: a reference at uniform t, and for every seed
+those that the defaults take and the paper's nested grid. Every seed calibrates on its own; its density is judged by the
+reference, which no fit has seen, in two ways without any curve: the efficiency by the judge of diffusion/judge.py, and
+the importance-weighted losses themselves (variance over uniform t's), with an interval over resampled samples.
+tools/calibration_toys.py does the like on losses whose best density is known.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -27,82 +29,144 @@ from megatron_mdm.config.errors import UserError  # noqa: E402
 from megatron_mdm.config.files import write_json  # noqa: E402
 from megatron_mdm.config.load import load_config  # noqa: E402
 from megatron_mdm.config.schema import RunConfig  # noqa: E402
-from megatron_mdm.diffusion.calibrator import Calibrator, Efficiency, efficiency  # noqa: E402
+from megatron_mdm.diffusion.calibrator import Calibrator  # noqa: E402
 from megatron_mdm.diffusion.densities import DENSITIES, FitInputs, kl_divergence  # noqa: E402
+from megatron_mdm.diffusion.judge import Judge  # noqa: E402
 from megatron_mdm.diffusion.mask_schedule import Floats  # noqa: E402
-from megatron_mdm.diffusion.moments import Moments, MomentSums, token_moments  # noqa: E402
-from megatron_mdm.diffusion.t_samplers import CENTRES, TSampler, UniformSampler  # noqa: E402
+from megatron_mdm.diffusion.moments import MomentSums, column_of, nested_masking_variance  # noqa: E402
+from megatron_mdm.diffusion.prepass import Calibration, denser_near_zero, fitted, spread_groups  # noqa: E402
+from megatron_mdm.diffusion.t_samplers import CENTRES, UniformSampler  # noqa: E402
 from megatron_mdm.parallel.groups import initialize  # noqa: E402
 from megatron_mdm.parallel.program import run_program  # noqa: E402
 from megatron_mdm.reports.plots import save_figure  # noqa: E402
-from megatron_mdm.training.calibrate import Prepass, calibrator_of, halves_of, spread_groups  # noqa: E402
+from megatron_mdm.training.calibrate import Prepass, calibrator_of  # noqa: E402
 from megatron_mdm.training.inputs import resolve  # noqa: E402
 
-NUM_SEEDS, LARGEST = 8, 15 * 70 * 15
-SIZES = (250, 500, 1000, 2000, 4000, LARGEST)  # forwards
-VARIANTS: dict[str, dict[str, Any]] = {
+NESTED = (15, 70, 15)  # samples × times × masks, the paper's
+NESTED_PARTS = ((4, 4), (8, 7), (15, 15))  # samples and masks of which calibrations are made
+SIZES = (256, 1024, 4096, 15750)  # forwards
+PAPER = {"estimator": "naive", "density": "epr", "target": "paper", "uniform_floor": 0.02, "num_times": NESTED[1]}
+VARIANTS: dict[str, dict[str, Any]] = {  # settings changed from the defaults
     "token moments": {},
-    "token moments, EPR": {"density": "epr", "num_restarts": 5},
-    "naive, EPR": {"estimator": "naive", "density": "epr", "num_restarts": 5},
-    "naive, EPR, floor 0.02": {"estimator": "naive", "density": "epr", "num_restarts": 5, "uniform_floor": 0.02},
+    "token moments, EPR": {"density": "epr"},
+    "the paper's": PAPER,
 }
+NUM_RESAMPLES = 100
 
 
-def measure(config: RunConfig, run_dir: Path, num_forwards: int, cache: Path) -> Floats:
-    """Moments of groups, kept beside the results, so that a study can be repeated on them."""
-    if cache.is_file():
-        return np.load(cache)
+class Losses(NamedTuple):
+    """Moments of groups [n, …] and the sample of each [n], numbered from 0."""
+
+    moments: Floats
+    sample: np.ndarray
+
+    def part(self, chosen: np.ndarray | slice) -> Losses:
+        return Losses(self.moments[chosen], np.unique(self.sample[chosen], return_inverse=True)[1])
+
+
+class Measured(NamedTuple):
+    reference: Losses  # uniform t
+    spread: list[Losses]  # of each seed: the defaults' design, as many as the largest calibration
+    nested: list[Losses]  # of each seed: NESTED, sample by sample, then t by t
+
+
+def measure(config: RunConfig, run_dir: Path, options: argparse.Namespace) -> Measured:
+    """Kept beside the results, so that a study can be repeated on them."""
     config, data = resolve(config)
-    context = initialize(1)
-    prepass = Prepass(load_for_inference(run_dir, config, context), config, data, context)
-    prepass.add(*spread_groups(len(data.train), range(num_forwards // prepass.views), config.seed))
-    np.save(cache, prepass.moments[0])
-    return prepass.moments[0]
+    num_samples, views = len(data.train), config.diffusion.rows_per_sample
+    if num_samples < NESTED[0] * options.seeds:
+        raise UserError(f"--seeds {options.seeds}: the paper's grid takes {NESTED[0]} samples each of {num_samples}")
+    sizes = [options.reference // views, *[options.largest // views] * options.seeds]
+    ends = np.cumsum(sizes)
+    spread = [spread_groups(num_samples, range(end - size, end), config.seed) for size, end in zip(sizes, ends)]
+    samples = [sample for sample, _ in spread]
+    times = [quantile if place == 0 else denser_near_zero(quantile) for place, (_, quantile) in enumerate(spread)]
+    order = spread_groups(num_samples, range(num_samples), config.seed + 1)[0]
+    for seed in range(options.seeds):
+        chosen = order[seed * NESTED[0] : (seed + 1) * NESTED[0]]
+        samples.append(np.repeat(chosen, NESTED[1] * NESTED[2]))
+        times.append(np.tile(np.repeat((np.arange(NESTED[1]) + 1.0) / NESTED[1], NESTED[2]), NESTED[0]))
+    cache, boundaries = options.output / "moments.npy", np.cumsum([len(part) for part in samples])[:-1]
+    if not cache.is_file():
+        context = initialize(1)
+        prepass = Prepass(load_for_inference(run_dir, config, context), config, data, context)
+        np.save(cache, prepass.add(np.concatenate(samples), np.concatenate(times)))
+    moments = np.split(np.load(cache), boundaries)
+    parts = [Losses(part, np.unique(sample, return_inverse=True)[1]) for part, sample in zip(moments, samples)]
+    return Measured(parts[0], parts[1 : 1 + options.seeds], parts[1 + options.seeds :])
 
 
-def judge(reference: MomentSums, calibrator: Calibrator, sampler: TSampler) -> Efficiency:
-    """By the reference's own token moments, for every variant alike."""
-    curves = token_moments(reference, calibrator.exposures)
-    return efficiency(curves.second_moment, float(curves.mean_loss(CENTRES).mean()), sampler)
+def calibrations(measured: Measured, calibrator: Calibrator, views: int) -> Iterator[tuple[int, Calibration]]:
+    """(forwards, calibration) of every size and seed."""
+    if calibrator.settings.estimator == "naive":
+        for num_samples, num_masks in NESTED_PARTS:
+            for losses in measured.nested:
+                place = np.arange(len(losses.sample)).reshape(NESTED)[:num_samples, :, :num_masks].ravel()
+                part = losses.part(place)
+                moments = nested_masking_variance(part.moments, num_masks)
+                yield len(place) * views, fitted(calibrator, moments, part.sample)
+        return
+    for size in SIZES:
+        for losses in measured.spread:
+            if size // views <= len(losses.sample):
+                yield size, fitted(calibrator, *losses.part(slice(size // views)))
 
 
-def study(moments: Floats, maker: Calibrator, views: int) -> dict[str, Any]:
-    """Efficiencies of every variant, size and seed."""
-    num_cells, per_seed = maker.settings.num_times, LARGEST // views
-    everything = MomentSums.of(moments, num_cells)
-    seeds = min(NUM_SEEDS, len(moments) // per_seed - 1)
-    result: dict[str, Any] = {"forwards": list(SIZES), "floors": {}}
-    result |= {key: {name: [] for name in VARIANTS} for key in ("variants", "variance_over_uniform")}
-    result["uniform"] = judge(everything, maker, UniformSampler()).of_uniform
+def study(measured: Measured, maker: Calibrator, views: int) -> dict[str, Any]:
+    """Of every variant and size, over seeds: efficiency by the reference, the bound that the calibration reports, the
+    variance over uniform t's."""
+    reference = measured.reference
+    judge = Judge(reference.moments, maker.exposures, "second_moment")
+    generator = np.random.default_rng(0)
+
+    def judged(density: Floats) -> list[float]:
+        """Efficiency and its 90 % interval"""
+        resamples = judge.bootstrap([density], density, reference.sample, NUM_RESAMPLES, generator)
+        return [judge.efficiency([density]).of_sampler, *np.quantile(resamples, [0.05, 0.95]).tolist()]
+
+    result: dict[str, Any] = {"uniform": judged(UniformSampler().density(CENTRES)), "variants": {}}
     for name, changes in VARIANTS.items():
         settings = type(maker.settings).model_validate({**maker.settings.model_dump(), **changes})
-        variant = Calibrator(settings, maker.exposures, maker.seed)
-        for size in SIZES:
-            values, ratios = [], []
-            for seed in range(seeds):
-                first = seed * per_seed
-                mine = moments[first : first + size // views]
-                others = everything.plus(MomentSums(-MomentSums.of(mine, num_cells).sums))
-                fit = variant.fit(halves_of(mine, num_cells))
-                values.append(judge(others, maker, fit.sampler).of_sampler)
-                rest = np.delete(moments, np.s_[first : first + size // views], axis=0)
-                ratios.append(_variance_over_uniform(rest, fit.sampler))
-                result["floors"].setdefault(name, []).append(fit.floor)
-            result["variants"][name].append(values)
-            result["variance_over_uniform"][name].append(ratios)
+        rows: dict[int, list[dict[str, Any]]] = {}
+        for forwards, calibration in calibrations(measured, Calibrator(settings, maker.exposures, maker.seed), views):
+            density = calibration.fit.sampler.cell_density
+            entry = {
+                "efficiency": judged(density),
+                "bound": calibration.rounds[-1]["lower"],
+                "variance_over_uniform": variance_over_uniform(reference, density),
+                "floor": calibration.fit.floor,
+            }
+            rows.setdefault(forwards, []).append(entry)
+        result["variants"][name] = rows
+        for forwards, entries in rows.items():
+            values = [entry["efficiency"][0] for entry in entries]
+            bounds = [entry["bound"] for entry in entries]
+            ratios = [entry["variance_over_uniform"][0] for entry in entries]
             print(
-                f"{name}, {size:,} forwards: efficiency {np.mean(values):.4f}, worst {np.min(values):.4f}; variance "
-                f"over uniform's {np.mean(ratios):.4f}, worst {np.max(ratios):.4f}",
+                f"{name}, {forwards:,} forwards: efficiency {np.mean(values):.3f}, worst {np.min(values):.3f}; with "
+                f"bounds of {np.min(bounds):.3f} to {np.max(bounds):.3f}; variance over uniform's "
+                f"{np.mean(ratios):.3f}, worst {np.max(ratios):.3f}",
                 flush=True,
             )
     return result
 
 
-def _variance_over_uniform(moments: Floats, sampler: TSampler) -> float:
-    """Var(w·l) under a sampler over Var(l) under uniform t, from losses at uniform t."""
-    t, loss = (moments[:, Moments._fields.index(name)] for name in ("t", "loss"))
-    square, mean = loss**2, loss.mean()
-    return float(((square / sampler.density(t)).mean() - mean**2) / (square.mean() - mean**2))
+def variance_over_uniform(reference: Losses, density: Floats) -> list[float]:
+    """Var(w·l) under a density [4096] over Var(l) under uniform t, from losses at uniform t alone, and its 90 %
+    interval over resampled samples."""
+    t, loss = (column_of(reference.moments, name) for name in ("t", "loss"))
+    weighted = loss**2 / density[np.minimum((t * len(density)).astype(int), len(density) - 1)]
+    columns = np.stack([np.bincount(reference.sample, values) for values in (weighted, loss**2, loss, loss * 0 + 1)])
+    generator, num_samples = np.random.default_rng(0), columns.shape[1]
+
+    def ratio(counts: Floats) -> float:
+        weighted, square, total, number = columns @ counts
+        mean = total / number
+        return float((weighted / number - mean**2) / (square / number - mean**2))
+
+    drawn = generator.integers(0, num_samples, (NUM_RESAMPLES, num_samples))
+    resamples = [ratio(np.bincount(row, minlength=num_samples).astype(float)) for row in drawn]
+    return [ratio(np.ones(num_samples)), *np.quantile(resamples, [0.05, 0.95]).tolist()]
 
 
 def held_out_divergence(moments: Floats, maker: Calibrator) -> dict[str, float]:
@@ -111,8 +175,8 @@ def held_out_divergence(moments: Floats, maker: Calibrator) -> dict[str, float]:
     t, square = sums.mean("loss_square")
     optimum, divergences = np.sqrt(square), {}
     for name in ("epr", "polynomial"):
-        fitted = DENSITIES[name](FitInputs(lambda x: np.interp(x, t[::2], optimum[::2]), t[::2], 20, 0))
-        divergences[name] = kl_divergence(optimum[1::2], np.maximum(fitted.unnormalized(t[1::2]), 1e-300))
+        density = DENSITIES[name](FitInputs(lambda x: np.interp(x, t[::2], optimum[::2]), t[::2], 20, 0))
+        divergences[name] = kl_divergence(optimum[1::2], np.maximum(density.unnormalized(t[1::2]), 1e-300))
     return divergences
 
 
@@ -120,11 +184,10 @@ def figure(result: dict[str, Any], title: str) -> Figure:
     picture = Figure(figsize=(7.5, 5))
     axes = picture.add_subplot()
     for name, sizes in result["variants"].items():
-        values = np.array(sizes)
-        (line,) = axes.plot(result["forwards"], values.mean(1), "o-", markersize=3, label=name)
-        axes.fill_between(result["forwards"], values.min(1), values.max(1), alpha=0.12, color=line.get_color())
-    axes.axhline(result["uniform"], color="grey", linestyle="--", label="uniform t")
-    axes.axhline(0.98, color="black", linewidth=0.6, linestyle=":")
+        values = np.array([[entry["efficiency"][0] for entry in entries] for entries in sizes.values()])
+        (line,) = axes.plot(list(sizes), values.mean(1), "o-", markersize=3, label=name)
+        axes.fill_between(list(sizes), values.min(1), values.max(1), alpha=0.12, color=line.get_color())
+    axes.axhline(result["uniform"][0], color="grey", linestyle="--", label="uniform t")
     axes.set(xscale="log", xlabel="forwards", ylabel="efficiency (mean and range over seeds)", title=title)
     axes.legend()
     return picture
@@ -134,26 +197,26 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run-dir", required=True, type=Path)
     parser.add_argument("--output", required=True, type=Path, help="folder for study.json, study.png and the losses")
-    parser.add_argument("--forwards", type=int, default=10 * LARGEST, help="rows in all")
+    parser.add_argument("--seeds", type=int, default=8, help="calibrations of each kind and size")
+    parser.add_argument("--largest", type=int, default=SIZES[-1], help="rows of the largest calibration")
+    parser.add_argument("--reference", type=int, default=10 * SIZES[-1], help="rows that judge them")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     options = parser.parse_intermixed_args(arguments)
-    if options.forwards < 2 * LARGEST:
-        raise UserError(
-            f"--forwards {options.forwards}: at least {2 * LARGEST} are needed for one seed and a reference"
-        )
+    if options.largest < SIZES[0]:
+        raise UserError(f"--largest {options.largest}: the smallest calibration takes {SIZES[0]}")
     base = ["diffusion.sampler=ppots", "parallel.pipeline=1", "parallel.tensor=1", "parallel.sequence=false"]
     run_config(options.run_dir)  # says what is wrong with the folder, if anything is
     config = load_config(options.run_dir / "config.yaml", [*base, *options.overrides])
     options.output.mkdir(parents=True, exist_ok=True)
-    moments = measure(config, options.run_dir, options.forwards, options.output / "moments.npy")
+    measured = measure(config, options.run_dir, options)
     config, data = resolve(config)
     maker, views = calibrator_of(config, data.train), config.diffusion.rows_per_sample
-    result = study(moments, maker, views)
-    result["kl_held_out"] = held_out_divergence(moments, maker)
+    result = study(measured, maker, views)
+    result["kl_held_out"] = held_out_divergence(measured.reference.moments, maker)
     result["run"] = str(options.run_dir)
     write_json(options.output / "study.json", result)
     save_figure(figure(result, f"P-POTS calibration of {options.run_dir.name}"), options.output / "study.png")
-    print(f"uniform {result['uniform']:.4f}; KL on held-out points: {result['kl_held_out']}")
+    print(f"uniform {result['uniform'][0]:.4f}; KL on held-out points: {result['kl_held_out']}")
     print(f"{options.output / 'study.json'}, {options.output / 'study.png'}", flush=True)
 
 

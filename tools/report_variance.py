@@ -17,6 +17,7 @@ from megatron_mdm.config.schema import DiffusionConfig, RunConfig
 from megatron_mdm.diffusion.control_variate import CONTROL_VARIATES, WeightedLosses
 from megatron_mdm.diffusion.masking import MaskDesign
 from megatron_mdm.diffusion.objective import NORMALIZATIONS
+from megatron_mdm.diffusion.prepass import spread_groups
 from megatron_mdm.diffusion.randomness import Purpose, stream
 from megatron_mdm.diffusion.t_samplers import ClippedSampler, TSampler, UniformSampler
 from megatron_mdm.engine.inference import InferenceEngine
@@ -33,7 +34,7 @@ from megatron_mdm.reports.variance import (
     decompose,
     draw_gradients,
 )
-from megatron_mdm.training.calibrate import Prepass, calibrator_of, measure_adaptively, spread_groups
+from megatron_mdm.training.calibrate import calibration_of, calibrator_of
 from megatron_mdm.training.inputs import RunData, resolve
 
 DESIGNS: dict[str, dict[str, Any]] = {  # fields of the section diffusion
@@ -145,8 +146,8 @@ def _samplers(
         calibration = config.diffusion.calibration.model_copy(update={"target": target})
         diffusion = config.diffusion.model_copy(update={"calibration": calibration})
         changed = config.model_copy(update={"diffusion": diffusion})
-        fit, _ = measure_adaptively(Prepass(engine, changed, data, context), calibrator_of(changed, data.train))
-        samplers[target] = fit.sampler
+        calibrator = calibrator_of(changed, data.train)
+        samplers[target] = calibration_of(engine, changed, data, context, calibrator).fit.sampler
     return samplers
 
 

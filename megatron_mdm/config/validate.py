@@ -192,6 +192,12 @@ def _check_diffusion(config: RunConfig) -> None:
         )
     if diffusion.calibration.refit_every and diffusion.sampler != "ppots":
         raise UserError("'diffusion.calibration.refit_every' needs 'diffusion.sampler' ppots")
+    calibration, views = diffusion.calibration, diffusion.rows_per_sample
+    if calibration.estimator == "naive" and calibration.num_samples * calibration.num_masks < 4 * views:
+        raise UserError(
+            "'diffusion.calibration': estimator naive measures 2 samples with 2 groups of masks at least, of "
+            f"{views} rows each here: raise 'num_samples' times 'num_masks' to {4 * views}"
+        )
 
 
 def warnings(config: RunConfig) -> list[str]:

@@ -7,9 +7,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from megatron_mdm.diffusion.curves import Curve
 from megatron_mdm.diffusion.epr import fit_epr
 from megatron_mdm.diffusion.mask_schedule import Floats
-from megatron_mdm.diffusion.moments import Curve
 from megatron_mdm.diffusion.t_samplers import CENTRES
 
 POLYNOMIAL_DEGREE = 7  # the paper's ablation

@@ -8,9 +8,10 @@ import numpy as np
 
 from megatron_mdm.diffusion.calibrator import Calibrator
 from megatron_mdm.diffusion.densities import kl_divergence
+from megatron_mdm.diffusion.judge import Judge
 from megatron_mdm.diffusion.moments import MomentSums
 from megatron_mdm.diffusion.noiser import Noiser
-from megatron_mdm.diffusion.t_samplers import TabulatedSampler
+from megatron_mdm.diffusion.t_samplers import CENTRES, TabulatedSampler
 from megatron_mdm.evaluation.validation import FixedGridValidation
 from megatron_mdm.training.loop import StepResult
 from megatron_mdm.training.metrics import MetricsLog
@@ -37,21 +38,24 @@ class Refit:
         self.every, self.memory = settings.refit_every, 0.5 ** (1.0 / settings.refit_half_life)
         self.first = TabulatedSampler(np.array(artifact["cell_density"]))
         if not state.moment_sums:
-            state.moment_sums = artifact["moments"]
+            folds = np.array(artifact["moments"])
+            state.moment_sums = [folds[0::2].sum(0).tolist(), folds[1::2].sum(0).tolist(), (0 * folds[0]).tolist()]
         if state.cell_density:
             noiser.use(TabulatedSampler(np.array(state.cell_density)))
-        self.halves = [MomentSums(np.array(sums)) for sums in state.moment_sums]
+        *self.halves, self.recent = (MomentSums(np.array(sums)) for sums in state.moment_sums)
 
     def after_step(self, state: TrainState, result: StepResult) -> None:
-        nothing = MomentSums(np.zeros_like(self.halves[0].sums))
+        nothing = MomentSums(np.zeros_like(self.recent.sums))
         mine = result.step % 2
         new = nothing if result.is_skipped else MomentSums.of(result.moments, len(nothing.sums))
         self.halves = [
             half.plus(new if index == mine else nothing, self.memory) for index, half in enumerate(self.halves)
         ]
+        self.recent = self.recent.plus(new)
         if state.step % self.every == 0:
             self._refit(state)
-        state.moment_sums = [half.sums.tolist() for half in self.halves]
+            self.recent = nothing
+        state.moment_sums = [part.sums.tolist() for part in (*self.halves, self.recent)]
 
     def after_run(self, _: TrainState) -> None:
         pass
@@ -59,16 +63,20 @@ class Refit:
     def _refit(self, state: TrainState) -> None:
         present = self.noiser.sampler
         assert isinstance(present, TabulatedSampler)
-        fit = self.calibrator.fit(self.halves)
-        both = self.halves[0].plus(self.halves[1])
+        cells = np.concatenate([half.sums for half in self.halves])
+        judge = self.calibrator.judge(cells, np.repeat([0, 1], len(cells) // 2), num_folds=2)
+        fit = self.calibrator.fit(self.halves, judge)
+        # what was drawn since the last re-fit is news to the present density as to the first
+        recently = self.calibrator.judge(self.recent.sums)
+        before = recently.efficiency([present.cell_density])
         self.metrics.write(
             state.step,
             {
                 "refit_kl_divergence": kl_divergence(present.cell_density, fit.sampler.cell_density),
-                "refit_efficiency": fit.efficiency.of_sampler,
-                "refit_efficiency_before": self.calibrator.judge(both, present).of_sampler,
-                "refit_efficiency_without": self.calibrator.judge(both, self.first).of_sampler,
-                "refit_efficiency_of_uniform": fit.efficiency.of_uniform,
+                "refit_efficiency": fit.efficiency(judge).of_sampler,
+                "refit_efficiency_before": before.of_sampler,
+                "refit_efficiency_without": recently.efficiency([self.first.cell_density]).of_sampler,
+                "refit_efficiency_of_uniform": before.of_uniform,
                 "refit_uniform_floor": fit.floor,
             },
         )
@@ -78,19 +86,18 @@ class Refit:
 
 class JudgeSampler:
     """At every validation, the efficiency that the present p(t) has on the losses just validated, beside that of the
-    calibration's p(t) and of uniform t. For estimators of one Bernoulli mask, which is what validation measures. Runs
-    after Validate."""
+    calibration's p(t) and of uniform t (diffusion/judge.py). For estimators of one Bernoulli mask, which is what
+    validation measures. Runs after Validate."""
 
     def __init__(
         self,
-        calibrator: Calibrator,
         noiser: Noiser,
         artifact: dict[str, Any],
         validation: FixedGridValidation,
         every: int,
         metrics: MetricsLog,
     ) -> None:
-        self.calibrator, self.noiser, self.validation = calibrator, noiser, validation
+        self.noiser, self.validation = noiser, validation
         self.every, self.metrics = every, metrics
         self.first = TabulatedSampler(np.array(artifact["cell_density"]))
 
@@ -103,15 +110,11 @@ class JudgeSampler:
 
     def _judge(self, state: TrainState) -> None:
         moments, known = self.validation.moments()
-        settings = self.calibrator.settings.model_copy(
-            update={"estimator": "token_moments", "target": "second_moment", "density": "token_moments"}
-        )
-        judge = Calibrator(settings, known, self.calibrator.seed)
-        sums = MomentSums.of(moments, settings.num_times)
-        present = judge.judge(sums, self.noiser.sampler)
+        judge = Judge(moments, known, "second_moment")
+        present = judge.efficiency([self.noiser.sampler.density(CENTRES)])
         values = {
             "validation_efficiency": present.of_sampler,
-            "validation_efficiency_without_refit": judge.judge(sums, self.first).of_sampler,
+            "validation_efficiency_without_refit": judge.efficiency([self.first.cell_density]).of_sampler,
             "validation_efficiency_of_uniform": present.of_uniform,
         }
         self.metrics.write(state.step, values)

@@ -269,8 +269,7 @@ def _hooks(
         hooks.append(Validate(config, validation, trainer, metrics))
         one_mask = config.diffusion.rows_per_sample == 1 and config.diffusion.masking == "bernoulli"
         if artifact and one_mask and isinstance(validation, FixedGridValidation):
-            judged = (calibrator_of(config, data.train), trainer.noiser, artifact, validation)
-            hooks.append(JudgeSampler(*judged, config.evaluation.every, metrics))
+            hooks.append(JudgeSampler(trainer.noiser, artifact, validation, config.evaluation.every, metrics))
         if config.diffusion.sampler == "clipped" and config.diffusion.clipping.bounds == "adaptive":
             hooks.append(AdaptiveClipping(config, validation, trainer.noiser, state, metrics))
     hooks.append(signals)

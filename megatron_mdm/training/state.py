@@ -20,7 +20,7 @@ class TrainState:
     best_step: int = -1  # of the validation with the least loss
     validations_without_best: int = 0
     t_histogram: list[int] = field(default_factory=lambda: [0] * 10)
-    moment_sums: list[list[list[float]]] = field(default_factory=list)  # of both halves of the steps (re-fitting)
+    moment_sums: list[list[list[float]]] = field(default_factory=list)  # re-fitting: both halves of the steps; recent
     cell_density: list[float] = field(default_factory=list)  # the re-fitted p(t); empty: the calibration's
     control_variate: dict[str, Any] = field(default_factory=dict)  # diffusion.ema's, by its kind
     clipping: list[float] = field(default_factory=list)  # the adaptive clipped schedule's interval

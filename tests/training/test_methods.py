@@ -140,3 +140,6 @@ def test_combinations_that_cannot_or_should_not_be(folder: Path) -> None:
         validate(syrm, 1)
     with pytest.raises(UserError, match=r"needs 'diffusion\.sampler' ppots"):
         validate(config_of(folder, {"calibration": {"refit_every": 5}}, "x"), 1)
+    nested = {"estimator": "naive", "density": "epr", "num_samples": 3, "num_masks": 2}
+    with pytest.raises(UserError, match="of 4 rows each here: raise 'num_samples' times 'num_masks' to 16"):
+        validate(config_of(folder, {"views": 2, "multisample": 2, "calibration": nested}, "x"), 1)
