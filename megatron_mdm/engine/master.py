@@ -7,6 +7,7 @@ holds; written from the whole shard.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -96,6 +97,20 @@ class MasterState:
         """Adam's own count of steps, for its bias correction."""
         for state in self._torch_optimizer().state.values():
             state["step"] = torch.tensor(float(steps), device=state["exp_avg"].device)
+
+    @contextmanager
+    def moments_kept(self) -> Iterator[None]:
+        """Adam's moments and its count of steps are afterwards what they were before. Holds a copy of them."""
+        self._link_states()
+        moments = [self._here(parameter, kind)[1] for parameter in self.parameters.values() for kind in MOMENTS]
+        steps = [state["step"] for state in self._torch_optimizer().state.values()]
+        kept = [values.clone() for values in (*moments, *steps)]
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for values, before in zip((*moments, *steps), kept):
+                    values.copy_(before)
 
     def _here(self, parameter: torch.nn.Parameter, kind: str) -> tuple[int, Tensor]:
         """(start, elements) of the shard that this data-parallel rank holds; none where it holds no part of it."""
