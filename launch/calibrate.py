@@ -8,7 +8,7 @@ from megatron_mdm.parallel import platform
 
 platform.quiet_libraries()
 
-from megatron_mdm.checkpoint.choice import AUTO, CHOICES  # noqa: E402
+from megatron_mdm.checkpoint.choice import AUTO, CHOICES, choose_together  # noqa: E402
 from megatron_mdm.checkpoint.load import load_for_inference, restored_engine  # noqa: E402
 from megatron_mdm.config.load import load_config  # noqa: E402
 from megatron_mdm.config.validate import validate  # noqa: E402
@@ -34,7 +34,10 @@ def main() -> None:
     parallel, hang_minutes = config.parallel, config.faults.hang_minutes
     context = initialize(parallel.tensor, parallel.pipeline, agreement(config, data), hang_minutes)
     watch(arguments.output.parent, hang_minutes, context)
-    if arguments.run_dir:
+    if arguments.run_dir and config.diffusion.calibration.is_judged_by_gradients:  # which takes backward passes
+        chosen = choose_together(arguments.run_dir, arguments.checkpoint, context)
+        engine = restored_engine(chosen.path, config, context, 0)
+    elif arguments.run_dir:
         engine = load_for_inference(arguments.run_dir, config, context, arguments.checkpoint)
     else:
         engine = restored_engine(None, config, context, 0)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -34,7 +34,7 @@ class Fit:
 
     folds: Sequence[MomentSums]  # what it was fitted to
     sampler: TabulatedSampler
-    without: Sequence[Floats]  # [4096] each: the density fitted without a fold
+    without_fold: Sequence[Curve]  # densities fitted without one of them, without the floor and unnormalised
     density: Density  # without the floor
     floor: float  # λ
     curves: MomentCurves
@@ -44,6 +44,15 @@ class Fit:
     def kl_from_optimum(self) -> float:
         """KL(optimum ‖ fitted family), nats."""
         return kl_divergence(self.optimum(CENTRES), np.maximum(self.density.unnormalized(CENTRES), 1e-300))
+
+    @property
+    def without(self) -> list[Floats]:
+        """[4096] each: what would be sampled from, had a fold not been there."""
+        return [TabulatedSampler.of(curve, self.floor).cell_density for curve in self.without_fold]
+
+    def with_floor(self, floor: float) -> Fit:
+        """The same density on another floor."""
+        return replace(self, floor=floor, sampler=TabulatedSampler.of(self.density.unnormalized, floor))
 
     def efficiency(self, judge: Judge) -> Efficiency:
         return judge.efficiency(self.without, self.sampler.cell_density)
@@ -75,8 +84,7 @@ class Calibrator:
         optimum = self._optimum(curves)
         density = self._density(optimum, self.settings.num_restarts)
         sampler = TabulatedSampler.of(density.unnormalized, floor)
-        mixed = [TabulatedSampler.of(curve, floor).cell_density for curve in without]
-        return Fit(folds, sampler, mixed, density, floor, curves, optimum)
+        return Fit(folds, sampler, without, density, floor, curves, optimum)
 
     def _curves(self, sums: MomentSums) -> MomentCurves:
         return MOMENT_ESTIMATORS[self.settings.estimator](sums, self.exposures)

@@ -33,6 +33,15 @@ class GradientFloor(NamedTuple):
     upper: float  # its one-sided 95 % bound; 1 for uniform t
     num_gradients: int
 
+    def describe(self) -> str:
+        """One line for a person."""
+        by = f"by the gradients of {self.num_gradients} samples"
+        if self.floor == UNIFORM:
+            return f"t is uniform, since {by} the fitted density does not surely lower their variance"
+        return (
+            f"{by} p(t) leaves {self.ratio:.3f} of their second moment (at most {self.upper:.3f}), floor {self.floor:g}"
+        )
+
 
 def harmless_floor(
     t: Floats, weight: Floats, squares: Floats, floors: Sequence[float], sampler: Callable[[float], TSampler]

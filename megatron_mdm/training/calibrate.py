@@ -27,22 +27,34 @@ from megatron_mdm.diffusion.objective import NORMALIZATIONS
 from megatron_mdm.diffusion.prepass import DESIGNS, Calibration
 from megatron_mdm.diffusion.randomness import Purpose, stream
 from megatron_mdm.diffusion.t_samplers import CENTRES, TabulatedSampler
-from megatron_mdm.engine.base import Forward
+from megatron_mdm.engine.base import Engine, Forward
 from megatron_mdm.evaluation.losses import LossMeasurement
 from megatron_mdm.parallel.groups import ParallelContext
 from megatron_mdm.parallel.heartbeat import enter
 from megatron_mdm.reports.plots import calibration_figure, save_figure
+from megatron_mdm.training.gradient_draws import floor_by_gradients
 from megatron_mdm.training.inputs import RunData
 
 ARTIFACT_VERSION = 3
 
 
-def calibrate(engine: Forward, config: RunConfig, data: RunData, context: ParallelContext) -> dict[str, Any]:
-    """Measure, fit, and return the calibration artifact: JSON-able, the same on every rank. Collective."""
+def calibrate(engine: Engine, config: RunConfig, data: RunData, context: ParallelContext) -> dict[str, Any]:
+    """Measure, fit, and return the calibration artifact: JSON-able, the same on every rank. Collective.
+
+    engine: one that only computes losses does where target is not gradient or the floor is given.
+    """
     began = time.monotonic()
     data = replace(data, train=as_trained(config, data))
     calibrator = calibrator_of(config, data.train)
-    artifact = _artifact(calibration_of(engine, config, data, context, calibrator), calibrator, config)
+    calibration, choice = calibration_of(engine, config, data, context, calibrator), None
+    if calibrator.settings.is_judged_by_gradients:
+        enter("the gradients that judge the calibration")
+        choice = floor_by_gradients(calibration.fit, engine, config, data, context)
+        calibration = replace(calibration, fit=calibration.fit.with_floor(choice.floor))
+        if context.is_main:
+            print(f"calibration: {choice.describe()}", flush=True)
+    artifact = _artifact(calibration, calibrator, config)
+    artifact["gradients"] = choice._asdict() if choice else None
     artifact["data_fingerprint"] = data.train.fingerprint
     artifact["seconds"] = round(time.monotonic() - began, 3)
     return artifact

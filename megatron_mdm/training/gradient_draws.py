@@ -9,13 +9,15 @@ import numpy as np
 
 from megatron_mdm.config.schema import RunConfig
 from megatron_mdm.data.collate import collate
+from megatron_mdm.diffusion.calibrator import FLOORS, Fit
 from megatron_mdm.diffusion.exposure import SampleShapes, average_batch
+from megatron_mdm.diffusion.gradient_floor import DRAWN_FROM, GradientFloor, harmless_floor
 from megatron_mdm.diffusion.mask_schedule import Floats
 from megatron_mdm.diffusion.masking import MaskDesign
 from megatron_mdm.diffusion.noiser import noise
 from megatron_mdm.diffusion.objective import NORMALIZATIONS
 from megatron_mdm.diffusion.randomness import Purpose, stream
-from megatron_mdm.diffusion.t_samplers import TSampler
+from megatron_mdm.diffusion.t_samplers import TabulatedSampler, TSampler
 from megatron_mdm.engine.base import Engine
 from megatron_mdm.engine.gradient_norms import gradient_norms
 from megatron_mdm.engine.packets import loss_packet
@@ -30,7 +32,19 @@ _STREAM = 3  # of the calibration's random numbers
 class GradientDraws(NamedTuple):
     t: Floats  # [n]: at the middles of n strata of the quantile, in random order
     weight: Floats  # [n]: 1/density of t
-    squares: Floats  # [n]: ‖G‖², G the gradient of the mean over a sample's rows
+    squares: Floats  # [n]: ‖G‖², G the gradient of the mean over a sample's rows; ‖G‖ to three digits
+
+
+def floor_by_gradients(
+    fit: Fit, engine: Engine, config: RunConfig, data: RunData, context: ParallelContext
+) -> GradientFloor:
+    """How much of a fitted density does no harm to the true gradient (diffusion/gradient_floor.py). Collective."""
+
+    def sampler(floor: float) -> TabulatedSampler:
+        return fit.with_floor(floor).sampler
+
+    number = config.diffusion.calibration.num_gradients
+    return harmless_floor(*draw_gradients(engine, config, data, context, sampler(DRAWN_FROM), number), FLOORS, sampler)
 
 
 def draw_gradients(
@@ -62,4 +76,5 @@ def draw_gradients(
             own = weights._replace(row=weights.row * batch_of.num_samples)  # the sample's own mean
             yield [loss_packet(noised, own)]
 
-    return GradientDraws(t, weight, np.square(gradient_norms(engine, batches())))
+    norms = [float(f"{norm:.3g}") for norm in gradient_norms(engine, batches())]  # layouts differ in the last digits
+    return GradientDraws(t, weight, np.square(norms))

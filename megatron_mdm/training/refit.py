@@ -37,6 +37,8 @@ class Refit:
         self.calibrator, self.noiser, self.metrics = calibrator, noiser, metrics
         self.every, self.memory = settings.refit_every, 0.5 ** (1.0 / settings.refit_half_life)
         self.first = TabulatedSampler(np.array(artifact["cell_density"]))
+        # What the true gradients allowed at the start; training measures none of single samples.
+        self.least_floor = artifact["uniform_floor"] if settings.is_judged_by_gradients else 0.0
         if not state.moment_sums:
             folds = np.array(artifact["moments"])
             state.moment_sums = [folds[0::2].sum(0).tolist(), folds[1::2].sum(0).tolist(), (0 * folds[0]).tolist()]
@@ -66,6 +68,7 @@ class Refit:
         cells = np.concatenate([half.sums for half in self.halves])
         judge = self.calibrator.judge(cells, np.repeat([0, 1], len(cells) // 2), num_folds=2)
         fit = self.calibrator.fit(self.halves, judge)
+        fit = fit.with_floor(max(fit.floor, self.least_floor))
         # what was drawn since the last re-fit is news to the present density as to the first
         recently = self.calibrator.judge(self.recent.sums)
         before = recently.efficiency([present.cell_density])

@@ -101,3 +101,32 @@ def test_draws_that_are_not_finite_or_all_zero_decide_nothing() -> None:
     t = np.array([0.25, 0.5, 0.75])
     for squares in (np.array([np.inf, np.nan, 1.0]), np.zeros(3)):
         assert harmless_floor(t, np.ones(3), squares, FLOORS, sampler_of)[:3] == (UNIFORM, 1.0, 1.0)
+
+
+def calibrated(config: RunConfig) -> dict[str, Any]:
+    from megatron_mdm.checkpoint.load import restored_engine
+    from megatron_mdm.parallel.groups import initialize
+    from megatron_mdm.training import inputs
+    from megatron_mdm.training.calibrate import calibrate
+
+    config, data = inputs.resolve(config)
+    context = initialize(config.parallel.tensor, config.parallel.pipeline)
+    artifact = calibrate(restored_engine(None, config, context, 0), config, data, context)
+    return {key: artifact[key] for key in ("gradients", "uniform_floor", "cell_density")}
+
+
+def test_calibration_for_the_gradient_is_judged_by_gradients(tmp_path: Path) -> None:
+    """On a pipeline as on one process; the floor that they choose is that of the density that training samples."""
+    write_ids(tmp_path / "train.jsonl", 20)
+    calibration = {"target": "gradient", "num_gradients": 16, "num_times": 8, "num_masks": 2, "initial_forwards": 32}
+    diffusion = {"sampler": "ppots", "calibration": calibration}
+    results = [
+        run_ranks(calibrated, ranks, small_config(tmp_path, parallel=parallel, diffusion=diffusion))[0]
+        for ranks, parallel in ((1, {"zero": 0}), (2, {"pipeline": 2}))
+    ]
+    assert results[0]["cell_density"] == results[1]["cell_density"]
+    assert results[0]["gradients"] == results[1]["gradients"]
+    assert results[0]["gradients"]["floor"] == results[0]["uniform_floor"]
+    assert results[0]["gradients"]["num_gradients"] == 16
+    if results[0]["uniform_floor"] == UNIFORM:
+        assert set(results[0]["cell_density"]) == {1.0}

@@ -23,11 +23,18 @@ class CalibrationConfig(Section):
     initial_forwards: int = Field(default=256, ge=32)  # rows of the first round; each further round doubles them
     # of the lower bound of the efficiency on held-out losses (the density itself is usually better); 1: use all rows
     target_efficiency: float = Field(default=0.95, ge=0.0, le=1.0)
+    # target gradient: backward passes of single samples, by which the floor is chosen, where it is 'auto'
+    num_gradients: int = Field(default=64, ge=16)
     # lambda: p <- (1 - lambda) p + lambda, in [0.02, 1]; auto: by held-out variance, so that p does no harm
     uniform_floor: float | Literal["auto"] = "auto"
     num_restarts: int = Field(default=20, gt=0)  # of the fit of density epr
     refit_every: int = Field(default=0, ge=0)  # steps between re-fits from the training losses; 0: never
     refit_half_life: int = Field(default=200, gt=0)  # steps after which a loss counts half
+
+    @property
+    def is_judged_by_gradients(self) -> bool:
+        """Whether the floor is chosen by true gradients, since the target is a proxy of them."""
+        return self.target == "gradient" and self.uniform_floor == "auto"
 
     @model_validator(mode="after")
     def _fits_together(self) -> CalibrationConfig:
