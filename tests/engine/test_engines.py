@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from megatron_mdm.config.schema import RunConfig
+from megatron_mdm.engine.deepspeed_config import deepspeed_config
 from tests.ranks import run_ranks
 from tests.small import MASK, PAD, VOCAB, small_config, small_model, write_ids
 
@@ -17,7 +18,8 @@ PROMPTS = [[5, 6, 7], [8, 9], [10, 11, 12, 13, 14], [15]]
 
 
 def forward_only(config: RunConfig) -> dict[str, Any]:
-    """On a rank: logits of a padded batch, row statistics of two packets, and generated responses."""
+    """On a rank: logits of a padded batch, row statistics of two packets, with row gradients and without, and generated
+    responses."""
     from megatron_mdm.checkpoint.load import restored_engine
     from megatron_mdm.engine.packets import logits_packet
     from megatron_mdm.generation.generate import generate
@@ -35,7 +37,8 @@ def forward_only(config: RunConfig) -> dict[str, Any]:
     logits = engine.logits(logits_packet(tokens, lengths, selected))
     packet = Packet(tokens, lengths, selected, tokens, selected.float(), torch.ones(3))
     whole = packet._replace(lengths=torch.tensor(11))
-    statistics = [torch.stack(list(rows)).numpy() for rows in engine.evaluate([packet, whole])]
+    rows = [*engine.evaluate([packet, whole], row_gradients=True), *engine.evaluate([whole])]
+    statistics = [torch.stack(list(packets)).numpy() for packets in rows]
     settings = GenerationConfig(gen_length=8, block_length=4, steps=4, batch_size=2)
     responses = generate(engine, PROMPTS, settings, SpecialIds(MASK, PAD), context)
     return {"logits": logits.numpy(), "statistics": statistics, "responses": responses}
@@ -55,11 +58,44 @@ def forward_only(config: RunConfig) -> dict[str, Any]:
 def test_forward_passes_equal_one_process(num_ranks: int, parallel: dict[str, Any], tmp_path: Path) -> None:
     model = small_model(num_layers=4, init_std=0.2).model_dump()
     expected = run_ranks(forward_only, 1, small_config(tmp_path, model=model, parallel={"zero": 0}))[0]
+    assert [bool(statistics[-1].any()) for statistics in expected["statistics"]] == [True, True, False]
     for result in run_ranks(forward_only, num_ranks, small_config(tmp_path, model=model, parallel=parallel)):
         np.testing.assert_allclose(result["logits"], expected["logits"], rtol=1e-4, atol=1e-5)
         for ours, theirs in zip(result["statistics"], expected["statistics"]):
             np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
         assert result["responses"] == expected["responses"]
+
+
+def logits_of_a_zeroed_norm(config: RunConfig) -> np.ndarray:
+    from megatron_mdm.checkpoint.load import restored_engine
+    from megatron_mdm.engine.packets import logits_packet
+    from megatron_mdm.parallel.groups import initialize
+
+    engine = restored_engine(None, config, initialize(1), 0)
+    (name,) = (name for name in engine.master.parameters if name.endswith("final_norm.weight"))
+    engine.master.load(name, "weight", torch.zeros(config.model.hidden_size))
+    tokens = torch.tensor([[5, 6, 7]])
+    return engine.logits(logits_packet(tokens, torch.tensor([3]), tokens > 0)).numpy()
+
+
+@pytest.mark.parametrize("threshold", [0, 10**6])
+def test_zero3_reads_weights_also_into_parameters_that_stay_gathered(threshold: int, tmp_path: Path) -> None:
+    section = {"zero_optimization": {"stage3_param_persistence_threshold": threshold}}
+    config = small_config(tmp_path, parallel={"zero": 3}, deepspeed=section)
+    assert not run_ranks(logits_of_a_zeroed_norm, 1, config)[0].any()
+
+
+def test_the_norm_is_measured_where_nothing_is_clipped(tmp_path: Path) -> None:
+    """By our clipping, which DeepSpeed has to call, in fp32 without ZeRO; else by DeepSpeed."""
+    for parallel, dtype, clipping, expected in (
+        ({"zero": 0}, "fp32", 0.0, 1e30),
+        ({"zero": 0}, "fp32", 0.5, 0.5),
+        ({"zero": 1}, "fp32", 0.0, 0.0),
+        ({"zero": 0}, "bf16", 0.0, 0.0),
+    ):
+        optimizer, precision = {"gradient_clipping": clipping}, {"dtype": dtype}
+        config = small_config(tmp_path, parallel=parallel, precision=precision, optimizer=optimizer)
+        assert deepspeed_config(config, 1)["gradient_clipping"] == expected
 
 
 def losses_of(config: RunConfig) -> list[float]:

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from megatron_mdm.config.schema import RunConfig
+from megatron_mdm.engine.optimizer import scaled_unless_faulty
 from tests.ranks import run_ranks
 from tests.small import VOCAB, small_config, small_model
 
@@ -58,6 +59,16 @@ def faulty_steps(config: RunConfig) -> list[dict[str, Any]]:
 
     faults = [(0, 0), (float("nan"), 0), (float("inf"), 0), (0, float("nan")), (0, float("inf")), (0, 0)]
     return [step(*fault) for fault in faults]
+
+
+@pytest.mark.parametrize("offset", [0.0, float("inf"), float("nan")])
+def test_a_faulty_loss_spoils_its_gradients(offset: float) -> None:
+    """Also where they would be finite: the probability 0 of a token has an infinite loss, but a gradient."""
+    weight = torch.tensor([2.0, 3.0], requires_grad=True)
+    scaled_unless_faulty(weight.sum() + offset, 4).backward()
+    assert weight.grad is not None
+    assert torch.equal(weight.grad, torch.tensor([4.0, 4.0])) == (offset == 0.0)
+    assert bool(weight.grad.isfinite().all()) == (offset == 0.0)
 
 
 @pytest.mark.parametrize("name", ENGINES)
