@@ -71,16 +71,13 @@ class Calibrator:
 
     def fit(self, folds: Sequence[MomentSums], judge: Judge) -> Fit:
         """Fit to all folds together; where the floor is 'auto', the judge of the folds chooses it."""
-        total = folds[0]
-        for fold in folds[1:]:
-            total = total.plus(fold)
-        rest = [total.plus(MomentSums(-fold.sums)) for fold in folds]
+        rest = [_sum([*folds[:place], *folds[place + 1 :]]) for place in range(len(folds))]
         restarts = max(1, self.settings.num_restarts // 4)
         without = [self._density(self._optimum(self._curves(sums)), restarts).unnormalized for sums in rest]
         floor = self.settings.uniform_floor
         if floor == "auto":
             floor = _harmless_floor(without, judge)
-        curves = self._curves(total)
+        curves = self._curves(_sum(folds))
         optimum = self._optimum(curves)
         density = self._density(optimum, self.settings.num_restarts)
         sampler = TabulatedSampler.of(density.unnormalized, floor)
@@ -95,8 +92,12 @@ class Calibrator:
 
     def _optimum(self, curves: MomentCurves) -> Curve:
         target = TARGETS[self.settings.target](curves)
-        least = _LEAST_TARGET * float(np.mean(target(CENTRES)))
+        least = _LEAST_TARGET * float(np.mean(target(CENTRES))) or 1.0  # without any loss: uniform
         return lambda t: np.sqrt(np.maximum(target(t), least))
+
+
+def _sum(parts: Sequence[MomentSums]) -> MomentSums:
+    return MomentSums(np.sum([part.sums for part in parts], axis=0))
 
 
 def _harmless_floor(without: Sequence[Curve], judge: Judge) -> float:

@@ -6,16 +6,18 @@ Fewer calibrations than `python tools/calibration_toys.py` runs, on fewer toys; 
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pytest
 
+from megatron_mdm.config.errors import UserError
 from megatron_mdm.config.schema import CalibrationConfig
 from megatron_mdm.diffusion.calibrator import Calibrator
 from megatron_mdm.diffusion.judge import Judge
 from megatron_mdm.diffusion.mask_schedule import Floats
-from megatron_mdm.diffusion.moments import MomentSums
+from megatron_mdm.diffusion.moments import WEIGHT_OF, Moments, MomentSums
 from megatron_mdm.diffusion.prepass import (
     DESIGNS,
     Calibration,
@@ -27,7 +29,7 @@ from megatron_mdm.diffusion.prepass import (
 from megatron_mdm.diffusion.t_samplers import CENTRES, TabulatedSampler, UniformSampler
 from megatron_mdm.diffusion.toys import TOYS, Toy, ToyMeasurement
 
-PAPER = {"estimator": "naive", "density": "epr", "target": "paper", "uniform_floor": 0.02, "num_restarts": 4}
+PAPER = {"estimator": "naive", "density": "epr", "target": "paper", "uniform_floor": 0.02, "num_restarts": 2}
 SMALL = {"num_samples": 4, "num_times": 64, "num_masks": 4}  # 1,024 rows of a nested design
 
 
@@ -51,26 +53,43 @@ def test_second_moments_of_toys_are_those_of_their_losses(name: str) -> None:
 
 
 def test_density_is_good_and_its_bound_is_no_higher_than_the_truth() -> None:
-    """With 1,024 forwards. A bound that holds in 90 % of calibrations holds in at least 31 of 40 with probability
-    0.995; one that holds in 2 %, as an earlier one did, never does."""
+    """With 1,024 forwards. A bound that holds in 90 % of calibrations holds in at least 24 of 32 with probability
+    0.997; one that holds in 2 %, as an earlier one did, never does."""
     num_held = 0
     for name in ("rising .05 → 1.5", "flat, heavy tail", "falling", "tokens go together"):
         toy, efficiencies = TOYS[name], []
-        for seed in range(10):
+        for seed in range(8):
             calibration = calibrated(toy, seed, initial_forwards=1024, target_efficiency=0.0)
             assert calibration.rounds[-1]["forwards"] == 1024
             efficiencies.append(toy.efficiency(calibration.fit.sampler))
             num_held += calibration.rounds[-1]["lower"] <= efficiencies[-1]
-        paper = [toy.efficiency(calibrated(toy, seed, **PAPER, **SMALL).fit.sampler) for seed in range(4)]
+        paper = [toy.efficiency(calibrated(toy, seed, **PAPER, **SMALL).fit.sampler) for seed in range(3)]
         assert np.mean(efficiencies) >= 0.97
         assert np.mean(efficiencies) > max(float(np.mean(paper)), toy.efficiency(UniformSampler()))
-    assert num_held >= 31
+    assert num_held >= 24
 
 
 def test_complementary_pairs_are_calibrated_as_well() -> None:
     toy = dataclasses.replace(TOYS["rising .2 → 1.7"], complementary=True)
     settings = {"initial_forwards": 1024, "target_efficiency": 0.0}
     assert np.mean([toy.efficiency(calibrated(toy, seed, **settings).fit.sampler) for seed in range(5)]) >= 0.97
+
+
+def test_sums_in_cells_are_fitted_as_well_as_losses() -> None:
+    """Re-fits know sums only, of two halves of the steps."""
+    toy, num_groups = TOYS["rising .2 → 1.7"], 1024
+    calibrator, efficiencies = Calibrator(CalibrationConfig(), toy.exposures(), 0), []
+    for seed in range(5):
+        sample, t = spread_groups(5000, range(num_groups), seed)
+        moments = ToyMeasurement(toy, 5000, seed)(sample, t)
+        halves = [MomentSums.of(moments[half::2], 70) for half in (0, 1)]
+        cells = np.concatenate([half.sums for half in halves])
+        by_cells = calibrator.judge(cells, np.repeat([0, 1], 70), 2)
+        by_losses = calibrator.judge(moments, np.arange(num_groups) % 2, 2)
+        fit = calibrator.fit(halves, by_cells)
+        assert fit.efficiency(by_cells).of_sampler == pytest.approx(fit.efficiency(by_losses).of_sampler, abs=0.05)
+        efficiencies.append(toy.efficiency(fit.sampler))
+    assert np.mean(efficiencies) >= 0.97
 
 
 def test_judge_sees_what_is_wrong_with_a_density() -> None:
@@ -91,6 +110,26 @@ def test_judge_sees_what_is_wrong_with_a_density() -> None:
     assert truths[2] > 0.999
 
 
+@pytest.mark.parametrize("estimator", DESIGNS)
+def test_losses_that_are_nothing_or_not_numbers(estimator: str) -> None:
+    """Without any loss, uniform t is as good as any; with one that is not finite, the model's weights are named."""
+    toy = TOYS["flat"]
+    settings = CalibrationConfig(**({**PAPER, **SMALL} if estimator == "naive" else {}))
+    calibrator, drawn = Calibrator(settings, toy.exposures(), 0), ToyMeasurement(toy, 100, 0)
+    losses = [place for place, name in enumerate(Moments._fields) if name.startswith(("loss", *WEIGHT_OF))]
+
+    def measure(samples: np.ndarray, t: Floats, value: float) -> Floats:
+        moments = drawn(samples, t)
+        moments[:, losses] = value
+        return moments
+
+    calibration = DESIGNS[estimator](partial(measure, value=0.0), calibrator, 100, 1)
+    np.testing.assert_allclose(calibration.fit.sampler.cell_density, 1.0, atol=1e-3)
+    assert calibration.efficiency.of_sampler == calibration.efficiency.of_uniform == 1.0
+    with pytest.raises(UserError, match="check the model's weights"):
+        DESIGNS[estimator](partial(measure, value=np.nan), calibrator, 100, 1)
+
+
 def test_calibration_stops_where_its_bound_says_so() -> None:
     toy = TOYS["rising .5 → 1.5"]
     early, late = (calibrated(toy, 0, target_efficiency=target).rounds for target in (0.9, 0.96))
@@ -103,7 +142,7 @@ def test_calibration_stops_where_its_bound_says_so() -> None:
 @pytest.mark.parametrize("num_times", range(8, 201))
 def test_every_cell_of_the_nested_grid_is_measured(num_times: int) -> None:
     """j/b lies in the j-th of b cells, whatever j/b · b is in floating point."""
-    moments = np.zeros((num_times, 29))
+    moments = np.zeros((num_times, len(Moments._fields)))
     moments[:, 0], moments[:, 1] = 1.0, (np.arange(num_times) + 1.0) / num_times
     np.testing.assert_array_equal(MomentSums.of(moments, num_times).column("one"), 1.0)
 
