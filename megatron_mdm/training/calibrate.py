@@ -54,7 +54,8 @@ def calibrate(engine: Engine, config: RunConfig, data: RunData, context: Paralle
         if context.is_main:
             print(f"calibration: {choice.describe()}", flush=True)
     artifact = _artifact(calibration, calibrator, config)
-    artifact["gradients"] = choice._asdict() if choice else None
+    if choice:
+        artifact["gradients"] = choice._asdict()
     artifact["data_fingerprint"] = data.train.fingerprint
     artifact["seconds"] = round(time.monotonic() - began, 3)
     return artifact
