@@ -215,5 +215,15 @@ def test_predicted_memory_is_that_of_a_real_step(case: list[tuple[RunConfig, Cou
         assert counted.peak == pytest.approx(predicted.total, rel=0.15)
 
 
+def test_a_pipeline_holds_no_more_micro_batches_than_there_are(tmp_path: Path) -> None:
+    """The first of four stages: at most four, also their messages."""
+    config = small_config(tmp_path, model=small_model(num_layers=4).model_dump(), parallel={"pipeline": 4, "zero": 0})
+    shape, layout = MicroBatchShape(2, 64, 128), Layout.of(4, 1, 4)
+    one, three, four, nine = (rank_memory(config, layout, 0, shape, number, "cpu") for number in (1, 3, 4, 9))
+    assert 3 * one.activations == three.activations < four.activations == nine.activations
+    message = 2 * 64 * config.model.hidden_size * 4
+    assert [memory.buffers / message for memory in (one, three, four, nine)] == [2, 4, 5, 5]  # one more is on its way
+
+
 def test_attention_changes_its_kernel_where_the_formula_says() -> None:
     assert kernel_memory.EXPLICIT_LENGTH == attention.EXPLICIT_LENGTH

@@ -10,7 +10,16 @@ import torch
 
 from megatron_mdm.config.schema import ParallelConfig
 from megatron_mdm.generation.candidates import draw, truncated
-from megatron_mdm.generation.remask import COMMIT_SCHEDULES, REMASKING, Step, cosine, epsilon, linear
+from megatron_mdm.generation.remask import (
+    COMMIT_SCHEDULES,
+    REMASKING,
+    Ranking,
+    Step,
+    confident_enough,
+    cosine,
+    epsilon,
+    linear,
+)
 from megatron_mdm.generation.sampler import denoise
 from megatron_mdm.generation.settings import GenerationConfig, Response, SpecialIds
 from megatron_mdm.models.cache import Window
@@ -176,6 +185,14 @@ def test_responses_depend_neither_on_batch_nor_on_ranks(
         for changes, responses, expected in zip(SETTINGS, results, alone):
             assert responses == expected, changes
             assert all(len(response.tokens) == 8 and MASK not in response.tokens for response in responses)
+
+
+def test_a_threshold_is_met_by_what_equals_it() -> None:
+    masked = torch.tensor([[True, True, True, False]])
+    scores = torch.tensor([[0.5, 0.9, 0.8, float("-inf")]], dtype=torch.float64)
+    ranking = Ranking(scores, masked, torch.zeros_like(masked))
+    for threshold, chosen in ((0.95, [1]), (0.8, [1, 2]), (0.9, [1]), (0.5, [0, 1, 2])):
+        assert confident_enough(ranking, 1, threshold)[0].nonzero()[:, 0].tolist() == chosen
 
 
 def test_special_ids_without_an_eos() -> None:
