@@ -19,7 +19,7 @@ Curve = Callable[[Floats], Floats]
 # a fit of a dozen parameters would enlarge that until t itself differed.
 _LOG_STEP = 1 / 1000
 _LEAST_SPREAD = 1e-4  # of a loss's mean square over its squared mean
-_LARGEST_VARIANCE = 8.0  # of a log rate: where nothing at all was seen, twice its variance is no reason for e⁸
+_LARGEST_VARIANCE = 16.0  # of a log rate that is little known: it is raised by no more than e⁴
 
 
 class Term(NamedTuple):
@@ -79,8 +79,8 @@ def token_moments(sums: MomentSums, exposures: Exposures) -> MomentCurves:
     The three are smooth in t and free of 1/t; each is a ratio of sums over groups. The expectations of the weights are
     known exactly (exposure.py), so the same formula serves every masking rule, MIRROR, repeated masks and ISAD. The
     mean token loss, of which most is known, leads: μ₂, κ and κ' are taken for powers of it until the losses say more.
-    The density least in expected variance is the root of the *expected* second moment, so that a rate of which little
-    is known counts as its mean, e^(mode + variance/2), not as its mode: p(t) stays high where nothing was seen.
+    The density is the root of a second moment, and the *expected* root of a rate whose logarithm is normal is that of
+    e^(mode + variance/4): where little is known of a rate, it counts for more than its mode, and p(t) stays high.
     """
     # finer towards 0, where the rates turn most
     grid = np.square(np.linspace(0.0, 1.0, len(sums.sums) + 1))
@@ -92,7 +92,7 @@ def token_moments(sums: MomentSums, exposures: Exposures) -> MomentCurves:
         power = _POWER[term.amounts]
         follower = log_rate(sums.rates(term.amounts), grid, lambda t: np.interp(t, grid, leader.mode), power)
         variance = np.minimum(follower.variance + power**2 * leader.variance, _LARGEST_VARIANCE)
-        values = np.exp(_rounded(follower.mode + variance / 2))
+        values = np.exp(_rounded(follower.mode + variance / 4))
         return lambda t: np.interp(t, grid, values)
 
     mean_values = np.exp(_rounded(leader.mode))

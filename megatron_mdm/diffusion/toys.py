@@ -29,11 +29,15 @@ class Noise(Protocol):
     """A token's loss around its mean."""
 
     def draw(self, generator: np.random.Generator, mean: Floats) -> Floats:
-        """Losses of the shape of `mean`."""
+        """Losses [n, V, P] of groups of V rows; mean has that shape."""
         ...
 
-    def spread(self, mean: Floats) -> Floats:
-        """Var(c) / mean²."""
+    def square(self, mean: Floats) -> Floats:
+        """E[c²]"""
+        ...
+
+    def pair(self, mean: Floats) -> Floats:
+        """E[c c'] of different tokens, or of one in two rows, of a group."""
         ...
 
 
@@ -44,8 +48,11 @@ class LogNormal:
     def draw(self, generator: np.random.Generator, mean: Floats) -> Floats:
         return mean * np.exp(self.sigma * generator.normal(size=mean.shape) - self.sigma**2 / 2)
 
-    def spread(self, mean: Floats) -> Floats:
-        return np.full_like(mean, np.exp(self.sigma**2) - 1.0)
+    def square(self, mean: Floats) -> Floats:
+        return mean**2 * np.exp(self.sigma**2)
+
+    def pair(self, mean: Floats) -> Floats:
+        return mean**2
 
 
 @dataclass(frozen=True)
@@ -53,8 +60,11 @@ class Exponential:
     def draw(self, generator: np.random.Generator, mean: Floats) -> Floats:
         return mean * generator.exponential(size=mean.shape)
 
-    def spread(self, mean: Floats) -> Floats:
-        return np.ones_like(mean)
+    def square(self, mean: Floats) -> Floats:
+        return 2.0 * mean**2
+
+    def pair(self, mean: Floats) -> Floats:
+        return mean**2
 
 
 @dataclass(frozen=True)
@@ -67,8 +77,29 @@ class Mistakes:
         wrong = generator.random(mean.shape) < mean / self.size
         return wrong * generator.exponential(self.size, mean.shape)
 
-    def spread(self, mean: Floats) -> Floats:
-        return 2.0 * self.size / mean - 1.0
+    def square(self, mean: Floats) -> Floats:
+        return 2.0 * self.size * mean
+
+    def pair(self, mean: Floats) -> Floats:
+        return mean**2
+
+
+@dataclass(frozen=True)
+class Bursts:
+    """As Mistakes, but that `share` of a group's tokens are wrong, or none is."""
+
+    size: float
+    share: float
+
+    def draw(self, generator: np.random.Generator, mean: Floats) -> Floats:
+        bad = generator.random((len(mean), 1, 1)) < mean / (self.size * self.share)
+        return bad * (generator.random(mean.shape) < self.share) * generator.exponential(self.size, mean.shape)
+
+    def square(self, mean: Floats) -> Floats:
+        return 2.0 * self.size * mean
+
+    def pair(self, mean: Floats) -> Floats:
+        return self.size * self.share * mean
 
 
 @dataclass(frozen=True)
@@ -93,7 +124,7 @@ class Toy:
         """(E[l | t], E[l² | t]) of a group [T]."""
         mean, q, num = self.mean(t), _SCHEDULE.mask_probability(t), self.num_tokens
         common = np.exp(self.sample_sigma**2 + self.group_sigma**2)  # E[factor²]
-        square, pair = mean**2 * (1.0 + self.noise.spread(mean)) * common, mean**2 * common
+        square, pair = self.noise.square(mean) * common, self.noise.pair(mean) * common
         row = square / (num * q) + (1.0 - 1.0 / num) * pair
         if not self.complementary:
             return mean, row
@@ -148,4 +179,5 @@ TOYS: dict[str, Toy] = {
     "tokens go together": Toy(_line(0.2, 1.5), Exponential(), group_sigma=0.7),
     "rising mistakes": Toy(_line(0.005, 0.2), Mistakes(1.0)),
     "rare mistakes": Toy(_line(0.02, 0.02), Mistakes(1.0)),
+    "bursts of mistakes": Toy(_line(0.002, 0.06), Bursts(1.0, 0.2)),
 }
