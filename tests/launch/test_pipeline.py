@@ -135,7 +135,9 @@ def test_generation_goes_on_where_it_was_interrupted(folder: Path, trained: Path
     header, first, *_ = broken.read_text().split("\n")
     kept = "kept\u2028with\x85line\x0bseparators\u2029"
     marked = {**json.loads(first), "response": kept}
-    broken.write_text("\n".join([header, json.dumps(marked, ensure_ascii=False), '{"row": 99}', '{"row": 9, "resp']))
+    broken.write_text(
+        "\n".join([header, json.dumps(marked, ensure_ascii=False), '{"response": "of no row"}', '{"row": 9, "resp'])
+    )
     refused = run_program_ranks("launch/generate.py", [*arguments, "--output", str(output), *settings[:-1]])[0]
     assert refused.exit_code == 1
     assert "begun with temperature = 0.5, not 0.0" in refused.stderr
