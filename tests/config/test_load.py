@@ -63,6 +63,12 @@ seed: 010
         ),
         ("schedule: {epochs: 1}", [], "{top}, line 2: 'schedule': set exactly one of steps and epochs"),
         ("seed: 1", ["schedule.epochs=1"], "override 'schedule.epochs=1': 'schedule': set exactly one"),
+        (
+            "seed: 1",
+            ["schedule={}", "schedule.steps=1", "schedule.epochs=1"],
+            "override 'schedule.epochs=1': 'schedule': set exactly one",
+        ),
+        ("data: {max_length: 1, pad_tokn: a}", [], "{top}, line 2: unknown key 'data.pad_tokn'"),
         ("optimizer: {betas: [0.9, x]}", [], "{top}, line 2: 'optimizer.betas.1': input should be a valid number"),
         ("data: {train: {a: x}}", [], "{top}, line 2: 'data.train.a': input should be a valid number"),
         ("data: {train: {a: .5, b: x}}", ["seed=2"], "{top}, line 2: 'data.train.b'"),
