@@ -27,7 +27,9 @@ def test_results_are_those_recorded(name: str, recorded: dict[str, Any], tmp_pat
         print("recorded on a processor with other kernels: losses are compared to 1e-6")
     exact = {"masks", "generated"}
     if same_kernels:
-        exact |= {"t", "density"} | ({"losses", "sample_losses", "gradient_norms"} if SETUPS[name].num_ranks == 1 else set())
+        exact |= {"t", "density"} | (
+            {"losses", "sample_losses", "gradient_norms"} if SETUPS[name].num_ranks == 1 else set()
+        )
     assert found.keys() == expected.keys()
     for key, value in expected.items():
         if key in exact:

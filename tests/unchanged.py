@@ -25,7 +25,7 @@ from tests.small import EOS, MASK, PAD, small_config, small_model, write_ids
 RECORDED = Path(__file__).parent / "unchanged.json"
 NUM_STEPS = 10
 CALIBRATION = {"num_samples": 3, "num_times": 10, "num_masks": 4, "num_restarts": 3}
-PAPER_AND_STRATA = {"sampler": "ppots", "views": 2, "strata": "full", "calibration": CALIBRATION}
+PAPER_AND_STRATA = {"t_sampler": "ppots", "views": 2, "strata": "full", "calibration": CALIBRATION}
 
 
 class Setup(NamedTuple):
@@ -42,7 +42,7 @@ SETUPS = {
         1,
         {
             "diffusion": {
-                "sampler": "ppots",
+                "t_sampler": "ppots",
                 "calibration": {**CALIBRATION, "target": "gradient", "num_gradients": 16, "refit_every": 4},
             }
         },
@@ -53,16 +53,14 @@ SETUPS = {
         1,
         {
             "model": {"tie_embeddings": True, "qk_norm": True, "qkv_bias": True, "z_loss": 1e-2, "logit_shift": True},
-            "diffusion": {"multisample": 2, "normalization": "token", "sampler": "clipped"},
+            "diffusion": {"multisample": 2, "normalization": "token", "t_sampler": "clipped"},
             "batch": {"mode": "bucketed", "micro_tokens": 96},
         },
     ),
     "tp2_sequence": Setup(
         2, {"diffusion": PAPER_AND_STRATA, "parallel": {"tensor": 2, "sequence": True, "zero": 1}}, ({},)
     ),
-    "pp2": Setup(
-        2, {"diffusion": PAPER_AND_STRATA, "parallel": {"pipeline": 2, "zero": 1}}, ({}, {"cache": "prefix"})
-    ),
+    "pp2": Setup(2, {"diffusion": PAPER_AND_STRATA, "parallel": {"pipeline": 2, "zero": 1}}, ({}, {"cache": "prefix"})),
     "dp2_zero3": Setup(2, {"diffusion": PAPER_AND_STRATA, "parallel": {"zero": 3}}),
     "pp2_autoregressive": Setup(
         2, {"diffusion": {"method": "autoregressive"}, "parallel": {"pipeline": 2, "zero": 0}}, ({},)
@@ -94,7 +92,13 @@ def kernel_fingerprint() -> str:
     generator = torch.Generator().manual_seed(0)
     left, right = (torch.randn(64, 96, generator=generator) for _ in range(2))
     products = left @ right.t()
-    results = [products, products.softmax(-1), left.exp(), left.square().mean(-1).rsqrt(), torch.nn.functional.silu(left)]
+    results = [
+        products,
+        products.softmax(-1),
+        left.exp(),
+        left.square().mean(-1).rsqrt(),
+        torch.nn.functional.silu(left),
+    ]
     digest = hashlib.sha256(torch.__version__.encode())
     for result in results:
         digest.update(result.numpy().tobytes())
@@ -111,7 +115,7 @@ def _trained_and_generated(config: RunConfig, decoding: tuple[dict[str, Any], ..
     config, data = inputs.resolve(config)
     context = initialize(config.parallel.tensor, config.parallel.pipeline)
     engine = restored_engine(None, config, context, 0)
-    artifact = calibrate(engine, config, data, context) if config.diffusion.sampler in CALIBRATED_SAMPLERS else None
+    artifact = calibrate(engine, config, data, context) if config.diffusion.t_sampler in CALIBRATED_SAMPLERS else None
     trainer = run.build_trainer(config, data, engine, artifact, context)
     masks, steps = hashlib.sha256(), []
     for step in range(NUM_STEPS):
@@ -133,18 +137,19 @@ def _trained_and_generated(config: RunConfig, decoding: tuple[dict[str, Any], ..
 
 def _generated(config: RunConfig, decoding: tuple[dict[str, Any], ...], context: Any) -> list[list[list[int]]]:
     """Of each setting, the ids of every response."""
-    from megatron_mdm.engine.inference import InferenceEngine, PipelinedInferenceEngine, build_stages
+    from megatron_mdm.engine.inference import InferenceEngine, PipelinedInferenceEngine, build_stage
     from megatron_mdm.generation.generate import generate
     from megatron_mdm.generation.settings import GenerationConfig, SpecialIds
-    from megatron_mdm.models.stages import build_model
+    from megatron_mdm.models.layers import build_model
 
     model = config.model.model_copy(update={"init_std": 0.3})
+    parallel = config.parallel.model_copy(update={"sequence": False})
     engine: Any
     if context.layout.pipeline > 1:
-        stages = build_stages(model, config.parallel, context, 3, 16)
+        stages = build_stage(model, parallel, context, 3, 16)
         engine = PipelinedInferenceEngine(stages, model, "fp32", context)
     else:
-        engine = InferenceEngine(build_model(model, config.parallel, context, 3), "fp32")
+        engine = InferenceEngine(build_model(model, parallel, context, 3), "fp32")
     prompts, special = [[5, 6, 7], [8, 9], [10, 11, 12, 13, 14], [15]], SpecialIds(MASK, PAD, EOS)
     answers = []
     for changes in decoding:

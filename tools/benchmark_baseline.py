@@ -54,11 +54,11 @@ class PlainLoop:
         )
         self.model = LlamaForCausalLM(config).train()
         self.weights = list(self.model.parameters())
-        self.master = self.weights
+        self.optimizer_state = self.weights
         if case.dtype == "bf16":
-            self.master = [torch.nn.Parameter(weight.detach().clone()) for weight in self.weights]
+            self.optimizer_state = [torch.nn.Parameter(weight.detach().clone()) for weight in self.weights]
             self.model.bfloat16()
-        self.optimizer = torch.optim.AdamW(self.master, lr=lr, weight_decay=0.1, fused=True)
+        self.optimizer = torch.optim.AdamW(self.optimizer_state, lr=lr, weight_decay=0.1, fused=True)
 
     def step(self, trainer: Trainer, views: int, step: int) -> StepOutput:
         """One optimizer step on the samples and mask rates of the trainer's step; the masks are drawn here."""
@@ -81,10 +81,10 @@ class PlainLoop:
             loss = self._loss_sum(batch) / (views * num_samples)
             loss.backward()
             total += loss.item()
-        if self.master is not self.weights:
-            for master, weight in zip(self.master, self.weights):
+        if self.optimizer_state is not self.weights:
+            for master, weight in zip(self.optimizer_state, self.weights):
                 master.grad, weight.grad = weight.grad.float(), None
-        norm = torch.nn.utils.clip_grad_norm_(self.master, 1.0)
+        norm = torch.nn.utils.clip_grad_norm_(self.optimizer_state, 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self._round_weights()
@@ -93,8 +93,8 @@ class PlainLoop:
     @torch.no_grad()
     def _round_weights(self) -> None:
         """bf16 weights from the fp32 ones, where there are two."""
-        if self.master is not self.weights:
-            torch._foreach_copy_(self.weights, self.master)
+        if self.optimizer_state is not self.weights:
+            torch._foreach_copy_(self.weights, self.optimizer_state)
 
     def _loss_sum(self, batch: PlainBatch) -> Tensor:
         """Σ over samples of (1/P) Σ_i 1[i masked] · CE_i / p_mask (method: Section 1)."""
@@ -117,7 +117,7 @@ class PlainLoop:
         ]
 
     def load(self, ours_whole: torch.nn.Module) -> None:
-        """Take over the weights of a models.stages.MaskedDiffusionModel."""
+        """Take over the weights of a models.layers.MaskedDiffusionModel."""
         case, last, weights = self.case, self.case.num_layers + 1, ours_whole.state_dict()
         state = {
             "model.embed_tokens.weight": weights["0.word_embeddings.weight"][: case.vocab_size],
@@ -137,7 +137,7 @@ class PlainLoop:
             state[f"{theirs}.post_attention_layernorm.weight"] = weights[f"{ours}.pre_mlp_layernorm.weight"]
         names = [name for name, _ in self.model.named_parameters()]
         with torch.no_grad():
-            torch._foreach_copy_(self.master, [state[name] for name in names])
+            torch._foreach_copy_(self.optimizer_state, [state[name] for name in names])
         self._round_weights()
 
 

@@ -28,7 +28,7 @@ from megatron_mdm.config.schema import RunConfig  # noqa: E402
 from megatron_mdm.data.batching import computed_tokens, cut  # noqa: E402
 from megatron_mdm.diffusion.objective import NORMALIZATIONS  # noqa: E402
 from megatron_mdm.engine.build import build_engine, from_scratch  # noqa: E402
-from megatron_mdm.engine.packets import loss_packet  # noqa: E402
+from megatron_mdm.engine.inputs import loss_inputs  # noqa: E402
 from megatron_mdm.parallel.groups import initialize  # noqa: E402
 from megatron_mdm.parallel.program import run_program  # noqa: E402
 from megatron_mdm.training.inputs import resolve  # noqa: E402
@@ -96,7 +96,7 @@ def check_losses(modes: dict[str, Trainer], tolerance: float) -> None:
         noised = [trainer.noiser(micro_batch, 0) for micro_batch in batch.micro_batches]
         normalize = NORMALIZATIONS[trainer.config.diffusion.normalization]
         weights = [normalize(micro, batch.global_batch) for micro in noised]
-        rows = trainer.engine.evaluate([loss_packet(*pair) for pair in zip(noised, weights)])
+        rows = trainer.engine.evaluate([loss_inputs(*pair) for pair in zip(noised, weights)])
         losses[mode] = sum(float((row.loss * weight.row).sum()) for row, weight in zip(rows, weights))
     for loss in losses.values():
         assert abs(loss / losses["padded"] - 1) < tolerance, losses

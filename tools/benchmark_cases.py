@@ -80,7 +80,7 @@ class Case:
 class Method:
     """How t and the masks are drawn: fields of the section 'diffusion'."""
 
-    sampler: str = "uniform"
+    t_sampler: str = "uniform"
     views: int = 1
     multisample: int = 1
     strata: str = "none"
@@ -166,7 +166,7 @@ def trainer(
         seed=config.seed,
     )
     diffusion = method.diffusion()
-    density = _symmetric_density() if diffusion.sampler in CALIBRATED_SAMPLERS else np.empty(0)
+    density = _symmetric_density() if diffusion.t_sampler in CALIBRATED_SAMPLERS else np.empty(0)
     noiser = build_noiser(config.model_copy(update={"diffusion": diffusion}), density, MASK_ID)
     return Trainer(config, context, loader, noiser, engine, config.schedule.steps)
 

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from megatron_mdm.checkpoint.convert import shard_name
+from megatron_mdm.checkpoint.lazy_tensors import matrix_shape
 from megatron_mdm.checkpoint.stream import JOURNAL, Output, OutputFile, split, write_files
-from megatron_mdm.checkpoint.views import matrix_shape
 from megatron_mdm.config.files import sha256, write_json
 from megatron_mdm.config.schema import ModelConfig
 from megatron_mdm.models.families import FAMILIES

@@ -48,18 +48,18 @@ PRECISION_CASES: tuple[Callable[[str], Case], ...] = (
 )
 METHODS = {
     "standard": (Method(), 0.0),
-    "P-POTS": (Method(sampler="ppots"), 1.02),
-    "P-POTS + MIRROR": (Method(sampler="ppots", views=2), 2.05),
+    "P-POTS": (Method(t_sampler="ppots"), 1.02),
+    "P-POTS + MIRROR": (Method(t_sampler="ppots", views=2), 2.05),
     "MIRROR": (Method(views=2), 2.05),
     "strata": (Method(strata="sqrt"), 1.02),
     "exact count": (Method(masking="exact_count"), 1.02),
     "exact count + MIRROR": (Method(masking="exact_count", views=2), 2.05),
     "MultiSample-2": (Method(multisample=2), 2.05),
-    "clipped": (Method(sampler="clipped"), 1.02),
+    "clipped": (Method(t_sampler="clipped"), 1.02),
     "ISAD": (Method(isad=True), 1.02),
     "SyRM": (Method(syrm=True), 1.02),
     "EMA": (Method(), 1.02),
-    "re-fitting": (Method(sampler="ppots"), 1.02),
+    "re-fitting": (Method(t_sampler="ppots"), 1.02),
 }
 
 

@@ -204,7 +204,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_intermixed_args(arguments)
     if options.largest < SIZES[0]:
         raise UserError(f"--largest {options.largest}: the smallest calibration takes {SIZES[0]}")
-    base = ["diffusion.sampler=ppots", "parallel.pipeline=1", "parallel.tensor=1", "parallel.sequence=false"]
+    base = ["diffusion.t_sampler=ppots", "parallel.pipeline=1", "parallel.tensor=1", "parallel.sequence=false"]
     run_config(options.run_dir)  # says what is wrong with the folder, if anything is
     config = load_config(options.run_dir / "config.yaml", [*base, *options.overrides])
     options.output.mkdir(parents=True, exist_ok=True)

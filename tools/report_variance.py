@@ -119,7 +119,7 @@ def comparison_table(
     draws, samplers = {}, {}
     for name, fields in designs.items():
         diffusion = DiffusionConfig(
-            epsilon=config.diffusion.epsilon, normalization=config.diffusion.normalization, sampler="ppots", **fields
+            epsilon=config.diffusion.epsilon, normalization=config.diffusion.normalization, t_sampler="ppots", **fields
         )
         changed = config.model_copy(update={"diffusion": diffusion})
         samplers[name] = _samplers(engine, changed, data, context)

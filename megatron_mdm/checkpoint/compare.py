@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 
 from megatron_mdm.checkpoint.huggingface import CONFIG, HuggingFaceCheckpoint, is_checkpoint, read_json
+from megatron_mdm.checkpoint.lazy_tensors import LazyTensor, blocks, num_bytes
 from megatron_mdm.checkpoint.native import NativeCheckpoint
-from megatron_mdm.checkpoint.views import View, blocks, num_bytes
 from megatron_mdm.parallel.progress import progress_bar
 
 
@@ -24,8 +24,8 @@ def differences(one: Path, other: Path, ignore_fields: Sequence[str] = ()) -> It
         same = ours.family.keys == theirs.family.keys
     else:
         same = False
-    left: Mapping[str, View] = ours.tensors if same else ours.views()  # type: ignore[union-attr]
-    right: Mapping[str, View] = theirs.tensors if same else theirs.views()  # type: ignore[union-attr]
+    left: Mapping[str, LazyTensor] = ours.tensors if same else ours.views()  # type: ignore[union-attr]
+    right: Mapping[str, LazyTensor] = theirs.tensors if same else theirs.views()  # type: ignore[union-attr]
     total = sum(num_bytes(view, view.dtype) for view in left.values())
     with progress_bar(total=total, unit="B", unit_scale=True, unit_divisor=1024, desc="compare") as bar:
         for name in [*left, *(name for name in right if name not in left)]:
@@ -36,7 +36,7 @@ def differences(one: Path, other: Path, ignore_fields: Sequence[str] = ()) -> It
             bar.update(num_bytes(left[name], left[name].dtype))
 
 
-def _difference(name: str, left: View, right: View) -> str:
+def _difference(name: str, left: LazyTensor, right: LazyTensor) -> str:
     if tuple(left.shape) != tuple(right.shape):
         return f"{name}: shape {list(left.shape)} and {list(right.shape)}"
     if left.dtype != right.dtype:
@@ -49,7 +49,7 @@ def _difference(name: str, left: View, right: View) -> str:
     return ""
 
 
-def _greatest(left: View, right: View) -> str:
+def _greatest(left: LazyTensor, right: LazyTensor) -> str:
     pairs = zip(blocks(left, torch.float32), blocks(right, torch.float32))
     return f"{max((float((a - b).abs().max()) for a, b in pairs if a.numel()), default=0.0):.3g}"
 

@@ -20,13 +20,13 @@ from megatron_mdm.checkpoint.huggingface import (
     mapped,
 )
 from megatron_mdm.checkpoint.imported_tokens import SpecialTokens, special_tokens
+from megatron_mdm.checkpoint.lazy_tensors import LazyTensor, cut, with_grown_tables, with_rows
 from megatron_mdm.checkpoint.manifest import MANIFEST, TENSORS, entry_of, write_manifest
 from megatron_mdm.checkpoint.native import CHECKPOINTS, HUGGINGFACE, RUN_CONFIG, NativeCheckpoint, keep_companions
 from megatron_mdm.checkpoint.special_tokens import has_chat_template
 from megatron_mdm.checkpoint.store import STATE
 from megatron_mdm.checkpoint.stream import JOURNAL, Output, OutputFile, split, write_files
 from megatron_mdm.checkpoint.tensors import WEIGHT, file_name
-from megatron_mdm.checkpoint.views import View, cut, with_grown_tables, with_rows
 from megatron_mdm.config.errors import UserError
 from megatron_mdm.config.files import sha256, write_atomically, write_json
 from megatron_mdm.config.load import dump_config
@@ -36,7 +36,7 @@ from megatron_mdm.data.tokenizer_folder import TOKENIZER_FILES, tokenizer_file, 
 from megatron_mdm.models.families import FAMILIES, family_of
 from megatron_mdm.models.families.family import Json
 from megatron_mdm.models.families.keymap import family_tensors
-from megatron_mdm.models.parameters import padded_vocab_size, stage_costs
+from megatron_mdm.models.parameters import layer_costs, padded_vocab_size
 from megatron_mdm.models.sharding import sharding_of
 from megatron_mdm.parallel.layout import partition
 
@@ -63,7 +63,7 @@ def import_checkpoint(source: Path, output: Path, options: ImportOptions) -> lis
     special = special_tokens(checkpoint, options.tokens)
     model = checkpoint.model.model_copy(update={"vocab_size": special.vocab_size})
     _check_layout(model, options)
-    views = with_grown_tables(checkpoint.views(), special.vocab_size)
+    views = with_grown_tables(checkpoint.lazy_tensors(), special.vocab_size)
     outputs = {name: _output(view, options.dtype) for name, view in views.items()}
     step = f"{CHECKPOINTS}/step-{0:08d}"
     files = _native_files(outputs, model, options, f"{step}/{TENSORS}")
@@ -112,7 +112,7 @@ def export_checkpoint(run: NativeCheckpoint, output: Path, family_name: str, dty
     return config
 
 
-def _output(view: View, dtype: str) -> Output:
+def _output(view: LazyTensor, dtype: str) -> Output:
     return Output(view, view.dtype if dtype == "auto" else TYPES[dtype])
 
 
@@ -120,7 +120,7 @@ def _native_files(
     outputs: dict[str, Output], model: ModelConfig, options: ImportOptions, folder: str
 ) -> list[OutputFile]:
     """The files that a run of this layout would have written."""
-    bounds = partition(stage_costs(model, min(_LENGTH, model.max_sequence_length)), options.pipeline)
+    bounds = partition(layer_costs(model, min(_LENGTH, model.max_sequence_length)), options.pipeline)
     files = []
     for stage in range(options.pipeline):
         stages = range(bounds[stage], bounds[stage + 1])

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 
 from megatron_mdm.checkpoint.huggingface import CONFIG, is_checkpoint, model_section, open_tensors, read_json
+from megatron_mdm.checkpoint.lazy_tensors import LazyTensor, blocks, num_bytes
 from megatron_mdm.checkpoint.native import NativeCheckpoint
 from megatron_mdm.checkpoint.safetensors_file import NAMES
-from megatron_mdm.checkpoint.views import View, blocks, num_bytes
 from megatron_mdm.config.schema import ModelConfig
 from megatron_mdm.models.families import family_of
 from megatron_mdm.models.families.family import ARCHITECTURE
@@ -25,7 +25,7 @@ _CHECKSUM_DIGITS = 16  # of sha256, on a line for eyes
 
 def description(folder: Path, checksums: bool, ignore_fields: Sequence[str] = ()) -> Json:
     """{"checkpoint", "architecture", "model": our section, "tensors": name → shape, dtype, bytes[, sha256]}"""
-    views: Mapping[str, View]
+    views: Mapping[str, LazyTensor]
     if is_checkpoint(folder):
         config = read_json(folder / CONFIG)
         family = family_of(config, str(folder / CONFIG))
@@ -96,7 +96,7 @@ def _section(model: ModelConfig) -> Json:
     return {name: getattr(model, name) for name in ARCHITECTURE}
 
 
-def _sha256(view: View) -> str:
+def _sha256(view: LazyTensor) -> str:
     digest = hashlib.sha256()
     for block in blocks(view, view.dtype):
         digest.update(block.view(-1).view(torch.uint8).numpy())

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from pydantic import ValidationError
 
+from megatron_mdm.checkpoint.lazy_tensors import LazyTensor, Part, Rows, blocks
 from megatron_mdm.checkpoint.safetensors_file import SafetensorsFile, StoredTensor
-from megatron_mdm.checkpoint.views import Part, Rows, View, blocks
 from megatron_mdm.config.errors import UserError
 from megatron_mdm.config.schema import ModelConfig
 from megatron_mdm.models.families import family_of
@@ -59,7 +59,7 @@ class HuggingFaceCheckpoint:
         checkpoint._check()
         return checkpoint
 
-    def views(self) -> dict[str, View]:
+    def views(self) -> dict[str, LazyTensor]:
         """Our parameters (canonical names, whole tensors) as views of the files."""
         return mapped(self.tensors, our_parameters(self.family, self.model))
 
@@ -127,7 +127,7 @@ def model_section(family: Family, config: Json, where: str, ignore_fields: Seque
         raise UserError(f"{where}: '{theirs}': {detail['msg']}, got {detail['input']!r}") from None
 
 
-def mapped(tensors: dict[str, Any], ranges: dict[str, list[RowRange]]) -> dict[str, View]:
+def mapped(tensors: dict[str, Any], ranges: dict[str, list[RowRange]]) -> dict[str, LazyTensor]:
     """Tensors put together from rows of others."""
     return {
         name: Rows([Part(tensors[source], start, stop - start) for source, start, stop in rows])
@@ -135,7 +135,7 @@ def mapped(tensors: dict[str, Any], ranges: dict[str, list[RowRange]]) -> dict[s
     }
 
 
-def same_values(one: View, other: View) -> bool:
+def same_values(one: LazyTensor, other: LazyTensor) -> bool:
     """Whether two views have the same shape, type and bits."""
     if one.shape != other.shape or one.dtype != other.dtype:
         return False

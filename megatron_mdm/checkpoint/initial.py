@@ -9,11 +9,11 @@ import torch
 from torch import nn
 
 from megatron_mdm.checkpoint.huggingface import CONFIG, HuggingFaceCheckpoint, is_checkpoint
+from megatron_mdm.checkpoint.lazy_tensors import LazyTensor, as_matrix, cut, with_grown_tables, with_rows
 from megatron_mdm.checkpoint.native import RUN_CONFIG, NativeCheckpoint
-from megatron_mdm.checkpoint.views import View, as_matrix, cut, with_grown_tables, with_rows
 from megatron_mdm.config.errors import UserError
 from megatron_mdm.config.schema import ModelConfig
-from megatron_mdm.engine.master import canonical_name
+from megatron_mdm.engine.optimizer_state import canonical_name
 from megatron_mdm.models.families.family import ARCHITECTURE
 from megatron_mdm.models.sharding import sharding_of
 from megatron_mdm.parallel.groups import ParallelContext
@@ -74,7 +74,7 @@ def check_same_architecture(model: ModelConfig, theirs: ModelConfig, where: Path
             raise UserError(f"'model.{name}' is {mine}, but {other} by {where}; set 'model.{name}' to {other}")
 
 
-def fill(parameter: nn.Parameter, view: View) -> None:
+def fill(parameter: nn.Parameter, view: LazyTensor) -> None:
     with torch.no_grad():
         if parameter.device.type == "cpu":
             view.read_into(as_matrix(parameter.data), 0, 0)

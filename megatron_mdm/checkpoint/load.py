@@ -24,9 +24,9 @@ from megatron_mdm.config.validate import validate_layout
 from megatron_mdm.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_mdm.engine.base import Engine
 from megatron_mdm.engine.build import build_engine, from_scratch
-from megatron_mdm.engine.inference import InferenceEngine, PipelinedInferenceEngine, build_stages
-from megatron_mdm.engine.master import MOMENTS, WEIGHT, canonical_name
-from megatron_mdm.models.stages import build_model
+from megatron_mdm.engine.inference import InferenceEngine, PipelinedInferenceEngine, build_stage
+from megatron_mdm.engine.optimizer_state import MOMENTS, WEIGHT, canonical_name
+from megatron_mdm.models.layers import build_model
 from megatron_mdm.parallel.groups import ParallelContext, rank_from_environment, world_size_from_environment
 
 # Keys of a run's data section that may be others when its model is read.
@@ -98,11 +98,11 @@ def restored_engine(checkpoint: Path | None, config: RunConfig, context: Paralle
 def restore(engine: Engine, checkpoint: Path, model: ModelConfig, context: ParallelContext, steps: int) -> None:
     """Give an engine a checkpoint's weights, moments and count of optimizer steps. Collective."""
     reader = TensorReader(checkpoint / TENSORS, model)
-    for name, shape in engine.master.shapes().items():
+    for name, shape in engine.optimizer_state.shapes().items():
         for kind in (WEIGHT, *MOMENTS):
             value = reader.read(canonical_name(name, model), kind, shape, context.tensor_rank, context.layout.tensor)
-            engine.master.load(name, kind, value)
-    engine.master.set_steps(steps)
+            engine.optimizer_state.load(name, kind, value)
+    engine.optimizer_state.set_steps(steps)
 
 
 def load_for_inference(
@@ -116,7 +116,7 @@ def load_for_inference(
     checkpoint = choice.path
     reader, dtype = TensorReader(checkpoint / TENSORS, config.model), config.precision.dtype
     if context.layout.pipeline > 1:
-        stages = build_stages(
+        stages = build_stage(
             _to_be_read(config.model, checkpoint), config.parallel, context, config.seed, config.data.max_length
         )
         read_weights(stages, reader, config.model, context)

@@ -8,9 +8,9 @@ from pathlib import Path
 
 from megatron_mdm.checkpoint.choice import AUTO, choose, located
 from megatron_mdm.checkpoint.huggingface import COMPANIONS, CONFIG, is_checkpoint, read_json
+from megatron_mdm.checkpoint.lazy_tensors import LazyTensor
 from megatron_mdm.checkpoint.manifest import TENSORS
 from megatron_mdm.checkpoint.tensors import WEIGHT, TensorReader
-from megatron_mdm.checkpoint.views import View
 from megatron_mdm.config.errors import UserError
 from megatron_mdm.config.files import write_atomically
 from megatron_mdm.config.load import load_config
@@ -46,7 +46,7 @@ class NativeCheckpoint:
         """Imported, not trained: the weights are in the types they came in."""
         return self.reader.kinds() == {WEIGHT}
 
-    def views(self, kind: str = WEIGHT) -> dict[str, View]:
+    def views(self, kind: str = WEIGHT) -> dict[str, LazyTensor]:
         """Whole tensors by canonical name."""
         views = {}
         for name, shape in parameter_shapes(self.config.model).items():

@@ -78,7 +78,7 @@ class SafetensorsFile:
 
 
 class StoredTensor:
-    """A tensor on disk. As a matrix, it has shape[0] rows; see checkpoint/views.py for the interface."""
+    """A tensor on disk. As a matrix, it has shape[0] rows; see checkpoint/lazy_tensors.py for the interface."""
 
     def __init__(self, path: Path, name: str, dtype: torch.dtype, shape: tuple[int, ...], offset: int) -> None:
         self.path, self.name, self.dtype, self.shape, self.offset = path, name, dtype, shape, offset

@@ -52,7 +52,7 @@ class CheckpointStore:
         """
         assert self._pending is None, "the checkpoint before is still being written"
         self._group = self._group or background_group()
-        self._snapshot.take(engine.master.fragments())
+        self._snapshot.take(engine.optimizer_state.fragments())
         self._pending = self._writer.submit(self._write, step, state)
 
     def is_writing(self) -> bool:

@@ -19,8 +19,8 @@ from typing import Any, NamedTuple
 import torch
 
 from megatron_mdm.checkpoint.direct_writer import DirectWriter
+from megatron_mdm.checkpoint.lazy_tensors import LazyTensor, blocks, num_bytes
 from megatron_mdm.checkpoint.safetensors_file import METADATA, NAMES, file_order, header_bytes, is_finite
-from megatron_mdm.checkpoint.views import View, blocks, num_bytes
 from megatron_mdm.config.errors import UserError
 from megatron_mdm.config.files import sha256, write_json
 from megatron_mdm.parallel.progress import progress_bar
@@ -33,7 +33,7 @@ Entry = dict[str, Any]  # bytes, sha256
 class Output(NamedTuple):
     """A tensor to write."""
 
-    view: View
+    view: LazyTensor
     dtype: torch.dtype
 
     @property

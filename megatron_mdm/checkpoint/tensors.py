@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from megatron_mdm.checkpoint.direct_writer import PAGE, write_memory
+from megatron_mdm.checkpoint.lazy_tensors import Flat, LazyTensor, cut, merge, read, with_rows
 from megatron_mdm.checkpoint.safetensors_file import METADATA, SafetensorsFile, StoredTensor, header_bytes
-from megatron_mdm.checkpoint.views import Flat, View, cut, merge, read, with_rows
 from megatron_mdm.config.errors import UserError
 from megatron_mdm.config.schema import ModelConfig
 from megatron_mdm.models.sharding import sharding_of
@@ -29,7 +29,7 @@ from megatron_mdm.parallel.groups import ParallelContext
 from megatron_mdm.parallel.heartbeat import beat
 
 if TYPE_CHECKING:
-    from megatron_mdm.engine.master import Fragment  # brings DeepSpeed, which single-process tools do without
+    from megatron_mdm.engine.optimizer_state import Fragment  # brings DeepSpeed, which single-process tools do without
 
 WEIGHT = "weight"  # a kind; the others are Adam's moments
 FRAGMENTS = "fragments"  # in a file's metadata: key → [start, *shape of the shard that it is a part of]
@@ -116,13 +116,13 @@ class TensorReader:
             for key, tensor in file.tensors.items():
                 start, *shape = fragments.get(key, [0, *tensor.shape])
                 found.setdefault((key, int(match[2])), []).append((start, tuple(shape), tensor))
-        self.places: dict[str, dict[int, View]] = {}  # key → tensor-parallel rank → its shard
+        self.places: dict[str, dict[int, LazyTensor]] = {}  # key → tensor-parallel rank → its shard
         for (key, rank), parts in found.items():
             self.places.setdefault(key, {})[rank] = self._put_together(key, sorted(parts, key=lambda part: part[0]))
         if not self.places:
             raise UserError(f"{folder}: holds no tensors of a checkpoint")
 
-    def _put_together(self, key: str, parts: list[tuple[int, tuple[int, ...], StoredTensor]]) -> View:
+    def _put_together(self, key: str, parts: list[tuple[int, tuple[int, ...], StoredTensor]]) -> LazyTensor:
         """parts: (start, shape of the whole, elements), by start."""
         (_, shape, first), position = parts[0], 0
         for start, _, tensor in parts:
@@ -137,7 +137,7 @@ class TensorReader:
         """Weights alone, or moments as well."""
         return {key.rpartition("/")[2] for key in self.places}
 
-    def view(self, name: str, kind: str) -> View:
+    def view(self, name: str, kind: str) -> LazyTensor:
         """The whole tensor, without the vocabulary's padding, in the type in which it is stored."""
         sharding, shards = sharding_of(name), self.places.get(f"{name}/{kind}")
         if shards is None:

@@ -186,12 +186,12 @@ def _check_data(config: RunConfig) -> None:
 
 def _check_diffusion(config: RunConfig) -> None:
     diffusion = config.diffusion
-    if diffusion.sampler == "clipped" and diffusion.clipping.bounds == "adaptive" and not config.evaluation.every:
+    if diffusion.t_sampler == "clipped" and diffusion.clipping.bounds == "adaptive" and not config.evaluation.every:
         raise UserError(
             "'diffusion.clipping.bounds' adaptive chooses its interval at validations; set 'evaluation.every'"
         )
-    if diffusion.calibration.refit_every and diffusion.sampler != "ppots":
-        raise UserError("'diffusion.calibration.refit_every' needs 'diffusion.sampler' ppots")
+    if diffusion.calibration.refit_every and diffusion.t_sampler != "ppots":
+        raise UserError("'diffusion.calibration.refit_every' needs 'diffusion.t_sampler' ppots")
     calibration, views = diffusion.calibration, diffusion.rows_per_sample
     if calibration.estimator == "naive" and calibration.num_samples * calibration.num_masks < 4 * views:
         raise UserError(
@@ -208,9 +208,9 @@ def warnings(config: RunConfig) -> list[str]:
             "'diffusion.ema' with 'diffusion.strata': the paper advises against the two together, since stratified t "
             "leaves the control variate little to explain"
         )
-    if config.diffusion.sampler == "ppots" and config.diffusion.normalization.endswith("masked"):
+    if config.diffusion.t_sampler == "ppots" and config.diffusion.normalization.endswith("masked"):
         found.append(
             f"'diffusion.normalization' {config.diffusion.normalization} divides by the batch's masked tokens, which "
-            "'diffusion.sampler' ppots takes to be as many as on average: p(t) is calibrated for the sum alone"
+            "'diffusion.t_sampler' ppots takes to be as many as on average: p(t) is calibrated for the sum alone"
         )
     return found

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 import torch
 
+from megatron_mdm.batch import CleanBatch
 from megatron_mdm.data.sample import Sample
-from megatron_mdm.diffusion.noiser import CleanBatch
 
 
 def collate(samples: Sequence[Sample], positions: Sequence[int], sample_ids: Sequence[int], pad_id: int) -> CleanBatch:

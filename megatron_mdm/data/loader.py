@@ -9,11 +9,11 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_mdm.batch import CleanBatch
 from megatron_mdm.config.schema import BatchConfig
 from megatron_mdm.data.batching import computed_tokens, cut
 from megatron_mdm.data.collate import collate
 from megatron_mdm.data.sample import Sample
-from megatron_mdm.diffusion.noiser import CleanBatch
 from megatron_mdm.diffusion.objective import GlobalBatch
 from megatron_mdm.diffusion.randomness import Purpose, stream
 

@@ -8,9 +8,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from megatron_mdm.batch import CleanBatch
 from megatron_mdm.diffusion.mask_schedule import Floats, MaskSchedule
 from megatron_mdm.diffusion.masking import MASKING_RULES, MaskDesign
-from megatron_mdm.diffusion.noiser import CleanBatch, NoisedBatch
+from megatron_mdm.diffusion.noiser import NoisedBatch
 
 
 class NextTokens:

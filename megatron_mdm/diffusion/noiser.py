@@ -9,28 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from megatron_mdm.batch import CleanBatch
 from megatron_mdm.diffusion.mask_schedule import Floats
 from megatron_mdm.diffusion.masking import MaskDesign
 from megatron_mdm.diffusion.randomness import Purpose, stream
 from megatron_mdm.diffusion.t_samplers import TSampler, stratified_quantiles
-
-
-@dataclass(frozen=True)
-class CleanBatch:
-    """A micro-batch of clean samples, on the host."""
-
-    tokens: Tensor  # [B, S] int64, right-padded
-    eligible: Tensor  # [B, S] bool: positions that may be masked and are learnt
-    delimiters: Tensor  # [B, S] bool: marks of an answer, which ISAD masks more often
-    lengths: Tensor  # [B] int64, without padding
-    positions: Tensor  # [B] int64: places in the global batch, 0 … n−1
-    sample_ids: Tensor  # [B] int64: rows of the data set
-    segments: Tensor | None = None  # [B, K] int64: tokens of a sample's parts that do not see each other, 0 behind
-
-    @property
-    def num_eligible(self) -> Tensor:
-        """P [B] int64."""
-        return self.eligible.sum(1)
 
 
 @dataclass(frozen=True)

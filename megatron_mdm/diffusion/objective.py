@@ -15,15 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from megatron_mdm.batch import LossWeights
 from megatron_mdm.diffusion.mask_schedule import Floats
 from megatron_mdm.diffusion.noiser import NoisedBatch
 
 _Counts = TypeVar("_Counts", Tensor, Floats)
-
-
-class LossWeights(NamedTuple):
-    token: Tensor  # [V·B, S] float32: a row's loss is Σ_i token_i · CE_i
-    row: Tensor  # [V·B] float32: the global batch's loss is Σ over all its rows of row · (row's loss)
 
 
 class GlobalBatch(NamedTuple):

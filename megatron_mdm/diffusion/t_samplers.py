@@ -136,7 +136,7 @@ CALIBRATED_SAMPLERS = {"ppots"}
 
 def _calibrated(cell_density: Floats) -> Floats:
     if not len(cell_density):
-        raise UserError("'diffusion.sampler' ppots needs a calibration")
+        raise UserError("'diffusion.t_sampler' ppots needs a calibration")
     return cell_density
 
 

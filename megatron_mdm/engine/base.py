@@ -7,9 +7,9 @@ from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
+from megatron_mdm.batch import ModelInputs, RowStatistics
 from megatron_mdm.engine.clock import PhaseClock
-from megatron_mdm.engine.master import MasterState
-from megatron_mdm.models.stages import Packet, RowStatistics
+from megatron_mdm.engine.optimizer_state import OptimizerState
 
 
 class TrainOutput(NamedTuple):
@@ -20,22 +20,22 @@ class TrainOutput(NamedTuple):
 class Forward(Protocol):
     """The half of an engine that measures losses."""
 
-    def evaluate(self, packets: Sequence[Packet], row_gradients: bool = False) -> list[RowStatistics]:
-        """Forward only; row_gradients: with RowStatistics.gradient_square. Several packets at once keep a pipeline's
-        stages busy."""
+    def evaluate(self, micro_batches: Sequence[ModelInputs], row_gradients: bool = False) -> list[RowStatistics]:
+        """Forward only; row_gradients: with RowStatistics.gradient_square. Several micro-batches at once keep the
+        stages of a pipeline busy."""
         ...
 
 
 class Engine(Forward, Protocol):
     """A model with its optimizer on this rank. All calls are collective: every rank makes them in the same order."""
 
-    master: MasterState
+    optimizer_state: OptimizerState
     clock: PhaseClock  # of train_batch, by the caller's resets
 
-    def train_batch(self, packets: Sequence[Packet], lr: float) -> TrainOutput:
-        """One optimizer step on the sum of the packets' totals over all data-parallel ranks."""
+    def train_batch(self, micro_batches: Sequence[ModelInputs], lr: float) -> TrainOutput:
+        """One optimizer step on the sum of the inputs' totals over all data-parallel ranks."""
         ...
 
-    def logits(self, packet: Packet) -> Tensor:
-        """Logits [N, V] of the selected positions, in the order of packet.selected.nonzero()."""
+    def logits(self, inputs: ModelInputs) -> Tensor:
+        """Logits [N, V] of the selected positions, in the order of inputs.selected.nonzero()."""
         ...

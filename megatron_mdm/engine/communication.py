@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from megatron_mdm.config.schema import ModelConfig, RunConfig
 from megatron_mdm.models.kernel_memory import ELEMENT_BYTES
-from megatron_mdm.models.parameters import padded_vocab_size, stage_costs
+from megatron_mdm.models.parameters import layer_costs, padded_vocab_size
 from megatron_mdm.parallel.layout import Layout, partition
 
 # DeepSpeed's default stage3_max_reuse_distance: a stage of fewer parameters stays gathered from forward to backward.
@@ -64,7 +64,7 @@ class Stage:
 
 def stages(config: RunConfig) -> list[Stage]:
     """The pipeline's stages, first to last."""
-    costs = stage_costs(config.model, config.data.max_length)
+    costs = layer_costs(config.model, config.data.max_length)
     bounds = _bounds(tuple(costs), config.parallel.pipeline)
     last = len(costs) - 1
     return [

@@ -9,19 +9,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from megatron_mdm.batch import ModelInputs, RowStatistics
 from megatron_mdm.config.schema import ModelConfig, ParallelConfig
-from megatron_mdm.engine.packets import prepared
+from megatron_mdm.engine.inputs import prepared
 from megatron_mdm.models.cache import Window
-from megatron_mdm.models.parameters import stage_costs
-from megatron_mdm.models.stages import (
-    Block,
-    Head,
-    MaskedDiffusionModel,
-    Packet,
-    RowStatistics,
-    prepare_parameters,
-    stage_builders,
-)
+from megatron_mdm.models.layers import Block, Head, MaskedDiffusionModel, layer_builders, prepare_parameters
+from megatron_mdm.models.parameters import layer_costs
 from megatron_mdm.parallel import platform
 from megatron_mdm.parallel.groups import ParallelContext
 from megatron_mdm.parallel.heartbeat import beat
@@ -39,26 +32,26 @@ class InferenceEngine:
         self.model = model.to(device=platform.device(), dtype=DTYPES[dtype]).eval()
 
     @torch.no_grad()
-    def evaluate(self, packets: Sequence[Packet], row_gradients: bool = False) -> list[RowStatistics]:
+    def evaluate(self, micro_batches: Sequence[ModelInputs], row_gradients: bool = False) -> list[RowStatistics]:
         with self.model[-1].with_row_gradients(row_gradients):
-            return [self.model(_on_device(packet))[1] for packet in packets]
+            return [self.model(_on_device(inputs))[1] for inputs in micro_batches]
 
     @torch.no_grad()
-    def logits(self, packet: Packet, window: Window | None = None) -> Tensor:
-        """Engine.logits. window: the packet's tokens are those at its positions; their keys and values are kept in its
+    def logits(self, inputs: ModelInputs, window: Window | None = None) -> Tensor:
+        """Engine.logits. window: the inputs' tokens are those at its positions; their keys and values are kept in its
         cache, and the cache's others take part."""
-        return self.model(_on_device(packet), want_logits=True, window=window and window.to_device())
+        return self.model(_on_device(inputs), want_logits=True, window=window and window.to_device())
 
 
 class PipelinedInferenceEngine:
-    """The same over pipeline ranks, each with its stages and their part of a cache. Every pipeline rank is given the
-    same packets and gets the same answers."""
+    """The same over pipeline ranks, each with its stage's layers and their part of a cache. Every pipeline rank
+    is given the same inputs and gets the same answers."""
 
     def __init__(
-        self, stages: nn.ModuleDict, model: ModelConfig, dtype: str, context: ParallelContext, source: str = ""
+        self, layers: nn.ModuleDict, model: ModelConfig, dtype: str, context: ParallelContext, source: str = ""
     ) -> None:
         self.source = source
-        self.stages = stages.to(device=platform.device(), dtype=DTYPES[dtype]).eval()
+        self.layers = layers.to(device=platform.device(), dtype=DTYPES[dtype]).eval()
         self.model, self.dtype, self.context = model, DTYPES[dtype], context
         neighbour = context.layout.tensor * context.layout.data
         self.previous, self.next = context.rank - neighbour, context.rank + neighbour
@@ -66,38 +59,38 @@ class PipelinedInferenceEngine:
         self.is_last = context.pipeline_rank == context.layout.pipeline - 1
 
     @torch.no_grad()
-    def evaluate(self, packets: Sequence[Packet], row_gradients: bool = False) -> list[RowStatistics]:
-        """Several packets at once keep the stages busy."""
-        packets = [_on_device(packet) for packet in packets]
-        head = next((stage for stage in self.stages.values() if isinstance(stage, Head)), None)
+    def evaluate(self, micro_batches: Sequence[ModelInputs], row_gradients: bool = False) -> list[RowStatistics]:
+        """Several micro-batches at once keep the stages busy."""
+        micro_batches = [_on_device(inputs) for inputs in micro_batches]
+        head = next((layer for layer in self.layers.values() if isinstance(layer, Head)), None)
         with head.with_row_gradients(row_gradients) if head else nullcontext():
-            answers = [self._run(packet, False, None) for packet in packets]
+            answers = [self._run(inputs, False, None) for inputs in micro_batches]
         results = []
-        for packet, answer in zip(packets, answers):
-            shape = torch.Size((len(RowStatistics._fields), len(packet.tokens)))
+        for inputs, answer in zip(micro_batches, answers):
+            shape = torch.Size((len(RowStatistics._fields), len(inputs.tokens)))
             results.append(RowStatistics(*self._from_last_stage(answer, shape, torch.float32)))
         return results
 
     @torch.no_grad()
-    def logits(self, packet: Packet, window: Window | None = None) -> Tensor:
+    def logits(self, inputs: ModelInputs, window: Window | None = None) -> Tensor:
         """InferenceEngine.logits."""
-        packet, window = _on_device(packet), window and window.to_device()
-        shape = torch.Size((int(packet.selected.sum()), self.model.vocab_size))
-        return self._from_last_stage(self._run(packet, True, window), shape, self.dtype)
+        inputs, window = _on_device(inputs), window and window.to_device()
+        shape = torch.Size((int(inputs.selected.sum()), self.model.vocab_size))
+        return self._from_last_stage(self._run(inputs, True, window), shape, self.dtype)
 
-    def _run(self, packet: Packet, want_logits: bool, window: Window | None) -> Tensor | None:
-        """This rank's stages; the last stage's answer, there."""
-        rows, length = packet.tokens.shape
-        hidden = packet.tokens
+    def _run(self, inputs: ModelInputs, want_logits: bool, window: Window | None) -> Tensor | None:
+        """This rank's layers; the last stage's answer, there."""
+        rows, length = inputs.tokens.shape
+        hidden = inputs.tokens
         if not self.is_first:
             hidden = torch.empty(length, rows, self.model.hidden_size, dtype=self.dtype, device=platform.device())
             dist.recv(hidden, self.previous)
-        state = (hidden, packet.lengths)
-        for stage in self.stages.values():
-            if isinstance(stage, Head):
-                answer = stage(state, packet, want_logits)
+        state = (hidden, inputs.lengths)
+        for layer in self.layers.values():
+            if isinstance(layer, Head):
+                answer = layer(state, inputs, want_logits)
                 return answer if want_logits else torch.stack(list(answer[1]))
-            state = stage(state, window) if isinstance(stage, Block) else stage(state)
+            state = layer(state, window) if isinstance(layer, Block) else layer(state)
         dist.send(state[0].contiguous(), self.next)
         return None
 
@@ -109,19 +102,19 @@ class PipelinedInferenceEngine:
         return answer
 
 
-def build_stages(
+def build_stage(
     model: ModelConfig, parallel: ParallelConfig, context: ParallelContext, seed: int, length: int
 ) -> nn.ModuleDict:
-    """This pipeline rank's stages, named by index as in the whole model. A tied head holds its own copy of the
+    """This pipeline rank's layers, named by index as in the whole model. A tied head holds its own copy of the
     table: both are filled from the same tensor. length: of sequences, for balance."""
-    bounds = partition(stage_costs(model, length), context.layout.pipeline)
+    bounds = partition(layer_costs(model, length), context.layout.pipeline)
     mine = range(bounds[context.pipeline_rank], bounds[context.pipeline_rank + 1])
-    builders = stage_builders(model, parallel, context.tensor_group)
-    stages = nn.ModuleDict({str(index): builders[index]() for index in mine})
-    prepare_parameters(stages, model, context, seed)
-    return stages
+    builders = layer_builders(model, parallel, context.tensor_group)
+    layers = nn.ModuleDict({str(index): builders[index]() for index in mine})
+    prepare_parameters(layers, model, context, seed)
+    return layers
 
 
-def _on_device(packet: Packet) -> Packet:
+def _on_device(inputs: ModelInputs) -> ModelInputs:
     beat()
-    return prepared(packet, pack=False, multiple=1).to_device()
+    return prepared(inputs, pack=False, multiple=1).to(platform.device())

@@ -13,15 +13,17 @@ from deepspeed.pipe import LayerSpec, PipelineModule
 from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 from torch import Tensor, nn
 
+from megatron_mdm.batch import ModelInputs, RowStatistics
 from megatron_mdm.config.schema import ModelConfig, RunConfig
 from megatron_mdm.engine.base import TrainOutput
 from megatron_mdm.engine.clock import PhaseClock
 from megatron_mdm.engine.deepspeed_config import deepspeed_config
-from megatron_mdm.engine.master import MasterState
+from megatron_mdm.engine.inputs import prepared
 from megatron_mdm.engine.optimizer import PlainClipping, adamw, norm_of_step, scaled_unless_faulty
-from megatron_mdm.engine.packets import prepared
-from megatron_mdm.models.parameters import stage_costs
-from megatron_mdm.models.stages import Packet, RowStatistics, prepare_parameters, stage_builders
+from megatron_mdm.engine.optimizer_state import OptimizerState
+from megatron_mdm.models.layers import layer_builders, prepare_parameters
+from megatron_mdm.models.parameters import layer_costs
+from megatron_mdm.parallel import platform
 from megatron_mdm.parallel.groups import ParallelContext
 from megatron_mdm.parallel.heartbeat import beat
 from megatron_mdm.parallel.layout import partition
@@ -33,14 +35,14 @@ _PHASES = {  # by DeepSpeed's instructions; the others are messages to and from 
 
 
 class PipeEngine:
-    """engine.base.Engine over a pipeline. Every pipeline rank is given the same packets and gets the same answers."""
+    """engine.base.Engine over a pipeline. Every pipeline rank is given the same inputs and gets the same answers."""
 
     def __init__(self, config: RunConfig, context: ParallelContext, load: Callable[[nn.Module], None]) -> None:
-        """load: called with this rank's stages before the optimizer takes its master weights from them."""
+        """load: called with this rank's layers before the optimizer takes its master weights from them."""
         self.context, self.layout, self.model = context, context.layout, config.model
         self.sequence_multiple = config.parallel.tensor if config.parallel.sequence else 1
         self.pack = config.batch.mode == "packed"
-        module = _Stages(config, context, self._score)
+        module = _Stage(config, context, self._score)
         load(module)
         self.engine, *_ = deepspeed.initialize(
             model=module,
@@ -53,7 +55,7 @@ class PipeEngine:
         if config.parallel.zero == 0 and config.precision.dtype == "fp32":
             self.clipping = PlainClipping(module, config.optimizer.gradient_clipping, context)
             self.engine.clip_fp32_gradients = self.clipping
-        self.master = MasterState(module, self.engine.optimizer, config.model)
+        self.optimizer_state = OptimizerState(module, self.engine.optimizer, config.model)
         self.clock = PhaseClock()
         # DeepSpeed runs a schedule of instructions, each by its entry in this table.
         self.engine._INSTRUCTION_MAP = {
@@ -61,48 +63,53 @@ class PipeEngine:
             for instruction, run in self.engine._INSTRUCTION_MAP.items()
         }
         self._want_logits = False
-        self._answers: list[Tensor] = []  # on the last stage: row statistics or logits of each packet
+        self._answers: list[Tensor] = []  # on the last stage: row statistics or logits of each micro-batch
 
-    def train_batch(self, packets: Sequence[Packet], lr: float) -> TrainOutput:
+    def train_batch(self, micro_batches: Sequence[ModelInputs], lr: float) -> TrainOutput:
         for group in self.engine.optimizer.param_groups:
             group["lr"] = lr
-        packets = self._prepare(packets)
-        if len(packets) != self.engine.micro_batches:  # a token budget makes more or fewer of them
+        micro_batches = self._prepare(micro_batches)
+        if len(micro_batches) != self.engine.micro_batches:  # a token budget makes more or fewer of them
             per_micro_batch = self.engine.train_micro_batch_size_per_gpu() * self.layout.data
-            self.engine.set_train_batch_size(len(packets) * per_micro_batch)
-        self.engine.train_batch(_batches(packets))
+            self.engine.set_train_batch_size(len(micro_batches) * per_micro_batch)
+        self.engine.train_batch(_batches(micro_batches))
         norm = norm_of_step(self.engine, self.clipping)
-        return TrainOutput(self._statistics(packets), norm)
+        return TrainOutput(self._statistics(micro_batches), norm)
 
-    def evaluate(self, packets: Sequence[Packet], row_gradients: bool = False) -> list[RowStatistics]:
-        packets = self._prepare(packets)
+    def evaluate(self, micro_batches: Sequence[ModelInputs], row_gradients: bool = False) -> list[RowStatistics]:
+        micro_batches = self._prepare(micro_batches)
         head = self.engine.module.head if self.engine.is_last_stage() else None
         with head.with_row_gradients(row_gradients) if head else contextlib.nullcontext():
-            self._forward(packets)
-        return self._statistics(packets)
+            self._forward(micro_batches)
+        return self._statistics(micro_batches)
 
-    def logits(self, packet: Packet) -> Tensor:
-        (packet,) = self._prepare([packet])
+    def logits(self, inputs: ModelInputs) -> Tensor:
+        (inputs,) = self._prepare([inputs])
         self._want_logits = True
         try:
-            self._forward([packet])
+            self._forward([inputs])
         finally:
             self._want_logits = False
-        rows = int(packet.selected.sum())
+        rows = int(inputs.selected.sum())
         dtype = next(self.engine.module.parameters()).dtype
         return self._from_last_stage(torch.Size((rows, self.model.vocab_size)), dtype, dim=0)
 
-    def _forward(self, packets: Sequence[Packet]) -> None:
-        self.engine.eval_batch(_batches(packets), num_micro_batches=len(packets), reduce_output=None, bcast_loss=False)
+    def _forward(self, micro_batches: Sequence[ModelInputs]) -> None:
+        self.engine.eval_batch(
+            _batches(micro_batches), num_micro_batches=len(micro_batches), reduce_output=None, bcast_loss=False
+        )
 
-    def _prepare(self, packets: Sequence[Packet]) -> list[Packet]:
-        return [prepared(packet, pack=self.pack, multiple=self.sequence_multiple).to_device() for packet in packets]
+    def _prepare(self, micro_batches: Sequence[ModelInputs]) -> list[ModelInputs]:
+        return [
+            prepared(inputs, pack=self.pack, multiple=self.sequence_multiple).to(platform.device())
+            for inputs in micro_batches
+        ]
 
     def _score(self, state: tuple[Tensor, Tensor], targets: tuple[Tensor, ...]) -> Tensor:
-        """The last stage's loss function: keeps the packet's answer, returns the total to differentiate."""
-        packet = Packet(*targets)
+        """The last stage's loss function: keeps the inputs' answer, returns the total to differentiate."""
+        inputs = ModelInputs(*targets)
         head = self.engine.module.head
-        result = head(state, packet, self._want_logits)
+        result = head(state, inputs, self._want_logits)
         if self._want_logits:
             self._answers.append(result)
             return result.new_zeros((), dtype=torch.float32)
@@ -111,8 +118,8 @@ class PipeEngine:
         # The engine divides by the accumulation steps and averages over data-parallel ranks; the total wants neither.
         return scaled_unless_faulty(total, self.engine.gradient_accumulation_steps() * self.layout.data)
 
-    def _statistics(self, packets: Sequence[Packet]) -> list[RowStatistics]:
-        rows = [len(packet.selected) for packet in packets]
+    def _statistics(self, micro_batches: Sequence[ModelInputs]) -> list[RowStatistics]:
+        rows = [len(inputs.selected) for inputs in micro_batches]
         whole = self._from_last_stage(torch.Size((len(RowStatistics._fields), sum(rows))), torch.float32, dim=1)
         return [RowStatistics(*part) for part in whole.split(rows, dim=1)]
 
@@ -127,12 +134,12 @@ class PipeEngine:
         return answer
 
 
-class _Stages(PipelineModule):
-    """This pipeline rank's stages, named by stage index as in the whole model."""
+class _Stage(PipelineModule):
+    """This pipeline rank's layers, named by layer index as in the whole model."""
 
     def __init__(self, config: RunConfig, context: ParallelContext, loss_fn: Callable[..., Tensor]) -> None:
-        self._costs = stage_costs(config.model, config.data.max_length)
-        builders = stage_builders(config.model, config.parallel, context.tensor_group)
+        self._costs = layer_costs(config.model, config.data.max_length)
+        builders = layer_builders(config.model, config.parallel, context.tensor_group)
         layout = context.layout
         with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints its layers
             super().__init__(
@@ -174,8 +181,8 @@ class _Stages(PipelineModule):
                 self._tied.append((self.head.vocabulary_weight, group))
 
 
-def _batches(packets: Sequence[Packet]) -> Iterator[tuple[tuple[Tensor, ...], tuple[Tensor, ...]]]:
-    """(first stage's inputs, last stage's targets) of each packet."""
-    for packet in packets:
+def _batches(micro_batches: Sequence[ModelInputs]) -> Iterator[tuple[tuple[Tensor, ...], tuple[Tensor, ...]]]:
+    """(first stage's inputs, last stage's targets) of each micro-batch."""
+    for inputs in micro_batches:
         beat()
-        yield (packet.tokens, packet.lengths), tuple(packet)
+        yield (inputs.tokens, inputs.lengths), tuple(inputs)

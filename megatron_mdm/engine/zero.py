@@ -8,14 +8,16 @@ import deepspeed
 import torch
 from torch import Tensor, nn
 
+from megatron_mdm.batch import ModelInputs, RowStatistics
 from megatron_mdm.config.schema import RunConfig
 from megatron_mdm.engine.base import TrainOutput
 from megatron_mdm.engine.clock import PhaseClock
 from megatron_mdm.engine.deepspeed_config import deepspeed_config
-from megatron_mdm.engine.master import MasterState
+from megatron_mdm.engine.inputs import prepared
 from megatron_mdm.engine.optimizer import PlainClipping, adamw, norm_of_step, scaled_unless_faulty
-from megatron_mdm.engine.packets import prepared
-from megatron_mdm.models.stages import Packet, RowStatistics, build_model
+from megatron_mdm.engine.optimizer_state import OptimizerState
+from megatron_mdm.models.layers import build_model
+from megatron_mdm.parallel import platform
 from megatron_mdm.parallel.groups import ParallelContext
 from megatron_mdm.parallel.heartbeat import beat
 
@@ -40,17 +42,17 @@ class ZeroEngine:
         if config.parallel.zero == 0 and config.precision.dtype == "fp32":
             self.clipping = PlainClipping(model, config.optimizer.gradient_clipping, context)
             self.engine.clip_fp32_gradients = self.clipping
-        self.master = MasterState(self.engine.module, self.engine.optimizer, config.model)
+        self.optimizer_state = OptimizerState(self.engine.module, self.engine.optimizer, config.model)
 
-    def train_batch(self, packets: Sequence[Packet], lr: float) -> TrainOutput:
+    def train_batch(self, micro_batches: Sequence[ModelInputs], lr: float) -> TrainOutput:
         engine, statistics = self.engine, []
         engine.train()
         for group in engine.optimizer.param_groups:
             group["lr"] = lr
-        for index, packet in enumerate(packets):
-            engine.set_gradient_accumulation_boundary(index == len(packets) - 1)
+        for index, inputs in enumerate(micro_batches):
+            engine.set_gradient_accumulation_boundary(index == len(micro_batches) - 1)
             with self.clock.measure("forward"):
-                total, rows = engine(self._prepare(packet))
+                total, rows = engine(self._prepare(inputs))
                 # Totals are shares of the global batch's mean; DeepSpeed averages gradients over data-parallel ranks.
                 total = scaled_unless_faulty(total, self.context.layout.data)
             with self.clock.measure("backward"):
@@ -60,16 +62,16 @@ class ZeroEngine:
                 engine.step()
         return TrainOutput(statistics, norm_of_step(engine, self.clipping))
 
-    def evaluate(self, packets: Sequence[Packet], row_gradients: bool = False) -> list[RowStatistics]:
+    def evaluate(self, micro_batches: Sequence[ModelInputs], row_gradients: bool = False) -> list[RowStatistics]:
         self.engine.eval()
         with torch.no_grad(), self.engine.module[-1].with_row_gradients(row_gradients):
-            return [self.engine(self._prepare(packet))[1] for packet in packets]
+            return [self.engine(self._prepare(inputs))[1] for inputs in micro_batches]
 
-    def logits(self, packet: Packet) -> Tensor:
+    def logits(self, inputs: ModelInputs) -> Tensor:
         self.engine.eval()
         with torch.no_grad():
-            return self.engine(self._prepare(packet), want_logits=True)
+            return self.engine(self._prepare(inputs), want_logits=True)
 
-    def _prepare(self, packet: Packet) -> Packet:
+    def _prepare(self, inputs: ModelInputs) -> ModelInputs:
         beat()
-        return prepared(packet, pack=self.pack, multiple=self.sequence_multiple).to_device()
+        return prepared(inputs, pack=self.pack, multiple=self.sequence_multiple).to(platform.device())

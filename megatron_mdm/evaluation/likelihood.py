@@ -21,15 +21,15 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
 
+from megatron_mdm.batch import ModelInputs
 from megatron_mdm.config.errors import UserError
 from megatron_mdm.config.schema import Section
 from megatron_mdm.data.sft import Sample
 from megatron_mdm.diffusion.mask_schedule import Floats
 from megatron_mdm.diffusion.randomness import Purpose, stream
 from megatron_mdm.engine.base import Forward
-from megatron_mdm.engine.packets import logits_packet
+from megatron_mdm.engine.inputs import logits_inputs
 from megatron_mdm.generation.settings import LogitsEngine, SpecialIds
-from megatron_mdm.models.stages import Packet
 from megatron_mdm.parallel.collectives import fill_from_data_ranks
 from megatron_mdm.parallel.groups import ParallelContext
 from megatron_mdm.parallel.progress import progress_bar
@@ -193,27 +193,27 @@ def _mean_losses(
 
 def _losses(rows: Sequence[_Row], engine: Scorer, cfg_scale: float, special: SpecialIds) -> Tensor:
     """[R] float32."""
-    packet = _packet(rows, special.pad)
+    inputs = _inputs(rows, special.pad)
     if not cfg_scale:
-        return engine.evaluate([packet])[0].loss
-    blind = packet.tokens.masked_fill(_padded([row.given for row in rows], False), special.mask)
-    both = torch.cat([packet.tokens, blind])
-    logits = engine.logits(logits_packet(both, packet.lengths.repeat(2), packet.selected.repeat(2, 1))).float()
+        return engine.evaluate([inputs])[0].loss
+    blind = inputs.tokens.masked_fill(_padded([row.given for row in rows], False), special.mask)
+    both = torch.cat([inputs.tokens, blind])
+    logits = engine.logits(logits_inputs(both, inputs.lengths.repeat(2), inputs.selected.repeat(2, 1))).float()
     conditional, unconditional = logits.chunk(2)
     guided = unconditional + (cfg_scale + 1.0) * (conditional - unconditional)
-    losses = torch.zeros_like(packet.token_weight)
-    losses[packet.selected] = cross_entropy(
-        guided, packet.labels[packet.selected].to(guided.device), reduction="none"
+    losses = torch.zeros_like(inputs.token_weight)
+    losses[inputs.selected] = cross_entropy(
+        guided, inputs.labels[inputs.selected].to(guided.device), reduction="none"
     ).cpu()
-    return (losses * packet.token_weight).sum(1)
+    return (losses * inputs.token_weight).sum(1)
 
 
-def _packet(rows: Sequence[_Row], pad_id: int) -> Packet:
+def _inputs(rows: Sequence[_Row], pad_id: int) -> ModelInputs:
     lengths = torch.tensor([len(row.tokens) for row in rows])
     tokens, labels = _padded([row.tokens for row in rows], pad_id), _padded([row.labels for row in rows], 0)
     scored = _padded([row.scored for row in rows], False)
     weight = scored.float() / scored.sum(1, keepdim=True)
-    return Packet(tokens.long(), lengths, scored, labels.long(), weight, torch.ones(len(rows)))
+    return ModelInputs(tokens.long(), lengths, scored, labels.long(), weight, torch.ones(len(rows)))
 
 
 def _padded(rows: Sequence[NDArray[Any]], value: float) -> Tensor:

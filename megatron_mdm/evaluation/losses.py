@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_mdm.batch import LossWeights, RowStatistics
 from megatron_mdm.data.collate import collate
 from megatron_mdm.data.sft import SftDataset
 from megatron_mdm.diffusion.exposure import SampleShapes, average_batch
@@ -15,11 +16,10 @@ from megatron_mdm.diffusion.mask_schedule import Floats
 from megatron_mdm.diffusion.masking import MaskDesign
 from megatron_mdm.diffusion.moments import RowSums
 from megatron_mdm.diffusion.noiser import NoisedBatch, noise
-from megatron_mdm.diffusion.objective import GlobalBatch, LossWeights, Normalization
+from megatron_mdm.diffusion.objective import GlobalBatch, Normalization
 from megatron_mdm.engine.base import Forward
-from megatron_mdm.engine.packets import loss_packet
+from megatron_mdm.engine.inputs import loss_inputs
 from megatron_mdm.generation.settings import SpecialIds
-from megatron_mdm.models.stages import RowStatistics
 from megatron_mdm.parallel.collectives import fill_from_data_ranks
 from megatron_mdm.parallel.groups import ParallelContext
 from megatron_mdm.parallel.progress import progress_bar
@@ -30,7 +30,7 @@ Generators = Callable[[int], np.random.Generator]  # the masks' random numbers o
 
 
 def row_sums(noised: NoisedBatch, weights: LossWeights, batch: GlobalBatch, rows: RowStatistics) -> RowSums:
-    """What the moments of a micro-batch's B groups need, [B, V] each, from its packets' weights and statistics.
+    """What the moments of a micro-batch's B groups need, [B, V] each, from its inputs' weights and statistics.
 
     A row's weight in the batch, less the importance weight and the mean over samples and views, is part of the
     sample's estimate (normalisation 'token' weighs longer samples more).
@@ -117,7 +117,7 @@ def measure(
     for first in progress_bar(starts, desc=progress, unit="batch", enabled=context.is_main and bool(progress)):
         mine = [turn * ranks + context.data_rank for turn in range(first, min(first + together, num_turns))]
         batches = [scored(parts[min(index, len(parts) - 1)]) for index in mine]
-        statistics = engine.evaluate([loss_packet(*batch) for batch in batches], row_gradients)
+        statistics = engine.evaluate([loss_inputs(*batch) for batch in batches], row_gradients)
         for index, batch, rows in zip(mine, batches, statistics):
             if index < len(parts):
                 yield parts[index], batch, rows

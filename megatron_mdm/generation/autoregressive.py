@@ -9,7 +9,7 @@ from torch import Tensor
 
 from megatron_mdm.config.errors import UserError
 from megatron_mdm.diffusion.randomness import Purpose, stream
-from megatron_mdm.engine.packets import logits_packet
+from megatron_mdm.engine.inputs import logits_inputs
 from megatron_mdm.generation.candidates import draw
 from megatron_mdm.generation.settings import GenerationConfig, LogitsEngine, Response, SpecialIds
 from megatron_mdm.models.cache import KeyValueCache, Window
@@ -43,7 +43,7 @@ def decode_greedily(
     running = torch.ones(num_rows, dtype=torch.bool)
     for step in range(config.gen_length):
         window = Window(cache, positions, lengths + step)
-        logits = engine.logits(logits_packet(tokens, lengths, last), window).float()
+        logits = engine.logits(logits_inputs(tokens, lengths, last), window).float()
         uniforms = _uniforms(prompt_ids, step, logits.shape[1], config)
         found = draw(logits, config.temperature, config.top_p, config.top_k, special.mask, uniforms)
         chosen = found.tokens.cpu()

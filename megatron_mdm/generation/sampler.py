@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from megatron_mdm.diffusion.randomness import Purpose, stream
-from megatron_mdm.engine.packets import logits_packet
+from megatron_mdm.engine.inputs import logits_inputs
 from megatron_mdm.generation.candidates import draw, gumbel_noise
 from megatron_mdm.generation.remask import COMMIT_SCHEDULES, REMASKING, Ranking, confident_enough
 from megatron_mdm.generation.settings import GenerationConfig, LogitsEngine, Response, SpecialIds
@@ -117,12 +117,12 @@ def _guided_logits(engine: LogitsEngine, canvas: _Canvas, block: int, places: Te
     tokens, lengths = canvas.rows(), canvas.lengths.repeat(canvas.copies)
     selected = torch.zeros_like(canvas.tokens, dtype=torch.bool).scatter_(1, places, masked).repeat(canvas.copies, 1)
     if canvas.config.cache == "none":
-        logits = engine.logits(logits_packet(tokens, lengths, selected)).float()
+        logits = engine.logits(logits_inputs(tokens, lengths, selected)).float()
     else:
         window = canvas.window(block)
         seen, chosen = tokens.gather(1, window.positions), selected.gather(1, window.positions)
         chosen[:, 0] &= window.positions[:, 0] != window.positions[:, 1]  # an empty prompt has no place before it
-        logits = engine.logits(logits_packet(seen, lengths, chosen), window).float()
+        logits = engine.logits(logits_inputs(seen, lengths, chosen), window).float()
     if canvas.copies == 2:
         conditional, unconditional = logits.chunk(2)
         logits = unconditional + (canvas.config.cfg_scale + 1.0) * (conditional - unconditional)

@@ -8,18 +8,18 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
+from megatron_mdm.batch import ModelInputs
 from megatron_mdm.config.schema import ModelConfig, Section
 from megatron_mdm.data.lengths import Room
 from megatron_mdm.data.tokenizer import Tokenizer
 from megatron_mdm.generation.remask import COMMIT_SCHEDULES, REMASKING, by_chance
 from megatron_mdm.models.cache import Window
-from megatron_mdm.models.stages import Packet
 
 
 class LogitsEngine(Protocol):
     """engine.base.Engine, or engine.inference.InferenceEngine, which alone takes windows of a cache."""
 
-    def logits(self, packet: Packet, window: Window | None = None) -> Tensor: ...
+    def logits(self, inputs: ModelInputs, window: Window | None = None) -> Tensor: ...
 
 
 class GenerationConfig(Section):

@@ -1,1 +1,1 @@
-"""The transformer, as a list of stages over megatron-core's layers. Never noises, weights or logs."""
+"""The transformer, as a list of layers over megatron-core's layers. Never noises, weights or logs."""

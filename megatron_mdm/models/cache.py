@@ -33,7 +33,7 @@ class Window(NamedTuple):
     """The positions that one forward pass computes; other positions' keys and values are those in the cache."""
 
     cache: KeyValueCache
-    positions: Tensor  # [R, S] int64: the places of a packet's tokens in their rows; any S of them, in any order
+    positions: Tensor  # [R, S] int64: the places of a micro-batch's tokens in their rows; any S of them, in any order
     lengths: Tensor  # [R] int64: the first lengths[r] positions of row r may be seen
 
     def to_device(self) -> Window:

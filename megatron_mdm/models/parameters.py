@@ -20,12 +20,12 @@ def head_name(model: ModelConfig) -> str:
 
 
 def layer_prefix(layer: int) -> str:
-    """Of a layer's parameters; layer counts from 0, stages from the embedding."""
+    """Of a layer's parameters; layer counts from 0, in names from the embedding."""
     return f"{layer + 1}.layer."
 
 
 def parameter_shapes(model: ModelConfig) -> dict[str, Shape]:
-    """Canonical name → shape without tensor parallelism and without padding of the vocabulary, in the stages' order."""
+    """Canonical name → shape without tensor parallelism and without padding of the vocabulary, in the layers' order."""
     assert isinstance(model.vocab_size, int)
     hidden, table = model.hidden_size, (model.vocab_size, model.hidden_size)
     shapes: dict[str, Shape] = {EMBEDDING: table}
@@ -53,8 +53,9 @@ def padded_vocab_size(model: ModelConfig, degree: int) -> int:
     return (model.vocab_size + multiple - 1) // multiple * multiple
 
 
-def stage_costs(model: ModelConfig, length: float) -> list[float]:
-    """Forward FLOPs per position of each stage: what partitioning balances. Half of the positions reach the head."""
+def layer_costs(model: ModelConfig, length: float) -> list[float]:
+    """Forward FLOPs per position of embedding, blocks and head: what partitioning balances. Half of the positions reach
+    the head."""
     width = model.kv_channels * model.num_heads
     attention = model.hidden_size * 2 * (width + model.kv_channels * model.num_kv_heads)
     matrices = attention + 3 * model.hidden_size * model.ffn_hidden_size
@@ -70,7 +71,7 @@ def training_flops(model: ModelConfig, num_tokens: int, length: float, num_selec
     make it a little too small); num_selected: positions whose logits are computed.
     """
     assert isinstance(model.vocab_size, int)
-    blocks = sum(stage_costs(model, length)[1:-1])
+    blocks = sum(layer_costs(model, length)[1:-1])
     return 3.0 * (num_tokens * blocks + 2.0 * model.hidden_size * model.vocab_size * num_selected)
 
 

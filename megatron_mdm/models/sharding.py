@@ -57,7 +57,7 @@ HEAD_NORMS = ("q_layernorm.weight", "k_layernorm.weight")  # whole on every rank
 
 
 def sharding_of(name: str) -> Sharding:
-    """The sharding of a parameter of models/stages.py, by its name."""
+    """The sharding of a parameter of models/layers.py, by its name."""
     for pattern, sharding in _SHARDINGS:
         if re.search(pattern, name):
             return sharding

@@ -52,7 +52,7 @@ def _method(method: dict[str, Any]) -> str:
     if method["method"] == "autoregressive":
         return "autoregressive"
     return (
-        f"{method['sampler']} t, {method['views']} view{'s' if method['views'] > 1 else ''}"
+        f"{method['t_sampler']} t, {method['views']} view{'s' if method['views'] > 1 else ''}"
         + (f" × {method['multisample']}" if method["multisample"] > 1 else "")
         + f", strata {method['strata']}, {method['masking']} masks"
     )

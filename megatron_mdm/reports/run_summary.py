@@ -140,7 +140,7 @@ def _facts(run: RunFolder, curves: Record, marks: Record, ranks: Record) -> Reco
             "name": method_name(config.diffusion),
             **{
                 key: getattr(config.diffusion, key)
-                for key in ("method", "sampler", "views", "multisample", "strata", "masking", "normalization")
+                for key in ("method", "t_sampler", "views", "multisample", "strata", "masking", "normalization")
             },
         },
         "last_loss": next((loss for loss in reversed(curves["loss"]["loss_smoothed"]) if loss is not None), None),

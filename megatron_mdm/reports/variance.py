@@ -24,8 +24,9 @@ from megatron_mdm.diffusion.masking import MaskDesign
 from megatron_mdm.diffusion.noiser import noise
 from megatron_mdm.diffusion.objective import Normalization
 from megatron_mdm.diffusion.t_samplers import TSampler
-from megatron_mdm.engine.packets import loss_packet
-from megatron_mdm.models.stages import MaskedDiffusionModel
+from megatron_mdm.engine.inputs import loss_inputs
+from megatron_mdm.models.layers import MaskedDiffusionModel
+from megatron_mdm.parallel import platform
 from megatron_mdm.parallel.progress import progress_bar
 
 SKETCH_SIZE = 2048  # numbers that stand for a gradient where inner products are needed
@@ -112,8 +113,8 @@ def draw_gradients(
         row = samples[index]
         batch = collate([data.samples[row]], [0], [row], 0)
         noised = noise(batch, t[index : index + 1], np.ones(1), [generators(index)], design=design, mask_id=mask_id)
-        packet = loss_packet(noised, normalization(noised, batch_of))
-        total, _ = model(packet.to_device())
+        inputs = loss_inputs(noised, normalization(noised, batch_of))
+        total, _ = model(inputs.to(platform.device()))
         total.backward()
         loss[index] = float(total)
         square[index], sketches[index] = sketch.take()

@@ -142,7 +142,7 @@ def _artifact(calibration: Calibration, calibrator: Calibrator, config: RunConfi
     return {
         "version": ARTIFACT_VERSION,
         "settings": settings.model_dump(mode="json", exclude={"artifact"}),
-        "method": config.diffusion.model_dump(mode="json", exclude={"calibration", "sampler"}),
+        "method": config.diffusion.model_dump(mode="json", exclude={"calibration", "t_sampler"}),
         "seed": calibrator.seed,
         "forwards": last["forwards"],
         "rounds": calibration.rounds,

@@ -37,7 +37,7 @@ def describe(config: RunConfig, world_size: int, num_steps: int) -> str:
             f"{rows} row{'s' * (rows > 1)} each; {num_steps} steps, {batch.mode}",
             "method: autoregressive"
             if diffusion.method == "autoregressive"
-            else f"method: t {diffusion.sampler}, strata {diffusion.strata}, masking {diffusion.masking}",
+            else f"method: t {diffusion.t_sampler}, strata {diffusion.strata}, masking {diffusion.masking}",
             f"memory per rank, GiB (estimate): {memory.total / GIB:.2f} = {parts}{_too_much(memory)}",
         ]
     )

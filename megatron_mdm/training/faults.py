@@ -14,9 +14,9 @@ import numpy as np
 from safetensors.torch import save_file
 from tqdm import tqdm
 
+from megatron_mdm.batch import ModelInputs
 from megatron_mdm.config.files import write_json
-from megatron_mdm.engine.packets import loss_packet
-from megatron_mdm.models.stages import Packet
+from megatron_mdm.engine.inputs import loss_inputs
 from megatron_mdm.parallel.collectives import barrier
 from megatron_mdm.training.loop import StepResult, Trainer
 from megatron_mdm.training.metrics import MetricsLog
@@ -112,7 +112,7 @@ def robust_score(loss: float, before: list[float]) -> float:
 
 
 def write_batch(trainer: Trainer, result: StepResult, folder: Path) -> None:
-    """The packets of a step as the engine got them, a file for each data-parallel rank, and what they were made of.
+    """The inputs of a step as the engine got them, a file for each data-parallel rank, and what they were made of.
 
     Collective. A disk that refuses them costs a line only: batch.json's step and the configuration make them anew.
     """
@@ -123,7 +123,7 @@ def write_batch(trainer: Trainer, result: StepResult, folder: Path) -> None:
         if context.tensor_rank == 0 and context.pipeline_rank == 0:
             tensors = {}
             for index, pair in enumerate(zip(noised, weights)):
-                for name, tensor in zip(Packet._fields, loss_packet(*pair)):
+                for name, tensor in zip(ModelInputs._fields, loss_inputs(*pair)):
                     tensors[f"{index}/{name}"] = tensor.clone().contiguous()
             save_file(tensors, folder / f"data-rank-{context.data_rank:03d}.safetensors")
         if context.is_main:

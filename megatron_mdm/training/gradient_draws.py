@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from megatron_mdm.batch import ModelInputs
 from megatron_mdm.config.schema import RunConfig
 from megatron_mdm.data.collate import collate
 from megatron_mdm.diffusion.calibrator import FLOORS, Fit
@@ -20,8 +21,7 @@ from megatron_mdm.diffusion.randomness import Purpose, stream
 from megatron_mdm.diffusion.t_samplers import TabulatedSampler, TSampler
 from megatron_mdm.engine.base import Engine
 from megatron_mdm.engine.gradient_norms import gradient_norms
-from megatron_mdm.engine.packets import loss_packet
-from megatron_mdm.models.stages import Packet
+from megatron_mdm.engine.inputs import loss_inputs
 from megatron_mdm.parallel.groups import ParallelContext
 from megatron_mdm.parallel.progress import progress_bar
 from megatron_mdm.training.inputs import RunData
@@ -59,7 +59,7 @@ def draw_gradients(
     strata = stream(config.seed, Purpose.CALIBRATION, _STREAM, 1).permutation(num_draws)
     t, weight = sampler.quantile((strata + 0.5) / num_draws)
 
-    def batches() -> Iterator[list[Packet]]:
+    def batches() -> Iterator[list[ModelInputs]]:
         for draw in progress_bar(range(num_draws), desc="gradients", unit="draw", enabled=context.is_main):
             rows = [int(order[draw % len(order)])] if context.data_rank == 0 else []
             clean = collate([data.train.samples[row] for row in rows], rows, rows, data.special_ids.pad)
@@ -74,7 +74,7 @@ def draw_gradients(
             )
             weights = normalization(noised, batch_of)
             own = weights._replace(row=weights.row * batch_of.num_samples)  # the sample's own mean
-            yield [loss_packet(noised, own)]
+            yield [loss_inputs(noised, own)]
 
     norms = [float(f"{norm:.3g}") for norm in gradient_norms(engine, batches())]  # layouts differ in the last digits
     return GradientDraws(t, weight, np.square(norms))

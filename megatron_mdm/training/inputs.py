@@ -58,7 +58,7 @@ def resolve(config: RunConfig) -> tuple[RunConfig, RunData]:
     train, validation = read_splits(config, tokenizer)
     if causal and data.format == "sft":
         _check_next_tokens(train, data.train)
-    if config.diffusion.sampler == "ppots" and len(train) < 2:
+    if config.diffusion.t_sampler == "ppots" and len(train) < 2:
         raise UserError(f"{data.train}: calibration needs at least 2 training samples")
     return config, RunData(tokenizer, train, validation, tuple(notes))
 

@@ -82,7 +82,7 @@ def _losses(
 ) -> tuple[dict[str, Any] | None, list[float]]:
     """(calibration, losses of the first steps). Both layouts use the first one's calibration."""
     engine = restored_engine(None, config, context, 0)
-    if artifact is None and config.diffusion.sampler == "ppots":
+    if artifact is None and config.diffusion.t_sampler == "ppots":
         quick = {"num_samples": 2, "num_times": 16, "num_masks": 4, "num_restarts": 4}
         calibration = config.diffusion.calibration.model_copy(update=quick)
         diffusion = config.diffusion.model_copy(update={"calibration": calibration})

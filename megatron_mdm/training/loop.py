@@ -11,16 +11,17 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_mdm.batch import LossWeights
 from megatron_mdm.config.schema import RunConfig
 from megatron_mdm.data.loader import LocalBatch, PrefetchLoader, TrainLoader
 from megatron_mdm.diffusion.autoregressive import NextTokens
 from megatron_mdm.diffusion.mask_schedule import Floats
 from megatron_mdm.diffusion.moments import Moments, group_moments
 from megatron_mdm.diffusion.noiser import NoisedBatch, Noiser
-from megatron_mdm.diffusion.objective import NORMALIZATIONS, GlobalBatch, LossWeights, weighted_masked
+from megatron_mdm.diffusion.objective import NORMALIZATIONS, GlobalBatch, weighted_masked
 from megatron_mdm.engine.base import Engine, TrainOutput
 from megatron_mdm.engine.clock import CommunicationProfile
-from megatron_mdm.engine.packets import loss_packet
+from megatron_mdm.engine.inputs import loss_inputs
 from megatron_mdm.evaluation.losses import row_sums
 from megatron_mdm.parallel.collectives import fill_from_data_ranks
 from megatron_mdm.parallel.cores import core_wait
@@ -101,9 +102,9 @@ class Trainer:
         with CommunicationProfile(self.is_sampled(step)) as profile:
             with clock.measure("data"):
                 batch, noised, weights = self.noised_batch(step)
-                packets = [loss_packet(*pair) for pair in zip(noised, weights)]
+                micro_batches = [loss_inputs(*pair) for pair in zip(noised, weights)]
             lr = learning_rate(step, self.num_steps, self.config.optimizer.lr, self.config.schedule)
-            output = self.engine.train_batch(packets, lr)
+            output = self.engine.train_batch(micro_batches, lr)
             values = self._collect(batch, noised, weights, output)
             seconds, waited = time.perf_counter() - began, core_wait() - waited
         t, weight = self.noiser.times(step)

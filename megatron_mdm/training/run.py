@@ -179,7 +179,7 @@ def _calibration(
 ) -> dict[str, Any] | None:
     """The artifact in the folder, else the one that is named, else a new one; the folder holds it from then on."""
     diffusion = config.diffusion
-    if diffusion.sampler not in CALIBRATED_SAMPLERS:
+    if diffusion.t_sampler not in CALIBRATED_SAMPLERS:
         return None
     if (folder / CALIBRATION).exists():  # of this run, before it was interrupted
         return load_artifact(folder / CALIBRATION)
@@ -228,7 +228,7 @@ def build_noiser(config: RunConfig, cell_density: Floats, mask_id: int) -> Noise
         return NextTokens(global_size)
     return Noiser(
         design=MaskDesign.of(diffusion),
-        sampler=T_SAMPLERS[diffusion.sampler](
+        sampler=T_SAMPLERS[diffusion.t_sampler](
             SamplerInputs(cell_density, FULL_RANGE if bounds == "adaptive" else bounds)
         ),
         num_strata=number_of_strata(diffusion.strata, global_size),
@@ -270,7 +270,7 @@ def _hooks(
         one_mask = config.diffusion.rows_per_sample == 1 and config.diffusion.masking == "bernoulli"
         if artifact and one_mask and isinstance(validation, FixedGridValidation):
             hooks.append(JudgeSampler(trainer.noiser, artifact, validation, config.evaluation.every, metrics))
-        if config.diffusion.sampler == "clipped" and config.diffusion.clipping.bounds == "adaptive":
+        if config.diffusion.t_sampler == "clipped" and config.diffusion.clipping.bounds == "adaptive":
             hooks.append(AdaptiveClipping(config, validation, trainer.noiser, state, metrics))
     hooks.append(signals)
     hooks.append(Save(trainer, store, metrics, data.train.fingerprint))

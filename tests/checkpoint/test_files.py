@@ -15,10 +15,10 @@ from safetensors.torch import load_file, save
 
 from megatron_mdm.checkpoint import views
 from megatron_mdm.checkpoint.direct_writer import PAGE, DirectWriter, write_memory
+from megatron_mdm.checkpoint.lazy_tensors import Columns, Flat, Part, Rows, cut, mean_row, merge, read, with_rows
 from megatron_mdm.checkpoint.safetensors_file import METADATA, SafetensorsFile, is_finite
 from megatron_mdm.checkpoint.stream import Output, OutputFile, split, write_files
 from megatron_mdm.checkpoint.tensors import TensorReader, file_name
-from megatron_mdm.checkpoint.views import Columns, Flat, Part, Rows, cut, mean_row, merge, read, with_rows
 from megatron_mdm.config.errors import UserError
 from megatron_mdm.models.sharding import Sharding
 from tests.small import small_model

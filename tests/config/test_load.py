@@ -16,7 +16,7 @@ CONFIGS = Path(__file__).parent.parent.parent / "configs"
 
 
 def test_round_trip(tmp_path: Path) -> None:
-    config = small_config(tmp_path, diffusion={"sampler": "ppots", "strata": 4, "views": 2})
+    config = small_config(tmp_path, diffusion={"t_sampler": "ppots", "strata": 4, "views": 2})
     path = tmp_path / "a.yaml"
     path.write_text(dump_config(config), encoding="utf-8")
     assert load_config(path) == config
@@ -145,7 +145,7 @@ def test_bad_files(tmp_path: Path, text: str, message: str) -> None:
         ("optimizer.lr=[1", "not YAML"),
         ("seed.x=1", "is a value, not a section"),
         ("optimizer.lr=-1", "greater than 0"),
-        ("diffusion.sampler=ppot", "'uniform', 'ppots' or 'clipped'"),
+        ("diffusion.t_sampler=ppot", "'uniform', 'ppots' or 'clipped'"),
         ("diffusion.strata=1", "at least 2 strata"),
         ("schedule.epochs=1", "exactly one of steps and epochs"),
         ("diffusion.calibration.target=paper", "only estimator 'naive'"),
@@ -173,8 +173,8 @@ def test_bad_overrides(tmp_path: Path, override: str, message: str) -> None:
         ("checkpoint.keep_best=true", "set 'evaluation.every'"),
         ("model.head_dim=7", "must be even for rotary positions"),
         ("model.attention=causal", "is for 'diffusion.method' autoregressive"),
-        ("diffusion.calibration.refit_every=5", "needs 'diffusion.sampler' ppots"),
-        ("diffusion={sampler: clipped, clipping: {bounds: adaptive}}", "set 'evaluation.every'"),
+        ("diffusion.calibration.refit_every=5", "needs 'diffusion.t_sampler' ppots"),
+        ("diffusion={t_sampler: clipped, clipping: {bounds: adaptive}}", "set 'evaluation.every'"),
         ("diffusion.strata=9", "exceeds 'batch.global_size' 8"),
         ("deepspeed={zero_optimization: {stage: 3}}", "'deepspeed.zero_optimization.stage' is set by the section"),
         ("parallel={pipeline: 2, zero: 3}", "cannot be combined with 'parallel.pipeline' 2"),

@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 import torch
 
+from megatron_mdm.batch import CleanBatch
 from megatron_mdm.config.schema import DiffusionConfig
 from megatron_mdm.diffusion.exposure import SampleShapes, average_batch
 from megatron_mdm.diffusion.mask_schedule import Floats, MaskSchedule
 from megatron_mdm.diffusion.masking import MASKING_RULES, MaskDesign
-from megatron_mdm.diffusion.noiser import CleanBatch, NoisedBatch, noise
+from megatron_mdm.diffusion.noiser import NoisedBatch, noise
 from megatron_mdm.diffusion.objective import NORMALIZATIONS, GlobalBatch, weighted_masked
 
 DESIGN = MaskDesign(MASKING_RULES["bernoulli"], MaskSchedule(1e-3), complementary=True)

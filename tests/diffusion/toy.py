@@ -7,11 +7,12 @@ from functools import cache
 import numpy as np
 import torch
 
+from megatron_mdm.batch import CleanBatch
 from megatron_mdm.diffusion.exposure import SampleShapes
 from megatron_mdm.diffusion.mask_schedule import Floats, MaskSchedule
 from megatron_mdm.diffusion.masking import MASKING_RULES, MaskDesign
 from megatron_mdm.diffusion.moments import RowSums
-from megatron_mdm.diffusion.noiser import CleanBatch, NoisedBatch
+from megatron_mdm.diffusion.noiser import NoisedBatch
 from megatron_mdm.diffusion.t_samplers import TSampler
 from tests.ranks import run_ranks
 from tests.small import MASK, small_model
@@ -35,8 +36,8 @@ def tables() -> dict[str, Floats]:
 
 def _tables() -> dict[str, Floats]:
     from megatron_mdm.config.schema import ParallelConfig
-    from megatron_mdm.engine.packets import logits_packet
-    from megatron_mdm.models.stages import build_model
+    from megatron_mdm.engine.inputs import logits_inputs
+    from megatron_mdm.models.layers import build_model
     from megatron_mdm.parallel.groups import initialize
 
     # Weights large enough that losses differ between masks by more than between tokens.
@@ -48,7 +49,7 @@ def _tables() -> dict[str, Floats]:
         for index, mask in enumerate(MASKS[1:], 1):
             masked = torch.from_numpy(np.concatenate([np.zeros(PROMPT, dtype=bool), mask.astype(bool)]))[None]
             noisy = clean[None].masked_fill(masked, MASK)
-            logits = model(logits_packet(noisy, torch.tensor([PROMPT + P]), masked), want_logits=True)
+            logits = model(logits_inputs(noisy, torch.tensor([PROMPT + P]), masked), want_logits=True)
             losses = torch.nn.functional.cross_entropy(logits, clean[masked[0]], reduction="none")
             for place, loss in zip(np.flatnonzero(mask), losses):
                 (gradient,) = torch.autograd.grad(loss, weight, retain_graph=True)

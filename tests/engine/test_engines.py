@@ -18,13 +18,13 @@ PROMPTS = [[5, 6, 7], [8, 9], [10, 11, 12, 13, 14], [15]]
 
 
 def forward_only(config: RunConfig) -> dict[str, Any]:
-    """On a rank: logits of a padded batch, row statistics of two packets, with row gradients and without, and generated
-    responses."""
+    """On a rank: logits of a padded batch, row statistics of two micro-batches, with row gradients and without, and
+    generated responses."""
+    from megatron_mdm.batch import ModelInputs
     from megatron_mdm.checkpoint.load import restored_engine
-    from megatron_mdm.engine.packets import logits_packet
+    from megatron_mdm.engine.inputs import logits_inputs
     from megatron_mdm.generation.generate import generate
     from megatron_mdm.generation.settings import GenerationConfig, SpecialIds
-    from megatron_mdm.models.stages import Packet
     from megatron_mdm.parallel.groups import initialize
 
     context = initialize(config.parallel.tensor, config.parallel.pipeline)
@@ -34,11 +34,11 @@ def forward_only(config: RunConfig) -> dict[str, Any]:
     selected = torch.rand(3, 11, generator=generator) < 0.5
     lengths = torch.tensor([11, 7, 9])
     selected &= torch.arange(11)[None, :] < lengths[:, None]
-    logits = engine.logits(logits_packet(tokens, lengths, selected))
-    packet = Packet(tokens, lengths, selected, tokens, selected.float(), torch.ones(3))
-    whole = packet._replace(lengths=torch.tensor(11))
-    rows = [*engine.evaluate([packet, whole], row_gradients=True), *engine.evaluate([whole])]
-    statistics = [torch.stack(list(packets)).numpy() for packets in rows]
+    logits = engine.logits(logits_inputs(tokens, lengths, selected))
+    inputs = ModelInputs(tokens, lengths, selected, tokens, selected.float(), torch.ones(3))
+    whole = inputs._replace(lengths=torch.tensor(11))
+    rows = [*engine.evaluate([inputs, whole], row_gradients=True), *engine.evaluate([whole])]
+    statistics = [torch.stack(list(micro_batches)).numpy() for micro_batches in rows]
     settings = GenerationConfig(gen_length=8, block_length=4, steps=4, batch_size=2)
     responses = generate(engine, PROMPTS, settings, SpecialIds(MASK, PAD), context)
     return {"logits": logits.numpy(), "statistics": statistics, "responses": responses}
@@ -67,20 +67,20 @@ def test_forward_passes_equal_one_process(num_ranks: int, parallel: dict[str, An
 
 
 def logits_of_a_zeroed_norm(config: RunConfig) -> np.ndarray:
+    from megatron_mdm.batch import ModelInputs
     from megatron_mdm.checkpoint.load import restored_engine
-    from megatron_mdm.engine.packets import logits_packet
-    from megatron_mdm.models.stages import Packet
+    from megatron_mdm.engine.inputs import logits_inputs
     from megatron_mdm.parallel.groups import initialize
 
     engine = restored_engine(None, config, initialize(1), 0)
     tokens, lengths = torch.tensor([[5, 6, 7]]), torch.tensor([3])
-    scored = Packet(tokens, lengths, tokens > 0, tokens, (tokens > 0).float(), torch.ones(1))
+    scored = ModelInputs(tokens, lengths, tokens > 0, tokens, (tokens > 0).float(), torch.ones(1))
     engine.train_batch([scored] * 2, 1e-3)  # which leaves parameters gathered
-    packet = logits_packet(tokens, lengths, tokens > 0)
-    assert engine.logits(packet).any()
-    (name,) = (name for name in engine.master.parameters if name.endswith("final_norm.weight"))
-    engine.master.load(name, "weight", torch.zeros(config.model.hidden_size))
-    return engine.logits(packet).numpy()
+    inputs = logits_inputs(tokens, lengths, tokens > 0)
+    assert engine.logits(inputs).any()
+    (name,) = (name for name in engine.optimizer_state.parameters if name.endswith("final_norm.weight"))
+    engine.optimizer_state.load(name, "weight", torch.zeros(config.model.hidden_size))
+    return engine.logits(inputs).numpy()
 
 
 def test_zero3_reads_weights_also_into_parameters_that_are_gathered(tmp_path: Path) -> None:

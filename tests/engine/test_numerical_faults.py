@@ -32,8 +32,8 @@ ENGINES: dict[str, tuple[int, dict[str, Any], str]] = {  # ranks, layout, type
 
 def faulty_steps(config: RunConfig) -> list[dict[str, Any]]:
     """On a rank: a healthy step, a faulty one of each kind, a healthy one; gradient norm and state after each."""
+    from megatron_mdm.batch import ModelInputs
     from megatron_mdm.checkpoint.load import restored_engine
-    from megatron_mdm.models.stages import Packet
     from megatron_mdm.parallel.groups import initialize
 
     context = initialize(config.parallel.tensor, config.parallel.pipeline)
@@ -42,19 +42,21 @@ def faulty_steps(config: RunConfig) -> list[dict[str, Any]]:
     tokens = torch.randint(0, VOCAB, (2, 9), generator=generator)
     selected = torch.rand(2, 9, generator=generator) < 0.5
     selected[:, 0] = True
-    healthy = Packet(tokens, torch.tensor(9), selected, tokens, selected.float(), torch.ones(2))
+    healthy = ModelInputs(tokens, torch.tensor(9), selected, tokens, selected.float(), torch.ones(2))
     last_rank = context.data_rank == context.layout.data - 1  # the only one with a fault
 
     def step(bad_loss: float, bad_gradient: float) -> dict[str, Any]:
         hooks = []
         if bad_gradient and last_rank:
-            parameter = next(engine.master.parameters[name] for name in sorted(engine.master.parameters))
+            parameter = next(
+                engine.optimizer_state.parameters[name] for name in sorted(engine.optimizer_state.parameters)
+            )
             hooks.append(parameter.register_hook(lambda gradient: gradient * bad_gradient))
         faulty = healthy._replace(row_weight=torch.tensor([1.0, bad_loss])) if bad_loss and last_rank else healthy
         output = engine.train_batch([healthy, faulty], 1e-2)
         for hook in hooks:
             hook.remove()
-        state = {f"{part.name}/{part.kind}": part.values.numpy().copy() for part in engine.master.fragments()}
+        state = {f"{part.name}/{part.kind}": part.values.numpy().copy() for part in engine.optimizer_state.fragments()}
         return {"norm": output.grad_norm, "state": state}
 
     faults = [(0, 0), (float("nan"), 0), (float("inf"), 0), (0, float("nan")), (0, float("inf")), (0, 0)]

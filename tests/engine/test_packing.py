@@ -9,20 +9,21 @@ import numpy as np
 import pytest
 import torch
 
+from megatron_mdm.batch import ModelInputs
 from megatron_mdm.config.schema import ParallelConfig, RunConfig
-from megatron_mdm.engine.packets import packed, padded_to_multiple
-from megatron_mdm.models.stages import Packet, segment_positions
+from megatron_mdm.engine.inputs import packed, padded_to_multiple
+from megatron_mdm.models.layers import segment_positions
 from tests.ranks import run_ranks
 from tests.small import VOCAB, small_config, small_model, write_ids
 
 
-def packet_of(lengths: list[int], segments: list[list[int]] | None = None, seed: int = 0) -> Packet:
+def inputs_of(lengths: list[int], segments: list[list[int]] | None = None, seed: int = 0) -> ModelInputs:
     generator = torch.Generator().manual_seed(seed)
     shape = (len(lengths), max(lengths))
     inside = torch.arange(shape[1])[None, :] < torch.tensor(lengths)[:, None]
     tokens = torch.randint(2, VOCAB, shape, generator=generator)
     selected = (torch.rand(shape, generator=generator) < 0.5) & inside
-    return Packet(
+    return ModelInputs(
         tokens=tokens,
         lengths=torch.tensor(lengths if segments is None else segments),
         selected=selected,
@@ -33,16 +34,16 @@ def packet_of(lengths: list[int], segments: list[list[int]] | None = None, seed:
 
 
 def test_packed_rows_stand_one_after_another() -> None:
-    packet = packed(packet_of([5, 3, 4]))
-    source = packet_of([5, 3, 4]).tokens
-    assert packet.tokens.tolist() == [[*source[0, :5].tolist(), *source[1, :3].tolist(), *source[2, :4].tolist()]]
-    assert packet.lengths.tolist() == [[5, 3, 4]]
-    assert packet.row_starts.tolist() == [0, 5, 8]
-    assert segment_positions(packet.lengths, 12).tolist() == [0, 1, 2, 3, 4, 0, 1, 2, 0, 1, 2, 3]
-    wider = padded_to_multiple(packet, 8)
+    inputs = packed(inputs_of([5, 3, 4]))
+    source = inputs_of([5, 3, 4]).tokens
+    assert inputs.tokens.tolist() == [[*source[0, :5].tolist(), *source[1, :3].tolist(), *source[2, :4].tolist()]]
+    assert inputs.lengths.tolist() == [[5, 3, 4]]
+    assert inputs.row_starts.tolist() == [0, 5, 8]
+    assert segment_positions(inputs.lengths, 12).tolist() == [0, 1, 2, 3, 4, 0, 1, 2, 0, 1, 2, 3]
+    wider = padded_to_multiple(inputs, 8)
     assert wider.tokens.shape == (1, 16)
     assert wider.lengths.tolist() == [[5, 3, 4, 4]]
-    documents = packed(packet_of([5, 3], segments=[[2, 3], [3, 0]]))
+    documents = packed(inputs_of([5, 3], segments=[[2, 3], [3, 0]]))
     assert documents.lengths.tolist() == [[2, 3, 3]]
     assert documents.row_starts.tolist() == [0, 5]
 
@@ -50,31 +51,31 @@ def test_packed_rows_stand_one_after_another() -> None:
 def forward_packed(dtype: str) -> dict[str, Any]:
     """On a rank: logits and statistics, packed and not; logits after one segment was changed; gradients."""
     from megatron_mdm.engine.inference import DTYPES
-    from megatron_mdm.models.stages import build_model
+    from megatron_mdm.models.layers import build_model
     from megatron_mdm.parallel.groups import initialize
 
     context = initialize(1, 1)
     model = build_model(small_model(init_std=0.2), ParallelConfig(), context, 3).to(DTYPES[dtype])
-    plain = packet_of([7, 12, 3, 9])
+    plain = inputs_of([7, 12, 3, 9])
     changed = plain.tokens.clone()
     changed[1] = (changed[1] + 1) % VOCAB
     results: dict[str, Any] = {"rows": plain.selected.nonzero()[:, 0].numpy()}
     with torch.no_grad():
-        for name, packet in {
+        for name, inputs in {
             "plain": plain,
             "packed": packed(plain),
             "changed": packed(plain._replace(tokens=changed)),
         }.items():
-            results[name] = model(packet, want_logits=True).float().numpy()
-    for name, packet in {"plain": plain, "packed": packed(plain)}.items():
+            results[name] = model(inputs, want_logits=True).float().numpy()
+    for name, inputs in {"plain": plain, "packed": packed(plain)}.items():
         model.zero_grad()
-        total, rows = model(packet)
+        total, rows = model(inputs)
         total.backward()
         gradient = torch.cat([p.grad.reshape(-1) for p in model.parameters() if p.grad is not None])
         results[f"{name}_loss"] = torch.stack([*rows, total.detach().expand(4)]).float().numpy()
         results[f"{name}_gradient"] = gradient.float().numpy()
-    documents = packet_of([9, 12], segments=[[4, 5, 0], [6, 3, 3]])
-    alone = packet_of([4, 5, 6, 3, 3])
+    documents = inputs_of([9, 12], segments=[[4, 5, 0], [6, 3, 3]])
+    alone = inputs_of([4, 5, 6, 3, 3])
     for row, (source, begin, end) in enumerate([(0, 0, 4), (0, 4, 9), (1, 0, 6), (1, 6, 9), (1, 9, 12)]):
         alone.tokens[row, : end - begin] = documents.tokens[source, begin:end]
         alone.selected[row] = False

@@ -31,7 +31,7 @@ def samples() -> list[Sample]:
 
 def built_engine(tensor: int, attention: str = "bidirectional"):
     from megatron_mdm.engine.inference import InferenceEngine
-    from megatron_mdm.models.stages import build_model
+    from megatron_mdm.models.layers import build_model
     from megatron_mdm.parallel.groups import initialize
 
     context, model = initialize(tensor), small_model(init_std=0.3, attention=attention)
@@ -41,10 +41,10 @@ def built_engine(tensor: int, attention: str = "bidirectional"):
 def log_probabilities(engine: Any, tokens: np.ndarray, selected: np.ndarray):
     import torch
 
-    from megatron_mdm.engine.packets import logits_packet
+    from megatron_mdm.engine.inputs import logits_inputs
 
     row = torch.from_numpy(tokens.astype(np.int64))[None]
-    logits = engine.logits(logits_packet(row, torch.tensor([len(tokens)]), torch.from_numpy(selected)[None]))
+    logits = engine.logits(logits_inputs(row, torch.tensor([len(tokens)]), torch.from_numpy(selected)[None]))
     return logits.double().log_softmax(1)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from megatron_mdm.batch import ModelInputs, RowStatistics
 from megatron_mdm.config.errors import UserError
 from megatron_mdm.data.prompts import EncodedPrompt
 from megatron_mdm.data.sample import Sample
@@ -17,7 +18,6 @@ from megatron_mdm.data.tokenizer import load_tokenizer
 from megatron_mdm.evaluation.likelihood import LikelihoodConfig, negative_log_likelihoods
 from megatron_mdm.evaluation.perplexity import Question, evaluate_choices, evaluate_perplexity, scored_samples
 from megatron_mdm.generation.settings import SpecialIds
-from megatron_mdm.models.stages import Packet, RowStatistics
 from tests.data.test_corpus import some_documents, write_with_megatron
 from tests.ranks import run_ranks
 from tests.small import EOS, MASK, PAD, small_config, write_ids
@@ -28,11 +28,11 @@ SPECIAL = SpecialIds(MASK, PAD, EOS)
 class KnownLosses:
     """A model that finds token i with i / 10 nats."""
 
-    def evaluate(self, packets: list[Packet], row_gradients: bool = False) -> list[RowStatistics]:
-        return [self._statistics(packet) for packet in packets]
+    def evaluate(self, micro_batches: list[ModelInputs], row_gradients: bool = False) -> list[RowStatistics]:
+        return [self._statistics(inputs) for inputs in micro_batches]
 
-    def _statistics(self, packet: Packet) -> RowStatistics:
-        loss = (packet.labels / 10 * packet.token_weight * packet.selected).sum(1)
+    def _statistics(self, inputs: ModelInputs) -> RowStatistics:
+        loss = (inputs.labels / 10 * inputs.token_weight * inputs.selected).sum(1)
         return RowStatistics(*[loss] * len(RowStatistics._fields))
 
 

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_mdm.batch import ModelInputs
 from megatron_mdm.config.schema import DataConfig, RunConfig
 from megatron_mdm.data.templates import BEGIN, END_OF_TURN, HEADER, HEADER_END
 from megatron_mdm.evaluation.exact_match import wilson_interval
 from megatron_mdm.models.cache import Window
-from megatron_mdm.models.stages import Packet
 from tests.data.test_tokenizer_files import byte_level
 from tests.ranks import run_ranks
 from tests.small import small_config, write_ids
@@ -31,8 +31,8 @@ class Says:
     def __init__(self, ids: list[int], start: int, vocab_size: int) -> None:
         self.ids, self.start, self.vocab_size = torch.tensor(ids), start, vocab_size
 
-    def logits(self, packet: Packet, window: Window | None = None) -> torch.Tensor:
-        places = packet.selected.nonzero()[:, 1] - self.start
+    def logits(self, inputs: ModelInputs, window: Window | None = None) -> torch.Tensor:
+        places = inputs.selected.nonzero()[:, 1] - self.start
         return torch.nn.functional.one_hot(self.ids[places], self.vocab_size).float()
 
 
@@ -71,7 +71,7 @@ def validated(config: RunConfig) -> float:
     from megatron_mdm.diffusion.mask_schedule import MaskSchedule
     from megatron_mdm.engine.inference import InferenceEngine
     from megatron_mdm.evaluation.validation import FixedGridValidation
-    from megatron_mdm.models.stages import build_model
+    from megatron_mdm.models.layers import build_model
     from megatron_mdm.parallel.groups import initialize
     from megatron_mdm.training.inputs import resolve
 

@@ -16,7 +16,7 @@ NO_EOS = SpecialIds(MASK, PAD)
 
 def built_engine():
     from megatron_mdm.engine.inference import InferenceEngine
-    from megatron_mdm.models.stages import build_model
+    from megatron_mdm.models.layers import build_model
     from megatron_mdm.parallel.groups import initialize, world_size_from_environment
 
     context = initialize(2 if world_size_from_environment() > 1 else 1, 1)
@@ -29,7 +29,7 @@ def decoded_without_cache() -> list[list[int]]:
     """One prompt at a time, the whole row in every pass."""
     import torch
 
-    from megatron_mdm.engine.packets import logits_packet
+    from megatron_mdm.engine.inputs import logits_inputs
 
     engine, _ = built_engine()
     responses = []
@@ -37,7 +37,7 @@ def decoded_without_cache() -> list[list[int]]:
         row = list(prompt)
         for _ in range(LENGTH):
             last = torch.arange(len(row))[None] == len(row) - 1
-            logits = engine.logits(logits_packet(torch.tensor([row]), torch.tensor([len(row)]), last))
+            logits = engine.logits(logits_inputs(torch.tensor([row]), torch.tensor([len(row)]), last))
             logits[:, MASK] = float("-inf")
             row.append(int(logits.argmax()))
         responses.append(row[len(prompt) :])

@@ -7,11 +7,11 @@ from dataclasses import replace
 
 import torch
 
+from megatron_mdm.batch import ModelInputs
 from megatron_mdm.data.lengths import Room
 from megatron_mdm.data.tokenizer import Tokenizer
 from megatron_mdm.generation.interactive import converse, partly_masked_text
 from megatron_mdm.generation.settings import GenerationConfig
-from megatron_mdm.models.stages import Packet
 from tests.ranks import run_ranks
 from tests.small import EOS, MASK, VOCAB, word_tokenizer
 
@@ -25,8 +25,8 @@ def words() -> Tokenizer:
 class FixedLogits:
     """Every position's token is its place."""
 
-    def logits(self, packet: Packet) -> torch.Tensor:
-        positions = packet.selected.nonzero()[:, 1]
+    def logits(self, inputs: ModelInputs) -> torch.Tensor:
+        positions = inputs.selected.nonzero()[:, 1]
         return torch.nn.functional.one_hot(positions + 2, VOCAB).float()
 
 

@@ -13,7 +13,7 @@ from megatron_mdm.config.schema import ModelConfig, ParallelConfig
 from megatron_mdm.diffusion.randomness import Purpose, stream
 from megatron_mdm.generation.settings import GenerationConfig, SpecialIds
 from tests.generation.published import LogitsOf, dream, llada
-from tests.models.test_stages import llama_logits, llama_of
+from tests.models.test_layers import llama_logits, llama_of
 from tests.ranks import run_ranks
 from tests.small import EOS, MASK, PAD, VOCAB, small_model
 
@@ -59,7 +59,7 @@ def ours(model: ModelConfig, settings: list[dict[str, Any]]) -> tuple[list[list[
     """Of each setting, the responses to all prompts; the model's parameters."""
     from megatron_mdm.engine.inference import InferenceEngine
     from megatron_mdm.generation.generate import generate
-    from megatron_mdm.models.stages import build_model
+    from megatron_mdm.models.layers import build_model
     from megatron_mdm.parallel.groups import initialize
 
     context = initialize(1)

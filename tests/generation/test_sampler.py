@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from megatron_mdm.batch import ModelInputs
 from megatron_mdm.config.schema import ParallelConfig
 from megatron_mdm.generation.candidates import draw, truncated
 from megatron_mdm.generation.remask import (
@@ -23,7 +24,6 @@ from megatron_mdm.generation.remask import (
 from megatron_mdm.generation.sampler import denoise
 from megatron_mdm.generation.settings import GenerationConfig, Response, SpecialIds
 from megatron_mdm.models.cache import Window
-from megatron_mdm.models.stages import Packet
 from tests.ranks import run_ranks
 from tests.small import EOS, MASK, PAD, VOCAB, small_model
 
@@ -36,12 +36,12 @@ class Recorder:
     """An engine whose logits favour token position + 2, most strongly at later positions; keeps what it saw."""
 
     def __init__(self) -> None:
-        self.packets: list[Packet] = []
+        self.inputs: list[ModelInputs] = []
 
-    def logits(self, packet: Packet, window: Window | None = None) -> torch.Tensor:
-        self.packets.append(packet._replace(tokens=packet.tokens.clone()))
-        places = torch.arange(packet.tokens.shape[1]).expand_as(packet.tokens) if window is None else window.positions
-        position = places[packet.selected]
+    def logits(self, inputs: ModelInputs, window: Window | None = None) -> torch.Tensor:
+        self.inputs.append(inputs._replace(tokens=inputs.tokens.clone()))
+        places = torch.arange(inputs.tokens.shape[1]).expand_as(inputs.tokens) if window is None else window.positions
+        position = places[inputs.selected]
         logits = torch.zeros(len(position), VOCAB)
         return logits.scatter_(1, (2 + position)[:, None], 1.0 + position[:, None].float())
 
@@ -52,11 +52,11 @@ def test_blocks_are_finished_left_to_right_and_the_most_confident_first() -> Non
     responses = denoise(engine, PROMPTS[:2], [0, 1], config, SPECIAL)
     starts = [3, 2]
     assert [response.tokens for response in responses] == [[2 + start + i for i in range(8)] for start in starts]
-    masked = [packet.selected.sum(1).tolist() for packet in engine.packets]
+    masked = [inputs.selected.sum(1).tolist() for inputs in engine.inputs]
     assert masked == [[4, 4], [2, 2], [4, 4], [2, 2]]
-    second = engine.packets[1].tokens[0, 3:7] == MASK  # the later, more confident positions were committed first
+    second = engine.inputs[1].tokens[0, 3:7] == MASK  # the later, more confident positions were committed first
     assert second.tolist() == [True, True, False, False]
-    assert (engine.packets[1].tokens[0, 7:11] == MASK).all()
+    assert (engine.inputs[1].tokens[0, 7:11] == MASK).all()
 
 
 @pytest.mark.parametrize(("masked", "steps"), [(32, 32), (8, 3), (4, 8), (7, 7)])
@@ -138,14 +138,14 @@ def generated(configs: list[GenerationConfig], tensor: int = 1, pipeline: int = 
 
 
 def built_engine(tensor: int, pipeline: int):
-    from megatron_mdm.engine.inference import InferenceEngine, PipelinedInferenceEngine, build_stages
-    from megatron_mdm.models.stages import build_model
+    from megatron_mdm.engine.inference import InferenceEngine, PipelinedInferenceEngine, build_stage
+    from megatron_mdm.models.layers import build_model
     from megatron_mdm.parallel.groups import initialize
 
     context, model = initialize(tensor, pipeline), small_model(init_std=0.3, num_layers=3)
     parallel = ParallelConfig(tensor=tensor, pipeline=pipeline)
     if pipeline > 1:
-        stages = build_stages(model, parallel, context, 3, 16)
+        stages = build_stage(model, parallel, context, 3, 16)
         return PipelinedInferenceEngine(stages, model, "fp32", context), context
     return InferenceEngine(build_model(model, parallel, context, 3), "fp32"), context
 
@@ -205,7 +205,7 @@ def test_steps_that_commit_nothing_cost_no_pass() -> None:
     config = GenerationConfig(gen_length=8, block_length=8, steps=20, schedule="epsilon", remasking="entropy")
     (response,) = denoise(engine, PROMPTS[:1], [0], config, SPECIAL)
     busy = [step for step in epsilon(8, 20, 1e-3) if step.count]
-    assert len(engine.packets) == response.steps == len(busy) < 20
+    assert len(engine.inputs) == response.steps == len(busy) < 20
 
 
 @pytest.mark.parametrize("remasking", ["low_confidence", "random", "entropy"])
@@ -225,7 +225,7 @@ def test_blocks_behind_any_end_token_are_left_out(special: SpecialIds, num_passe
     engine = Recorder()
     config = GenerationConfig(gen_length=8, block_length=4, steps=8, stop_at_eos=True)
     (response,) = denoise(engine, [[5, 6, 7]], [0], config, special)
-    assert len(engine.packets) == num_passes
+    assert len(engine.inputs) == num_passes
     assert response.tokens[:4] == [5, 6, 7, 8]
     assert response.tokens[4:] == ([9, 10, 11, 12] if num_passes == 8 else [EOS] * 4)
 
@@ -242,7 +242,7 @@ def test_what_a_cache_leaves_out(cache: Any, computed: list[int]) -> None:
     engine = Recorder()
     config = GenerationConfig(gen_length=8, block_length=4, steps=8, cache=cache)
     denoise(engine, PROMPTS[:2], [0, 1], config, SPECIAL)
-    assert [packet.tokens.shape[1] for packet in engine.packets] == computed
+    assert [inputs.tokens.shape[1] for inputs in engine.inputs] == computed
 
 
 def test_cache_of_an_empty_prompt() -> None:

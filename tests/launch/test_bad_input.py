@@ -152,5 +152,5 @@ def test_checkpoint_of_another_configuration(folder: Path) -> None:
 def test_broken_calibration_artifact(folder: Path) -> None:
     artifact = folder / "calibration.json"
     artifact.write_text("{}", encoding="utf-8")
-    overrides = ["diffusion.sampler=ppots", f"diffusion.calibration.artifact={artifact}"]
+    overrides = ["diffusion.t_sampler=ppots", f"diffusion.calibration.artifact={artifact}"]
     assert_refused(["--config", str(config_file(folder)), *overrides], "calibration.json: not a calibration artifact")

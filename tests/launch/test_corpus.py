@@ -33,7 +33,7 @@ def write_config(folder: Path, run: str) -> Path:
         "data": {"format": "corpus", "train": {str(folder / "a"): 0.6, str(folder / "b"): 0.4}}
         | {"mask_token": MASK, "pad_token": PAD, "eos_token": EOS, "max_length": 32, "validation_fraction": 0.1}
         | {"across_documents": False, "random_length": 0.1},
-        "diffusion": {"sampler": "ppots", "views": 2, "strata": "full"}
+        "diffusion": {"t_sampler": "ppots", "views": 2, "strata": "full"}
         | {"calibration": {"num_samples": 3, "num_times": 10, "num_masks": 4, "num_restarts": 2}},
         "batch": {"global_size": 8, "micro_size": 4},
         "optimizer": {"lr": 3e-3},
@@ -78,7 +78,7 @@ def test_pretraining_goes_the_same_way_on_other_ranks_and_batches(folder: Path) 
 
 def test_perplexity_of_the_corpus_that_a_run_was_trained_on(folder: Path) -> None:
     """Of its own validation split without naming it, and of a prefix."""
-    config = load_config(write_config(folder, "run"), ["schedule.steps=2", "diffusion.sampler=uniform"])
+    config = load_config(write_config(folder, "run"), ["schedule.steps=2", "diffusion.t_sampler=uniform"])
     (folder / "run.yaml").write_text(dump_config(config))
     run("--config", str(folder / "run.yaml"), ranks=1)
     _, validation = read_splits(config, load_tokenizer(config.data))

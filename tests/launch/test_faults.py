@@ -87,7 +87,7 @@ def test_same_path_with_other_contents_is_noticed(tmp_path: Path) -> None:
 
 def test_layout_check(tmp_path: Path) -> None:
     write_ids(tmp_path / "train.jsonl", 30)
-    config = small_config(tmp_path, model=small_model(num_layers=4).model_dump(), diffusion={"sampler": "ppots"})
+    config = small_config(tmp_path, model=small_model(num_layers=4).model_dump(), diffusion={"t_sampler": "ppots"})
     (tmp_path / "config.yaml").write_text(dump_config(config), encoding="utf-8")
     layout = ["parallel.tensor=2", "parallel.pipeline=2", "parallel.sequence=true", "batch.micro_size=4"]
     arguments = ["--config", str(tmp_path / "config.yaml"), "--layout-check", *layout]

@@ -19,7 +19,7 @@ CONFIG = {
         "ffn_hidden_size": 64,
         "max_sequence_length": 64,
     },
-    "diffusion": {"sampler": "ppots", "views": 2, "strata": "full", "calibration": {"num_times": 10, "num_masks": 3}},
+    "diffusion": {"t_sampler": "ppots", "views": 2, "strata": "full", "calibration": {"num_times": 10, "num_masks": 3}},
     "batch": {"global_size": 16, "micro_size": 4},
     "optimizer": {"lr": 0.003},
     "precision": {"dtype": "fp32"},  # in bf16, near ties fall as the batch and the layout round
@@ -179,7 +179,7 @@ def test_ways_of_decoding_side_by_side(folder: Path, trained: Path) -> None:
 def test_autoregressive_baseline(folder: Path) -> None:
     """The same programs train, score and answer with it."""
     target = folder / "autoregressive"
-    method = ["diffusion.method=autoregressive", "diffusion.sampler=uniform", "diffusion.views=1"]
+    method = ["diffusion.method=autoregressive", "diffusion.t_sampler=uniform", "diffusion.views=1"]
     overrides = [f"checkpoint.directory={target}", *method, "diffusion.strata=none"]
     run("launch/train.py", "--config", str(folder / "config.yaml"), *overrides, "schedule.epochs=0.25")
     records = [json.loads(line) for line in (target / "metrics.jsonl").read_text().splitlines()]
@@ -229,7 +229,7 @@ def test_early_stopping(folder: Path) -> None:
     """With a learning rate that cannot learn, the first validation stays the best: two more, and its weights are what
     evaluation takes, while the newest can be had."""
     overrides = ["optimizer.lr=1e-12", "evaluation.every=1", "evaluation.patience=2", "schedule.steps=50"]
-    overrides += ["schedule.epochs=0", "diffusion.sampler=uniform", "precision.dtype=bf16"]
+    overrides += ["schedule.epochs=0", "diffusion.t_sampler=uniform", "precision.dtype=bf16"]
     target = f"checkpoint.directory={folder / 'early'}"
     output = run("launch/train.py", "--config", str(folder / "config.yaml"), target, *overrides)
     assert "no better validation loss in 2 validations" in output

@@ -25,20 +25,20 @@ def our_logits(folders: dict[str, str], scratch: str, parallel: dict[str, Any]) 
     """On a rank: for each checkpoint, logits of all positions and rows' cross-entropies of a training engine."""
     from megatron_mdm.checkpoint.huggingface import HuggingFaceCheckpoint
     from megatron_mdm.checkpoint.load import restored_engine
-    from megatron_mdm.engine.packets import logits_packet
+    from megatron_mdm.engine.inputs import logits_inputs
     from megatron_mdm.parallel.groups import initialize
 
     context = initialize(parallel.get("tensor", 1), parallel.get("pipeline", 1))
     tokens = torch.from_numpy(TOKENS)
-    packet = logits_packet(tokens, torch.full((3,), 11), torch.ones(3, 11, dtype=torch.bool))
-    scored = packet._replace(labels=tokens, token_weight=torch.ones(3, 11), row_weight=torch.ones(3))
+    inputs = logits_inputs(tokens, torch.full((3,), 11), torch.ones(3, 11, dtype=torch.bool))
+    scored = inputs._replace(labels=tokens, token_weight=torch.ones(3, 11), row_weight=torch.ones(3))
     logits = {}
     for name, folder in folders.items():
         described = HuggingFaceCheckpoint.open(Path(folder)).model
         model = described.model_copy(update={"init_from": folder, "vocab_divisor": 8}).model_dump()
         config = small_config(Path(scratch), model=model, parallel=parallel, batch={"global_size": 2, "micro_size": 1})
         engine = restored_engine(None, config, context, 0)
-        logits[name] = engine.logits(packet).float().numpy().copy()
+        logits[name] = engine.logits(inputs).float().numpy().copy()
         logits[name, "cross-entropy"] = engine.evaluate([scored])[0].loss.numpy().copy()
     return logits
 

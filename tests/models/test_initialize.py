@@ -12,8 +12,8 @@ from tests.small import small_model
 
 
 def built_shards(model: ModelConfig, tensor: int) -> dict[str, Any]:
+    from megatron_mdm.models.layers import build_model
     from megatron_mdm.models.sharding import sharding_of
-    from megatron_mdm.models.stages import build_model
     from megatron_mdm.parallel.groups import initialize
 
     context = initialize(tensor, 1)

@@ -7,7 +7,7 @@ import itertools
 import numpy as np
 import pytest
 
-from megatron_mdm.models.parameters import stage_costs
+from megatron_mdm.models.parameters import layer_costs
 from megatron_mdm.parallel.layout import Layout, partition
 from tests.small import small_model
 
@@ -36,7 +36,7 @@ def test_partition_is_the_best_of_all(num_parts: int) -> None:
 
 def test_a_large_vocabulary_gets_a_stage_with_fewer_layers() -> None:
     model = small_model(num_layers=8, hidden_size=64, vocab_size=20_000)
-    costs = stage_costs(model, 32)
+    costs = layer_costs(model, 32)
     bounds = partition(costs, 2)
     blocks = [sum(1 for layer in range(start, stop) if 0 < layer < 9) for start, stop in itertools.pairwise(bounds)]
     assert blocks[0] > blocks[1]

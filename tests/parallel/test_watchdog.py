@@ -49,9 +49,9 @@ def step_with_mismatch(self, number):
         dist.all_reduce(torch.ones(1000))
     return step(self, number)
 
-def slow_prepare(self, packet):
+def slow_prepare(self, inputs):
     time.sleep(0.6)
-    return prepare(self, packet)
+    return prepare(self, inputs)
 
 if fault == "loader":
     TrainLoader.batch = slow_batch
@@ -151,7 +151,7 @@ def test_slow_run_goes_on(tmp_path: Path) -> None:
         "slow",
         faults={"hang_minutes": 4.0 / 60},
         data={"validation_fraction": 0.4},
-        diffusion={"sampler": "ppots", "calibration": {"initial_forwards": 32, "target_efficiency": 0.0}},
+        diffusion={"t_sampler": "ppots", "calibration": {"initial_forwards": 32, "target_efficiency": 0.0}},
         batch={"global_size": 28},
         schedule={"steps": 1},
         evaluation={"every": 1, "num_times": 4},

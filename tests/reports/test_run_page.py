@@ -16,7 +16,7 @@ from tests.small import small_config, write_ids
 
 NUM_STEPS = 12
 DIFFUSION = {
-    "sampler": "ppots",
+    "t_sampler": "ppots",
     "views": 2,
     "strata": "full",
     "calibration": {"num_samples": 4, "num_times": 8, "num_masks": 2, "initial_forwards": 32},

@@ -28,7 +28,7 @@ def folder(tmp_path: Path) -> Path:
     for seed, score in ((1, 0.5), (2, 0.7), (3, 0.6)):
         write_run(tmp_path / f"standard_{seed}", score, seed=seed)
     for seed, score in ((1, 0.8), (2, 0.8)):
-        write_run(tmp_path / f"ppots_{seed}", score, seed=seed, diffusion={"sampler": "ppots", "views": 2})
+        write_run(tmp_path / f"ppots_{seed}", score, seed=seed, diffusion={"t_sampler": "ppots", "views": 2})
     write_run(tmp_path / "autoregressive", 0.9, diffusion={"method": "autoregressive"})
     return tmp_path
 

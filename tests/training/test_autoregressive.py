@@ -9,17 +9,17 @@ import numpy as np
 import pytest
 import torch
 
+from megatron_mdm.batch import CleanBatch
 from megatron_mdm.config.errors import UserError
 from megatron_mdm.config.schema import EvaluationConfig, RunConfig
 from megatron_mdm.config.validate import validate
 from megatron_mdm.diffusion.autoregressive import next_tokens
-from megatron_mdm.diffusion.noiser import CleanBatch
 from megatron_mdm.diffusion.objective import NORMALIZATIONS, GlobalBatch
 from tests.ranks import run_ranks
 from tests.small import small_config, write_ids
 
 METHOD = {"method": "autoregressive"}
-NOT_FOR_IT = {"sampler": "ppots", "views": 2, "strata": "sqrt"}
+NOT_FOR_IT = {"t_sampler": "ppots", "views": 2, "strata": "sqrt"}
 
 
 def trained(config: RunConfig) -> dict[str, Any]:

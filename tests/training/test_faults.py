@@ -126,10 +126,10 @@ def test_a_spike_before_the_first_checkpoint_is_logged(tmp_path: Path) -> None:
 def reproduce(folder: Path) -> dict[str, Any]:
     """On a rank: the dumped batch against the one made anew from the configuration; the gradient norm it gives the last
     weights."""
+    from megatron_mdm.batch import ModelInputs
     from megatron_mdm.checkpoint.load import restored_engine
     from megatron_mdm.checkpoint.store import read_state
-    from megatron_mdm.engine.packets import loss_packet
-    from megatron_mdm.models.stages import Packet
+    from megatron_mdm.engine.inputs import loss_inputs
     from megatron_mdm.parallel.groups import initialize
     from megatron_mdm.training.calibrate import load_artifact
     from megatron_mdm.training.inputs import resolve
@@ -144,11 +144,13 @@ def reproduce(folder: Path) -> dict[str, Any]:
     engine = restored_engine(checkpoint, config, context, updates)
     trainer = build_trainer(config, data, engine, load_artifact(folder / "calibration.json"), context)
     _, noised, weights = trainer.noised_batch(batch["step"])
-    packets = [loss_packet(*pair) for pair in zip(noised, weights)]
+    micro_batches = [loss_inputs(*pair) for pair in zip(noised, weights)]
     dumped = load_file(dump / f"data-rank-{context.data_rank:03d}.safetensors")
-    again = [Packet(*(dumped[f"{index}/{name}"] for name in Packet._fields)) for index in range(len(packets))]
+    again = [
+        ModelInputs(*(dumped[f"{index}/{name}"] for name in ModelInputs._fields)) for index in range(len(micro_batches))
+    ]
     return {
-        "same": all(bool((a == b).all()) for x, y in zip(packets, again) for a, b in zip(x, y)),
+        "same": all(bool((a == b).all()) for x, y in zip(micro_batches, again) for a, b in zip(x, y)),
         "norm": engine.train_batch(again, batch["lr"]).grad_norm,
         "ids": batch["sample_ids"],
         "expected_ids": trainer.loader.loader.sample_ids(batch["step"]).tolist(),

@@ -119,7 +119,7 @@ def test_calibration_for_the_gradient_is_judged_by_gradients(tmp_path: Path) -> 
     """On a pipeline as on one process; the floor that they choose is that of the density that training samples."""
     write_ids(tmp_path / "train.jsonl", 20)
     calibration = {"target": "gradient", "num_gradients": 16, "num_times": 8, "num_masks": 2, "initial_forwards": 32}
-    diffusion = {"sampler": "ppots", "calibration": calibration}
+    diffusion = {"t_sampler": "ppots", "calibration": calibration}
     results = [
         run_ranks(calibrated, ranks, small_config(tmp_path, parallel=parallel, diffusion=diffusion))[0]
         for ranks, parallel in ((1, {"zero": 0}), (2, {"pipeline": 2}))

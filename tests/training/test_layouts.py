@@ -17,7 +17,7 @@ from tests.ranks import run_ranks
 from tests.small import small_config, small_model, write_ids
 
 METHOD = {
-    "sampler": "ppots",
+    "t_sampler": "ppots",
     "views": 2,
     "strata": "full",
     "calibration": {"num_samples": 3, "num_times": 10, "num_masks": 4, "num_restarts": 3},
@@ -81,7 +81,7 @@ def train_and_watch(config: RunConfig, folder: Path) -> dict[str, Any]:
     trainer = dataclasses.replace(trainer, noiser=watched)  # type: ignore[arg-type]
     steps = [trainer.train_step(step) for step in range(10)]
     snapshot = Snapshot(context)
-    snapshot.take(trainer.engine.master.fragments())
+    snapshot.take(trainer.engine.optimizer_state.fragments())
     snapshot.write(folder)
     return {
         "losses": [step.loss for step in steps],

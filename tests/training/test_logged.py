@@ -21,7 +21,7 @@ from tests.small import small_config, small_model, write_ids
 README = Path(__file__).parents[2] / "megatron_mdm" / "training" / "README.md"
 NUM_STEPS, EVERY, DECAY = 9, 3, 0.5
 DENSITY = TabulatedSampler.of(lambda t: 2.0 - t, 0.02)  # importance weights of 0.75 to 1.5
-DIFFUSION = {"sampler": "ppots", "views": 2, "normalization": "token", "ema": {"enabled": True, "num_bins": 4}}
+DIFFUSION = {"t_sampler": "ppots", "views": 2, "normalization": "token", "ema": {"enabled": True, "num_bins": 4}}
 
 
 def config_of(folder: Path, **sections: Any) -> RunConfig:
@@ -49,7 +49,7 @@ class Recorder:
 
 
 def weights_of(engine: Any) -> dict[str, np.ndarray]:
-    parts = (part for part in engine.master.fragments() if part.kind == "weight")
+    parts = (part for part in engine.optimizer_state.fragments() if part.kind == "weight")
     return {part.name: part.values.numpy().reshape(part.shape).copy() for part in parts}
 
 
@@ -69,8 +69,8 @@ def trained(config: RunConfig, decayed: RunConfig) -> dict[str, Any]:
         one, data = inputs.resolve(one)
         trainer = run.build_trainer(one, data, restored_engine(None, one, context, 0), artifact, context)
         weights["before"] = weights_of(trainer.engine)
-        packets = _packets(trainer)
-        rows = trainer.engine.evaluate(packets)
+        micro_batches = _micro_batches(trainer)
+        rows = trainer.engine.evaluate(micro_batches)
         result = trainer.train_step(0)
         weights[name] = weights_of(trainer.engine)
     state, recorder, folder = TrainState(step=1), Recorder(), Path(config.checkpoint.directory)
@@ -89,11 +89,11 @@ def trained(config: RunConfig, decayed: RunConfig) -> dict[str, Any]:
     }
 
 
-def _packets(trainer: Any) -> list[Any]:
-    from megatron_mdm.engine.packets import loss_packet
+def _micro_batches(trainer: Any) -> list[Any]:
+    from megatron_mdm.engine.inputs import loss_inputs
 
     _, noised, weights = trainer.noised_batch(0)
-    return [loss_packet(*pair) for pair in zip(noised, weights)]
+    return [loss_inputs(*pair) for pair in zip(noised, weights)]
 
 
 @pytest.fixture(scope="module")

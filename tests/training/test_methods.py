@@ -26,7 +26,7 @@ TOKEN = 7  # stands for a delimiter and for syntax, which the files name by text
 
 def config_of(folder: Path, diffusion: dict[str, Any], name: str, steps: int = 4) -> RunConfig:
     diffusion = json.loads(json.dumps(diffusion))
-    if diffusion.get("sampler") == "ppots":
+    if diffusion.get("t_sampler") == "ppots":
         diffusion["calibration"] = {**QUICK, **diffusion.get("calibration", {})}
     if "isad" in diffusion:
         diffusion["isad"]["delimiters"] = [TOKEN]
@@ -106,7 +106,7 @@ def test_adaptive_clipping_chooses_an_interval(results: dict[str, dict[str, Any]
 
 
 def refit_config(folder: Path, name: str) -> RunConfig:
-    diffusion = {"sampler": "ppots", "views": 2, "calibration": {"refit_every": 2, "refit_half_life": 4}}
+    diffusion = {"t_sampler": "ppots", "views": 2, "calibration": {"refit_every": 2, "refit_half_life": 4}}
     config = config_of(folder, diffusion, name, steps=8)
     return config.model_copy(update={"checkpoint": config.checkpoint.model_copy(update={"save_every": 4})})
 

@@ -33,7 +33,7 @@ def one_step(config: RunConfig, folder: Path) -> float:
     trainer = run.build_trainer(config, data, restored_engine(None, config, context, 0), None, context)
     loss = trainer.train_step(0).loss
     snapshot = Snapshot(context)
-    snapshot.take(trainer.engine.master.fragments())
+    snapshot.take(trainer.engine.optimizer_state.fragments())
     snapshot.write(folder)
     return loss
 

@@ -15,7 +15,7 @@ from megatron_mdm.diffusion.objective import NORMALIZATIONS
 from tests.ranks import run_ranks
 from tests.small import small_config, write_ids
 
-DIFFUSION = {"sampler": "ppots", "views": 2, "isad": {"delimiters": [7]}}
+DIFFUSION = {"t_sampler": "ppots", "views": 2, "isad": {"delimiters": [7]}}
 NAMES = sorted(NORMALIZATIONS, key=lambda name: not name.endswith("masked"))  # those that count masks come first
 LAYOUTS: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {  # normalisations, batch section, parallel section
     "packed_dp2": (len(NAMES), {"mode": "packed", "micro_tokens": 96}, {"zero": 2}),
@@ -71,5 +71,5 @@ def test_losses_do_not_depend_on_the_layout(layout: str, reference: tuple[Path, 
 
 def test_calibration_warns_where_the_batch_divides_by_its_masks(tmp_path: Path) -> None:
     for name, normalization in NORMALIZATIONS.items():
-        config = small_config(tmp_path, diffusion={"sampler": "ppots", "normalization": name})
+        config = small_config(tmp_path, diffusion={"t_sampler": "ppots", "normalization": name})
         assert any("masked tokens" in line for line in warnings(config)) == normalization.counts_masked

@@ -47,7 +47,7 @@ def test_fine_tuning_has_the_settings_of_the_paper(path: Path) -> None:
     assert (config.batch.global_size, config.data.max_length, config.data.too_long) == (32, 4096, "drop")
     assert (config.precision.dtype, config.evaluation.patience, config.seed) == ("bf16", 3, 42)
     diffusion, calibration = config.diffusion, config.diffusion.calibration
-    assert (diffusion.sampler, diffusion.views, diffusion.strata) == ("ppots", 2, "none")
+    assert (diffusion.t_sampler, diffusion.views, diffusion.strata) == ("ppots", 2, "none")
     assert (diffusion.masking, diffusion.normalization) == ("bernoulli", "sample")
     assert (calibration.estimator, calibration.density, calibration.target) == ("naive", "epr", "paper")
     assert (calibration.num_samples, calibration.num_times, calibration.num_masks) == (15, 70, 15)
@@ -115,15 +115,15 @@ def counted_flops(config: RunConfig, rows: int, length: int) -> int:
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
+    from megatron_mdm.batch import ModelInputs
     from megatron_mdm.engine.build import build_engine, from_scratch
-    from megatron_mdm.models.stages import Packet
     from megatron_mdm.parallel.groups import initialize
 
     engine = build_engine(config, initialize(1), from_scratch)
     tokens, ones = torch.randint(0, 50, (rows, length)), torch.ones(rows, length)
-    packet = Packet(tokens, torch.tensor(length), ones.bool(), tokens, ones, torch.ones(rows))
+    inputs = ModelInputs(tokens, torch.tensor(length), ones.bool(), tokens, ones, torch.ones(rows))
     with FlopCounterMode(display=False) as counter:
-        engine.evaluate([packet])
+        engine.evaluate([inputs])
     return counter.get_total_flops()
 
 

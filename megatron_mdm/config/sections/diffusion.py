@@ -50,7 +50,7 @@ class CalibrationConfig(Section):
 
 
 class ClippingConfig(Section):
-    """t ~ U[lower, upper] (sampler: clipped). Biased."""
+    """t ~ U[lower, upper] (t_sampler: clipped). Biased."""
 
     bounds: tuple[float, float] | Literal["adaptive"] = (0.3, 0.8)  # adaptive: re-chosen at every validation
 
@@ -98,7 +98,7 @@ class DiffusionConfig(Section):
     # autoregressive: the baseline, the same model trained causally on next tokens; no setting of noise applies to it
     method: Literal["masked", "autoregressive"] = "masked"
     epsilon: float = Field(default=1e-3, gt=0.0, lt=1.0)  # p_mask(t) = (1 - epsilon) t + epsilon
-    sampler: Literal["uniform", "ppots", "clipped"] = "uniform"
+    t_sampler: Literal["uniform", "ppots", "clipped"] = "uniform"
     views: Literal[1, 2] = 1  # 2: MIRROR, two complementary masks of each sample
     multisample: int = Field(default=1, gt=0)  # k independent masks (MIRROR: pairs of masks) of each sample
     strata: int | Literal["none", "sqrt", "full"] = "none"  # stratified t over the global batch; K or a rule

@@ -204,7 +204,7 @@ def _calibration_seconds(
     config: RunConfig, layout: Layout, cluster: Cluster, shape: MicroBatchShape
 ) -> tuple[float, float]:
     settings = config.diffusion.calibration
-    if config.diffusion.sampler != "ppots" or settings.artifact:
+    if config.diffusion.t_sampler != "ppots" or settings.artifact:
         return 0.0, 0.0
     most = settings.num_samples * settings.num_times * settings.num_masks
     least = most if settings.estimator == "naive" else min(settings.initial_forwards, most)

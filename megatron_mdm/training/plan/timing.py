@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from megatron_mdm.config.schema import RunConfig
 from megatron_mdm.engine.communication import MicroBatchShape, Stage, Volume, stages, step_communication
-from megatron_mdm.models.parameters import stage_costs
+from megatron_mdm.models.parameters import layer_costs
 from megatron_mdm.parallel.layout import Layout
 from megatron_mdm.training.plan.cluster import Cluster
 
@@ -50,7 +50,7 @@ class StepTime:
 
 def forward_flops(config: RunConfig, stage: Stage, micro_batch: MicroBatchShape) -> float:
     """Of a stage, all tensor-parallel ranks together."""
-    _, block, *_ = stage_costs(config.model, micro_batch.length)
+    _, block, *_ = layer_costs(config.model, micro_batch.length)
     head = 2.0 * config.model.hidden_size * int(config.model.vocab_size) * micro_batch.selected
     return stage.num_blocks * block * micro_batch.rows * micro_batch.length + stage.head * head
 

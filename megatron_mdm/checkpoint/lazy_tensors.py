@@ -19,7 +19,7 @@ Shape = tuple[int, ...]
 _BLOCK_BYTES = 16 * 1024 * 1024
 
 
-class View(Protocol):
+class LazyTensor(Protocol):
     shape: Shape
     dtype: torch.dtype
 
@@ -31,7 +31,7 @@ class View(Protocol):
 class Part(NamedTuple):
     """Rows (of Rows) or columns (of Columns) [start, start + length) of a view."""
 
-    view: View
+    view: LazyTensor
     start: int
     length: int
 
@@ -65,7 +65,7 @@ class Columns:
 class Flat:
     """A tensor cut into runs of its elements, regardless of rows: vectors, one behind the other."""
 
-    def __init__(self, parts: Sequence[View], shape: Shape) -> None:
+    def __init__(self, parts: Sequence[LazyTensor], shape: Shape) -> None:
         self.parts = [Part(part, 0, math.prod(part.shape)) for part in parts]
         self.dtype, self.shape = parts[0].dtype, shape
 
@@ -94,7 +94,7 @@ class RepeatedRow:
         out.copy_(self.row[column : column + out.shape[1]].expand(out.shape))
 
 
-def cut(view: View, sharding: Sharding, rank: int, degree: int) -> View:
+def cut(view: LazyTensor, sharding: Sharding, rank: int, degree: int) -> LazyTensor:
     """The shard that a tensor-parallel rank holds. The split dimension is a multiple of the degree."""
     if sharding.dim < 0 or degree == 1:
         return view
@@ -102,7 +102,7 @@ def cut(view: View, sharding: Sharding, rank: int, degree: int) -> View:
     return (Rows, Columns)[sharding.dim]([Part(view, start, stop - start) for start, stop in intervals])
 
 
-def merge(shards: Sequence[View], sharding: Sharding) -> View:
+def merge(shards: Sequence[LazyTensor], sharding: Sharding) -> LazyTensor:
     """The whole of all ranks' shards, in rank order."""
     if sharding.dim < 0 or len(shards) == 1:
         return shards[0]
@@ -111,7 +111,7 @@ def merge(shards: Sequence[View], sharding: Sharding) -> View:
     return (Rows, Columns)[sharding.dim](parts)
 
 
-def with_rows(view: View, num_rows: int, fill: Tensor | None = None) -> View:
+def with_rows(view: LazyTensor, num_rows: int, fill: Tensor | None = None) -> LazyTensor:
     """The view cut, or filled up with zeros (or a row, [columns]), to a number of rows."""
     rows, columns = view.shape
     if num_rows == rows:
@@ -123,7 +123,7 @@ def with_rows(view: View, num_rows: int, fill: Tensor | None = None) -> View:
     return Rows([Part(view, 0, rows), Part(extra, 0, num_rows - rows)])
 
 
-def with_grown_tables(views: dict[str, View], vocab_size: int) -> dict[str, View]:
+def with_grown_tables(views: dict[str, LazyTensor], vocab_size: int) -> dict[str, LazyTensor]:
     """A model's parameters, its vocabulary's tables with that many rows; a new row is the mean of the others."""
     result = dict(views)
     for name, view in views.items():
@@ -132,14 +132,14 @@ def with_grown_tables(views: dict[str, View], vocab_size: int) -> dict[str, View
     return result
 
 
-def read(view: View, dtype: torch.dtype | None = None) -> Tensor:
+def read(view: LazyTensor, dtype: torch.dtype | None = None) -> Tensor:
     """The whole tensor, in its own dtype or another."""
     out = torch.empty(view.shape, dtype=dtype or view.dtype)
     view.read_into(as_matrix(out), 0, 0)
     return out
 
 
-def blocks(view: View, dtype: torch.dtype) -> Iterator[Tensor]:
+def blocks(view: LazyTensor, dtype: torch.dtype) -> Iterator[Tensor]:
     """The tensor's rows, some at a time, in memory that the next block does not touch. [r, columns]"""
     rows, columns = matrix_shape(view.shape)
     step = max(1, _BLOCK_BYTES // max(1, columns * dtype.itemsize))
@@ -149,7 +149,7 @@ def blocks(view: View, dtype: torch.dtype) -> Iterator[Tensor]:
         yield out
 
 
-def mean_row(view: View) -> Tensor:
+def mean_row(view: LazyTensor) -> Tensor:
     """The mean of a matrix's rows, summed in float64. [columns], in the view's dtype"""
     total = torch.zeros(view.shape[1], dtype=torch.float64)
     for block in blocks(view, torch.float32):
@@ -165,7 +165,7 @@ def matrix_shape(shape: Sequence[int]) -> tuple[int, int]:
     return (shape[0], math.prod(shape[1:])) if shape else (1, 1)
 
 
-def num_bytes(view: View, dtype: torch.dtype) -> int:
+def num_bytes(view: LazyTensor, dtype: torch.dtype) -> int:
     return math.prod(view.shape) * dtype.itemsize
 
 

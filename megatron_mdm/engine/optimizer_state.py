@@ -43,7 +43,7 @@ class Fragment(NamedTuple):
     is_replicated: bool  # every data-parallel rank holds the same
 
 
-class MasterState:
+class OptimizerState:
     """The state of one DeepSpeed engine's parameters."""
 
     def __init__(self, module: torch.nn.Module, optimizer: object, model: ModelConfig) -> None:

@@ -1,11 +1,10 @@
-"""The model as a list of stages: Embed, Block …, Head."""
+"""The model as a list of layers: Embed, Block …, Head."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import NamedTuple
 
 import torch
 from megatron.core.fp8_utils import get_fp8_context
@@ -20,6 +19,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from megatron_mdm.batch import ModelInputs, RowStatistics
 from megatron_mdm.config.schema import ModelConfig, ParallelConfig
 from megatron_mdm.models.attention import AttentionInputs
 from megatron_mdm.models.cache import Window
@@ -30,50 +30,11 @@ from megatron_mdm.models.parameters import padded_vocab_size
 from megatron_mdm.models.rotary import Rotation
 from megatron_mdm.models.sharding import HEAD_NORMS, mark_shards
 from megatron_mdm.models.spec import LAYER_SPECS, resolve_kernels, transformer_config
-from megatron_mdm.parallel import platform
 from megatron_mdm.parallel.groups import ParallelContext
 
-NOT_PACKED = torch.empty(0, dtype=torch.int64)
-
-
-class Packet(NamedTuple):
-    """A micro-batch for the model. R rows (samples × views) of length S.
-
-    Packed (engine/packets.py), its rows stand one after another in a single row of T tokens without padding; what is
-    scored stays by row.
-    """
-
-    tokens: Tensor  # [R, S] int64; packed: [1, T]
-    # [R] int64 without padding on the right; of no dimension where no row is padded, which kernels exploit. Packed:
-    # [1, K], the segments that make the row of T, each of which sees itself only.
-    lengths: Tensor
-    selected: Tensor  # [R, S] bool: the positions that reach the vocabulary (masked ones, in training)
-    labels: Tensor  # [R, S] int64: clean token ids
-    token_weight: Tensor  # [R, S] float32: a row's loss is Σ token_weight · CE over its selected positions
-    row_weight: Tensor  # [R] float32: the total is Σ row_weight · (row's loss)
-    row_starts: Tensor = NOT_PACKED  # [R] int64, packed: where the rows begin among the T tokens
-
-    @property
-    def is_packed(self) -> bool:
-        return self.lengths.dim() == 2
-
-    def to_device(self) -> Packet:
-        if not platform.is_cuda():
-            return self
-        return Packet(*(tensor.to(platform.device(), non_blocking=True) for tensor in self))
-
-
-# What runs from stage to stage: before Embed (tokens [R, S], lengths), after it (hidden [S, R, H], lengths); [1, T] and
+# What runs from layer to layer: before Embed (tokens [R, S], lengths), after it (hidden [S, R, H], lengths); [1, T] and
 # [T, 1, H] where packed. Under sequence parallelism a rank holds 1 / tensor-parallel degree of the positions.
-StageState = tuple[Tensor, Tensor]
-
-
-class RowStatistics(NamedTuple):
-    """Per row [R], float32, detached."""
-
-    loss: Tensor  # Σ token_weight · CE
-    square: Tensor  # Σ (token_weight · CE)²
-    gradient_square: Tensor  # Σ ‖token_weight · ∂CE/∂h‖², h what the vocabulary projection reads; 0 if not computed
+LayerState = tuple[Tensor, Tensor]
 
 
 class Embed(nn.Module):
@@ -88,7 +49,7 @@ class Embed(nn.Module):
         )
         self.sequence_parallel = config.sequence_parallel
 
-    def forward(self, state: StageState) -> StageState:
+    def forward(self, state: LayerState) -> LayerState:
         tokens, lengths = state
         hidden = self.word_embeddings(tokens)
         return (hidden if self.sequence_parallel else hidden.transpose(0, 1).contiguous()), lengths
@@ -111,7 +72,7 @@ class Block(nn.Module):
         self.sequence_shards = config.tensor_model_parallel_size if config.sequence_parallel else 1
         self.recompute = parallel.recompute == "full" and index % parallel.recompute_interval == 0
 
-    def forward(self, state: StageState, window: Window | None = None) -> StageState:
+    def forward(self, state: LayerState, window: Window | None = None) -> LayerState:
         """window: the state holds only these positions; the others' keys and values are in a cache."""
         hidden, lengths = state
         if window is not None:
@@ -160,17 +121,17 @@ class Head(nn.Module):
         self.vocabulary_weight = nn.Parameter(torch.empty(rows, model.hidden_size))
 
     def forward(
-        self, state: StageState, packet: Packet | None = None, want_logits: bool = False
-    ) -> StageState | tuple[Tensor, RowStatistics] | Tensor:
+        self, state: LayerState, inputs: ModelInputs | None = None, want_logits: bool = False
+    ) -> LayerState | tuple[Tensor, RowStatistics] | Tensor:
         """(total loss with its gradient, row statistics), or the selected positions' logits [N, V], position-major
-        in each row (the order of packet.selected.nonzero()). Without a packet, the state as it is: a pipeline calls its
-        last stage twice, first as a layer, then with what the loss needs."""
-        if packet is None:
+        in each row (the order of inputs.selected.nonzero()). Without inputs, the state as it is: a pipeline
+        calls its head twice, first as a layer, then with what the loss needs."""
+        if inputs is None:
             return state
         hidden, _ = state
         if self.sequence_parallel:
             hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False)
-        return self.logits(hidden, packet) if want_logits else self.loss(hidden, packet)
+        return self.logits(hidden, inputs) if want_logits else self.loss(hidden, inputs)
 
     @contextmanager
     def with_row_gradients(self, wanted: bool) -> Iterator[None]:
@@ -181,22 +142,22 @@ class Head(nn.Module):
         finally:
             self.row_gradients = False
 
-    def logits(self, hidden: Tensor, packet: Packet) -> Tensor:
+    def logits(self, hidden: Tensor, inputs: ModelInputs) -> Tensor:
         """hidden [S, R, H] or packed [T, 1, H] → [N, V]."""
-        row, position = packet.selected.nonzero(as_tuple=True)
-        rows = self._normed_rows(hidden, self._places_in_hidden(row, position, packet))
+        row, position = inputs.selected.nonzero(as_tuple=True)
+        rows = self._normed_rows(hidden, self._places_in_hidden(row, position, inputs))
         logits = gather_from_tensor_model_parallel_region(rows @ self.vocabulary_weight.t())
         return logits[:, : self.vocab_size]
 
-    def loss(self, hidden: Tensor, packet: Packet) -> tuple[Tensor, RowStatistics]:
+    def loss(self, hidden: Tensor, inputs: ModelInputs) -> tuple[Tensor, RowStatistics]:
         """hidden [S, R, H] or packed [T, 1, H]. The rest is [S, R], hidden's order where it is not packed."""
-        selected, token_weight = packet.selected.t(), packet.token_weight.t()
-        places, num_rows = selected.reshape(-1).nonzero().squeeze(1), len(packet.selected)
-        weights = (token_weight * packet.row_weight).reshape(-1)[places]
+        selected, token_weight = inputs.selected.t(), inputs.token_weight.t()
+        places, num_rows = selected.reshape(-1).nonzero().squeeze(1), len(inputs.selected)
+        weights = (token_weight * inputs.row_weight).reshape(-1)[places]
         total, cross_entropy, gradient_square = weighted_cross_entropy(
-            self._normed_rows(hidden, self._places_in_hidden(places % num_rows, places // num_rows, packet)),
+            self._normed_rows(hidden, self._places_in_hidden(places % num_rows, places // num_rows, inputs)),
             self.vocabulary_weight,
-            packet.labels.t().reshape(-1)[places],
+            inputs.labels.t().reshape(-1)[places],
             weights,
             self.vocab_size,
             self.group,
@@ -208,39 +169,39 @@ class Head(nn.Module):
         grids[0, places], grids[1, places] = cross_entropy, gradient_square
         grids = grids.view(2, *selected.shape)
         weighted = grids[0] * token_weight
-        gradient = grids[1].sum(0) / packet.row_weight.square().clamp_min(1e-30)  # without the rows' weights
+        gradient = grids[1].sum(0) / inputs.row_weight.square().clamp_min(1e-30)  # without the rows' weights
         return total, RowStatistics(weighted.sum(0), weighted.square().sum(0), gradient)
 
-    def _places_in_hidden(self, row: Tensor, position: Tensor, packet: Packet) -> Tensor:
+    def _places_in_hidden(self, row: Tensor, position: Tensor, inputs: ModelInputs) -> Tensor:
         """[N] int64: where the states that predict positions of rows, [N] each, lie along hidden's memory, [S, R] or
         packed [T]: at the positions themselves, or, with shifted logits, one before, but for a row's first."""
         if self.logit_shift:
             position = (position - 1).clamp_min(0)
-        if packet.is_packed:
-            return packet.row_starts[row] + position
-        return position * len(packet.selected) + row
+        if inputs.is_packed:
+            return inputs.row_starts[row] + position
+        return position * len(inputs.selected) + row
 
     def _normed_rows(self, hidden: Tensor, places: Tensor) -> Tensor:
         return self.final_norm(hidden.reshape(-1, hidden.shape[-1]).index_select(0, places))
 
 
 class MaskedDiffusionModel(nn.Sequential):
-    """All stages in one process; parameters are named by stage index, as in a pipeline."""
+    """All layers in one process; parameters are named by layer index, as in a pipeline."""
 
     def forward(
-        self, packet: Packet, want_logits: bool = False, window: Window | None = None
+        self, inputs: ModelInputs, want_logits: bool = False, window: Window | None = None
     ) -> tuple[Tensor, RowStatistics] | Tensor:
         embed, *blocks, head = self
-        state = embed((packet.tokens, packet.lengths))
+        state = embed((inputs.tokens, inputs.lengths))
         for block in blocks:
             state = block(state, window)
-        return head(state, packet, want_logits)
+        return head(state, inputs, want_logits)
 
 
-def stage_builders(
+def layer_builders(
     model: ModelConfig, parallel: ParallelConfig, group: torch.distributed.ProcessGroup
 ) -> list[partial[nn.Module]]:
-    """One constructor per stage, so that a pipeline rank builds only its own."""
+    """One constructor per layer, so that a pipeline rank builds only its own."""
     config = transformer_config(model, parallel)
     return [
         partial(Embed, model, config),
@@ -253,19 +214,19 @@ def build_model(
     model: ModelConfig, parallel: ParallelConfig, context: ParallelContext, seed: int
 ) -> MaskedDiffusionModel:
     """The whole model in this process, with initial weights that are the same on every layout."""
-    stages = MaskedDiffusionModel(*(build() for build in stage_builders(model, parallel, context.tensor_group)))
+    layers = MaskedDiffusionModel(*(build() for build in layer_builders(model, parallel, context.tensor_group)))
     if model.tie_embeddings:
-        stages[-1].vocabulary_weight = stages[0].word_embeddings.weight
-    prepare_parameters(stages, model, context, seed)
-    return stages
+        layers[-1].vocabulary_weight = layers[0].word_embeddings.weight
+    prepare_parameters(layers, model, context, seed)
+    return layers
 
 
-def prepare_parameters(stages: nn.Module, model: ModelConfig, context: ParallelContext, seed: int) -> None:
-    """Initial weights, sharding attributes, and the sum of sequence-parallel gradients, for any part of the stages."""
+def prepare_parameters(layers: nn.Module, model: ModelConfig, context: ParallelContext, seed: int) -> None:
+    """Initial weights, sharding attributes, and the sum of sequence-parallel gradients, for any part of the layers."""
     if not model.init_from:  # else every parameter is read
-        initialize_weights(stages, model, seed, context.tensor_rank, context.layout.tensor)
-    mark_shards(stages)
-    for name, parameter in stages.named_parameters():
+        initialize_weights(layers, model, seed, context.tensor_rank, context.layout.tensor)
+    mark_shards(layers)
+    for name, parameter in layers.named_parameters():
         sees_a_part = getattr(parameter, "sequence_parallel", False)  # of the positions
         if name.endswith(HEAD_NORMS):  # of the heads
             sees_a_part = context.layout.tensor > 1

@@ -67,8 +67,8 @@ def llama_logits(model: ModelConfig, llama: Any, tokens: torch.Tensor) -> torch.
 def our_logits(model: ModelConfig) -> dict[str, Any]:
     """On a rank: logits of every position, of a padded batch, and the parameters."""
     from megatron_mdm.engine.inference import InferenceEngine
-    from megatron_mdm.engine.packets import logits_packet
-    from megatron_mdm.models.stages import build_model
+    from megatron_mdm.engine.inputs import logits_inputs
+    from megatron_mdm.models.layers import build_model
     from megatron_mdm.parallel.groups import initialize
 
     torch.manual_seed(0)
@@ -81,10 +81,10 @@ def our_logits(model: ModelConfig) -> dict[str, Any]:
     engine = InferenceEngine(built, "fp32")
     tokens = torch.randint(0, model.vocab_size, (3, 12))
     full = torch.full((3,), 12)
-    logits = engine.logits(logits_packet(tokens, full, torch.ones(3, 12, dtype=torch.bool)))
+    logits = engine.logits(logits_inputs(tokens, full, torch.ones(3, 12, dtype=torch.bool)))
     padded = torch.cat([tokens, torch.zeros(3, 5, dtype=torch.int64)], 1)
     selected = torch.arange(17)[None, :].expand(3, 17) < 12
-    with_padding = engine.logits(logits_packet(padded, full, selected))
+    with_padding = engine.logits(logits_inputs(padded, full, selected))
     parameters = {name: parameter.detach().numpy() for name, parameter in built.named_parameters()}
     return {
         "tokens": tokens.numpy(),
