@@ -92,7 +92,7 @@ def export_checkpoint(run: NativeCheckpoint, output: Path, family_name: str, dty
     family = family_of(base, f"{run.folder}/{HUGGINGFACE}/{CONFIG}") if family_name == "auto" else FAMILIES[family_name]
     base = base if family.architecture in base.get("architectures", []) else {}
     config = _huggingface_config(family.write(run.config.model, base), base, run)
-    views = mapped(run.views(), family_tensors(family, run.config.model))
+    views = mapped(run.lazy_tensors(), family_tensors(family, run.config.model))
     as_imported = dtype == "auto" and run.weights_only and bool(base)
     if dtype == "auto" and not run.weights_only:
         dtype = _TYPE_NAMES.get(config.get("dtype", config.get("torch_dtype")), "fp32")

@@ -36,7 +36,9 @@ def description(folder: Path, checksums: bool, ignore_fields: Sequence[str] = ()
         run = NativeCheckpoint.open(folder)
         model, architecture, path = run.config.model, "megatron-mdm run", run.path
         views = {
-            f"{name}/{kind}": view for kind in sorted(run.reader.kinds()) for name, view in run.views(kind).items()
+            f"{name}/{kind}": view
+            for kind in sorted(run.reader.kinds())
+            for name, view in run.lazy_tensors(kind).items()
         }
     total = sum(num_bytes(view, view.dtype) for view in views.values())
     tensors: dict[str, Json] = {}

@@ -59,7 +59,7 @@ class HuggingFaceCheckpoint:
         checkpoint._check()
         return checkpoint
 
-    def views(self) -> dict[str, LazyTensor]:
+    def lazy_tensors(self) -> dict[str, LazyTensor]:
         """Our parameters (canonical names, whole tensors) as views of the files."""
         return mapped(self.tensors, our_parameters(self.family, self.model))
 

@@ -30,11 +30,11 @@ class InitialWeights:
             raise UserError(f"'model.init_from' {path}: no such folder")
         if is_checkpoint(path):
             source = HuggingFaceCheckpoint.open(path, model.ignore_fields)
-            self.views, theirs, where = source.views(), source.model, path / CONFIG
+            self.views, theirs, where = source.lazy_tensors(), source.model, path / CONFIG
             self.kind, self.notes = source.family.architecture, source.notes
         else:
             run = NativeCheckpoint.open(path)
-            self.views, theirs, where = run.views(), run.config.model, run.folder / RUN_CONFIG
+            self.views, theirs, where = run.lazy_tensors(), run.config.model, run.folder / RUN_CONFIG
             self.kind, self.notes = f"run, {run.path.name}, {run.reason}", ()
         check_same_architecture(model, theirs, where)
         self.rows = theirs.vocab_size

@@ -46,7 +46,7 @@ class NativeCheckpoint:
         """Imported, not trained: the weights are in the types they came in."""
         return self.reader.kinds() == {WEIGHT}
 
-    def views(self, kind: str = WEIGHT) -> dict[str, LazyTensor]:
+    def lazy_tensors(self, kind: str = WEIGHT) -> dict[str, LazyTensor]:
         """Whole tensors by canonical name."""
         views = {}
         for name, shape in parameter_shapes(self.config.model).items():

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save
 
-from megatron_mdm.checkpoint import views
+from megatron_mdm.checkpoint import lazy_tensors
 from megatron_mdm.checkpoint.direct_writer import PAGE, DirectWriter, write_memory
 from megatron_mdm.checkpoint.lazy_tensors import Columns, Flat, Part, Rows, cut, mean_row, merge, read, with_rows
 from megatron_mdm.checkpoint.safetensors_file import METADATA, SafetensorsFile, is_finite
@@ -179,13 +179,13 @@ def test_columns_of_many_rows(tmp_path: Path) -> None:
     assert torch.equal(read(Columns([Part(SafetensorsFile(path).tensors["tall"], 1, 3)])), whole[:, 1:4])
 
 
-@pytest.mark.parametrize("block_bytes", [views._BLOCK_BYTES, 100])
+@pytest.mark.parametrize("block_bytes", [lazy_tensors._BLOCK_BYTES, 100])
 @pytest.mark.parametrize("shape", [(8, 12), (96,), (5, 3)])
 def test_runs_of_elements(
     shape: tuple[int, ...], block_bytes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As ZeRO cuts tensors: regardless of rows. Also where they are read in several blocks."""
-    monkeypatch.setattr(views, "_BLOCK_BYTES", block_bytes)
+    monkeypatch.setattr(lazy_tensors, "_BLOCK_BYTES", block_bytes)
     whole = torch.randn(shape)
     cuts = [0, 1, 7, 14, whole.numel()]
     runs = {str(index): whole.flatten()[start:stop] for index, (start, stop) in enumerate(itertools.pairwise(cuts))}

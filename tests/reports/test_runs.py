@@ -40,7 +40,7 @@ def test_spread_over_seeds(folder: Path) -> None:
     assert standard.mean == pytest.approx(0.6)
     assert standard.range == (0.5, 0.7)
     assert standard.standard_deviation == pytest.approx(0.1)
-    assert found["exact match", "sampler ppots, views 2"].standard_deviation == pytest.approx(0.0)
+    assert found["exact match", "t_sampler ppots, views 2"].standard_deviation == pytest.approx(0.0)
     assert found["exact match", "autoregressive"].values == [0.9]
     assert found["variance of loss", "standard"].mean == pytest.approx(1.2)
     assert ("best validation loss", "standard") not in found  # null in every summary

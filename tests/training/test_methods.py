@@ -138,7 +138,7 @@ def test_combinations_that_cannot_or_should_not_be(folder: Path) -> None:
     syrm = corpus.model_copy(update={"diffusion": config_of(folder, {"syrm": {}}, "x").diffusion})
     with pytest.raises(UserError, match=r"'diffusion\.syrm' is for"):
         validate(syrm, 1)
-    with pytest.raises(UserError, match=r"needs 'diffusion\.sampler' ppots"):
+    with pytest.raises(UserError, match=r"needs 'diffusion\.t_sampler' ppots"):
         validate(config_of(folder, {"calibration": {"refit_every": 5}}, "x"), 1)
     nested = {"estimator": "naive", "density": "epr", "num_samples": 3, "num_masks": 2}
     with pytest.raises(UserError, match="of 4 rows each here: raise 'num_samples' times 'num_masks' to 16"):
