@@ -32,7 +32,7 @@ def main() -> None:
     validate(config, world_size_from_environment())
     config, data = resolve(config)
     parallel, hang_minutes = config.parallel, config.faults.hang_minutes
-    context = initialize(parallel.tensor, parallel.pipeline, agreement(config, data), hang_minutes)
+    context = initialize(parallel, agreement(config, data), hang_minutes)
     watch(arguments.output.parent, hang_minutes, context)
     if arguments.run_dir and config.diffusion.calibration.is_judged_by_gradients:  # which takes backward passes
         chosen = choose_together(arguments.run_dir, arguments.checkpoint, context)

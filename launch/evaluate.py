@@ -41,7 +41,7 @@ def main() -> None:
     source = Source(arguments.harness or arguments.data, arguments.limit, arguments.on_error or config.data.on_error)
     settings = load_section(measure.settings, others)
     evaluate = measure.prepare(source, settings, config, load.run_tokenizer(arguments.run_dir, config))
-    context = initialize(config.parallel.tensor, config.parallel.pipeline, hang_minutes=config.faults.hang_minutes)
+    context = initialize(config.parallel, hang_minutes=config.faults.hang_minutes)
     watch(arguments.run_dir, config.faults.hang_minutes, context)
     engine = load.load_for_inference(arguments.run_dir, config, context, arguments.checkpoint)
     result = evaluate(engine, context)

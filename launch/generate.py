@@ -41,7 +41,7 @@ def main() -> None:
     bad = BadRecords(arguments.on_error or config.data.on_error)
     room = generation.room(config.model)
     prompts = [] if arguments.interactive else read_prompts(arguments.prompts, tokenizer, config.data, bad, room)
-    context = initialize(config.parallel.tensor, config.parallel.pipeline, hang_minutes=config.faults.hang_minutes)
+    context = initialize(config.parallel, hang_minutes=config.faults.hang_minutes)
     engine = load.load_for_inference(arguments.run_dir, config, context, arguments.checkpoint)
     if arguments.interactive:
         converse(engine, tokenizer, generation, room, method, context, sys.stdin, sys.stdout)

@@ -42,7 +42,7 @@ def main() -> None:
         print(f"{description}\n{describe_data(data, config)}")
         return
     parallel, hang_minutes = config.parallel, config.faults.hang_minutes
-    context = initialize(parallel.tensor, parallel.pipeline, agreement(config, data), hang_minutes)
+    context = initialize(parallel, agreement(config, data), hang_minutes)
     if arguments.layout_check:
         check_layout(config, data, context)
         return

@@ -16,7 +16,7 @@ def what_a_rank_finds() -> tuple[bool, bool, int, int]:
     from megatron_mdm.parallel.groups import initialize
 
     fresh = not dist.is_initialized()
-    context = initialize(1)
+    context = initialize()
     return imported, fresh, context.rank, context.layout.data
 
 

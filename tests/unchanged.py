@@ -113,7 +113,7 @@ def _trained_and_generated(config: RunConfig, decoding: tuple[dict[str, Any], ..
     from megatron_mdm.training.calibrate import calibrate
 
     config, data = inputs.resolve(config)
-    context = initialize(config.parallel.tensor, config.parallel.pipeline)
+    context = initialize(config.parallel)
     engine = restored_engine(None, config, context, 0)
     artifact = calibrate(engine, config, data, context) if config.diffusion.t_sampler in CALIBRATED_SAMPLERS else None
     trainer = run.build_trainer(config, data, engine, artifact, context)

@@ -70,7 +70,7 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     arguments = parse()
-    context = initialize(1, 1)
+    context = initialize()
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
     bench = Bench(arguments, context)

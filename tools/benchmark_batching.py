@@ -69,7 +69,7 @@ def configuration(arguments: argparse.Namespace, batch: dict[str, Any]) -> RunCo
 def trainers(arguments: argparse.Namespace) -> dict[str, Trainer]:
     """One for each mode; all share an engine."""
     base, data = resolve(configuration(arguments, {}))
-    context = initialize(1, 1)
+    context = initialize()
     torch.set_num_threads(arguments.threads)
     engine = build_engine(base, context, from_scratch)
     result: dict[str, Trainer] = {}

@@ -60,7 +60,7 @@ def main() -> None:
     tokenizer = load_tokenizer(config.data)
     room = base.room(config.model)
     questions = read_questions(arguments.data, task, arguments.limit, tokenizer, config.data, BadRecords(), room)
-    context = initialize(1)
+    context = initialize()
     special = SpecialIds.of(tokenizer)
     engine = load_for_inference(arguments.run_dir, config, context)
     prompts = [question.prompt.ids for question in questions]

@@ -125,7 +125,7 @@ def main() -> None:
     parser.add_argument("--zero", type=int, default=1)
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="bf16")
     arguments = parser.parse_args()
-    context = initialize(1)
+    context = initialize()
     folder = None
     if context.is_main:
         folder = tempfile.TemporaryDirectory(dir=arguments.folder)

@@ -88,7 +88,7 @@ def measure(config: RunConfig, run_dir: Path, options: argparse.Namespace) -> Me
         times.append(np.tile(np.repeat((np.arange(NESTED[1]) + 1.0) / NESTED[1], NESTED[2]), NESTED[0]))
     cache, boundaries = options.output / "moments.npy", np.cumsum([len(part) for part in samples])[:-1]
     if not cache.is_file():
-        context = initialize(1)
+        context = initialize()
         prepass = Prepass(load_for_inference(run_dir, config, context), config, data, context)
         np.save(cache, prepass.add(np.concatenate(samples), np.concatenate(times)))
     moments = np.split(np.load(cache), boundaries)

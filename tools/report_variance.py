@@ -52,7 +52,7 @@ def report_variance(options: argparse.Namespace) -> None:
     run_config(options.folder)  # says what is wrong with the folder, if anything is
     base = ["parallel.pipeline=1", "parallel.tensor=1", "parallel.sequence=false", *options.overrides]
     config, data = resolve(load_config(options.folder / "config.yaml", base))
-    context = initialize(1)
+    context = initialize()
     engine = load_for_inference(options.folder, config, context)
     output: Path = options.output or options.folder
     output.mkdir(parents=True, exist_ok=True)

@@ -53,8 +53,8 @@ class PipelinedInferenceEngine:
         self.source = source
         self.layers = layers.to(device=platform.device(), dtype=DTYPES[dtype]).eval()
         self.model, self.dtype, self.context = model, DTYPES[dtype], context
-        neighbour = context.layout.tensor * context.layout.data
-        self.previous, self.next = context.rank - neighbour, context.rank + neighbour
+        stride = context.layout.stride("pipeline")
+        self.previous, self.next = context.rank - stride, context.rank + stride
         self.is_first = context.pipeline_rank == 0
         self.is_last = context.pipeline_rank == context.layout.pipeline - 1
 

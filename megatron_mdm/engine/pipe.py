@@ -170,9 +170,9 @@ class _Stage(PipelineModule):
         self._tied: list[tuple[nn.Parameter, dist.ProcessGroup]] = []
         if not model.tie_embeddings:
             return
-        layout, per_stage = context.layout, context.layout.tensor * context.layout.data
-        for first in range(per_stage):  # every rank takes part in the making of every group
-            ranks = [first, first + (layout.pipeline - 1) * per_stage]
+        for first in range(context.layout.stride("pipeline")):  # every rank takes part in making every group
+            stages = context.layout.peers(first, "pipeline")
+            ranks = [stages[0], stages[-1]]
             group = dist.new_group(ranks)
             if context.rank == ranks[0]:
                 self._tied.append((self._modules["0"].word_embeddings.weight, group))

@@ -18,7 +18,7 @@ from megatron_mdm.engine.optimizer import PlainClipping, adamw, norm_of_step, sc
 from megatron_mdm.engine.optimizer_state import OptimizerState
 from megatron_mdm.models.layers import build_model
 from megatron_mdm.parallel import platform
-from megatron_mdm.parallel.groups import ParallelContext
+from megatron_mdm.parallel.groups import ModelParallelUnit, ParallelContext
 from megatron_mdm.parallel.heartbeat import beat
 
 
@@ -35,7 +35,7 @@ class ZeroEngine:
         self.engine, *_ = deepspeed.initialize(
             model=model,
             optimizer=adamw(model, config.optimizer),
-            mpu=context.mpu,
+            mpu=ModelParallelUnit(context),
             config=deepspeed_config(config, context.layout.world_size),
         )
         self.clipping = None

@@ -1,4 +1,4 @@
-"""Process groups: torch.distributed, megatron-core's parallel state, and the mpu that DeepSpeed asks for."""
+"""Joining the job, its process groups by axis of the layout, and the mpu that DeepSpeed asks for."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
 
 import torch.distributed as dist
 
 from megatron_mdm.config.errors import UserError
+from megatron_mdm.config.schema import ParallelConfig
 from megatron_mdm.parallel import environment, platform
 from megatron_mdm.parallel.layout import Layout
 
@@ -31,27 +31,36 @@ class ParallelContext:
 
     rank: int
     layout: Layout
-    tensor_group: dist.ProcessGroup
-    data_group: dist.ProcessGroup
-    pipeline_group: dist.ProcessGroup
-    mpu: Any  # for deepspeed.initialize
+    groups: Mapping[str, dist.ProcessGroup]  # by axis of the layout: the ranks that differ along it alone
+
+    @property
+    def tensor_group(self) -> dist.ProcessGroup:
+        return self.groups["tensor"]
+
+    @property
+    def data_group(self) -> dist.ProcessGroup:
+        return self.groups["data"]
+
+    @property
+    def pipeline_group(self) -> dist.ProcessGroup:
+        return self.groups["pipeline"]
 
     @property
     def tensor_rank(self) -> int:
-        return self.layout.tensor_rank(self.rank)
+        return self.layout.index(self.rank, "tensor")
 
     @property
     def data_rank(self) -> int:
-        return self.layout.data_rank(self.rank)
+        return self.layout.index(self.rank, "data")
 
     @property
     def pipeline_rank(self) -> int:
-        return self.layout.pipeline_rank(self.rank)
+        return self.layout.index(self.rank, "pipeline")
 
     @property
     def last_stage_rank(self) -> int:
         """The global rank of the last stage of this rank's pipeline."""
-        return self.rank + (self.layout.pipeline - 1 - self.pipeline_rank) * self.layout.tensor * self.layout.data
+        return self.layout.peers(self.rank, "pipeline")[-1]
 
     @property
     def is_main(self) -> bool:
@@ -69,41 +78,46 @@ def rank_from_environment() -> int:
 
 
 def initialize(
-    tensor: int, pipeline: int = 1, agreement: Mapping[str, object] | None = None, hang_minutes: float = 0.0
+    parallel: ParallelConfig | None = None, agreement: Mapping[str, object] | None = None, hang_minutes: float = 0.0
 ) -> ParallelContext:
     """Join the job and build the groups of a layout. Without a launcher, the job is this one process.
 
-    agreement: values by name that must be the same on every rank, compared before any group is built. Raises UserError
-    naming the rank and the value where they are not. hang_minutes: the watchdog's limit, which torch's own timeouts
-    exceed, so that it speaks first.
+    parallel: the degrees; without it, all ranks are data-parallel. agreement: values by name that must be the same on
+    every rank, compared before any group is built. Raises UserError naming the rank and the value where they are not.
+    hang_minutes: the watchdog's limit, which torch's own timeouts exceed, so that it speaks first.
     """
-    from megatron.core import parallel_state
-
     timeout_minutes = max(_TIMEOUT_MINUTES, 2 * hang_minutes)
     join_job(timeout_minutes)
     if agreement:
         check_agreement(agreement)
-    layout = Layout.of(dist.get_world_size(), tensor, pipeline)
+    layout = Layout.of(dist.get_world_size(), parallel or ParallelConfig())
+    return ParallelContext(dist.get_rank(), layout, _megatron_groups(layout, timeout_minutes))
+
+
+def _megatron_groups(layout: Layout, timeout_minutes: float) -> dict[str, dist.ProcessGroup]:
+    """Set megatron-core's global state, which its layers read, and take the groups from it: nothing else reads it."""
+    from megatron.core import parallel_state
+
     if parallel_state.is_initialized():  # another layout in the same processes
         parallel_state.destroy_model_parallel()
     parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=tensor,
-        pipeline_model_parallel_size=pipeline,
+        tensor_model_parallel_size=layout.tensor,
+        pipeline_model_parallel_size=layout.pipeline,
+        context_parallel_size=layout.context,
+        expert_model_parallel_size=layout.expert,
         create_gloo_process_groups=False,
         distributed_timeout_minutes=math.ceil(timeout_minutes),
     )
-    context = ParallelContext(
-        rank=dist.get_rank(),
-        layout=layout,
-        tensor_group=parallel_state.get_tensor_model_parallel_group(),
-        data_group=parallel_state.get_data_parallel_group(),
-        pipeline_group=parallel_state.get_pipeline_model_parallel_group(),
-        mpu=_ModelParallelUnit(),
-    )
-    assert context.tensor_rank == parallel_state.get_tensor_model_parallel_rank()
-    assert context.data_rank == parallel_state.get_data_parallel_rank()
-    assert context.pipeline_rank == parallel_state.get_pipeline_model_parallel_rank()
-    return context
+    groups = {
+        "tensor": parallel_state.get_tensor_model_parallel_group(),
+        "context": parallel_state.get_context_parallel_group(),
+        "expert": parallel_state.get_expert_model_parallel_group(),
+        "data": parallel_state.get_data_parallel_group(),
+        "pipeline": parallel_state.get_pipeline_model_parallel_group(),
+    }
+    for axis, group in groups.items():
+        assert dist.get_process_group_ranks(group) == layout.peers(dist.get_rank(), axis), axis
+    return groups
 
 
 def check_agreement(values: Mapping[str, object]) -> None:
@@ -178,31 +192,37 @@ def shut_down() -> None:
         dist.destroy_process_group()
 
 
-class _ModelParallelUnit:
-    """The accessors deepspeed.initialize(mpu=…) calls, answered by megatron.core.parallel_state."""
+class ModelParallelUnit:
+    """What deepspeed.initialize(mpu=…) asks, answered from a context."""
 
-    _OTHER_NAMES = (  # DeepSpeed's, megatron-core's
-        ("get_model_parallel_rank", "get_tensor_model_parallel_rank"),
-        ("get_model_parallel_world_size", "get_tensor_model_parallel_world_size"),
-        ("get_model_parallel_group", "get_tensor_model_parallel_group"),
-    )
-    _SAME = (
-        "get_tensor_model_parallel_rank",
-        "get_tensor_model_parallel_world_size",
-        "get_tensor_model_parallel_group",
-        "get_pipeline_model_parallel_world_size",
-        "get_data_parallel_rank",
-        "get_data_parallel_world_size",
-        "get_data_parallel_group",
-    )
+    def __init__(self, context: ParallelContext) -> None:
+        self.context = context
 
-    def __init__(self) -> None:
-        from megatron.core import parallel_state
+    def get_model_parallel_rank(self) -> int:
+        return self.context.tensor_rank
 
-        for name in self._SAME:
-            setattr(self, name, getattr(parallel_state, name))
-        for name, source in self._OTHER_NAMES:
-            setattr(self, name, getattr(parallel_state, source))
+    def get_model_parallel_world_size(self) -> int:
+        return self.context.layout.tensor
+
+    def get_model_parallel_group(self) -> dist.ProcessGroup:
+        return self.context.tensor_group
+
+    # DeepSpeed asks for tensor parallelism by both names.
+    get_tensor_model_parallel_rank = get_model_parallel_rank
+    get_tensor_model_parallel_world_size = get_model_parallel_world_size
+    get_tensor_model_parallel_group = get_model_parallel_group
+
+    def get_pipeline_model_parallel_world_size(self) -> int:
+        return self.context.layout.pipeline
+
+    def get_data_parallel_rank(self) -> int:
+        return self.context.data_rank
+
+    def get_data_parallel_world_size(self) -> int:
+        return self.context.layout.data
+
+    def get_data_parallel_group(self) -> dist.ProcessGroup:
+        return self.context.data_group
 
 
 def _free_port() -> str:

@@ -2,35 +2,55 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+
+from megatron_mdm.config.schema import ParallelConfig
+
+# The ranks' grid, the last axis fastest: megatron-core's order "tp-cp-ep-dp-pp", read from behind. Context and expert
+# parallelism have degree 1 for now.
+AXES = ("pipeline", "data", "expert", "context", "tensor")
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Ranks on a (pipeline, data, tensor) grid, tensor fastest: megatron-core's order 'tp-cp-ep-dp-pp'."""
+    """How many ranks each axis has, and where on the grid a rank is. The one source of both: made from the
+    configuration, and everything else from it."""
 
-    tensor: int
-    data: int
+    tensor: int = 1
+    data: int = 1
     pipeline: int = 1
+    context: int = 1
+    expert: int = 1
 
     @classmethod
-    def of(cls, world_size: int, tensor: int, pipeline: int) -> Layout:
-        assert world_size % (tensor * pipeline) == 0, (world_size, tensor, pipeline)
-        return cls(tensor, world_size // (tensor * pipeline), pipeline)
+    def of(cls, world_size: int, parallel: ParallelConfig) -> Layout:
+        """Of a job's ranks; those that tensor and pipeline leave over are data-parallel. They must divide the job:
+        config/validate.py says so to users."""
+        fixed = cls(tensor=parallel.tensor, pipeline=parallel.pipeline)
+        assert world_size % fixed.world_size == 0, (world_size, parallel)
+        return cls(tensor=parallel.tensor, data=world_size // fixed.world_size, pipeline=parallel.pipeline)
 
     @property
     def world_size(self) -> int:
-        return self.tensor * self.data * self.pipeline
+        return math.prod(self.degree(axis) for axis in AXES)
 
-    def tensor_rank(self, rank: int) -> int:
-        return rank % self.tensor
+    def degree(self, axis: str) -> int:
+        return int(getattr(self, axis))
 
-    def data_rank(self, rank: int) -> int:
-        return rank // self.tensor % self.data
+    def index(self, rank: int, axis: str) -> int:
+        """A rank's place along an axis."""
+        return rank // self.stride(axis) % self.degree(axis)
 
-    def pipeline_rank(self, rank: int) -> int:
-        return rank // (self.tensor * self.data)
+    def stride(self, axis: str) -> int:
+        """What neighbours along an axis differ by."""
+        return math.prod(self.degree(faster) for faster in AXES[AXES.index(axis) + 1 :])
+
+    def peers(self, rank: int, axis: str) -> list[int]:
+        """The ranks that differ from a rank along an axis alone, in order: its group there."""
+        first = rank - self.index(rank, axis) * self.stride(axis)
+        return [first + place * self.stride(axis) for place in range(self.degree(axis))]
 
     def __str__(self) -> str:
         return f"tensor {self.tensor} × pipeline {self.pipeline} × data {self.data} = {self.world_size} ranks"

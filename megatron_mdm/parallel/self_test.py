@@ -89,15 +89,14 @@ def _all_reduce(group: dist.ProcessGroup | None) -> tuple[float, float, bool]:
 
 def _neighbours(context: ParallelContext) -> tuple[float, float, bool]:
     """The same of messages from each pipeline stage to the next."""
-    stride, stages = context.layout.tensor * context.layout.data, context.layout.pipeline
-    stage, rank = context.pipeline_rank, context.rank
+    ranks, stage = context.layout.peers(context.rank, "pipeline"), context.pipeline_rank
 
     def exchange(sent: Tensor, received: Tensor) -> None:
         messages = []
-        if stage < stages - 1:
-            messages.append(dist.P2POp(dist.isend, sent, rank + stride))
+        if stage < len(ranks) - 1:
+            messages.append(dist.P2POp(dist.isend, sent, ranks[stage + 1]))
         if stage > 0:
-            messages.append(dist.P2POp(dist.irecv, received, rank - stride))
+            messages.append(dist.P2POp(dist.irecv, received, ranks[stage - 1]))
         for message in dist.batch_isend_irecv(messages):
             message.wait()
 

@@ -19,7 +19,7 @@ def memory_estimate(config: RunConfig, layout: Layout) -> RankMemory:
 
 
 def describe(config: RunConfig, world_size: int, num_steps: int) -> str:
-    layout = Layout.of(world_size, config.parallel.tensor, config.parallel.pipeline)
+    layout = Layout.of(world_size, config.parallel)
     batch, diffusion = config.batch, config.diffusion
     rows = diffusion.rows_per_sample
     accumulation = accumulation_steps(config, world_size)

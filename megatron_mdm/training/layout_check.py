@@ -32,7 +32,7 @@ def check_layout(config: RunConfig, data: RunData, context: ParallelContext) -> 
     artifact, chosen = _losses(config, data, context, None)
     gc.collect()
     parallel = reference_config.parallel
-    reference_context = initialize(parallel.tensor, parallel.pipeline)
+    reference_context = initialize(parallel)
     _, reference = _losses(reference_config, data, reference_context, artifact)
     tolerance = TOLERANCES[config.precision.dtype]
     differences = [abs(a - b) / abs(b) for a, b in zip(chosen, reference)]
@@ -56,7 +56,7 @@ def smallest_layout(config: RunConfig, world_size: int) -> RunConfig:
         parallel = config.parallel.model_copy(
             update={"tensor": tensor, "pipeline": pipeline, "sequence": config.parallel.sequence and tensor > 1}
         )
-        layout = Layout.of(world_size, tensor, pipeline)
+        layout = Layout.of(world_size, parallel)
         share, uneven = divmod(config.batch.global_size, layout.data)
         if uneven:
             continue

@@ -74,7 +74,7 @@ def fails_to_save(folder: Path) -> str:
     from megatron_mdm.checkpoint.store import CheckpointStore
     from megatron_mdm.parallel.groups import initialize
 
-    store = CheckpointStore(folder, CheckpointConfig(directory=""), initialize(1))
+    store = CheckpointStore(folder, CheckpointConfig(directory=""), initialize())
     store.save(2, SimpleNamespace(optimizer_state=SimpleNamespace(fragments=lambda: [])), {})  # type: ignore[arg-type]
     with pytest.raises(SaveError) as caught:
         store.finish()

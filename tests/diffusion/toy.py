@@ -41,7 +41,7 @@ def _tables() -> dict[str, Floats]:
     from megatron_mdm.parallel.groups import initialize
 
     # Weights large enough that losses differ between masks by more than between tokens.
-    model = build_model(small_model(init_std=0.35), ParallelConfig(), initialize(1), 5).double()
+    model = build_model(small_model(init_std=0.35), ParallelConfig(), initialize(), 5).double()
     weight = model[1].layer.mlp.linear_fc2.weight
     result = {kind: np.zeros((NUM_SAMPLES, 2**P, P)) for kind in KINDS}
     for sample in range(NUM_SAMPLES):

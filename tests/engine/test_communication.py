@@ -74,7 +74,7 @@ def counted_step(config: RunConfig) -> tuple[dict[Any, int], dict[str, tuple[int
     from megatron_mdm.training import inputs, run
 
     config, data = inputs.resolve(config)
-    context = initialize(config.parallel.tensor, config.parallel.pipeline)
+    context = initialize(config.parallel)
     trainer = run.build_trainer(config, data, restored_engine(None, config, context, 0), None, context)
     trainer.train_step(0)
     with CountBytes() as counter:
@@ -100,7 +100,7 @@ def test_predicted_bytes_are_those_of_a_real_step(name: str, tmp_path: Path) -> 
     write_ids(tmp_path / "train.jsonl", 20)
     model = small_model(num_layers=4, num_kv_heads=4, hidden_size=64, ffn_hidden_size=128)
     config = small_config(tmp_path, model=model.model_dump(), parallel=parallel)
-    layout = Layout.of(num_ranks, config.parallel.tensor, config.parallel.pipeline)
+    layout = Layout.of(num_ranks, config.parallel)
     for counted, ranks, shapes, pipeline_rank in run_ranks(counted_step, num_ranks, config):
         predicted = step_communication(config, layout, pipeline_rank, shapes)
         assert predicted

@@ -113,7 +113,7 @@ def test_what_deepspeed_reads_is_passed_on(tmp_path: Path) -> None:
 
 def test_memory_counts_the_buckets_that_were_asked_for(tmp_path: Path) -> None:
     """On a GPU, where they are allocated whole; two of them where communication overlaps."""
-    layout = Layout.of(1, 1, 1)
+    layout = Layout()
     sizes = {"1e6": 4e6, "2e6": 8e6, "auto": 4 * 5e8}
     for size, expected in sizes.items():
         config = loaded(tmp_path, f"zero_optimization.reduce_bucket_size={size}")

@@ -27,7 +27,7 @@ def forward_only(config: RunConfig) -> dict[str, Any]:
     from megatron_mdm.generation.settings import GenerationConfig, SpecialIds
     from megatron_mdm.parallel.groups import initialize
 
-    context = initialize(config.parallel.tensor, config.parallel.pipeline)
+    context = initialize(config.parallel)
     engine = restored_engine(None, config, context, 0)
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(0, VOCAB, (3, 11), generator=generator)
@@ -72,7 +72,7 @@ def logits_of_a_zeroed_norm(config: RunConfig) -> np.ndarray:
     from megatron_mdm.engine.inputs import logits_inputs
     from megatron_mdm.parallel.groups import initialize
 
-    engine = restored_engine(None, config, initialize(1), 0)
+    engine = restored_engine(None, config, initialize(), 0)
     tokens, lengths = torch.tensor([[5, 6, 7]]), torch.tensor([3])
     scored = ModelInputs(tokens, lengths, tokens > 0, tokens, (tokens > 0).float(), torch.ones(1))
     engine.train_batch([scored] * 2, 1e-3)  # which leaves parameters gathered
@@ -107,7 +107,7 @@ def losses_of(config: RunConfig) -> list[float]:
     from megatron_mdm.training import inputs, run
 
     config, data = inputs.resolve(config)
-    context = initialize(config.parallel.tensor, config.parallel.pipeline)
+    context = initialize(config.parallel)
     trainer = run.build_trainer(config, data, restored_engine(None, config, context, 0), None, context)
     return [trainer.train_step(step).loss for step in range(8)]
 

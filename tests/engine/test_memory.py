@@ -151,7 +151,7 @@ def counted_step(config: RunConfig) -> Counted:
     from megatron_mdm.training import inputs, run
 
     config, data = inputs.resolve(config)
-    context = initialize(config.parallel.tensor, config.parallel.pipeline)
+    context = initialize(config.parallel)
     live = LiveBytes()
     with live:
         trainer = run.build_trainer(config, data, restored_engine(None, config, context, 0), None, context)
@@ -195,7 +195,7 @@ def case(request: Any, tmp_path_factory: Any) -> list[tuple[RunConfig, Counted, 
         deepspeed={"zero_optimization": {"reduce_bucket_size": BUCKET, "stage3_prefetch_bucket_size": BUCKET}},
         **{"batch": {"global_size": 24, "micro_size": 4}, **SECTIONS.get(request.param, {})},
     )
-    layout = Layout.of(num_ranks, config.parallel.tensor, config.parallel.pipeline)
+    layout = Layout.of(num_ranks, config.parallel)
     results = []
     for counted in run_ranks(counted_step, num_ranks, config):
         greatest = max(counted.micro_batches, key=lambda shape: shape.selected)
@@ -218,7 +218,7 @@ def test_predicted_memory_is_that_of_a_real_step(case: list[tuple[RunConfig, Cou
 def test_a_pipeline_holds_no_more_micro_batches_than_there_are(tmp_path: Path) -> None:
     """The first of four stages: at most four, also their messages."""
     config = small_config(tmp_path, model=small_model(num_layers=4).model_dump(), parallel={"pipeline": 4, "zero": 0})
-    shape, layout = MicroBatchShape(2, 64, 128), Layout.of(4, 1, 4)
+    shape, layout = MicroBatchShape(2, 64, 128), Layout(pipeline=4)
     one, three, four, nine = (rank_memory(config, layout, 0, shape, number, "cpu") for number in (1, 3, 4, 9))
     assert 3 * one.activations == three.activations < four.activations == nine.activations
     message = 2 * 64 * config.model.hidden_size * 4

@@ -36,7 +36,7 @@ def faulty_steps(config: RunConfig) -> list[dict[str, Any]]:
     from megatron_mdm.checkpoint.load import restored_engine
     from megatron_mdm.parallel.groups import initialize
 
-    context = initialize(config.parallel.tensor, config.parallel.pipeline)
+    context = initialize(config.parallel)
     engine = restored_engine(None, config, context, 0)
     generator = torch.Generator().manual_seed(context.data_rank)
     tokens = torch.randint(0, VOCAB, (2, 9), generator=generator)

@@ -54,7 +54,7 @@ def forward_packed(dtype: str) -> dict[str, Any]:
     from megatron_mdm.models.layers import build_model
     from megatron_mdm.parallel.groups import initialize
 
-    context = initialize(1, 1)
+    context = initialize()
     model = build_model(small_model(init_std=0.2), ParallelConfig(), context, 3).to(DTYPES[dtype])
     plain = inputs_of([7, 12, 3, 9])
     changed = plain.tokens.clone()
@@ -118,7 +118,7 @@ def train(config: RunConfig) -> dict[str, Any]:
     from megatron_mdm.training import inputs, run
 
     config, data = inputs.resolve(config)
-    context = initialize(config.parallel.tensor, config.parallel.pipeline)
+    context = initialize(config.parallel)
     trainer = run.build_trainer(config, data, restored_engine(None, config, context, 0), None, context)
     steps = [trainer.train_step(step) for step in range(10)]
     batches = [trainer.loader.batch(step).micro_batches for step in range(10)]

@@ -49,7 +49,7 @@ def answers(config: RunConfig) -> dict[str, Any]:
     from megatron_mdm.evaluation.harness_requests import Requests
     from megatron_mdm.parallel.groups import initialize
 
-    context = initialize(config.parallel.tensor)
+    context = initialize(config.parallel)
     engine = InferenceEngine(build_model(config.model, config.parallel, context, 3), "fp32")
     tokenizer = Tokenizer(Letters(), VOCAB, MASK, PAD, EOS, TEMPLATES["plain"](TemplateSource("")))
     settings = HarnessConfig(num_times=8, block_length=4, batch_size=3)

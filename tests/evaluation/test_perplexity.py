@@ -45,7 +45,7 @@ def measured(samples: list[Sample], method: str) -> dict[str, Any]:
     from megatron_mdm.parallel.groups import initialize
 
     config = LikelihoodConfig(num_times=4, num_repeats=3)
-    return evaluate_perplexity(KnownLosses(), scored_samples(samples, method), config, SPECIAL, initialize(1), method)
+    return evaluate_perplexity(KnownLosses(), scored_samples(samples, method), config, SPECIAL, initialize(), method)
 
 
 def test_every_token_counts_alike() -> None:
@@ -66,7 +66,7 @@ def test_every_token_counts_alike() -> None:
 def choices_and_repeats() -> tuple[dict[str, Any], Any]:
     from megatron_mdm.parallel.groups import initialize
 
-    context, prompt = initialize(1), EncodedPrompt([], [5, 6])
+    context, prompt = initialize(), EncodedPrompt([], [5, 6])
     questions = [Question(prompt, [[30], [20, 20, 20]], 1), Question(prompt, [[30, 20], [40]], 1)]
     chosen = evaluate_choices(KnownLosses(), questions, LikelihoodConfig(), SPECIAL, context, "masked")
     config = LikelihoodConfig(num_times=1, num_repeats=2)

@@ -50,7 +50,7 @@ def scored(data: DataConfig, stop_at_eos: bool) -> dict[str, Any]:
     config = GenerationConfig(gen_length=len(said), block_length=1, steps=len(said), stop_at_eos=stop_at_eos)
     question = Question(EncodedPrompt.of("Q", tokenizer), "9")
     engine = Says(said, len(question.prompt.ids), tokenizer.num_ids)
-    result = evaluate_exact_match(engine, [question], TASKS["gsm8k"], tokenizer, config, initialize(1))
+    result = evaluate_exact_match(engine, [question], TASKS["gsm8k"], tokenizer, config, initialize())
     return result["samples"][0]
 
 
@@ -76,7 +76,7 @@ def validated(config: RunConfig) -> float:
     from megatron_mdm.training.inputs import resolve
 
     config, data = resolve(config)
-    context = initialize(config.parallel.tensor, 1)
+    context = initialize(config.parallel)
     engine = InferenceEngine(build_model(config.model, config.parallel, context, 1), "fp32")
     validation = FixedGridValidation(
         data.train,

@@ -21,7 +21,7 @@ def grids() -> list[tuple[np.ndarray, np.ndarray]]:
     settings, found = EvaluationConfig(num_samples=7, num_times=4), []
     for _ in range(2):
         validation = FixedGridValidation(
-            SftDataset(samples, 0, ""), settings, MaskSchedule(1e-3), SpecialIds(60, 0, 1), 2, initialize(1)
+            SftDataset(samples, 0, ""), settings, MaskSchedule(1e-3), SpecialIds(60, 0, 1), 2, initialize()
         )
         found.append((validation.samples, validation.t))
     return found

@@ -16,7 +16,7 @@ def begun_and_gone_on(path: Path, first: list[int], second: list[int]) -> list[i
     from megatron_mdm.generation.answers import AnswerFile
     from megatron_mdm.parallel.groups import initialize
 
-    context = initialize(1)
+    context = initialize()
     for ids in (first, second):
         prompts = [EncodedPrompt([Message(USER, "Q")], ids), EncodedPrompt([Message(USER, "R")], [7])]
         file = AnswerFile(path, prompts, {"gen_length": 8}, context)

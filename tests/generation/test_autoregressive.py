@@ -19,7 +19,7 @@ def built_engine():
     from megatron_mdm.models.layers import build_model
     from megatron_mdm.parallel.groups import initialize, world_size_from_environment
 
-    context = initialize(2 if world_size_from_environment() > 1 else 1, 1)
+    context = initialize(ParallelConfig(tensor=world_size_from_environment()))
     model = small_model(init_std=0.3, attention="causal")
     built = build_model(model, ParallelConfig(tensor=context.layout.tensor), context, 3)
     return InferenceEngine(built, "fp32"), context

@@ -39,7 +39,7 @@ def conversation() -> tuple[str, str]:
     """What is written to a terminal and to a file."""
     from megatron_mdm.parallel.groups import initialize
 
-    context, tokenizer = initialize(1), words()
+    context, tokenizer = initialize(), words()
     config = GenerationConfig(gen_length=4, block_length=2, steps=4)
     terminal, file = Terminal(), io.StringIO()
     for output in (terminal, file):

@@ -62,7 +62,7 @@ def ours(model: ModelConfig, settings: list[dict[str, Any]]) -> tuple[list[list[
     from megatron_mdm.models.layers import build_model
     from megatron_mdm.parallel.groups import initialize
 
-    context = initialize(1)
+    context = initialize()
     engine = InferenceEngine(build_model(model, ParallelConfig(), context, 5), "fp32")
     responses = []
     for changes in settings:

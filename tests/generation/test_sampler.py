@@ -142,8 +142,8 @@ def built_engine(tensor: int, pipeline: int):
     from megatron_mdm.models.layers import build_model
     from megatron_mdm.parallel.groups import initialize
 
-    context, model = initialize(tensor, pipeline), small_model(init_std=0.3, num_layers=3)
     parallel = ParallelConfig(tensor=tensor, pipeline=pipeline)
+    context, model = initialize(parallel), small_model(init_std=0.3, num_layers=3)
     if pipeline > 1:
         stages = build_stage(model, parallel, context, 3, 16)
         return PipelinedInferenceEngine(stages, model, "fp32", context), context

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from megatron_mdm.config.schema import ParallelConfig
 from megatron_mdm.models.cross_entropy import weighted_cross_entropy
 from tests.ranks import run_ranks
 
@@ -98,7 +99,7 @@ def sharded() -> list[Any]:
     """On a tensor-parallel rank: its slice of the head."""
     from megatron_mdm.parallel.groups import initialize
 
-    context = initialize(2, 1)
+    context = initialize(ParallelConfig(tensor=2))
     rows, head, labels, weights = inputs()
     mine = head.chunk(2)[context.tensor_rank].clone().requires_grad_()
     rows.requires_grad_()

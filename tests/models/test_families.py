@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from megatron_mdm.config.load import load_config
+from megatron_mdm.config.schema import ParallelConfig
 from megatron_mdm.models.families import FAMILIES
 from tests.checkpoint.huggingface_models import MASK, REFERENCES, VOCAB, reference_logits, write_checkpoint
 from tests.ranks import run_program_ranks, run_ranks
@@ -28,7 +29,7 @@ def our_logits(folders: dict[str, str], scratch: str, parallel: dict[str, Any]) 
     from megatron_mdm.engine.inputs import logits_inputs
     from megatron_mdm.parallel.groups import initialize
 
-    context = initialize(parallel.get("tensor", 1), parallel.get("pipeline", 1))
+    context = initialize(ParallelConfig(**parallel))
     tokens = torch.from_numpy(TOKENS)
     inputs = logits_inputs(tokens, torch.full((3,), 11), torch.ones(3, 11, dtype=torch.bool))
     scored = inputs._replace(labels=tokens, token_weight=torch.ones(3, 11), row_weight=torch.ones(3))

@@ -16,7 +16,7 @@ def built_shards(model: ModelConfig, tensor: int) -> dict[str, Any]:
     from megatron_mdm.models.sharding import sharding_of
     from megatron_mdm.parallel.groups import initialize
 
-    context = initialize(tensor, 1)
+    context = initialize(ParallelConfig(tensor=tensor))
     parameters = build_model(model, ParallelConfig(tensor=tensor), context, 7).named_parameters()
     return {name: (parameter.detach().numpy(), sharding_of(name)) for name, parameter in parameters}
 

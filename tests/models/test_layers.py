@@ -72,7 +72,7 @@ def our_logits(model: ModelConfig) -> dict[str, Any]:
     from megatron_mdm.parallel.groups import initialize
 
     torch.manual_seed(0)
-    context = initialize(1, 1)
+    context = initialize()
     built = build_model(model, ParallelConfig(), context, 3)
     with torch.no_grad():
         for name, parameter in built.named_parameters():

@@ -7,16 +7,30 @@ import itertools
 import numpy as np
 import pytest
 
+from megatron_mdm.config.schema import ParallelConfig
 from megatron_mdm.models.parameters import layer_costs
-from megatron_mdm.parallel.layout import Layout, partition
+from megatron_mdm.parallel.layout import AXES, Layout, partition
 from tests.small import small_model
 
 
 def test_ranks_are_numbered_tensor_fastest() -> None:
-    layout = Layout.of(12, tensor=2, pipeline=3)
+    layout = Layout.of(12, ParallelConfig(tensor=2, pipeline=3))
     assert (layout.data, layout.world_size) == (2, 12)
-    places = [(layout.pipeline_rank(rank), layout.data_rank(rank), layout.tensor_rank(rank)) for rank in range(12)]
+    places = [tuple(layout.index(rank, axis) for axis in ("pipeline", "data", "tensor")) for rank in range(12)]
     assert places == list(itertools.product(range(3), range(2), range(2)))
+
+
+def test_every_axis_divides_the_ranks_into_groups() -> None:
+    """Also the two that nothing uses yet: along an axis, peers differ in its index alone."""
+    layout = Layout(pipeline=2, data=3, context=2, expert=2, tensor=2)
+    assert layout.world_size == 48
+    for axis in AXES:
+        groups = {tuple(layout.peers(rank, axis)) for rank in range(48)}
+        assert sorted(itertools.chain(*groups)) == list(range(48))
+        for group in groups:
+            assert [layout.index(rank, axis) for rank in group] == list(range(layout.degree(axis)))
+            for other in set(AXES) - {axis}:
+                assert len({layout.index(rank, other) for rank in group}) == 1
 
 
 @pytest.mark.parametrize("num_parts", range(1, 7))

@@ -32,7 +32,7 @@ def trained(config: RunConfig) -> dict[str, Any]:
 
     config, data = inputs.resolve(config)
     assert config.model.attention == "causal"
-    context = initialize(config.parallel.tensor, config.parallel.pipeline)
+    context = initialize(config.parallel)
     engine = restored_engine(None, config, context, 0)
     trainer = run.build_trainer(config, data, engine, None, context)
     steps = [trainer.train_step(step) for step in range(8)]

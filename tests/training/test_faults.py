@@ -76,7 +76,7 @@ def after_the_spike(folder: Path, step: int, first_batch: int) -> list[float]:
     from megatron_mdm.training.run import build_trainer
 
     config, data = resolve(load_config(folder / "config.yaml"))
-    context = initialize(config.parallel.tensor, config.parallel.pipeline)
+    context = initialize(config.parallel)
     engine = restored_engine(folder / f"checkpoints/step-{step:08d}", config, context, step)
     artifact = load_artifact(folder / "calibration.json")
     trainer = build_trainer(config, data, engine, artifact, context, first_batch)
@@ -136,7 +136,7 @@ def reproduce(folder: Path) -> dict[str, Any]:
     from megatron_mdm.training.run import build_trainer
 
     config, data = resolve(load_config(folder / "config.yaml"))
-    context = initialize(1)
+    context = initialize()
     (dump,) = (folder / "faults").iterdir()
     (checkpoint,) = (folder / "checkpoints").iterdir()
     batch = json.loads((dump / "batch.json").read_text())

@@ -33,7 +33,7 @@ def drawn_between_steps(config: RunConfig) -> dict[str, Any]:
     from megatron_mdm.training.gradient_draws import draw_gradients
 
     config, data = inputs.resolve(config)
-    context = initialize(config.parallel.tensor, config.parallel.pipeline)
+    context = initialize(config.parallel)
     losses, draws = [], None
     for wanted in (True, False):
         engine = restored_engine(None, config, context, 0)
@@ -110,7 +110,7 @@ def calibrated(config: RunConfig) -> dict[str, Any]:
     from megatron_mdm.training.calibrate import calibrate
 
     config, data = inputs.resolve(config)
-    context = initialize(config.parallel.tensor, config.parallel.pipeline)
+    context = initialize(config.parallel)
     artifact = calibrate(restored_engine(None, config, context, 0), config, data, context)
     return {key: artifact[key] for key in ("gradients", "uniform_floor", "cell_density")}
 

@@ -61,7 +61,7 @@ def train_and_watch(config: RunConfig, folder: Path) -> dict[str, Any]:
     from megatron_mdm.training.calibrate import calibrate
 
     config, data = inputs.resolve(config)
-    context = initialize(config.parallel.tensor, config.parallel.pipeline)
+    context = initialize(config.parallel)
     engine = restored_engine(None, config, context, 0)
     artifact = calibrate(engine, config, data, context)
     trainer = run.build_trainer(config, data, engine, artifact, context)

@@ -63,7 +63,7 @@ def trained(config: RunConfig, decayed: RunConfig) -> dict[str, Any]:
     from megatron_mdm.training.speed import Speed
     from megatron_mdm.training.state import TrainState
 
-    context, weights = initialize(1), {}
+    context, weights = initialize(), {}
     artifact = {"cell_density": DENSITY.cell_density.tolist()}
     for name, one in (("decayed", decayed), ("plain", config)):
         one, data = inputs.resolve(one)

@@ -60,7 +60,7 @@ def trained(configs: dict[str, RunConfig]) -> dict[str, dict[str, Any]]:
     for name, config in configs.items():
         validate(config, 1)
         config, data = inputs.resolve(config)
-        summary = train_run(config, data, initialize(1), StartMode())
+        summary = train_run(config, data, initialize(), StartMode())
         lines = (Path(config.checkpoint.directory) / "metrics.jsonl").read_text().splitlines()
         results[name] = {"summary": summary, "records": [json.loads(line) for line in lines]}
     return results

@@ -29,7 +29,7 @@ def one_step(config: RunConfig, folder: Path) -> float:
     from megatron_mdm.training import inputs, run
 
     config, data = inputs.resolve(config)
-    context = initialize(config.parallel.tensor, config.parallel.pipeline)
+    context = initialize(config.parallel)
     trainer = run.build_trainer(config, data, restored_engine(None, config, context, 0), None, context)
     loss = trainer.train_step(0).loss
     snapshot = Snapshot(context)

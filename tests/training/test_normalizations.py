@@ -30,7 +30,7 @@ def trained(config: RunConfig, names: list[str]) -> dict[str, list[float]]:
     from megatron_mdm.training import inputs, run
 
     config, data = inputs.resolve(config)
-    context = initialize(config.parallel.tensor, config.parallel.pipeline)
+    context = initialize(config.parallel)
     artifact = {"cell_density": (2.0 - np.arange(4096) / 4096).tolist()}
     trainer = run.build_trainer(config, data, restored_engine(None, config, context, 0), artifact, context)
     losses = {}

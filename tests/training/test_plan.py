@@ -119,7 +119,7 @@ def counted_flops(config: RunConfig, rows: int, length: int) -> int:
     from megatron_mdm.engine.build import build_engine, from_scratch
     from megatron_mdm.parallel.groups import initialize
 
-    engine = build_engine(config, initialize(1), from_scratch)
+    engine = build_engine(config, initialize(), from_scratch)
     tokens, ones = torch.randint(0, 50, (rows, length)), torch.ones(rows, length)
     inputs = ModelInputs(tokens, torch.tensor(length), ones.bool(), tokens, ones, torch.ones(rows))
     with FlopCounterMode(display=False) as counter:

@@ -12,6 +12,7 @@ import pytest
 
 from megatron_mdm.config.errors import UserError
 from megatron_mdm.config.load import dump_config
+from megatron_mdm.config.schema import ParallelConfig
 from megatron_mdm.models.parameters import checkpoint_bytes
 from megatron_mdm.parallel.cores import CoreUse
 from megatron_mdm.parallel.self_test import Outcome
@@ -57,7 +58,7 @@ def looks_for_the_folder(folder: Path) -> str:
     from megatron_mdm.parallel.groups import initialize
     from megatron_mdm.training.preflight import check_shared
 
-    context = initialize(1)
+    context = initialize()
     os.environ["LOCAL_RANK"] = "0"  # as the first rank of a node
     check_shared(folder, context, patience=1.0)
     mine = folder / str(context.rank)
@@ -81,7 +82,7 @@ def adds_up_wrong() -> str:
     from megatron_mdm.parallel import self_test
     from megatron_mdm.parallel.groups import initialize
 
-    context = initialize(2)  # of 4 ranks: tensor groups 0, 1 and 2, 3; data groups 0, 2 and 1, 3
+    context = initialize(ParallelConfig(tensor=2))  # of 4 ranks: tensor groups 0, 1 and 2, 3; data groups 0, 2 and 1, 3
     if context.rank == 1:
         right = self_test.pattern
         self_test.pattern = lambda rank: right(rank + 1)  # a memory that returns other bits

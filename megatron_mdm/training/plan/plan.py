@@ -117,7 +117,7 @@ def make_plan(config: RunConfig, cluster: Cluster, samples: Samples) -> Plan:
     """Raises UserError where the configuration does not fit the number of ranks, or is not complete."""
     config = prepared(config)
     validate(config, cluster.world_size)
-    layout = Layout.of(cluster.world_size, config.parallel.tensor, config.parallel.pipeline)
+    layout = Layout.of(cluster.world_size, config.parallel)
     longest, number = longest_micro_batch(config), accumulation_steps(config, cluster.world_size)
     memory = [rank_memory(config, layout, rank, longest, number, "cuda") for rank in range(layout.pipeline)]
     fullest = max(range(layout.pipeline), key=lambda rank: memory[rank].total)

@@ -81,7 +81,9 @@ def step_time(
     for rank, stage in enumerate(stages(config)):
         passes = 3 * forward_flops(config, stage, micro_batch) + recomputed_flops(config, stage, micro_batch)
         volume = step_communication(config, layout, rank, shapes)
-        seconds = {axis: communication_seconds(volume, axis, layout, cluster) for axis in SPANS}
+        seconds = {
+            axis: communication_seconds(volume, axis, layout, cluster) for axis in ("tensor", "data", "pipeline")
+        }
         busy = num_micro_batches * max(passes / rate, stage.num_blocks * cluster.layer_ms / 1e3)
         if busy + seconds["tensor"] > compute + tensor:
             compute, tensor = busy, seconds["tensor"]
@@ -91,16 +93,12 @@ def step_time(
     return StepTime(compute, tensor, pipeline, (compute + tensor + pipeline) * waits, data, optimizer)
 
 
-# Ranks from a group's first to its last, by axis: tensor fastest, then data, then pipeline.
-SPANS = {
-    "tensor": lambda layout: layout.tensor,
-    "data": lambda layout: layout.tensor * layout.data,
-    "pipeline": lambda layout: layout.world_size,
-}
+_AXES = ("tensor", "data", "pipeline")  # that communicate
 
 
 def communication_seconds(volume: Volume, axis: str, layout: Layout, cluster: Cluster) -> float:
-    size, rate = getattr(layout, axis), cluster.link_bytes_per_s(SPANS[axis](layout))
+    size = layout.degree(axis)
+    rate = cluster.link_bytes_per_s(size * layout.stride(axis))  # of the ranks from the group's first to its last
     return sum(_RING[name](size) * number for (of, name), number in volume.items() if of == axis) / rate
 
 
