@@ -37,7 +37,7 @@ def main() -> None:
     data, others = load.data_overrides(arguments.settings)
     generation = load_section(GenerationConfig, others)
     config = load.run_config(arguments.run_dir, arguments.tensor, arguments.pipeline, data)
-    tokenizer, method = load.run_tokenizer(arguments.run_dir, config), config.diffusion.method
+    tokenizer, method = load.run_tokenizer(arguments.run_dir, config), config.objective.name
     bad = BadRecords(arguments.on_error or config.data.on_error)
     room = generation.room(config.model)
     prompts = [] if arguments.interactive else read_prompts(arguments.prompts, tokenizer, config.data, bad, room)

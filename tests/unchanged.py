@@ -47,7 +47,7 @@ SETUPS = {
             }
         },
     ),
-    "autoregressive": Setup(1, {"diffusion": {"method": "autoregressive"}}, ({}, {"temperature": 0.7})),
+    "autoregressive": Setup(1, {"objective": {"name": "autoregressive"}}, ({}, {"temperature": 0.7})),
     "packed": Setup(1, {"diffusion": PAPER_AND_STRATA, "batch": {"mode": "packed"}}),
     "variants": Setup(
         1,
@@ -63,7 +63,7 @@ SETUPS = {
     "pp2": Setup(2, {"diffusion": PAPER_AND_STRATA, "parallel": {"pipeline": 2, "zero": 1}}, ({}, {"cache": "prefix"})),
     "dp2_zero3": Setup(2, {"diffusion": PAPER_AND_STRATA, "parallel": {"zero": 3}}),
     "pp2_autoregressive": Setup(
-        2, {"diffusion": {"method": "autoregressive"}, "parallel": {"pipeline": 2, "zero": 0}}, ({},)
+        2, {"objective": {"name": "autoregressive"}, "parallel": {"pipeline": 2, "zero": 0}}, ({},)
     ),
 }
 
@@ -154,7 +154,7 @@ def _generated(config: RunConfig, decoding: tuple[dict[str, Any], ...], context:
     answers = []
     for changes in decoding:
         settings = GenerationConfig(**{"gen_length": 8, "block_length": 4, "steps": 8, "batch_size": 2, **changes})
-        responses = generate(engine, prompts, settings, special, context, config.diffusion.method)
+        responses = generate(engine, prompts, settings, special, context, config.objective.name)
         answers.append([response.tokens for response in responses])
     return answers
 

@@ -7,17 +7,20 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, ValidationError, create_model
 
 from megatron_mdm.config import field_types
 from megatron_mdm.config.errors import UserError
+from megatron_mdm.config.format import FORMAT, FORMAT_KEY, RENAMED, in_present_format
 from megatron_mdm.config.places import from_run, to_run
-from megatron_mdm.config.schema import RunConfig
+from megatron_mdm.config.schema import ObjectiveConfig, RunConfig
+from megatron_mdm.config.sections.objective import ObjectiveOptions
 from megatron_mdm.config.yaml_core import Key, dump_yaml, read_override, read_yaml
 
 Tree = dict[str, Any]
 Origins = dict[Key, str]  # where each leaf was set, the last one last
 Model = TypeVar("Model", bound=BaseModel)
+Options = TypeVar("Options", bound=ObjectiveOptions)
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -29,7 +32,9 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     origins: Origins = {}
     tree = _compose(Path(path), origins, ())
     _override(tree, overrides, RunConfig, origins)
-    return validated(RunConfig, tree, origins, str(path))
+    config = validated(RunConfig, tree, origins, str(path))
+    config.objective.written_at({key: place for key, place in origins.items() if key[0] == "objective"})
+    return config
 
 
 def load_section(model: type[Model], overrides: Sequence[str]) -> Model:
@@ -38,6 +43,14 @@ def load_section(model: type[Model], overrides: Sequence[str]) -> Model:
     tree: Tree = {}
     _override(tree, overrides, model, origins)
     return validated(model, tree, origins, "arguments")
+
+
+def objective_options(section: ObjectiveConfig, model: type[Options]) -> Options:
+    """The section `objective` as the objective's own model has it. Raises UserError as load_config does."""
+    whole: Any = create_model("RunConfig", objective=(model, ...))
+    tree = {"objective": section.model_dump()}
+    options: Options = validated(whole, tree, section.places, "objective").objective
+    return options
 
 
 def read_mapping(path: Path, model: type[BaseModel]) -> tuple[Tree, Origins]:
@@ -63,9 +76,9 @@ def validated(model: type[Model], tree: Tree, origins: Origins, where: str) -> M
 
 
 def dump_config(config: RunConfig, folder: Path | None = None) -> str:
-    """The configuration as YAML that load_config reads back to an equal value. folder: a run's, in which it is to lie;
-    then the run can be moved (places.py)."""
-    tree = config.model_dump(mode="json")
+    """The configuration, with its format, as YAML that load_config reads back to an equal value. folder: a run's, in
+    which it is to lie; then the run can be moved (places.py)."""
+    tree = {FORMAT_KEY: FORMAT, **config.model_dump(mode="json")}
     return dump_yaml(to_run(tree, folder) if folder else tree)
 
 
@@ -88,6 +101,7 @@ def _compose(path: Path, origins: Origins, including: tuple[Path, ...]) -> Tree:
     if path.resolve() in including:
         raise UserError(f"{path}: includes itself through 'defaults'")
     own, places = read_mapping(path, RunConfig)
+    in_present_format(own, places, str(path))
     defaults = own.pop("defaults", [])
     if not isinstance(defaults, list) or not all(isinstance(name, str) for name in defaults):
         raise UserError(f"{path}: 'defaults' must be a list of file names")
@@ -157,6 +171,8 @@ def _describe(error: ValidationError, root: type[BaseModel], tree: Tree, origins
     detail = max(same, key=lambda detail: len(_key(detail["loc"], tree)))
     key = _key(detail["loc"], tree)
     where = _origin(key, origins, default)
+    if key in RENAMED:
+        return f"{where}: '{'.'.join(key)}' is now '{'.'.join(RENAMED[key])}'"
     if detail["type"] == "extra_forbidden":
         return f"{where}: unknown key '{'.'.join(key)}'{_suggestion(root, key)}"
     if detail["type"] == "missing":

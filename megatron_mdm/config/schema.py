@@ -15,9 +15,19 @@ from megatron_mdm.config.sections.diffusion import (
     IsadConfig,
     SyrmConfig,
 )
+from megatron_mdm.config.sections.objective import ObjectiveConfig
 from megatron_mdm.config.sections.section import Section
 
-__all__ = ["CalibrationConfig", "ClippingConfig", "DiffusionConfig", "EmaConfig", "IsadConfig", "Section", "SyrmConfig"]
+__all__ = [
+    "CalibrationConfig",
+    "ClippingConfig",
+    "DiffusionConfig",
+    "EmaConfig",
+    "IsadConfig",
+    "ObjectiveConfig",
+    "Section",
+    "SyrmConfig",
+]
 
 
 class ModelConfig(Section):
@@ -42,7 +52,7 @@ class ModelConfig(Section):
     # full: initial weights are the same on every layout; sharded: each tensor-parallel rank draws its part only
     initialization: Literal["full", "sharded"] = "full"
     tie_embeddings: bool = False
-    attention: Literal["bidirectional", "causal"] = "bidirectional"  # causal: what diffusion.method autoregressive sets
+    attention: Literal["bidirectional", "causal"] = "bidirectional"  # causal: what objective.name autoregressive sets
     # Kernels of the layers; auto: Transformer Engine where it is installed and there is CUDA, else torch's.
     kernels: Literal["auto", "torch", "transformer_engine"] = "auto"
     fp8: bool = False  # matrix products of the layers in FP8, hybrid recipe; needs Transformer Engine
@@ -214,6 +224,7 @@ class EvaluationConfig(Section):
 class RunConfig(Section):
     model: ModelConfig
     data: DataConfig
+    objective: ObjectiveConfig = ObjectiveConfig()
     diffusion: DiffusionConfig = DiffusionConfig()
     parallel: ParallelConfig = ParallelConfig()
     batch: BatchConfig

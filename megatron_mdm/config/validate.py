@@ -118,16 +118,16 @@ def _check_model(config: RunConfig) -> None:
 def _check_method(config: RunConfig) -> None:
     """The autoregressive baseline has no noise, so none of the settings of noise may be set."""
     diffusion = config.diffusion
-    if diffusion.method == "masked":
+    if config.objective.name == "masked":
         if config.model.attention == "causal":
-            raise UserError("'model.attention' causal is for 'diffusion.method' autoregressive; use bidirectional")
+            raise UserError("'model.attention' causal is for 'objective.name' autoregressive; use bidirectional")
         return
     for name, field in DiffusionConfig.model_fields.items():
         value = getattr(diffusion, name)
-        if name not in ("method", "normalization", "calibration") and value != field.default:
+        if name not in ("normalization", "calibration") and value != field.default:
             raise UserError(
-                f"'diffusion.{name}' {value} has no meaning for 'diffusion.method' {diffusion.method}, which draws no "
-                f"masks; use {field.default} (configs/methods/autoregressive.yaml)"
+                f"'diffusion.{name}' {value} has no meaning for 'objective.name' {config.objective.name}, which draws "
+                f"no masks; use {field.default} (configs/methods/autoregressive.yaml)"
             )
 
 

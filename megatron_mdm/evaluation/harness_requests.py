@@ -96,7 +96,7 @@ class Requests:
         self, engine: Any, tokenizer: Tokenizer, settings: HarnessConfig, config: RunConfig, context: ParallelContext
     ) -> None:
         self.engine, self.tokenizer, self.settings, self.context = engine, tokenizer, settings, context
-        self.method, self.max_length = config.diffusion.method, config.model.max_sequence_length
+        self.method, self.max_length = config.objective.name, config.model.max_sequence_length
         self.longest = Room.of(config.model, settings.extrapolate).longest  # prompt and what is behind it
         self.special = SpecialIds.of(tokenizer)
         self.num_cut = 0  # prompts, since it was said last

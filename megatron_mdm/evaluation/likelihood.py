@@ -164,7 +164,7 @@ def _next_token_rows(samples: Sequence[Sample], config: LikelihoodConfig, _: Spe
     return _Rows(np.array([len(sample.tokens) for sample in samples]), 1, make)
 
 
-_ROWS = {"masked": _masked_rows, "autoregressive": _next_token_rows}  # by diffusion.method
+_ROWS = {"masked": _masked_rows, "autoregressive": _next_token_rows}  # by objective.name
 
 
 def learnt_positions(sample: Sample, method: str) -> NDArray[np.bool_]:

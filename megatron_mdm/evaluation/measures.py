@@ -49,7 +49,7 @@ def _left_out(bad: BadRecords) -> Result:
 
 
 def _exact_match(name: str, source: Source, settings: GenerationConfig, config: RunConfig, tokenizer: Tokenizer):
-    task, method = TASKS[name], config.diffusion.method
+    task, method = TASKS[name], config.objective.name
     bad = BadRecords(source.on_error)
     room = settings.room(config.model)
     questions = read_questions(source.path, task, source.limit, tokenizer, config.data, bad, room)
@@ -76,7 +76,7 @@ def _perplexity(source: Source, settings: LikelihoodConfig, config: RunConfig, t
         update={"on_error": source.on_error, "max_length": _longest(source, settings, config)}
     )
     data = read_held_out(source.path, config.model_copy(update={"data": section}), tokenizer)
-    method = config.diffusion.method
+    method = config.objective.name
     samples = scored_samples(data.samples[: source.limit or None], method)
     special = SpecialIds.of(tokenizer)
 
@@ -109,7 +109,7 @@ def _choices(source: Source, settings: LikelihoodConfig, config: RunConfig, toke
     room = Room.of(config.model, settings.extrapolate)
     questions = read_choices(source.path, source.limit, tokenizer, config.data, bad, room)
     special = SpecialIds.of(tokenizer)
-    method = config.diffusion.method
+    method = config.objective.name
 
     def run(engine: Any, context: ParallelContext) -> Result:
         return {**evaluate_choices(engine, questions, settings, special, context, method), **_left_out(bad)}

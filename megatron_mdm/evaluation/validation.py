@@ -97,4 +97,4 @@ class NextTokenValidation:
         return batch, NORMALIZATIONS["sample"](batch, GlobalBatch(1, 1))
 
 
-VALIDATIONS = {"masked": FixedGridValidation, "autoregressive": NextTokenValidation}  # by diffusion.method
+VALIDATIONS = {"masked": FixedGridValidation, "autoregressive": NextTokenValidation}  # by objective.name

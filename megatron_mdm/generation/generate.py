@@ -13,7 +13,7 @@ from megatron_mdm.parallel.progress import progress_bar
 
 # (engine, prompts of one batch, their ids, settings, special ids, watch) → responses
 Decoder = Callable[..., list[Response]]
-DECODERS: dict[str, Decoder] = {"masked": denoise, "autoregressive": decode_greedily}  # by diffusion.method
+DECODERS: dict[str, Decoder] = {"masked": denoise, "autoregressive": decode_greedily}  # by objective.name
 
 
 def generate(

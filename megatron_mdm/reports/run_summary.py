@@ -137,10 +137,11 @@ def _facts(run: RunFolder, curves: Record, marks: Record, ranks: Record) -> Reco
         "batch": {"global_size": config.batch.global_size, "micro_size": config.batch.micro_size},
         "precision": config.precision.dtype,
         "method": {
-            "name": method_name(config.diffusion),
+            "name": method_name(config),
+            "method": config.objective.name,
             **{
                 key: getattr(config.diffusion, key)
-                for key in ("method", "t_sampler", "views", "multisample", "strata", "masking", "normalization")
+                for key in ("t_sampler", "views", "multisample", "strata", "masking", "normalization")
             },
         },
         "last_loss": next((loss for loss in reversed(curves["loss"]["loss_smoothed"]) if loss is not None), None),

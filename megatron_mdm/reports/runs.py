@@ -44,7 +44,7 @@ class Run:
 
     @property
     def method(self) -> str:
-        return method_name(self.config.diffusion)
+        return method_name(self.config)
 
 
 @dataclass(frozen=True)
@@ -84,11 +84,11 @@ def read_runs(folders: Iterable[Path]) -> list[Run]:
     return runs
 
 
-def method_name(diffusion: DiffusionConfig) -> str:
+def method_name(config: RunConfig) -> str:
     """The settings of noise that are not the defaults; 'standard' where all are."""
-    if diffusion.method == "autoregressive":
+    if config.objective.name == "autoregressive":
         return "autoregressive"
-    default = DiffusionConfig()
+    diffusion, default = config.diffusion, DiffusionConfig()
     parts = [
         f"{name} {getattr(diffusion, name)}"
         for name in DiffusionConfig.model_fields

@@ -36,7 +36,7 @@ def describe(config: RunConfig, world_size: int, num_steps: int) -> str:
             f"batch: {batch.global_size} samples a step = {cut}, "
             f"{rows} row{'s' * (rows > 1)} each; {num_steps} steps, {batch.mode}",
             "method: autoregressive"
-            if diffusion.method == "autoregressive"
+            if config.objective.name == "autoregressive"
             else f"method: t {diffusion.t_sampler}, strata {diffusion.strata}, masking {diffusion.masking}",
             f"memory per rank, GiB (estimate): {memory.total / GIB:.2f} = {parts}{_too_much(memory)}",
         ]

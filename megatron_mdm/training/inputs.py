@@ -49,7 +49,7 @@ def resolve(config: RunConfig) -> tuple[RunConfig, RunData]:
     model = resolve_vocabulary(config.model, tokenizer)
     dated = config.data.model_copy(update={"template_date": tokenizer.template.date or config.data.template_date})
     config = config.model_copy(update={"data": dated})
-    causal = config.diffusion.method == "autoregressive"
+    causal = config.objective.name == "autoregressive"
     attention = "causal" if causal else model.attention
     model = model.model_copy(update={"kernels": resolve_kernels(model), "attention": attention})
     precision = resolve_precision(config)
@@ -68,7 +68,7 @@ def _check_next_tokens(data: SftDataset, path: str) -> None:
     for row, sample in enumerate(data.samples):
         if not sample.eligible[1:].any():
             raise UserError(
-                f"{path}: sample {row + 1} has no learnt token that follows another; 'diffusion.method' autoregressive "
+                f"{path}: sample {row + 1} has no learnt token that follows another; 'objective.name' autoregressive "
                 "needs one"
             )
 

@@ -224,7 +224,7 @@ def build_trainer(
 def build_noiser(config: RunConfig, cell_density: Floats, mask_id: int) -> Noiser | NextTokens:
     """The noise that a configuration asks for; cell_density: the calibration's, where the sampler needs one."""
     diffusion, global_size, bounds = config.diffusion, config.batch.global_size, config.diffusion.clipping.bounds
-    if diffusion.method == "autoregressive":
+    if config.objective.name == "autoregressive":
         return NextTokens(global_size)
     return Noiser(
         design=MaskDesign.of(diffusion),
@@ -258,7 +258,7 @@ def _hooks(
     if artifact and config.diffusion.calibration.refit_every:
         hooks.append(Refit(calibrator_of(config, as_trained(config, data)), trainer.noiser, artifact, state, metrics))
     if config.evaluation.every and data.validation is not None:
-        validation = VALIDATIONS[config.diffusion.method](
+        validation = VALIDATIONS[config.objective.name](
             data.validation,
             config.evaluation,
             MaskSchedule(config.diffusion.epsilon),

@@ -179,7 +179,7 @@ def test_ways_of_decoding_side_by_side(folder: Path, trained: Path) -> None:
 def test_autoregressive_baseline(folder: Path) -> None:
     """The same programs train, score and answer with it."""
     target = folder / "autoregressive"
-    method = ["diffusion.method=autoregressive", "diffusion.t_sampler=uniform", "diffusion.views=1"]
+    method = ["objective.name=autoregressive", "diffusion.t_sampler=uniform", "diffusion.views=1"]
     overrides = [f"checkpoint.directory={target}", *method, "diffusion.strata=none"]
     run("launch/train.py", "--config", str(folder / "config.yaml"), *overrides, "schedule.epochs=0.25")
     records = [json.loads(line) for line in (target / "metrics.jsonl").read_text().splitlines()]

@@ -29,7 +29,7 @@ def folder(tmp_path: Path) -> Path:
         write_run(tmp_path / f"standard_{seed}", score, seed=seed)
     for seed, score in ((1, 0.8), (2, 0.8)):
         write_run(tmp_path / f"ppots_{seed}", score, seed=seed, diffusion={"t_sampler": "ppots", "views": 2})
-    write_run(tmp_path / "autoregressive", 0.9, diffusion={"method": "autoregressive"})
+    write_run(tmp_path / "autoregressive", 0.9, objective={"name": "autoregressive"})
     return tmp_path
 
 

@@ -18,7 +18,7 @@ from megatron_mdm.diffusion.objective import NORMALIZATIONS, GlobalBatch
 from tests.ranks import run_ranks
 from tests.small import small_config, write_ids
 
-METHOD = {"method": "autoregressive"}
+OBJECTIVE = {"name": "autoregressive"}
 NOT_FOR_IT = {"t_sampler": "ppots", "views": 2, "strata": "sqrt"}
 
 
@@ -36,7 +36,7 @@ def trained(config: RunConfig) -> dict[str, Any]:
     engine = restored_engine(None, config, context, 0)
     trainer = run.build_trainer(config, data, engine, None, context)
     steps = [trainer.train_step(step) for step in range(8)]
-    validation = VALIDATIONS[config.diffusion.method](
+    validation = VALIDATIONS[config.objective.name](
         data.train, EvaluationConfig(num_samples=7), MaskSchedule(1e-3), data.special_ids, 3, context
     )
     return {
@@ -82,7 +82,7 @@ def test_a_segment_does_not_predict_the_next() -> None:
 def reference(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     folder = tmp_path_factory.mktemp("autoregressive")
     write_ids(folder / "train.jsonl", 24)
-    return folder, run_ranks(trained, 1, small_config(folder, diffusion=METHOD, parallel={"zero": 0}))[0]
+    return folder, run_ranks(trained, 1, small_config(folder, objective=OBJECTIVE, parallel={"zero": 0}))[0]
 
 
 @pytest.mark.parametrize(
@@ -98,7 +98,7 @@ def test_every_layout_trains_alike(
     num_ranks: int, parallel: dict[str, Any], mode: str, reference: tuple[Path, dict[str, Any]]
 ) -> None:
     folder, expected = reference
-    config = small_config(folder, diffusion=METHOD, parallel=parallel, batch={"mode": mode})
+    config = small_config(folder, objective=OBJECTIVE, parallel=parallel, batch={"mode": mode})
     for result in run_ranks(trained, num_ranks, config):
         np.testing.assert_allclose(result["losses"], expected["losses"], rtol=1e-5)
         np.testing.assert_allclose(result["grad_norms"], expected["grad_norms"], rtol=1e-4)
@@ -114,7 +114,7 @@ def test_it_learns_and_its_only_noise_is_the_data(reference: tuple[Path, dict[st
 
 @pytest.mark.parametrize("name", NOT_FOR_IT)
 def test_settings_of_noise_are_refused(name: str, tmp_path: Path) -> None:
-    config = small_config(tmp_path, diffusion={**METHOD, name: NOT_FOR_IT[name]})
+    config = small_config(tmp_path, objective=OBJECTIVE, diffusion={name: NOT_FOR_IT[name]})
     with pytest.raises(UserError, match=f"'diffusion.{name}'.*no meaning"):
         validate(config, 1)
 

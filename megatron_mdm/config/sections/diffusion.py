@@ -95,8 +95,6 @@ _Unweighted = Literal["unweighted", "unweighted_token", "unweighted_batch", "unw
 
 
 class DiffusionConfig(Section):
-    # autoregressive: the baseline, the same model trained causally on next tokens; no setting of noise applies to it
-    method: Literal["masked", "autoregressive"] = "masked"
     epsilon: float = Field(default=1e-3, gt=0.0, lt=1.0)  # p_mask(t) = (1 - epsilon) t + epsilon
     t_sampler: Literal["uniform", "ppots", "clipped"] = "uniform"
     views: Literal[1, 2] = 1  # 2: MIRROR, two complementary masks of each sample

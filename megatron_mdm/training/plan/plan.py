@@ -172,7 +172,7 @@ def _usual(config: RunConfig, layout: Layout, samples: Samples) -> tuple[MicroBa
     if config.batch.micro_tokens:
         per_batch = min(share, max(1, config.batch.micro_tokens // (views * length)))
     rows = views * per_batch
-    masked = 1.0 if config.diffusion.method == "autoregressive" else MASKED_SHARE
+    masked = 1.0 if config.objective.name == "autoregressive" else MASKED_SHARE
     return MicroBatchShape(rows, length, round(rows * length * samples.eligible * masked)), math.ceil(share / per_batch)
 
 
