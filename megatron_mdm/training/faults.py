@@ -18,6 +18,7 @@ from megatron_mdm.batch import ModelInputs
 from megatron_mdm.config.files import write_json
 from megatron_mdm.engine.inputs import loss_inputs
 from megatron_mdm.parallel.collectives import barrier
+from megatron_mdm.training.callbacks.base import Callback, Order, State
 from megatron_mdm.training.loop import StepResult, Trainer
 from megatron_mdm.training.metrics import MetricsLog
 from megatron_mdm.training.state import TrainState
@@ -28,53 +29,59 @@ _MAD_TO_SIGMA = 1.4826  # a normal distribution's standard deviation per median 
 _SHOWN_IDS = 8
 
 
-class Faults:
-    """A hook, the first, so that others have not changed the sampler of t when it dumps a batch.
+class Faults(Callback):
+    """The engine has skipped the step already, on every rank; see engine/optimizer.py. Lines go to faults.jsonl."""
 
-    The engine has skipped the step already, on every rank; see engine/optimizer.py. Lines go to faults.jsonl.
-    """
+    name = "faults"
+    order = Order.FAULTS
 
     def __init__(self, trainer: Trainer, metrics: MetricsLog, folder: Path) -> None:
         self.trainer, self.metrics, self.folder = trainer, metrics, folder
         self.settings, self.is_main = trainer.config.faults, trainer.context.is_main
+        self.skipped_in_a_row = 0
+        self.recent_losses: list[float] = []  # which a spike is judged by
+
+    def state_dict(self) -> State:
+        """Without the steps skipped in a row: whoever resumes a run that stopped for them wants them tried again."""
+        return {"recent_losses": self.recent_losses}
+
+    def load_state_dict(self, saved: State) -> None:
+        self.recent_losses = saved["recent_losses"]
 
     def after_step(self, state: TrainState, result: StepResult) -> None:
         if result.is_skipped:
             self._skipped(state, result)
             return
-        state.skipped_in_a_row = 0
+        self.skipped_in_a_row = 0
         if self.settings.spike_score:
             self._watch(state, result)
-
-    def after_run(self, _: TrainState) -> None:
-        pass
 
     def _skipped(self, state: TrainState, result: StepResult) -> None:
         state.num_skipped += 1
         if self.trainer.config.precision.dtype == "fp16" and np.isfinite(result.loss):
             return  # the loss scale was too large, as it is at times by design; it has been lowered
-        state.skipped_in_a_row += 1
+        self.skipped_in_a_row += 1
         suspects = result.sample_ids[~np.isfinite(result.sample_loss)]
         ids = suspects if len(suspects) else result.sample_ids  # only the gradient is at fault: any of them
-        self._log(state.step, "skipped", result, {"sample_ids": ids.tolist(), "in_a_row": state.skipped_in_a_row})
+        self._log(state.step, "skipped", result, {"sample_ids": ids.tolist(), "in_a_row": self.skipped_in_a_row})
         self.metrics.write(state.step, {"skipped_steps": state.num_skipped})
-        if state.skipped_in_a_row >= self.settings.max_skipped_in_a_row:
+        if self.skipped_in_a_row >= self.settings.max_skipped_in_a_row:
             dump = self.folder / DUMPS / f"step-{state.step:08d}"
             write_batch(self.trainer, result, dump)
-            state.stop_reason = f"{state.skipped_in_a_row} steps in a row were skipped"
+            state.stop_reason = f"{self.skipped_in_a_row} steps in a row were skipped"
             state.failure = (
-                f"step {state.step}: loss or gradient was infinite or not a number in {state.skipped_in_a_row} steps "
+                f"step {state.step}: loss or gradient was infinite or not a number in {self.skipped_in_a_row} steps "
                 f"in a row ('faults.max_skipped_in_a_row'); weights are those before them; last batch: {dump}"
             )
 
     def _watch(self, state: TrainState, result: StepResult) -> None:
-        score = robust_score(result.loss, state.recent_losses)
+        score = robust_score(result.loss, self.recent_losses)
         if score > self.settings.spike_score:
             worst = np.argsort(-result.term)[:_SHOWN_IDS]
             self._log(state.step, "spike", result, {"score": score, "sample_ids": result.sample_ids[worst].tolist()})
             self.metrics.write(state.step, {"loss_spike_score": score})
             state.rewinding = self.settings.on_spike == "rewind" and state.num_rewinds < self.settings.max_rewinds
-        state.recent_losses = [*state.recent_losses, result.loss][-self.settings.spike_window :]
+        self.recent_losses = [*self.recent_losses, result.loss][-self.settings.spike_window :]
 
     def _log(self, step: int, kind: str, result: StepResult, more: dict[str, Any]) -> None:
         if not self.is_main:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,6 +26,7 @@ from megatron_mdm.parallel.collectives import fill_from_data_ranks
 from megatron_mdm.parallel.cores import core_wait
 from megatron_mdm.parallel.groups import ParallelContext
 from megatron_mdm.parallel.heartbeat import enter
+from megatron_mdm.training.callbacks.base import Callback
 from megatron_mdm.training.schedules import learning_rate
 from megatron_mdm.training.state import TrainState
 
@@ -62,14 +62,6 @@ class StepResult:
         return not math.isfinite(self.grad_norm)
 
 
-class Hook(Protocol):
-    """Something that watches a run. after_step may set state.stop_reason."""
-
-    def after_step(self, state: TrainState, result: StepResult) -> None: ...
-
-    def after_run(self, state: TrainState) -> None: ...
-
-
 @dataclass(frozen=True)
 class Trainer:
     """One run's parts."""
@@ -81,18 +73,18 @@ class Trainer:
     engine: Engine
     num_steps: int
 
-    def train(self, state: TrainState, hooks: Sequence[Hook]) -> None:
-        """Train from state.step to the end, or until a hook stops the run or wants it to go back."""
+    def train(self, state: TrainState, callbacks: Iterable[Callback]) -> None:
+        """Train from state.step to the end, or until a callback stops the run or wants it to go back."""
         while state.step < self.num_steps and not state.stop_reason:
             enter(f"step {state.step + 1}")
             result = self.train_step(state.step)
             state.step += 1
-            for hook in hooks:
-                hook.after_step(state, result)
+            for callback in callbacks:
+                callback.after_step(state, result)
             if state.rewinding:
                 return
-        for hook in hooks:
-            hook.after_run(state)
+        for callback in callbacks:
+            callback.after_run(state)
 
     def train_step(self, step: int) -> StepResult:
         """clean → noised → weighted → one optimizer step."""

@@ -13,38 +13,45 @@ from megatron_mdm.diffusion.moments import MomentSums
 from megatron_mdm.diffusion.noiser import Noiser
 from megatron_mdm.diffusion.t_samplers import CENTRES, TabulatedSampler
 from megatron_mdm.evaluation.validation import FixedGridValidation
+from megatron_mdm.training.callbacks.base import Callback, Order, State
 from megatron_mdm.training.loop import StepResult
 from megatron_mdm.training.metrics import MetricsLog
 from megatron_mdm.training.state import TrainState
 
 
-class Refit:
+class Refit(Callback):
     """Every `calibration.refit_every` steps, fit p(t) anew and sample it from the next step on.
 
     The statistics come from every rank's rows of each global batch and are the same on all ranks; they and the density
     are part of the checkpoint. Moments are conditional on t, so the density that drew t needs no correction.
     """
 
-    def __init__(
-        self,
-        calibrator: Calibrator,
-        noiser: Noiser,
-        artifact: dict[str, Any],
-        state: TrainState,
-        metrics: MetricsLog,
-    ) -> None:
+    name = "refit"
+    order = Order.REFIT
+
+    def __init__(self, calibrator: Calibrator, noiser: Noiser, artifact: dict[str, Any], metrics: MetricsLog) -> None:
         settings = calibrator.settings
         self.calibrator, self.noiser, self.metrics = calibrator, noiser, metrics
         self.every, self.memory = settings.refit_every, 0.5 ** (1.0 / settings.refit_half_life)
         self.first = TabulatedSampler(np.array(artifact["cell_density"]))
         # What the true gradients allowed at the start; training measures none of single samples.
         self.least_floor = artifact["uniform_floor"] if settings.is_judged_by_gradients else 0.0
-        if not state.moment_sums:
-            folds = np.array(artifact["moments"])
-            state.moment_sums = [folds[0::2].sum(0).tolist(), folds[1::2].sum(0).tolist(), (0 * folds[0]).tolist()]
-        if state.cell_density:
-            noiser.use(TabulatedSampler(np.array(state.cell_density)))
-        *self.halves, self.recent = (MomentSums(np.array(sums)) for sums in state.moment_sums)
+        folds = np.array(artifact["moments"])
+        # Sums over the even and the odd steps, and over the steps since the last re-fit.
+        self.halves = [MomentSums(folds[0::2].sum(0)), MomentSums(folds[1::2].sum(0))]
+        self.recent = MomentSums(0 * folds[0])
+        self.cell_density: list[float] = []  # the re-fitted p(t); empty: the calibration's
+
+    def state_dict(self) -> State:
+        sums = [part.sums.tolist() for part in (*self.halves, self.recent)]
+        return {"moment_sums": sums, "cell_density": self.cell_density}
+
+    def load_state_dict(self, saved: State) -> None:
+        if saved["moment_sums"]:
+            *self.halves, self.recent = (MomentSums(np.array(sums)) for sums in saved["moment_sums"])
+        self.cell_density = saved["cell_density"]
+        if self.cell_density:
+            self.noiser.use(TabulatedSampler(np.array(self.cell_density)))
 
     def after_step(self, state: TrainState, result: StepResult) -> None:
         nothing = MomentSums(np.zeros_like(self.recent.sums))
@@ -55,14 +62,10 @@ class Refit:
         ]
         self.recent = self.recent.plus(new)
         if state.step % self.every == 0:
-            self._refit(state)
+            self._refit(state.step)
             self.recent = nothing
-        state.moment_sums = [part.sums.tolist() for part in (*self.halves, self.recent)]
 
-    def after_run(self, _: TrainState) -> None:
-        pass
-
-    def _refit(self, state: TrainState) -> None:
+    def _refit(self, step: int) -> None:
         present = self.noiser.sampler
         assert isinstance(present, TabulatedSampler)
         cells = np.concatenate([half.sums for half in self.halves])
@@ -73,7 +76,7 @@ class Refit:
         recently = self.calibrator.judge(self.recent.sums)
         before = recently.efficiency([present.cell_density])
         self.metrics.write(
-            state.step,
+            step,
             {
                 "refit_kl_divergence": kl_divergence(present.cell_density, fit.sampler.cell_density),
                 "refit_efficiency": fit.efficiency(judge).of_sampler,
@@ -84,13 +87,15 @@ class Refit:
             },
         )
         self.noiser.use(fit.sampler)
-        state.cell_density = fit.sampler.cell_density.tolist()
+        self.cell_density = fit.sampler.cell_density.tolist()
 
 
-class JudgeSampler:
+class JudgeSampler(Callback):
     """At every validation, the efficiency that the present p(t) has on the losses just validated, beside that of the
     calibration's p(t) and of uniform t (diffusion/judge.py). For estimators of one Bernoulli mask, which is what
-    validation measures. Runs after Validate."""
+    validation measures."""
+
+    order = Order.JUDGE
 
     def __init__(
         self,
@@ -107,9 +112,6 @@ class JudgeSampler:
     def after_step(self, state: TrainState, _: StepResult) -> None:
         if state.step % self.every == 0:
             self._judge(state)
-
-    def after_run(self, _: TrainState) -> None:
-        pass
 
     def _judge(self, state: TrainState) -> None:
         moments, known = self.validation.moments()

@@ -10,26 +10,30 @@ from tqdm import tqdm
 from megatron_mdm.checkpoint.load import restore
 from megatron_mdm.checkpoint.store import CheckpointStore, read_state
 from megatron_mdm.parallel.heartbeat import enter
+from megatron_mdm.training.callbacks.base import Callbacks, State
 from megatron_mdm.training.faults import append_fault
 from megatron_mdm.training.loop import Trainer
 from megatron_mdm.training.metrics import MetricsLog
-from megatron_mdm.training.state import TrainState
+from megatron_mdm.training.state import TrainState, restored_state
 
 
-def rewind(state: TrainState, trainer: Trainer, store: CheckpointStore, metrics: MetricsLog) -> TrainState:
-    """The state to go on with; the engine has the checkpoint's weights and moments. Collective.
+def rewind(
+    state: TrainState, callbacks: Callbacks, trainer: Trainer, store: CheckpointStore, metrics: MetricsLog
+) -> tuple[TrainState, dict[str, State]]:
+    """The state to go on with, and the callbacks' states; the engine then has the checkpoint's weights and moments.
+    Collective.
 
     The batches trained on since the checkpoint, the spike's the last of them, are left out for good. Where there is no
-    checkpoint yet, the run goes on as it is. A stop that was asked for still holds. No save is under way: the hook Save
-    has waited for it.
+    checkpoint yet, the run goes on as it is. A stop that was asked for still holds. No save is under way: the callback
+    Save has waited for it.
     """
     enter("the way back to the newest checkpoint")
     state.rewinding = False
     checkpoint = store.newest_intact()
     if checkpoint is None:
         _say(store, f"step {state.step}: no checkpoint yet to go back to; training goes on")
-        return state
-    before = rewound(state, checkpoint)
+        return state, callbacks.state_dict()
+    before, saved = rewound(state, checkpoint)
     restore(trainer.engine, checkpoint, trainer.config.model, trainer.context, before.num_updates)
     metrics.go_back(before.step)
     first, last = state.skipped_batches + before.step, state.skipped_batches + state.step - 1
@@ -37,16 +41,16 @@ def rewind(state: TrainState, trainer: Trainer, store: CheckpointStore, metrics:
     if store.context.is_main:
         record = {"step": state.step, "kind": "rewind", "to_step": before.step, "batches": [first, last]}
         append_fault(Path(trainer.config.checkpoint.directory), record)
-    return before
+    return before, saved
 
 
-def rewound(state: TrainState, checkpoint: Path) -> TrainState:
-    """A checkpoint's state, less the batches that were trained on since."""
-    before = TrainState.from_json(read_state(checkpoint)["train"])
+def rewound(state: TrainState, checkpoint: Path) -> tuple[TrainState, dict[str, State]]:
+    """A checkpoint's states, less the batches that were trained on since."""
+    before, saved = restored_state(read_state(checkpoint))
     before.skipped_batches = state.skipped_batches + state.step - before.step
     before.num_rewinds = state.num_rewinds + 1
     before.stop_reason, before.interrupted = state.stop_reason, state.interrupted
-    return before
+    return before, saved
 
 
 def _say(store: CheckpointStore, what: str) -> None:

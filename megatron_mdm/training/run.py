@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,11 +38,15 @@ from megatron_mdm.parallel.heartbeat import enter
 from megatron_mdm.parallel.watchdog import HANGS
 from megatron_mdm.reports.plots import calibration_figure, save_figure, training_figure
 from megatron_mdm.training.calibrate import as_trained, calibrate, calibrator_of, load_artifact, save_artifact
+from megatron_mdm.training.callbacks.base import Callback, Callbacks, State
+from megatron_mdm.training.callbacks.clipping import AdaptiveClipping
+from megatron_mdm.training.callbacks.log import Log
+from megatron_mdm.training.callbacks.save import Save
+from megatron_mdm.training.callbacks.validate import Validate
 from megatron_mdm.training.faults import DUMPS, FAULTS, Faults
-from megatron_mdm.training.hooks import AdaptiveClipping, Log, Save, Validate
 from megatron_mdm.training.inputs import RunData, total_steps
 from megatron_mdm.training.launches import LAUNCH, launch_id, note_begin
-from megatron_mdm.training.loop import Hook, Trainer
+from megatron_mdm.training.loop import Trainer
 from megatron_mdm.training.metrics import MetricsLog, truncate_records
 from megatron_mdm.training.preflight import PREFLIGHT, preflight
 from megatron_mdm.training.refit import JudgeSampler, Refit
@@ -49,7 +54,7 @@ from megatron_mdm.training.resume import INPUTS, check_same_run, contents
 from megatron_mdm.training.rewind import rewind
 from megatron_mdm.training.signals import StopOnSignal
 from megatron_mdm.training.speed import CompareRanks, Speed, job_peak_flops
-from megatron_mdm.training.state import TrainState
+from megatron_mdm.training.state import TrainState, restored_state
 from megatron_mdm.training.summary import summarize
 
 CONFIG, CALIBRATION, CHECKPOINTS = "config.yaml", "calibration.json", "checkpoints"
@@ -93,7 +98,7 @@ def train_run(config: RunConfig, data: RunData, context: ParallelContext, mode: 
     preflight(config, folder / CHECKPOINTS, context)
     signals = StopOnSignal()  # before long work: what is asked for meanwhile is done after the first step
     store = CheckpointStore(folder / CHECKPOINTS, config.checkpoint, context)
-    checkpoint, state = _newest(store, config, data, context) if mode.resume else (None, TrainState())
+    checkpoint, state, saved = _newest(store, config, data, context) if mode.resume else _from_scratch()
     if checkpoint is None and config.model.init_from and context.is_main:
         print(InitialWeights(config.model).describe(data.tokenizer.mask_id), flush=True)
         keep_companions(Path(config.model.init_from), folder)
@@ -108,13 +113,16 @@ def train_run(config: RunConfig, data: RunData, context: ParallelContext, mode: 
     peak = job_peak_flops(config.precision.dtype, context)
     while True:
         trainer = build_trainer(config, data, engine, artifact, context, state.skipped_batches)
-        trainer.train(state, _hooks(trainer, data, store, metrics, state, artifact, peak, signals))
+        log = Log(trainer, metrics, state, Speed(config.model, peak))
+        callbacks = _callbacks(trainer, data, store, metrics, artifact, [log, signals])
+        callbacks.load_state_dict(saved)
+        trainer.train(state, callbacks)
         if not state.rewinding:
             break
-        state = rewind(state, trainer, store, metrics)
+        state, saved = rewind(state, callbacks, trainer, store, metrics)
     if state.failure:
         raise UserError(state.failure)
-    summary = {**summarize(config, state, artifact, trainer), "peak_flops_per_second": peak}
+    summary = {**summarize(config, state, log, artifact, trainer), "peak_flops_per_second": peak}
     if context.is_main:
         write_json(folder / "summary.json", summary)
         records = metrics.records()
@@ -149,16 +157,21 @@ def _prepare_folder(folder: Path, config: RunConfig, data: RunData, mode: StartM
     barrier()
 
 
-def _newest(
-    store: CheckpointStore, config: RunConfig, data: RunData, context: ParallelContext
-) -> tuple[Path | None, TrainState]:
-    """The checkpoint to go on from and its state."""
+Start = tuple[Path | None, TrainState, dict[str, State]]  # checkpoint, training state, callbacks' states
+
+
+def _from_scratch() -> Start:
+    return None, TrainState(), {}
+
+
+def _newest(store: CheckpointStore, config: RunConfig, data: RunData, context: ParallelContext) -> Start:
+    """The checkpoint to resume from, with what it holds."""
     enter("the search for the newest checkpoint")
     checkpoint = store.newest_intact()
     if checkpoint is None:
         if context.is_main:
             print(f"{store.folder}: no checkpoint yet; starting at step 0", flush=True)
-        return None, TrainState()
+        return _from_scratch()
     saved = read_state(checkpoint)
     if "imported_from" in saved:
         raise UserError(
@@ -167,11 +180,11 @@ def _newest(
         )
     if saved["data"] != data.train.fingerprint:
         raise UserError(f"{config.data.train}: the file has changed since {checkpoint} was written")
-    state = TrainState.from_json(saved["train"])
-    state.stop_reason, state.failure, state.interrupted, state.skipped_in_a_row = "", "", False, 0
+    state, callbacks = restored_state(saved)
+    state.stop_reason, state.failure, state.interrupted = "", "", False
     if context.is_main:
         print(f"resumed from {checkpoint} at step {state.step}", flush=True)
-    return checkpoint, state
+    return checkpoint, state, callbacks
 
 
 def _calibration(
@@ -238,25 +251,20 @@ def build_noiser(config: RunConfig, cell_density: Floats, mask_id: int) -> Noise
     )
 
 
-def _hooks(
+def _callbacks(
     trainer: Trainer,
     data: RunData,
     store: CheckpointStore,
     metrics: MetricsLog,
-    state: TrainState,
     artifact: dict[str, Any] | None,
-    peak_flops: float,
-    signals: StopOnSignal,
-) -> list[Hook]:
-    config = trainer.config
-    folder, speed = Path(config.checkpoint.directory), Speed(config.model, peak_flops)
-    hooks: list[Hook] = [
-        Faults(trainer, metrics, folder),
-        Log(trainer, metrics, state, speed),
-        CompareRanks(trainer, metrics, folder),
-    ]
+    others: Sequence[Callback],
+) -> Callbacks:
+    """Those that the configuration asks for, and others."""
+    config, folder, callbacks = trainer.config, Path(trainer.config.checkpoint.directory), Callbacks()
+    for callback in (Faults(trainer, metrics, folder), CompareRanks(trainer, metrics, folder), *others):
+        callbacks.add(callback)
     if artifact and config.diffusion.calibration.refit_every:
-        hooks.append(Refit(calibrator_of(config, as_trained(config, data)), trainer.noiser, artifact, state, metrics))
+        callbacks.add(Refit(calibrator_of(config, as_trained(config, data)), trainer.noiser, artifact, metrics))
     if config.evaluation.every and data.validation is not None:
         validation = VALIDATIONS[config.objective.name](
             data.validation,
@@ -266,12 +274,11 @@ def _hooks(
             config.batch.micro_size * config.diffusion.rows_per_sample,
             trainer.context,
         )
-        hooks.append(Validate(config, validation, trainer, metrics))
+        callbacks.add(Validate(config, validation, trainer, metrics))
         one_mask = config.diffusion.rows_per_sample == 1 and config.diffusion.masking == "bernoulli"
         if artifact and one_mask and isinstance(validation, FixedGridValidation):
-            hooks.append(JudgeSampler(trainer.noiser, artifact, validation, config.evaluation.every, metrics))
+            callbacks.add(JudgeSampler(trainer.noiser, artifact, validation, config.evaluation.every, metrics))
         if config.diffusion.t_sampler == "clipped" and config.diffusion.clipping.bounds == "adaptive":
-            hooks.append(AdaptiveClipping(config, validation, trainer.noiser, state, metrics))
-    hooks.append(signals)
-    hooks.append(Save(trainer, store, metrics, data.train.fingerprint))
-    return hooks
+            callbacks.add(AdaptiveClipping(config, validation, trainer.noiser, metrics))
+    callbacks.add(Save(trainer, store, metrics, data.train.fingerprint, callbacks))
+    return callbacks

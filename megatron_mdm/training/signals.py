@@ -6,17 +6,20 @@ import signal
 from types import FrameType
 
 from megatron_mdm.parallel.collectives import largest
+from megatron_mdm.training.callbacks.base import Callback, Order
 from megatron_mdm.training.loop import StepResult
 from megatron_mdm.training.state import TrainState
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # a preemption; what Slurm can be asked to send before the time limit
 
 
-class StopOnSignal:
-    """A hook. Launchers signal every rank, at slightly different times, or one: whichever got it, all stop together.
+class StopOnSignal(Callback):
+    """Launchers signal every rank, at slightly different times, or one: whichever got it, all stop together.
 
-    From its making on, the signals no longer end this process at once: a second one must not spoil the last save.
+    From its construction on, the signals no longer end this process at once: a second one must not spoil the last save.
     """
+
+    order = Order.SIGNALS
 
     def __init__(self) -> None:
         self.received = 0
@@ -28,9 +31,6 @@ class StopOnSignal:
         if received and not state.stop_reason:
             name = signal.Signals(received).name
             state.stop_reason, state.interrupted = f"stopped by {name}; go on with --resume", True
-
-    def after_run(self, _: TrainState) -> None:
-        pass
 
     def _note(self, number: int, _: FrameType | None) -> None:
         self.received = number

@@ -19,6 +19,7 @@ from megatron_mdm.parallel import platform
 from megatron_mdm.parallel.collectives import gather_objects
 from megatron_mdm.parallel.cores import CoreUse, core_use, own_seconds, unfit_hosts
 from megatron_mdm.parallel.groups import ParallelContext
+from megatron_mdm.training.callbacks.base import Callback, Order
 from megatron_mdm.training.faults import append_fault
 from megatron_mdm.training.loop import StepResult, Trainer
 from megatron_mdm.training.metrics import MetricsLog
@@ -99,8 +100,10 @@ def peers_of(ranks: Sequence[RankTimes], number: int) -> list[RankTimes]:
     return [rank for other, rank in enumerate(ranks) if other != number and rank.stage == ranks[number].stage]
 
 
-class CompareRanks:
-    """A hook: at sampled steps (`logging.profile_every`), every rank's times and memory, and who is slow."""
+class CompareRanks(Callback):
+    """At sampled steps (`logging.profile_every`), every rank's times and memory, and who is slow."""
+
+    order = Order.RANKS
 
     def __init__(self, trainer: Trainer, metrics: MetricsLog, folder: Path) -> None:
         self.trainer, self.metrics, self.folder = trainer, metrics, folder
@@ -133,9 +136,6 @@ class CompareRanks:
         )
         if self.context.is_main:
             self._name_stragglers(state.step, ranks)
-
-    def after_run(self, _: TrainState) -> None:
-        pass
 
     def _name_stragglers(self, step: int, ranks: list[RankTimes]) -> None:
         unfit, slow = unfit_hosts([rank.cores for rank in ranks]), stragglers(ranks, self.ratio)

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from megatron_mdm.config.schema import RunConfig
+from megatron_mdm.training.callbacks.log import Log
 from megatron_mdm.training.loop import Trainer
 from megatron_mdm.training.state import TrainState
 
@@ -14,16 +15,16 @@ _CALIBRATION = ("efficiency", "efficiency_interval", "efficiency_of_uniform", "u
 
 
 def summarize(
-    config: RunConfig, state: TrainState, artifact: dict[str, Any] | None, trainer: Trainer
+    config: RunConfig, state: TrainState, log: Log, artifact: dict[str, Any] | None, trainer: Trainer
 ) -> dict[str, Any]:
-    """Content of summary.json. artifact: the calibration, where there is one."""
-    drawn = np.array(state.t_histogram) / max(1, sum(state.t_histogram))
+    """Content of summary.json. log: of the whole run. artifact: the calibration, where there is one."""
+    drawn = np.array(log.t_histogram) / max(1, sum(log.t_histogram))
     t, _ = trainer.noiser.times(max(0, state.step - 1))
     variances = {
-        "variance_of_loss": state.run_variance.of_loss(),
-        "variance_of_loss_eq_23": state.run_variance.of_loss_eq_23(),
-        "variance_of_term": state.run_variance.of_term(),
-        "variance_of_estimator": state.run_variance.of_estimator(),
+        "variance_of_loss": log.run_variance.of_loss(),
+        "variance_of_loss_eq_23": log.run_variance.of_loss_eq_23(),
+        "variance_of_term": log.run_variance.of_term(),
+        "variance_of_estimator": log.run_variance.of_estimator(),
     }
     return {
         "steps": state.step,

@@ -14,6 +14,7 @@ from megatron_mdm.config.schema import RunConfig
 from megatron_mdm.diffusion.control_variate import CONTROL_VARIATES, WeightedLosses
 from megatron_mdm.diffusion.t_samplers import TabulatedSampler
 from megatron_mdm.diffusion.variance import BatchMeans, OnlineVariance
+from megatron_mdm.training.callbacks.base import Callback
 from megatron_mdm.training.schedules import learning_rate
 from tests.ranks import run_ranks
 from tests.small import small_config, small_model, write_ids
@@ -35,17 +36,14 @@ def config_of(folder: Path, **sections: Any) -> RunConfig:
     )
 
 
-class Recorder:
-    """A hook that keeps every step's result."""
+class Recorder(Callback):
+    """A callback that keeps every step's result."""
 
     def __init__(self) -> None:
         self.results: list[Any] = []
 
     def after_step(self, _: Any, result: Any) -> None:
         self.results.append(result)
-
-    def after_run(self, _: Any) -> None:
-        pass
 
 
 def weights_of(engine: Any) -> dict[str, np.ndarray]:
@@ -58,7 +56,7 @@ def trained(config: RunConfig, decayed: RunConfig) -> dict[str, Any]:
     from megatron_mdm.checkpoint.load import restored_engine
     from megatron_mdm.parallel.groups import initialize
     from megatron_mdm.training import inputs, run
-    from megatron_mdm.training.hooks import Log
+    from megatron_mdm.training.callbacks.log import Log
     from megatron_mdm.training.metrics import MetricsLog
     from megatron_mdm.training.speed import Speed
     from megatron_mdm.training.state import TrainState
@@ -75,8 +73,8 @@ def trained(config: RunConfig, decayed: RunConfig) -> dict[str, Any]:
         weights[name] = weights_of(trainer.engine)
     state, recorder, folder = TrainState(step=1), Recorder(), Path(config.checkpoint.directory)
     log = Log(trainer, MetricsLog(folder, False, True, 0), state, Speed(one.model, 1e12))
-    for hook in (log, recorder):
-        hook.after_step(state, result)
+    for callback in (log, recorder):
+        callback.after_step(state, result)
     trainer.train(state, [log, recorder])
     lines = (folder / "metrics.jsonl").read_text().splitlines()
     return {

@@ -1,0 +1,54 @@
+"""Validation, and early stopping by it."""
+
+from __future__ import annotations
+
+from megatron_mdm.config.schema import RunConfig
+from megatron_mdm.evaluation.validation import FixedGridValidation
+from megatron_mdm.parallel.heartbeat import enter
+from megatron_mdm.training.callbacks.base import Callback, Order, State
+from megatron_mdm.training.loop import StepResult, Trainer
+from megatron_mdm.training.metrics import MetricsLog
+from megatron_mdm.training.state import TrainState
+
+
+class Validate(Callback):
+    """Validation loss every `evaluation.every` steps and at the end; stops a run that no longer improves."""
+
+    name = "validate"
+    order = Order.VALIDATE
+
+    def __init__(
+        self, config: RunConfig, validation: FixedGridValidation, trainer: Trainer, metrics: MetricsLog
+    ) -> None:
+        self.every, self.patience = config.evaluation.every, config.evaluation.patience
+        self.validation, self.trainer, self.metrics = validation, trainer, metrics
+        self.last_step = -1
+        self.validations_without_best = 0
+
+    def state_dict(self) -> State:
+        return {"validations_without_best": self.validations_without_best}
+
+    def load_state_dict(self, saved: State) -> None:
+        self.validations_without_best = saved["validations_without_best"]
+
+    def after_step(self, state: TrainState, _: StepResult) -> None:
+        if state.step % self.every == 0:
+            self._validate(state)
+
+    def after_run(self, state: TrainState) -> None:
+        if self.last_step != state.step and state.step % self.every and not state.interrupted:
+            self._validate(state)
+
+    def _validate(self, state: TrainState) -> None:
+        enter(f"the validation after step {state.step}")
+        loss = self.validation(self.trainer.engine)
+        self.last_step = state.step
+        state.validated_step, state.validation_loss = state.step, loss
+        if loss < state.best_validation:
+            state.best_validation, state.best_step = loss, state.step
+            self.validations_without_best = 0
+        else:
+            self.validations_without_best += 1
+        self.metrics.write(state.step, {"validation_loss": loss, "best_validation_loss": state.best_validation})
+        if self.patience and self.validations_without_best >= self.patience:
+            state.stop_reason = f"no better validation loss in {self.patience} validations"
