@@ -61,13 +61,14 @@ def test_killed_and_resumed_run_equals_uninterrupted(name: str, tmp_path: Path) 
     whole = run_program_ranks("launch/train.py", arguments("whole"), 2)
     assert [rank.exit_code for rank in whole] == [0, 0], whole[0].stderr
     ranks = ProgramRanks("launch/train.py", arguments("killed"), 2)
-    metrics = tmp_path / "killed" / "metrics.jsonl"
-    while ranks.is_running() and not (metrics.exists() and '"step": 6,' in metrics.read_text(encoding="utf-8")):
+    metrics, saved = tmp_path / "killed" / "metrics.jsonl", tmp_path / "killed" / "checkpoints" / "step-00000004"
+    while ranks.is_running() and not (
+        saved.exists() and metrics.exists() and '"step": 6,' in metrics.read_text(encoding="utf-8")
+    ):
         time.sleep(0.005)
     ranks.kill()
-    saved = sorted(os.listdir(tmp_path / "killed" / "checkpoints"))
-    assert "step-00000004" in saved
-    assert "step-00000012" not in saved, "killed too late to show anything"
+    assert saved.exists()
+    assert not saved.with_name("step-00000012").exists(), "killed too late to show anything"
 
     resumed = run_program_ranks("launch/train.py", arguments("killed", "--resume"), 2)
     assert [rank.exit_code for rank in resumed] == [0, 0], resumed[0].stderr
