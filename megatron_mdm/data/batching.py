@@ -23,7 +23,8 @@ def cut(lengths: Lengths, batch: BatchConfig, views: int, num_ranks: int) -> lis
     """
     micro_batches = CUTS[batch.mode](lengths, batch, views, num_ranks)
     costs = [computed_tokens(lengths, positions, batch.mode) for positions in micro_batches]
-    dealt, loads = list(micro_batches), [0] * num_ranks
+    dealt = list(micro_batches)
+    loads = [0] * num_ranks
     turns = [range(start, min(start + num_ranks, len(costs))) for start in range(0, len(costs), num_ranks)]
     # The costliest turns first, and of a turn the costliest micro-batch to the rank that has least so far.
     for turn in sorted(turns, key=lambda turn: -max(costs[index] for index in turn)):

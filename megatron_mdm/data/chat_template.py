@@ -87,7 +87,8 @@ class ChatTemplate:
     def _told(self) -> Iterator[None]:
         """With the day, and with errors in one line."""
         names = _compiled(self.source).environment.globals  # transformers' own, for all who render this text
-        asked, now = names["strftime_now"], datetime.datetime.combine(self.day, datetime.time())
+        asked = names["strftime_now"]
+        now = datetime.datetime.combine(self.day, datetime.time())
         names["strftime_now"] = now.strftime
         try:
             yield

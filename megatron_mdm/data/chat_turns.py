@@ -57,7 +57,8 @@ class ChatTurns:
     def _probed(cls, chat: ChatTemplate, special: re.Pattern[str], asked: Sequence[Message]) -> ChatTurns:
         """With what a short conversation shows."""
         answered = [*asked, Message(ASSISTANT, _MARK)]
-        text, prompt = chat(answered, False), chat(asked, True)
+        text = chat(answered, False)
+        prompt = chat(asked, True)
         header, _, _ = text.partition(_MARK)
         tail = text.rpartition(_MARK)[2]
         turns = cls(chat, special, tail, _following(chat, answered, text), prompt)
@@ -141,7 +142,8 @@ class ChatTurns:
             # What stands before the answer reads otherwise without it: it is learnt behind what generation sees.
             if not text.startswith(header):
                 raise ValueError("the chat template writes an answer and what precedes it in one")
-            text, first = prompt + text[_end_of_prompt(prompt, header) :], len(prompt)
+            text = prompt + text[_end_of_prompt(prompt, header) :]
+            first = len(prompt)
         end = len(text) - len(tail) + len(self._end(tail))
         if not text.endswith(tail):  # it depends on what the answer says
             ends = [text.rfind(token, first) + len(token) for token in self.end_tokens if token in text[first:]]

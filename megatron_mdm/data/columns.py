@@ -27,7 +27,9 @@ PAIRS = (
 PROMPTS = tuple(dict.fromkeys(prompt for prompt, _ in PAIRS))
 INPUTS = ("input", "context")  # what an instruction is about; it follows it on a new line
 SYSTEMS = ("system", "system_prompt")
-ROLE_NAMES, CONTENT_NAMES = ("role", "from"), ("content", "value")  # of a turn
+# of a turn
+ROLE_NAMES = ("role", "from")
+CONTENT_NAMES = ("content", "value")
 ROLES = {
     "user": "user",
     "human": "user",

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
-ASSISTANT, USER = "assistant", "user"
+ASSISTANT = "assistant"
+USER = "user"
 TODAY = "today"
 
 
@@ -78,7 +79,8 @@ def _mapped(value: Any, change: Callable[[str], str]) -> Any:
 
 def of_one_text(pieces: Sequence[Piece]) -> list[Piece]:
     """As parts of one text, each behind those before it."""
-    joined, text = list[Piece](), ""
+    joined = list[Piece]()
+    text = ""
     for piece in pieces:
         joined.append(piece._replace(behind=text))
         text += piece.text

@@ -28,7 +28,10 @@ class Corpus:
 
     def __init__(self, shards: Sequence[Shard], documents: Numbers, length: int, vocab_size: int) -> None:
         """documents: numbers over all shards, in the order in which they are read."""
-        self.shards, self.documents, self.length, self.vocab_size = shards, documents, length, vocab_size
+        self.shards = shards
+        self.documents = documents
+        self.length = length
+        self.vocab_size = vocab_size
         self.first_document = np.cumsum([0, *(len(shard.lengths) for shard in shards)])
         lengths = np.concatenate([shard.lengths for shard in shards])[documents]
         self.ends = np.cumsum(lengths)
@@ -175,7 +178,8 @@ def read_corpora(
 ) -> tuple[CorpusDataset, CorpusDataset | None]:
     """(training, validation) from corpora by prefix, with their weights. Documents go to one or the other, by seed."""
     parts: tuple[list[Corpus], list[Corpus]] = ([], [])
-    fingerprints, num_bad = [], 0
+    fingerprints = []
+    num_bad = 0
     for prefix in blend:
         shards, bad = open_shards(find_shards(prefix), tokenizer_path, vocab_size, skip_bad)
         num_bad += bad
@@ -189,7 +193,8 @@ def read_corpora(
             corpora.append(Corpus(shards, chosen, length, vocab_size))
         if not parts[0][-1].num_tokens:
             raise UserError(f"{prefix}: the corpus is empty")
-    weights, fingerprint = list(blend.values()), " ".join(fingerprints)
+    weights = list(blend.values())
+    fingerprint = " ".join(fingerprints)
 
     def dataset(corpora: list[Corpus], random_length: float) -> CorpusDataset:
         return CorpusDataset.of(

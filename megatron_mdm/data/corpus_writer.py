@@ -135,12 +135,16 @@ class _Shards:
     """Writes chunks of token ids to one shard after another."""
 
     def __init__(self, names: Sequence[str], settings: CorpusSettings, dtype: str, progress: Progress) -> None:
-        self.names, self.settings, self.dtype, self.progress = names, settings, np.dtype(dtype).type, progress
+        self.names = names
+        self.settings = settings
+        self.dtype = np.dtype(dtype).type
+        self.progress = progress
 
     def write(self, chunks: Iterator[Encoded], bar: Any) -> Iterator[Progress]:
         """Yields after every shard that is complete on disk."""
         builders: list[IndexedDatasetBuilder] = []
-        open_tokens, state = 0, self.progress
+        open_tokens = 0
+        state = self.progress
         for chunk in chunks:
             state = self._counted(state, chunk)
             builders = builders or [
@@ -151,7 +155,8 @@ class _Shards:
             open_tokens += len(chunk.tokens)
             if open_tokens >= self.settings.shard_tokens:
                 yield (state := self._finish(builders, state))
-                builders, open_tokens = [], 0
+                builders = []
+                open_tokens = 0
         if builders:
             yield self._finish(builders, state)
 
@@ -167,7 +172,8 @@ class _Shards:
         )
 
     def _add(self, builders: list[IndexedDatasetBuilder], state: Progress, chunk: Encoded) -> Progress:
-        documents, tokens = list(state.documents), list(state.tokens)
+        documents = list(state.documents)
+        tokens = list(state.tokens)
         first = sum(documents)
         splits = np.array([self._split(first + number) for number in range(len(chunk.lengths))], dtype=np.int64)
         for split, builder in enumerate(builders):

@@ -125,9 +125,12 @@ def _separated(
     block, rest = _block(b"", file, separator)
     while block:
         offset += len(block)
-        records, places, begin = [], [], 0
+        records = []
+        places = []
+        begin = 0
         if separator and (leading := _LEADING.match(block)):  # of the file, or of a gap that the last block's end cut
-            begin, number = leading.end(), number + _num_lines(block, 0, leading.end())
+            begin = leading.end()
+            number = number + _num_lines(block, 0, leading.end())
         ends = [match.span() for match in separator.finditer(block, begin)] if separator else []
         for end, following in [*ends, (len(block), len(block))]:
             records.append(block[begin:end].removesuffix(b"\r") if separator else block)
@@ -192,7 +195,8 @@ def _parquet(source: Source, start: Position) -> Iterator[Chunk]:
             file = parquet.ParquetFile(path)
             if source.field not in file.schema_arrow.names:
                 raise UserError(f"{path}: no column '{source.field}' (found {', '.join(file.schema_arrow.names)})")
-            total, row = max(1, file.metadata.num_rows), 0
+            total = max(1, file.metadata.num_rows)
+            row = 0
             for batch in file.iter_batches(_ROWS, columns=[source.field]):
                 row += len(batch)
                 if row > done:  # rows are read in the same batches again, so a position is the end of one

@@ -63,7 +63,8 @@ def open_shards(
 ) -> tuple[list[Shard], int]:
     """(shards, documents and whole shards left out). Raises UserError where one cannot be read and is not to be
     skipped, and where nothing is left."""
-    shards, num_bad = [], 0
+    shards = []
+    num_bad = 0
     for prefix in prefixes:
         _check_tokenizer(prefix, tokenizer_path)
         try:

@@ -66,10 +66,15 @@ def _values(path: str, text: str, fault: Fault) -> Iterator[tuple[str, Record]]:
     """Objects one behind another, with or without an array's brackets and commas."""
     place = _behind_gap(text, 0)
     in_array = text.startswith("[", place)
-    place, line, counted, number = place + in_array, 1, 0, 0
+    place = place + in_array
+    line = 1
+    counted = 0
+    number = 0
     all_utf8 = not _BYTE.search(text)
     while (place := _behind_gap(text, place)) < len(text) and not (in_array and text[place] == "]"):
-        line, counted, number = line + text.count("\n", counted, place), place, number + 1
+        line = line + text.count("\n", counted, place)
+        counted = place
+        number = number + 1
         indentation = text[text.rfind("\n", 0, place) + 1 : place]
         begins_line = not indentation.strip()
         where = f"{path}, line {line}" + ("" if begins_line else f", record {number}")

@@ -63,16 +63,25 @@ class TrainLoader:
     ) -> None:
         """eos_padding: a token that is learnt from each sample's end to the end of the global batch's longest.
         first: the batch, in the order of the data, that step 0 takes."""
-        self.data, self.pad_id, self.seed, self.eos_padding = data, pad_id, seed, eos_padding
-        self.config, self.views, self.global_size = batch, views, batch.global_size
-        self.data_rank, self.data_size = data_rank, data_size
-        self.lengths, self.num_eligible = data.lengths(), data.num_eligible()
+        self.data = data
+        self.pad_id = pad_id
+        self.seed = seed
+        self.eos_padding = eos_padding
+        self.config = batch
+        self.views = views
+        self.global_size = batch.global_size
+        self.data_rank = data_rank
+        self.data_size = data_size
+        self.lengths = data.lengths()
+        self.num_eligible = data.num_eligible()
         self.first_batch = first
-        self._epoch, self._order = -1, np.empty(0, dtype=np.int64)
+        self._epoch = -1
+        self._order = np.empty(0, dtype=np.int64)
 
     def sample_ids(self, step: int) -> NDArray[np.int64]:
         """Rows of the data set in the global batch of a step [n], by position."""
-        first, size = (self.first_batch + step) * self.global_size, len(self.data)
+        first = (self.first_batch + step) * self.global_size
+        size = len(self.data)
         places = np.arange(first, first + self.global_size)
         ids = np.empty(self.global_size, dtype=np.int64)
         for epoch in np.unique(places // size):
@@ -122,7 +131,9 @@ class _Extended(Sequence[Sample]):
     """Samples with learnt tokens behind each, made when they are asked for."""
 
     def __init__(self, samples: Sequence[Sample], token: int, extra: NDArray[np.int64]) -> None:
-        self.samples, self.token, self.extra = samples, token, extra
+        self.samples = samples
+        self.token = token
+        self.extra = extra
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -143,8 +154,10 @@ class PrefetchLoader:
     """A TrainLoader whose next steps are read and collated on a thread of their own while one is trained."""
 
     def __init__(self, loader: TrainLoader, ahead: int = 2) -> None:
-        self.loader, self.ahead = loader, ahead
-        self.global_size, self.first_batch = loader.global_size, loader.first_batch
+        self.loader = loader
+        self.ahead = ahead
+        self.global_size = loader.global_size
+        self.first_batch = loader.first_batch
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="loader")  # one: the loader keeps its permutation
         self._coming: dict[int, Future[LocalBatch]] = {}
 

@@ -24,7 +24,9 @@ class BadRecords:
 
     def __init__(self, on_error: str = "stop") -> None:
         """on_error: of ON_ERROR."""
-        self.skip, self.count, self.first = on_error == "skip", 0, list[str]()
+        self.skip = on_error == "skip"
+        self.count = 0
+        self.first = list[str]()
 
     def add(self, message: str) -> None:
         if not self.skip:

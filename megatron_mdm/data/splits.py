@@ -43,8 +43,10 @@ def read_held_out(path: str, config: RunConfig, tokenizer: Tokenizer) -> Dataset
 
 
 def _samples(config: RunConfig, tokenizer: Tokenizer) -> tuple[SftDataset, SftDataset | None]:
-    data, vocab_size = config.data, int(config.model.vocab_size)
-    train, validation = read_sft(str(data.train), tokenizer, data, vocab_size), None
+    data = config.data
+    vocab_size = int(config.model.vocab_size)
+    train = read_sft(str(data.train), tokenizer, data, vocab_size)
+    validation = None
     if data.validation:
         validation = read_sft(data.validation, tokenizer, data, vocab_size)
     elif data.validation_fraction:
@@ -54,7 +56,8 @@ def _samples(config: RunConfig, tokenizer: Tokenizer) -> tuple[SftDataset, SftDa
 
 
 def _corpora(config: RunConfig, tokenizer: Tokenizer) -> tuple[CorpusDataset, CorpusDataset | None]:
-    data, read = config.data, _read_corpora(config)
+    data = config.data
+    read = _read_corpora(config)
     blend = data.train if isinstance(data.train, dict) else {data.train: 1.0}
     train, validation = read(blend, random_length=data.random_length, validation_fraction=data.validation_fraction)
     if data.validation:

@@ -19,7 +19,10 @@ from megatron_mdm.data.conversation import (
     of_one_text,
 )
 
-BEGIN, HEADER, HEADER_END, END_OF_TURN = "<|startoftext|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"
+BEGIN = "<|startoftext|>"
+HEADER = "<|start_header_id|>"
+HEADER_END = "<|end_header_id|>"
+END_OF_TURN = "<|eot_id|>"
 
 
 @dataclass(frozen=True)
@@ -36,7 +39,8 @@ class TurnTemplate:
     warnings: tuple[str, ...] = ()
 
     def samples(self, messages: Sequence[Message], last_only: bool) -> list[list[Piece]]:
-        last, pieces = last_answer(messages), list(self.begin)
+        last = last_answer(messages)
+        pieces = list(self.begin)
         for place, message in enumerate(messages[: last + 1]):
             given = last_only and place < last
             pieces += _given(self.turn(message)) if given else self.turn(message)

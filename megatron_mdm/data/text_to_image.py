@@ -15,7 +15,12 @@ from megatron_mdm.data.tokenizer import load_tokenizer
 NUM_SAMPLES = 5000
 NUM_IMAGE_CODES = 8192
 # Ids of MMaDA's vocabulary.
-T2I, BOS, EOS, IMAGE_BEGIN, IMAGE_END, MASK = 126_088, 126_080, 126_081, 126_084, 126_085, 126_336
+T2I = 126_088
+BOS = 126_080
+EOS = 126_081
+IMAGE_BEGIN = 126_084
+IMAGE_END = 126_085
+MASK = 126_336
 
 
 def prepare(paths: Sequence[str], arguments: argparse.Namespace) -> Sets:
@@ -28,7 +33,8 @@ def prepare(paths: Sequence[str], arguments: argparse.Namespace) -> Sets:
     )
     rows = []
     for where, record in islice(read_records(paths[0]), NUM_SAMPLES):
-        caption, codes = record.get("caption"), record.get("image_codes")
+        caption = record.get("caption")
+        codes = record.get("image_codes")
         if not isinstance(caption, str) or not isinstance(codes, list) or not codes:
             raise UserError(f"{where}: expected a string 'caption' and a list of integers 'image_codes'")
         if not all(type(code) is int and 0 <= code < NUM_IMAGE_CODES for code in codes):

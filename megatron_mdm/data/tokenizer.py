@@ -96,10 +96,12 @@ class Tokenizer:
 
     def decode_all(self, ids: Sequence[int]) -> str:
         """Text of ids for a person's eyes: end tokens as ⏎, ids that have no text by number."""
-        text, run = "", list[int]()
+        text = ""
+        run = list[int]()
         for token in [*ids, -1]:
             if token == -1 or self.is_end(token) or token >= self.backend.num_ids:
-                text, run = text + (self.backend.decode(run) if run else ""), []
+                text = text + (self.backend.decode(run) if run else "")
+                run = []
                 text += "" if token == -1 else "⏎" if self.is_end(token) else f"<{token}>"
             else:
                 run.append(int(token))
@@ -116,7 +118,8 @@ def load_tokenizer(data: DataConfig) -> Tokenizer:
     given = {name: getattr(data, name) for name in ("mask_token", "pad_token", "eos_token")}
     known = {name: backend.token_id(token) if isinstance(token, str) else token for name, token in given.items()}
     taken = {token_id for token_id in known.values() if token_id is not None}
-    num_ids, new = backend.num_ids, dict[int | str, int]()
+    num_ids = backend.num_ids
+    new = dict[int | str, int]()
     ids: dict[str, int] = {}
     for name, token in given.items():
         token_id = known[name]

@@ -97,7 +97,8 @@ class HuggingFace:
 
     def __init__(self, text: str, beside: Sequence[Added], file: Path) -> None:
         """text: of a tokenizer.json. Raises UserError where two tokens have one id."""
-        tokenizer, description = tokenizers.Tokenizer.from_str(text), json.loads(text)
+        tokenizer = tokenizers.Tokenizer.from_str(text)
+        description = json.loads(text)
         self.tokenizer = _with_stated_ids(tokenizer, description, beside, file)
         self.tokenizer.no_truncation()
         self.tokenizer.no_padding()

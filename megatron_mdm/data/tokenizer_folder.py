@@ -11,10 +11,13 @@ from typing import Any, NamedTuple
 from megatron_mdm.config.errors import UserError
 from megatron_mdm.config.files import sha256
 
-VOCABULARY, MERGES = "vocab.json", "merges.txt"
+VOCABULARY = "vocab.json"
+MERGES = "merges.txt"
 # In the order in which a folder's are looked for.
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", VOCABULARY)
-SETTINGS, SPECIAL_TOKENS, ADDED_TOKENS = "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"
+SETTINGS = "tokenizer_config.json"
+SPECIAL_TOKENS = "special_tokens_map.json"
+ADDED_TOKENS = "added_tokens.json"
 FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")  # of an added token
 
 

@@ -62,7 +62,8 @@ class _Words(NamedTuple):
 def generate(num: int, seed: int, exclude: Collection[str] = ()) -> list[dict[str, str]]:
     """num problems with distinct questions, none of them in exclude. A pure function of its arguments."""
     rng = random.Random(seed)
-    seen, problems = set(exclude), []
+    seen = set(exclude)
+    problems = []
     while len(problems) < num:
         name, other, third = rng.sample(_HE + _SHE, 3)
         he = "He" if name in _HE else "She"
@@ -102,8 +103,11 @@ def _change(rng: random.Random, words: _Words, sign: str, n: int) -> str:
 
 
 def _two_changes(rng: random.Random, w: _Words) -> tuple[str, str]:
-    a, b, c = rng.randint(5, LARGEST), _small(rng), _small(rng)
-    s1, s2 = rng.choice("+-"), rng.choice("+-")
+    a = rng.randint(5, LARGEST)
+    b = _small(rng)
+    c = _small(rng)
+    s1 = rng.choice("+-")
+    s2 = rng.choice("+-")
     question = (
         f"{w.name} has {a} {w.items}. {w.he} {_change(rng, w, s1, b)} and then {_change(rng, w, s2, c)}. "
         f"How many {w.items} does {w.name} have now?"
@@ -112,7 +116,9 @@ def _two_changes(rng: random.Random, w: _Words) -> tuple[str, str]:
 
 
 def _together(rng: random.Random, w: _Words) -> tuple[str, str]:
-    a, b, c = rng.randint(3, LARGEST), _small(rng), _small(rng)
+    a = rng.randint(3, LARGEST)
+    b = _small(rng)
+    c = _small(rng)
     question = (
         f"{w.name} has {a} {w.items} and {w.other} has {b}. They give {c} of them to {w.third}. "
         f"How many {w.items} do they have left together?"
@@ -121,8 +127,11 @@ def _together(rng: random.Random, w: _Words) -> tuple[str, str]:
 
 
 def _comparison(rng: random.Random, w: _Words) -> tuple[str, str]:
-    a, b, c = rng.randint(5, LARGEST), _small(rng), _small(rng)
-    s1, s2 = rng.choice("+-"), rng.choice("+-")
+    a = rng.randint(5, LARGEST)
+    b = _small(rng)
+    c = _small(rng)
+    s1 = rng.choice("+-")
+    s2 = rng.choice("+-")
     word = {"+": "more", "-": "fewer"}
     question = (
         f"{w.name} has {a} {w.items}. {w.other} has {b} {word[s1]} than {w.name} and {w.third} has {c} {word[s2]} "
@@ -132,7 +141,9 @@ def _comparison(rng: random.Random, w: _Words) -> tuple[str, str]:
 
 
 def _boxes_and_loss(rng: random.Random, w: _Words) -> tuple[str, str]:
-    b, c, d = _small(rng), _small(rng), _small(rng)
+    b = _small(rng)
+    c = _small(rng)
+    d = _small(rng)
     question = (
         f"{w.name} buys {b} {w.boxes} with {c} {w.items} each. {w.he} {_change(rng, w, '-', d)}. "
         f"How many {w.items} does {w.name} have left?"
@@ -141,7 +152,9 @@ def _boxes_and_loss(rng: random.Random, w: _Words) -> tuple[str, str]:
 
 
 def _boxes_and_rest(rng: random.Random, w: _Words) -> tuple[str, str]:
-    b, c, d = _small(rng), _small(rng), _small(rng)
+    b = _small(rng)
+    c = _small(rng)
+    d = _small(rng)
     question = (
         f"{w.name} fills {b} {w.boxes} with {c} {w.items} each and has {d} {w.items} left over. "
         f"How many {w.items} does {w.name} have?"
@@ -150,7 +163,9 @@ def _boxes_and_rest(rng: random.Random, w: _Words) -> tuple[str, str]:
 
 
 def _shopping(rng: random.Random, w: _Words) -> tuple[str, str]:
-    a, b, c = rng.randint(10, LARGEST), _small(rng), _small(rng)
+    a = rng.randint(10, LARGEST)
+    b = _small(rng)
+    c = _small(rng)
     question = (
         f"{w.name} has {a} dollars. {w.he} buys a {w.good} for {b} dollars and a {w.good2} for {c} dollars. "
         f"How many dollars does {w.name} have left?"
@@ -159,7 +174,9 @@ def _shopping(rng: random.Random, w: _Words) -> tuple[str, str]:
 
 
 def _cost(rng: random.Random, w: _Words) -> tuple[str, str]:
-    b, c, d = _small(rng), _small(rng), _small(rng)
+    b = _small(rng)
+    c = _small(rng)
+    d = _small(rng)
     question = (
         f"{w.name} buys {b} {w.good}s for {c} dollars each and a {w.good2} for {d} dollars. "
         f"How many dollars does {w.name} spend?"
@@ -168,7 +185,10 @@ def _cost(rng: random.Random, w: _Words) -> tuple[str, str]:
 
 
 def _reading(rng: random.Random, w: _Words) -> tuple[str, str]:
-    a, b, c, day = rng.randint(10, LARGEST), _small(rng), _small(rng), rng.randrange(6)
+    a = rng.randint(10, LARGEST)
+    b = _small(rng)
+    c = _small(rng)
+    day = rng.randrange(6)
     question = (
         f"A book has {a} pages. {w.name} reads {b} pages on {_DAYS[day]} and {c} pages on {_DAYS[day + 1]}. "
         "How many pages are left?"
@@ -177,7 +197,9 @@ def _reading(rng: random.Random, w: _Words) -> tuple[str, str]:
 
 
 def _visitors(rng: random.Random, _: _Words) -> tuple[str, str]:
-    a, b, c = rng.randint(5, LARGEST), _small(rng), _small(rng)
+    a = rng.randint(5, LARGEST)
+    b = _small(rng)
+    c = _small(rng)
     place, preposition, leave, come = rng.choice(_PLACES)
     moves = [(leave, "-"), (come, "+")]
     rng.shuffle(moves)
@@ -190,7 +212,9 @@ def _visitors(rng: random.Random, _: _Words) -> tuple[str, str]:
 
 
 def _times(rng: random.Random, w: _Words) -> tuple[str, str]:
-    a, c, sign = rng.randint(2, LARGEST // 2), _small(rng), rng.choice("+-")
+    a = rng.randint(2, LARGEST // 2)
+    c = _small(rng)
+    sign = rng.choice("+-")
     word, factor = rng.choice([("twice", 2), ("3 times", 3)])
     change = _change(rng, w._replace(other=w.third), sign, c)
     question = (
@@ -201,7 +225,10 @@ def _times(rng: random.Random, w: _Words) -> tuple[str, str]:
 
 
 def _sharing(rng: random.Random, w: _Words) -> tuple[str, str]:
-    each, boxes, b, sign = _small(rng), _small(rng), _small(rng), rng.choice("+-")
+    each = _small(rng)
+    boxes = _small(rng)
+    b = _small(rng)
+    sign = rng.choice("+-")
     a = each * boxes - b if sign == "+" else each * boxes + b
     if not 2 <= a <= LARGEST:
         raise _OutOfRange
@@ -214,7 +241,10 @@ def _sharing(rng: random.Random, w: _Words) -> tuple[str, str]:
 
 
 def _ages(rng: random.Random, w: _Words) -> tuple[str, str]:
-    a, b, c, sign = rng.randint(5, LARGEST), _small(rng), _small(rng), rng.choice("+-")
+    a = rng.randint(5, LARGEST)
+    b = _small(rng)
+    c = _small(rng)
+    sign = rng.choice("+-")
     word = {"+": "older", "-": "younger"}[sign]
     question = (
         f"{w.name} is {a} years old. {w.other} is {b} years {word} than {w.name}. "
@@ -224,7 +254,9 @@ def _ages(rng: random.Random, w: _Words) -> tuple[str, str]:
 
 
 def _saving(rng: random.Random, w: _Words) -> tuple[str, str]:
-    b, c, d = _small(rng), _small(rng), _small(rng)
+    b = _small(rng)
+    c = _small(rng)
+    d = _small(rng)
     question = (
         f"{w.name} saves {b} dollars each week for {c} weeks and then buys a {w.good} for {d} dollars. "
         f"How many dollars does {w.name} have left?"

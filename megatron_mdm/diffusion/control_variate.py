@@ -66,11 +66,14 @@ class CentredVariate:
         return batch.weight * batch.loss - coefficient * self._deviation(batch)
 
     def update(self, batch: WeightedLosses) -> None:
-        deviation, term = self._deviation(batch), batch.weight * batch.loss
+        deviation = self._deviation(batch)
+        term = batch.weight * batch.loss
         centred = deviation - deviation.mean()
         self.covariance += self.rate * (float((term * centred).mean()) - self.covariance)
         self.variance += self.rate * (float((centred**2).mean()) - self.variance)
-        bins, square, num_bins = bins_of(batch.t, len(self.weight)), batch.weight**2, len(self.weight)
+        bins = bins_of(batch.t, len(self.weight))
+        square = batch.weight**2
+        num_bins = len(self.weight)
         for sums, values in ((self.weighted_loss, square * batch.loss), (self.weight, square)):
             new = np.bincount(bins, values, num_bins)
             sums[:] = ((1.0 - self.rate) * np.array(sums) + self.rate * new).tolist()
@@ -80,7 +83,8 @@ class CentredVariate:
 
     def _deviation(self, batch: WeightedLosses) -> Floats:
         """w β(t) − E[w β(t)], [n]; a bin that has seen nothing has the others' mean."""
-        loss, weight = np.array(self.weighted_loss), np.array(self.weight)
+        loss = np.array(self.weighted_loss)
+        weight = np.array(self.weight)
         if not weight.any():
             return np.zeros_like(batch.loss)
         mean = np.where(weight > 0.0, loss / np.maximum(weight, 1e-300), loss.sum() / weight.sum())

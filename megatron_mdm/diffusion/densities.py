@@ -72,5 +72,6 @@ DENSITIES: dict[str, Callable[[FitInputs], Density]] = {
 
 def kl_divergence(p: Floats, q: Floats) -> float:
     """KL(p ‖ q) of two densities, positive values on one equal grid in any scale, nats."""
-    p, q = p / p.mean(), q / q.mean()
+    p = p / p.mean()
+    q = q / q.mean()
     return float((p * np.log(p / q)).mean())

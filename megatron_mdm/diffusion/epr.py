@@ -60,12 +60,14 @@ def fit_epr(t: Floats, density: Floats, *, num_restarts: int, seed: int) -> EprF
         return result if np.isfinite(result) else 1e6
 
     generator = stream(seed, Purpose.CALIBRATION, 1)
-    best_raw, best = np.zeros(7), np.inf
+    best_raw = np.zeros(7)
+    best = np.inf
     for restart in range(num_restarts):
         start = np.zeros(7) if restart == 0 else generator.normal(0.0, 2.0, 7)
         result = minimize(divergence, start, method="L-BFGS-B", bounds=[(-20.0, 20.0)] * 7)
         if result.fun < best:
-            best_raw, best = result.x, float(result.fun)
+            best_raw = result.x
+            best = float(result.fun)
     return EprFit(_curve(best_raw), best)
 
 

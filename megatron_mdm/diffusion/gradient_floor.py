@@ -52,13 +52,15 @@ def harmless_floor(
     that are not finite are left out. sampler: of a floor.
     """
     used = np.isfinite(squares)
-    t, squares = t[used], (weight * squares)[used]
+    t = t[used]
+    squares = (weight * squares)[used]
     best = GradientFloor(UNIFORM, 1.0, 1.0, len(t))
     if len(t) < 2 or not squares.any():
         return best
     for floor in floors:
         change = squares * (1.0 / sampler(floor).density(t) - 1.0) / squares.mean()
-        ratio, error = 1.0 + float(change.mean()), float(change.std(ddof=1)) / len(t) ** 0.5
+        ratio = 1.0 + float(change.mean())
+        error = float(change.std(ddof=1)) / len(t) ** 0.5
         if ratio + _DEVIATIONS * error < best.upper:
             best = GradientFloor(floor, ratio, ratio + _DEVIATIONS * error, len(t))
     return best

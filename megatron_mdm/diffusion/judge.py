@@ -29,8 +29,12 @@ Integers = NDArray[np.int64]
 # A cell of the histogram is so wide that so many groups are in it and so many events (of the (Σa)²/Σa² of all losses
 # together) are expected: its mean must be known well enough for a root to be taken. Wider than that only near 0, where
 # it is this wide or half as wide as it is far from 0, and at most the last.
-_LEAST_GROUPS, _LEAST_SHARE, _LEAST_EVENTS = 30.0, 0.01, 8.0
-_FIRST_WIDTH, _GROWTH, _WIDTH = 0.01, 0.5, 0.05
+_LEAST_GROUPS = 30.0
+_LEAST_SHARE = 0.01
+_LEAST_EVENTS = 8.0
+_FIRST_WIDTH = 0.01
+_GROWTH = 0.5
+_WIDTH = 0.05
 
 # name of a target → (terms of the moment that judges a density, terms of the mean L; none where it is not known)
 JUDGED: dict[str, tuple[tuple[Term, ...], tuple[Term, ...]]] = {
@@ -85,8 +89,10 @@ class Judge:
         held = column_of(moments, "one") > 0
         self.num_folds = num_folds
         fold = np.zeros(len(moments), dtype=np.int64) if fold is None else fold
-        self.num_units, known = len(moments), exposures(CENTRES)
-        self._held, self._fold = held, fold[held]
+        self.num_units = len(moments)
+        known = exposures(CENTRES)
+        self._held = held
+        self._fold = fold[held]
         terms, mean_terms = JUDGED[target]
         self._terms, self._mean_terms = (
             [self._histogram(moments[held], term, term.known(known), _LEAST_EVENTS) for term in kind]
@@ -211,8 +217,10 @@ def _resamples(sample: Integers, num_resamples: int, generator: np.random.Genera
 def _edges(t: Floats, num_groups: Floats, least: float) -> Floats:
     """Edges of cells of [0, 1], each with at least `least` of num_groups [n] at t [n], as far as there are so many."""
     order = np.argsort(t, kind="stable")
-    t, total = t[order], np.cumsum(num_groups[order])
-    edges, counted = [0.0], 0.0
+    t = t[order]
+    total = np.cumsum(num_groups[order])
+    edges = [0.0]
+    counted = 0.0
     while edges[-1] < 1.0:
         place = int(np.searchsorted(total, counted + least))
         if place >= len(t) or total[-1] - total[place] < least / 2:

@@ -122,7 +122,8 @@ class MaskDesign:
         ISAD's delimiters are masked independently, whatever the rule for the others; each token's cross-entropy is
         divided by its own q, but the contexts have another distribution, so ISAD's objective is a re-weighted one.
         """
-        size, num_delimiters = len(delimiters), int(np.count_nonzero(delimiters))
+        size = len(delimiters)
+        num_delimiters = int(np.count_nonzero(delimiters))
         counts = np.array([float(size - num_delimiters)]), np.array([float(num_delimiters)])
         q, shifted = (float(values[0]) for values in self.probabilities(np.array([t]), *counts))
         masked = np.empty((self.repeats, 2, size), dtype=np.bool_)

@@ -75,8 +75,10 @@ def group_moments(t: Floats, q: Floats, rows: RowSums) -> Floats:
     """[n, len(Moments._fields)]. q [n]: the mask probability at t, which makes the sums' sizes alike over t."""
     views = rows.loss.shape[1]
     mean = rows.loss.mean(1)
-    total, weight = rows.loss.sum(1), rows.weight.sum(1)
-    square, loss_square = q**2, np.square(rows.loss).sum(1)
+    total = rows.loss.sum(1)
+    weight = rows.weight.sum(1)
+    square = q**2
+    loss_square = np.square(rows.loss).sum(1)
     weight_square = np.square(rows.weight).sum(1)
     amounts = {
         "token_loss": total * q,

@@ -57,7 +57,8 @@ def calibrate_adaptively(measure: Measure, calibrator: Calibrator, num_samples: 
 
 def spread_groups(num_samples: int, places: range, seed: int) -> tuple[Integers, Floats]:
     """(sample, quantile) of the groups at these places of an endless sequence that spreads over data set and [0, 1]."""
-    order, index = stream(seed, Purpose.CALIBRATION).permutation(num_samples), np.array(places)
+    order = stream(seed, Purpose.CALIBRATION).permutation(num_samples)
+    index = np.array(places)
     return order[index % num_samples], (0.5 + index * _GOLDEN) % 1.0
 
 

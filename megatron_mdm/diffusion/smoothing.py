@@ -23,7 +23,10 @@ _WIDTH = 0.13
 _NEAR_ZERO = 0.02  # log t turns flat there
 _NEIGHBOURHOOD = 0.1  # in √t: over which the noise of cells is pooled
 _PRIOR_EVENTS = 5.0  # with which a neighbourhood's noise is shrunk to the whole range's
-_NUM_PASSES, _MAX_ITERATIONS, _LARGEST_EXPONENT, _LARGEST_STEP = 2, 50, 30.0, 3.0
+_NUM_PASSES = 2
+_MAX_ITERATIONS = 50
+_LARGEST_EXPONENT = 30.0
+_LARGEST_STEP = 3.0
 
 
 class LogRate(NamedTuple):
@@ -43,11 +46,14 @@ def log_rate(rates: Rates, t: Floats, leader: Callable[[Floats], Floats] | None 
     what makes the losses most likely (Laplace's approximation), averaged over a few choices. Logarithms keep the rate
     positive down to t = 0.
     """
-    cells, grid = _features(rates.t, leader), _features(t, leader)
+    cells = _features(rates.t, leader)
+    grid = _features(t, leader)
     offset, grid_offset = (np.zeros_like(x) if leader is None else power * leader(x) for x in (rates.t, t))
     level = np.log(rates.amounts.sum() / (rates.exposures * np.exp(offset)).sum())
-    offset, grid_offset = offset + level, grid_offset + level
-    fitted, beta = offset, np.zeros(1 + cells.shape[1])
+    offset = offset + level
+    grid_offset = grid_offset + level
+    fitted = offset
+    beta = np.zeros(1 + cells.shape[1])
     for _ in range(_NUM_PASSES):
         mean = rates.exposures * np.exp(fitted)
         dispersion = _dispersion(rates, np.exp(fitted))
@@ -89,7 +95,8 @@ def _dispersion(rates: Rates, rate: Floats) -> Floats:
     roots = np.sqrt(rates.t)
     kernel = np.exp(-0.5 * np.square((roots[:, None] - roots[None, :]) / _NEIGHBOURHOOD))
     num_events = np.square(kernel @ rates.amounts) / np.maximum(kernel @ rates.amount_squares, 1e-300)
-    here, everywhere = np.log((kernel @ noise) / (kernel @ mean)), np.log(noise.sum() / mean.sum())
+    here = np.log((kernel @ noise) / (kernel @ mean))
+    everywhere = np.log(noise.sum() / mean.sum())
     return np.exp((num_events * here + _PRIOR_EVENTS * everywhere) / (num_events + _PRIOR_EVENTS))
 
 
@@ -111,7 +118,8 @@ class _Problem(NamedTuple):
         """Newton with step halving on a convex objective; bump: standard deviation of the bumps."""
         deviations = np.concatenate([self.deviations, np.full(len(_CENTRES), bump)])
         penalty = np.diag(deviations**-2.0)
-        beta, value = start, self._objective(start, penalty)
+        beta = start
+        value = self._objective(start, penalty)
         for _ in range(_MAX_ITERATIONS):
             mean = self._mean(beta)
             gradient = self.design.T @ (self.events - mean) - penalty @ beta
@@ -121,7 +129,8 @@ class _Problem(NamedTuple):
             while new > value and np.abs(step).max() > 1e-10:
                 step = step / 2.0
                 new = self._objective(beta + step, penalty)
-            beta, value = beta + step, new
+            beta = beta + step
+            value = new
             if np.abs(step).max() < 1e-8:
                 break
         curvature = self._curvature(self._mean(beta), penalty)

@@ -122,9 +122,12 @@ class Toy:
 
     def moments_at(self, t: Floats) -> tuple[Floats, Floats]:
         """(E[l | t], E[l² | t]) of a group [T]."""
-        mean, q, num = self.mean(t), _SCHEDULE.mask_probability(t), self.num_tokens
+        mean = self.mean(t)
+        q = _SCHEDULE.mask_probability(t)
+        num = self.num_tokens
         common = np.exp(self.sample_sigma**2 + self.group_sigma**2)  # E[factor²]
-        square, pair = self.noise.square(mean) * common, self.noise.pair(mean) * common
+        square = self.noise.square(mean) * common
+        pair = self.noise.pair(mean) * common
         row = square / (num * q) + (1.0 - 1.0 / num) * pair
         if not self.complementary:
             return mean, row
@@ -143,12 +146,14 @@ class ToyMeasurement:
     """Moments of a toy's groups, drawn from one seed; called as a model's are measured."""
 
     def __init__(self, toy: Toy, num_samples: int, seed: int) -> None:
-        self.toy, self.generator = toy, np.random.default_rng(seed)
+        self.toy = toy
+        self.generator = np.random.default_rng(seed)
         self.factors = self._factors(toy.sample_sigma, num_samples)
 
     def __call__(self, samples: NDArray[np.int64], t: Floats) -> Floats:
         """[n, len(Moments._fields)] of sample samples[i] noised at t[i]."""
-        q, toy = _SCHEDULE.mask_probability(t)[:, None], self.toy
+        q = _SCHEDULE.mask_probability(t)[:, None]
+        toy = self.toy
         uniforms = self.generator.random((len(t), toy.num_tokens))
         masked = np.stack([uniforms < q, *([uniforms > 1.0 - q] if toy.complementary else [])], axis=1)
         mean = np.broadcast_to(toy.mean(t)[:, None, None], masked.shape)

@@ -90,7 +90,9 @@ class OnlineVariance:
         number = self.losses.count * self.batch_size
         if number < 2:
             return NAN
-        m1, m2, m2w = self.losses.mean(), self.sum_wl2 / number, self.sum_w2l2 / number
+        m1 = self.losses.mean()
+        m2 = self.sum_wl2 / number
+        m2w = self.sum_w2l2 / number
         return m2 - (number * m1**2 - m2w) / (number - 1)
 
     def of_term(self) -> float:

@@ -38,7 +38,8 @@ def core_wait() -> float:
 
 def core_use(seconds: float, waited: float) -> CoreUse:
     """Of this rank. waited: the difference of two core_wait()."""
-    cores, load = sorted(os.sched_getaffinity(0)), os.getloadavg()[0] / (os.cpu_count() or 1)
+    cores = sorted(os.sched_getaffinity(0))
+    load = os.getloadavg()[0] / (os.cpu_count() or 1)
     return CoreUse(platform.host(), cores, not platform.is_cuda(), load, seconds, waited)
 
 

@@ -46,7 +46,9 @@ def check_rank() -> None:
     missing = [name for name in _OF_A_RANK if not variable(name)]
     if missing:
         raise UserError(f"RANK is set, but {' and '.join(missing)} not; start with launch/torchrun.py, or set all")
-    rank, size, port = number("RANK", 0), number("WORLD_SIZE", 1), number("MASTER_PORT", 0)
+    rank = number("RANK", 0)
+    size = number("WORLD_SIZE", 1)
+    port = number("MASTER_PORT", 0)
     if rank >= size:
         raise UserError(f"RANK is {rank}, but WORLD_SIZE {size}: ranks are counted from 0")
     if not 0 < port < _PORTS:

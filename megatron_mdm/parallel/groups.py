@@ -160,7 +160,8 @@ def join_job(timeout_minutes: float) -> None:
 
 
 def _why_not_joined(reason: str) -> str:
-    host, port = environment.variable("MASTER_ADDR"), environment.number("MASTER_PORT", 0)
+    host = environment.variable("MASTER_ADDR")
+    port = environment.number("MASTER_PORT", 0)
     return environment.taken_port(reason, port) or (
         f"rank {rank_from_environment()} on {platform.host()} has not found the other ranks at {host}:{port} "
         f"(MASTER_ADDR, MASTER_PORT): {reason.splitlines()[0]}"
@@ -171,7 +172,8 @@ def _say_that_it_waits(timeout_minutes: float) -> None:
     """A line from each host."""
     if environment.number("LOCAL_RANK", 0):
         return
-    rank, size = rank_from_environment(), world_size_from_environment()
+    rank = rank_from_environment()
+    size = world_size_from_environment()
     found = environment.describe_master(environment.variable("MASTER_ADDR"), environment.number("MASTER_PORT", 0))
     print(
         f"warning: rank {rank} on {platform.host()} waits for others of {size} ranks (WORLD_SIZE); {found}; it "

@@ -85,7 +85,8 @@ def peak_memory_bytes() -> int:
 
 # Dense bf16 matrix products per second, as data sheets give them.
 _PEAKS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12}
-_GEMM_SHAPE, _GEMM_REPEATS = (512, 512, 1024), 5
+_GEMM_SHAPE = (512, 512, 1024)
+_GEMM_REPEATS = 5
 
 
 def peak_flops(dtype: torch.dtype) -> float:
@@ -96,7 +97,9 @@ def peak_flops(dtype: torch.dtype) -> float:
         peak = next((peak for key, peak in _PEAKS.items() if key in name), 0.0)
         return peak / 2 if dtype == torch.float32 else peak
     rows, inner, columns = _GEMM_SHAPE
-    left, right, best = torch.ones(rows, inner, dtype=dtype), torch.ones(inner, columns, dtype=dtype), math.inf
+    left = torch.ones(rows, inner, dtype=dtype)
+    right = torch.ones(inner, columns, dtype=dtype)
+    best = math.inf
     for _ in range(1 + _GEMM_REPEATS):
         began = time.perf_counter()
         left @ right

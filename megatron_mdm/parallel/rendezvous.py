@@ -16,7 +16,8 @@ from torch.distributed.run import parse_min_max_nnodes
 from megatron_mdm.config.errors import UserError
 from megatron_mdm.parallel import environment, platform
 
-_HERE, _DEFAULT_PORT = "127.0.0.1", 29500
+_HERE = "127.0.0.1"
+_DEFAULT_PORT = 29500
 _SECONDS_TO_SPEAK = 20.0  # after which a node that waits for the others says so
 _MET = "SimpleElasticAgent._rendezvous"  # torchrun's metrics of it begin so
 
@@ -30,7 +31,9 @@ def meeting(arguments: Namespace) -> Iterator[None]:
     """
     nodes = _number_of_nodes(arguments)
     if nodes == 1 and not (arguments.rdzv_endpoint or arguments.master_port or arguments.standalone):
-        arguments.rdzv_backend, arguments.rdzv_endpoint, arguments.rdzv_id = "c10d", f"{_HERE}:0", uuid.uuid4().hex
+        arguments.rdzv_backend = "c10d"
+        arguments.rdzv_endpoint = f"{_HERE}:0"
+        arguments.rdzv_id = uuid.uuid4().hex
         arguments.rdzv_conf = "is_host=true"
         arguments.local_addr = arguments.local_addr or _HERE  # whatever its name leads to
     host, port = meeting_point(arguments)
@@ -59,7 +62,8 @@ def meeting_point(arguments: Namespace) -> tuple[str, int]:
 def why_not_met(error: BaseException, arguments: Namespace) -> str:
     """One line of torchrun's error and of those that led to it."""
     host, port = meeting_point(arguments)
-    reasons, cause = [], error
+    reasons = []
+    cause = error
     while cause:
         reasons.append((str(cause) or type(cause).__name__).splitlines()[0])
         cause = cause.__cause__ or cause.__context__  # type: ignore[assignment]

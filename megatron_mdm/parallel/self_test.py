@@ -19,9 +19,13 @@ from megatron_mdm.parallel.groups import ParallelContext
 
 SLOW = 1.5  # times the median
 NEIGHBOURS = "pipeline neighbours"  # point to point; the other tests are all-reduces and named after their group
-_LATENCY_REPEATS, _REPEATS, _CHUNKS = 10, 3, 20
+_LATENCY_REPEATS = 10
+_REPEATS = 3
+_CHUNKS = 20
 _BYTES = {"cpu": 4 << 20, "cuda": 64 << 20}
-_MATRIX, _PRODUCTS = {"cpu": 192, "cuda": 4096}, {"cpu": 10, "cuda": 20}  # of a chunk of compute
+# of a chunk of compute
+_MATRIX = {"cpu": 192, "cuda": 4096}
+_PRODUCTS = {"cpu": 10, "cuda": 20}
 _PATTERN = 64  # different values; their sums are exact in fp32
 
 
@@ -49,7 +53,9 @@ def self_test(context: ParallelContext) -> list[Outcome]:
         "data": (layout.data, context.data_group),
         "pipeline": (layout.pipeline, context.pipeline_group),
     }
-    latency, transfer, right = {}, {}, {}
+    latency = {}
+    transfer = {}
+    right = {}
     for name, (size, group) in groups.items():
         if size > 1:
             outcome = _all_reduce(group)
@@ -89,7 +95,8 @@ def _all_reduce(group: dist.ProcessGroup | None) -> tuple[float, float, bool]:
 
 def _neighbours(context: ParallelContext) -> tuple[float, float, bool]:
     """The same of messages from each pipeline stage to the next."""
-    ranks, stage = context.layout.peers(context.rank, "pipeline"), context.pipeline_rank
+    ranks = context.layout.peers(context.rank, "pipeline")
+    stage = context.pipeline_rank
 
     def exchange(sent: Tensor, received: Tensor) -> None:
         messages = []
@@ -126,7 +133,8 @@ def _compute() -> tuple[float, CoreUse]:
         for _ in range(_PRODUCTS[kind]):
             matrix @ matrix
 
-    began, waited = time.perf_counter(), core_wait()
+    began = time.perf_counter()
+    waited = core_wait()
     seconds = sum(_timed(products, _CHUNKS))
     return seconds, core_use(time.perf_counter() - began, core_wait() - waited)
 

@@ -66,20 +66,30 @@ class Watchdog(threading.Thread):
 
     def __init__(self, folder: Path, limit: float, context: ParallelContext) -> None:
         super().__init__(name="watchdog", daemon=True)
-        self.folder, self.limit, self.rank, self.size = folder, limit, context.rank, context.layout.world_size
+        self.folder = folder
+        self.limit = limit
+        self.rank = context.rank
+        self.size = context.layout.world_size
         self.seconds_to_write = min(limit, _SECONDS_TO_WRITE)
         self.period = min(max(limit / 4, 0.25), _LONGEST_PERIOD)
         self.board = Board(max(limit / 10, _SECONDS_TO_ANSWER))
         self.board.ask(lambda store: store.set(f"host/{self.rank}", platform.host()))
-        self.is_ending, self._stop_asked = False, threading.Event()
+        self.is_ending = False
+        self._stop_asked = threading.Event()
 
     def run(self) -> None:
-        idle, beats, total, now = 0.0, -1, 0, time.monotonic()
+        idle = 0.0
+        beats = -1
+        total = 0
+        now = time.monotonic()
         while not self._stop_asked.wait(self.period):
             # A process that was stopped as a whole, and goes on, has not been idle for that long.
-            elapsed, now = min(time.monotonic() - now, 2 * self.period), time.monotonic()
-            mine, total_before = pulse(), total
-            moved, beats = int(mine.beats != beats), mine.beats
+            elapsed = min(time.monotonic() - now, 2 * self.period)
+            now = time.monotonic()
+            mine = pulse()
+            total_before = total
+            moved = int(mine.beats != beats)
+            beats = mine.beats
             found, total = self._job_moved(moved) or (False, total + moved)  # without the store, by this rank alone
             idle = 0.0 if total != total_before else idle + elapsed
             if found or idle >= self.limit + mine.extra_seconds:
@@ -124,7 +134,8 @@ class Watchdog(threading.Thread):
         return f"no progress for {duration} at {place}"
 
     def _answer_of(self, rank: int) -> Report:
-        key, host = f"report/{rank}", f"host/{rank}"
+        key = f"report/{rank}"
+        host = f"host/{rank}"
         if self.board.ask(lambda store: store.check([key])):
             return decode(self.board.ask(lambda store: store.get(key)) or "{}")
         named = self.board.ask(lambda store: store.check([host])) and self.board.ask(lambda store: store.get(host))
@@ -157,7 +168,9 @@ class Board:
 
     def __init__(self, seconds: float) -> None:
         """seconds: how long an answer may take. One that takes longer is the last."""
-        self.seconds, self.is_lost, self.lost = seconds, False, ""
+        self.seconds = seconds
+        self.is_lost = False
+        self.lost = ""
         self._questions: queue.SimpleQueue[tuple[Callable[[dist.Store], Any], queue.SimpleQueue[Any]]]
         self._questions = queue.SimpleQueue()
         store: Any = dist.distributed_c10d._get_default_store()

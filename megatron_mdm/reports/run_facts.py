@@ -21,7 +21,8 @@ def fact_lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
         ("best validation", "no validation" if best is None else _best(best)),
     ]
     if calibration:
-        efficiency, uniform = calibration["efficiency"], calibration["efficiency_of_uniform"]
+        efficiency = calibration["efficiency"]
+        uniform = calibration["efficiency_of_uniform"]
         lines.append(("calibration", f"efficiency {_three(efficiency)}, uniform {_three(uniform)}"))
     lines.append(("faults", _faults(facts)))
     lines.append(("checkpoint", facts["newest_checkpoint"] or "none"))

@@ -67,7 +67,9 @@ def page_figure(page: Page) -> Figure:
 
 def _losses(figure: SubFigure, page: Page) -> None:
     """The curves, and below them a row of marks for each kind of event that there is."""
-    marks, loss, validation = page["marks"], page["curves"]["loss"], page["curves"]["validation"]
+    marks = page["marks"]
+    loss = page["curves"]["loss"]
+    validation = page["curves"]["validation"]
     rows = [
         (f"{name}: {len(steps)}", steps, style)
         for name, steps, style in (

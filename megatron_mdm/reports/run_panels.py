@@ -15,8 +15,14 @@ from megatron_mdm.reports.plots import VARIANCES
 
 Page = dict[str, Any]
 
-BLUE, ORANGE, GREEN, RED, PURPLE, GREY = "#3566a8", "#d9822b", "#3a8f5c", "#c0392b", "#7a5ea8", "#7f8790"
-_PALE_BLUE, _PALE_GREY = "#8fb4de", "#c9ced4"
+BLUE = "#3566a8"
+ORANGE = "#d9822b"
+GREEN = "#3a8f5c"
+RED = "#c0392b"
+PURPLE = "#7a5ea8"
+GREY = "#7f8790"
+_PALE_BLUE = "#8fb4de"
+_PALE_GREY = "#c9ced4"
 _TIME_COLOURS = dict(zip(PHASES, (PURPLE, BLUE, _PALE_BLUE, ORANGE, GREEN, _PALE_GREY)))
 _VARIANCE_COLOURS = dict(zip(VARIANCES, (ORANGE, _PALE_BLUE, BLUE)))
 _LOG_FROM = 3.0  # greatest / least value from which an axis is logarithmic
@@ -44,7 +50,8 @@ def _optimisation(axes: Axes, page: Page) -> None:
 
 
 def _variance(axes: Axes, page: Page) -> None:
-    curve, title = page["curves"]["variance"], "variance between log lines"
+    curve = page["curves"]["variance"]
+    title = "variance between log lines"
     if not curve["step"]:
         return not_logged(axes, title)
     shown = [key for key in VARIANCES if has_values(curve[key])]
@@ -58,7 +65,8 @@ def _variance(axes: Axes, page: Page) -> None:
 
 
 def _loss_by_t(axes: Axes, page: Page) -> None:
-    curve, title = page["curves"]["loss_by_t"], "loss by mask rate t"
+    curve = page["curves"]["loss_by_t"]
+    title = "loss by mask rate t"
     if page["facts"]["method"]["method"] == "autoregressive":
         return not_logged(axes, title, "t has no meaning:\nautoregressive")
     if not curve["step"]:
@@ -80,7 +88,8 @@ def _loss_by_t(axes: Axes, page: Page) -> None:
 
 
 def _throughput(axes: Axes, page: Page) -> None:
-    curve, title = page["curves"]["throughput"], "tokens/s, MFU"
+    curve = page["curves"]["throughput"]
+    title = "tokens/s, MFU"
     if not curve["step"]:
         return not_logged(axes, title)
     line(axes, curve["step"], curve["tokens_per_second"], color=BLUE, linewidth=1.1)
@@ -98,7 +107,8 @@ def _throughput(axes: Axes, page: Page) -> None:
 
 
 def _step_time(axes: Axes, page: Page) -> None:
-    curve, title = page["curves"]["step_time"], "time of a step, rank 0"
+    curve = page["curves"]["step_time"]
+    title = "time of a step, rank 0"
     if not curve["step"]:
         return not_logged(axes, title)
     parts = {part: np.nan_to_num(array(curve[f"time_{part}"])) for part in PHASES}
@@ -108,9 +118,11 @@ def _step_time(axes: Axes, page: Page) -> None:
     layers = [factor * values for values in parts.values()]
     steps = curve["step"]
     if len(steps) == 1:  # no area without a second
-        steps, layers = [0, *steps], [np.repeat(layer, 2) for layer in layers]
+        steps = [0, *steps]
+        layers = [np.repeat(layer, 2) for layer in layers]
     axes.stackplot(steps, layers, labels=list(parts), colors=colours, linewidth=0)
-    highest, most = float(np.max(sum(layers))), _PEAK * float(np.median(sum(layers)))
+    highest = float(np.max(sum(layers)))
+    most = _PEAK * float(np.median(sum(layers)))
     axes.set(title=title, ylabel=unit, ylim=(0, 1.3 * max(1e-9, min(highest, most))))
     if highest > 1.3 * most:
         _remark(axes, f"highest: {highest:,.4g}")
@@ -121,7 +133,8 @@ def _step_time(axes: Axes, page: Page) -> None:
 
 def _busy(axes: Axes, page: Page) -> None:
     """Bars of the last sample, stacked; over it, a line of the spread over all samples."""
-    ranks, title = page["ranks"], "busy and communication, by rank"
+    ranks = page["ranks"]
+    title = "busy and communication, by rank"
     if ranks["busy"] is None and ranks["communication"] is None:
         return not_logged(axes, title)
     busy = array(ranks["busy"] or [0.0] * len(ranks["communication"]))
@@ -152,7 +165,8 @@ def _busy(axes: Axes, page: Page) -> None:
 
 
 def _memory(axes: Axes, page: Page) -> None:
-    memory, title = page["ranks"]["memory_gib"], "peak memory, by rank"
+    memory = page["ranks"]["memory_gib"]
+    title = "peak memory, by rank"
     if memory is None:
         return not_logged(axes, title)
     _bars(axes, array(memory), GREEN)

@@ -70,7 +70,8 @@ def read_run_folder(folder: Path) -> RunFolder:
     """Raises UserError where the folder is not a run's, or the run has logged nothing yet."""
     if not (folder / "config.yaml").is_file():
         raise UserError(f"{folder}: not a run's folder (no config.yaml)")
-    records, summary = _read_lines(folder / "metrics.jsonl"), _read_json(folder / "summary.json")
+    records = _read_lines(folder / "metrics.jsonl")
+    summary = _read_json(folder / "summary.json")
     if not records and not summary:
         raise UserError(f"{folder}: nothing is logged yet (no record in metrics.jsonl)")
     found = {path: path.name.removeprefix("step-") for path in steps(folder / "checkpoints")}
@@ -112,7 +113,8 @@ def run_page(run: RunFolder) -> Record:
 
 
 def _facts(run: RunFolder, curves: Record, marks: Record, ranks: Record) -> Record:
-    config, state = run.config, run.last_state
+    config = run.config
+    state = run.last_state
     num_steps = run.summary["steps"] if run.has_current_summary else run.last_step
     status, reason = _status(run)
     planned = config.schedule.steps or (num_steps if status == "finished" else None)

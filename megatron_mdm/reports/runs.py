@@ -88,7 +88,8 @@ def method_name(config: RunConfig) -> str:
     """The settings of noise that are not the defaults; 'standard' where all are."""
     if config.objective.name == "autoregressive":
         return "autoregressive"
-    diffusion, default = config.diffusion, DiffusionConfig()
+    diffusion = config.diffusion
+    default = DiffusionConfig()
     parts = [
         f"{name} {getattr(diffusion, name)}"
         for name in DiffusionConfig.model_fields

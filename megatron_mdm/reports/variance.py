@@ -56,7 +56,8 @@ def decompose(loss: Floats) -> Decomposition:
 
 def bootstrap_decomposition(loss: Floats, seed: int = 0) -> Floats:
     """[NUM_RESAMPLES, 4]: A, B, C and their sum of resampled samples."""
-    generator, results = np.random.default_rng(seed), []
+    generator = np.random.default_rng(seed)
+    results = []
     for _ in range(NUM_RESAMPLES):
         parts = decompose(loss[generator.integers(0, len(loss), len(loss))])
         results.append([*parts, parts.total])
@@ -138,7 +139,9 @@ def variances(
     FULL; multiplicity [N]: how often each draw counts. Squared means use pairs of different draws, so that their own
     noise does not enter."""
     inside = (draws.t >= bounds[0]) & (draws.t <= bounds[1])
-    t, weight, loss = draws.t[inside], multiplicity[inside], draws.loss[inside]
+    t = draws.t[inside]
+    weight = multiplicity[inside]
+    loss = draws.loss[inside]
     share = 1.0 / sampler.density(t) if bounds == FULL else np.ones_like(t)
     stratum = np.searchsorted(sampler.quantile(np.arange(1, num_strata) / num_strata)[0], t, side="right")
     results = []
@@ -156,8 +159,10 @@ def _mean_square_of_strata(
     total = 0.0
     for index in range(num_strata):
         here = stratum == index
-        mine, times = vectors[here], weight[here]
-        size, squares = times.sum(), np.square(times).sum()
+        mine = vectors[here]
+        times = weight[here]
+        size = times.sum()
+        squares = np.square(times).sum()
         if size**2 <= squares:
             continue
         pairs = np.square(times @ mine).sum() - np.square(times) @ np.square(mine, dtype=np.float64).sum(1)
@@ -189,7 +194,8 @@ class Comparison(NamedTuple):
 
 def compare(methods: Sequence[Method], draws: dict[str, Draws], seed: int = 0) -> list[Comparison]:
     """Every method against the first. Resamples of the draws are the same for all, since samples and t are."""
-    generator, size = np.random.default_rng(seed), len(next(iter(draws.values())).t)
+    generator = np.random.default_rng(seed)
+    size = len(next(iter(draws.values())).t)
     resamples = [np.ones(size)]
     for _ in range(NUM_RESAMPLES // 4):
         resamples.append(np.bincount(generator.integers(0, size, size), minlength=size).astype(float))
