@@ -18,21 +18,21 @@ Lengths = NDArray[np.int64]
 def cut(lengths: Lengths, batch: BatchConfig, views: int, num_ranks: int) -> list[Positions]:
     """Positions in the global batch of each micro-batch. Micro-batch j goes to data-parallel rank j mod num_ranks.
 
-    lengths [n]: tokens of the samples. Every rank gets as many micro-batches, of like cost at the same turn and in sum;
-    where there are too few samples for that, some are empty. The result is the same on every rank.
+    lengths [n]: tokens of the samples. Every rank gets the same number of micro-batches, of similar cost in each turn
+    and in total; where there are too few samples for that, some are empty. The result is the same on every rank.
     """
     micro_batches = CUTS[batch.mode](lengths, batch, views, num_ranks)
     costs = [computed_tokens(lengths, positions, batch.mode) for positions in micro_batches]
-    dealt = list(micro_batches)
+    assigned = list(micro_batches)
     loads = [0] * num_ranks
     turns = [range(start, min(start + num_ranks, len(costs))) for start in range(0, len(costs), num_ranks)]
     # The costliest turns first, and of a turn the costliest micro-batch to the rank that has least so far.
     for turn in sorted(turns, key=lambda turn: -max(costs[index] for index in turn)):
         ranks = sorted(range(len(turn)), key=lambda rank: loads[rank])
         for rank, index in zip(ranks, sorted(turn, key=lambda index: -costs[index])):
-            dealt[turn.start + rank] = micro_batches[index]
+            assigned[turn.start + rank] = micro_batches[index]
             loads[rank] += costs[index]
-    return dealt
+    return assigned
 
 
 def computed_tokens(lengths: Lengths, positions: Positions, mode: str) -> int:
@@ -44,7 +44,7 @@ def computed_tokens(lengths: Lengths, positions: Positions, mode: str) -> int:
 
 
 def _padded(lengths: Lengths, batch: BatchConfig, views: int, num_ranks: int) -> list[Positions]:
-    """In the order of the global batch, each padded to its longest."""
+    """Micro-batches in the order of the global batch, each padded to its longest sample."""
     return _runs(np.arange(len(lengths)), batch.micro_size)
 
 
@@ -64,7 +64,7 @@ def _bucketed(lengths: Lengths, batch: BatchConfig, views: int, num_ranks: int) 
 
 
 def _packed(lengths: Lengths, batch: BatchConfig, views: int, num_ranks: int) -> list[Positions]:
-    """As few packs as the token budget allows (else global / micro size), as even in tokens as can be."""
+    """As few packs as the token budget allows (else global / micro size), with their tokens balanced."""
     if not batch.micro_tokens:
         return _balanced(lengths, len(lengths) // batch.micro_size)
     budget = batch.micro_tokens // views
@@ -97,7 +97,7 @@ def _balanced(lengths: Lengths, num_packs: int) -> list[Positions]:
 
 
 def _evened(buckets: list[Positions], num_ranks: int) -> list[Positions]:
-    """Split the buckets of most samples until there are as many for every rank; add empty ones if they do not do."""
+    """Split the buckets with the most samples until there are as many for every rank; halves may be empty."""
     missing = -len(buckets) % num_ranks
     for _ in range(missing):
         widest = max(range(len(buckets)), key=lambda index: len(buckets[index]))

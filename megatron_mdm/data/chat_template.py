@@ -70,7 +70,7 @@ class ChatTemplate:
 
     @cached_property
     def marks_answers(self) -> bool:
-        """Whether {% generation %} blocks say what is learnt."""
+        """Whether {% generation %} blocks say which tokens are targets."""
         return _GENERATION.search(self.source) is not None
 
     @cached_property
@@ -85,7 +85,7 @@ class ChatTemplate:
 
     @contextmanager
     def _told(self) -> Iterator[None]:
-        """With the day, and with errors in one line."""
+        """Render with the kept day, and give errors in one line."""
         names = _compiled(self.source).environment.globals  # transformers' own, for all who render this text
         asked = names["strftime_now"]
         now = datetime.datetime.combine(self.day, datetime.time())
@@ -103,7 +103,7 @@ def one_line(error: Exception) -> str:
 
 
 def _turns(messages: Sequence[Message]) -> list[dict[str, Any]]:
-    """As transformers takes them: it leaves out fields that are null."""
+    """Messages as transformers takes them: it leaves out fields that are null."""
     fields = ({"role": role, "content": content, **others} for role, content, others in messages)
     return [{name: value for name, value in turn.items() if value is not None} for turn in fields]
 
@@ -115,7 +115,7 @@ def _compiled(source: str) -> Any:
 
 
 def _settings_of(folder: Path) -> Any:
-    """By transformers' reader of configuration files, templates and special tokens; the vocabulary is not read."""
+    """The folder's tokenizer as transformers reads its configuration, templates and special tokens; no vocabulary."""
     import tokenizers
     from transformers import PreTrainedTokenizerFast
 

@@ -1,4 +1,4 @@
-"""Which part of a rendered chat template is learnt: each answer and the token that ends it."""
+"""Which part of a rendered chat template the target tokens are: each answer and the token that ends it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _ANCHOR = 32  # characters by which two texts are aligned
 _SHORTEST = ([Message(USER, "a")], [Message("system", "a"), Message(USER, "a")])
 _NO_END = (
     "the tokenizer's chat template puts no special token behind an answer, so that a response ends only at "
-    "'data.eos_token', if that is learnt (data.eos_padding), or at gen_length"
+    "'data.eos_token', if that is trained on (data.eos_padding), or at gen_length"
 )
 _UNKNOWN_END = (
     "the tokenizer's chat template refuses a short conversation, so that what ends an answer in it is not known; name "
@@ -25,12 +25,12 @@ _UNKNOWN_END = (
 
 class _Turn(NamedTuple):
     text: str  # of the conversation up to this turn
-    learnt: list[tuple[int, int]]  # places [first, end) of this turn
+    targets: list[tuple[int, int]]  # places [first, end) of this turn
 
 
 @dataclass(frozen=True)
 class ChatTurns:
-    """A chat template whose answers are learnt, each in the text that stands before it when it is generated."""
+    """A chat template whose answers are targets, each behind the text that stands before it when it is generated."""
 
     chat: ChatTemplate
     special: re.Pattern[str]  # the tokenizer's special tokens
@@ -55,7 +55,7 @@ class ChatTurns:
 
     @classmethod
     def _probed(cls, chat: ChatTemplate, special: re.Pattern[str], asked: Sequence[Message]) -> ChatTurns:
-        """With what a short conversation shows."""
+        """The template's turns, with what a short conversation shows of how it ends an answer."""
         answered = [*asked, Message(ASSISTANT, _MARK)]
         text = chat(answered, False)
         prompt = chat(asked, True)
@@ -71,13 +71,13 @@ class ChatTurns:
             if not any(first <= place < last for first, last in chat.with_answers(answered)[1]):
                 warnings.append(
                     f"the {{% generation %}} block of the tokenizer's chat template leaves out {end[0]}, which ends an "
-                    "answer: to end a response is not learnt"
+                    "answer: the model is not trained to end a response"
                 )
         if not chat.marks_answers and not text.startswith(prompt):
             missing = prompt[_num_shared(prompt, header) :]
             warnings.append(
                 f"the tokenizer's chat template ends a prompt for generation with {missing!r}, which does not stand "
-                "before the answers in a conversation: they are learnt without it"
+                "before the answers in a conversation: they are trained on without it"
             )
         return replace(turns, end_tokens=(end[0],) if end else (), warnings=tuple(warnings))
 
@@ -97,10 +97,10 @@ class ChatTurns:
         for place in answers[-1:] if last_only else answers:
             turn = self._turn(messages[:place], messages[place])
             if not samples or not turn.text.startswith(said):
-                samples.append([])  # earlier turns read otherwise here: this answer is learnt by itself
+                samples.append([])  # earlier turns read otherwise here: this answer is a sample of its own
                 said = ""
             done = len(said)
-            for first, end in turn.learnt:
+            for first, end in turn.targets:
                 samples[-1] += [Piece(turn.text[done:first], False), Piece(turn.text[first:end], True)]
                 done = end
             said = turn.text[:done]
@@ -120,18 +120,18 @@ class ChatTurns:
         return _Turn(text, [(len(prompt), content_end + len(self._end(self.tail)))])
 
     def _marked_turn(self, history: Sequence[Message], answer: Message) -> _Turn:
-        """By {% generation %} blocks."""
+        """The turn whose targets {% generation %} blocks mark."""
         text, spans = self.chat.with_answers([*history, answer])
         earlier = len(self.chat.with_answers(history)[1]) if history else 0
         own = spans[earlier:] or spans[-1:]  # some mark the last answer only
-        learnt = [span for span in own if span[0] < span[1]]
-        if not learnt:
+        targets = [span for span in own if span[0] < span[1]]
+        if not targets:
             raise ValueError("the chat template's {% generation %} blocks hold nothing of an answer")
-        return _Turn(text, learnt)
+        return _Turn(text, targets)
 
     def _odd_turn(self, history: Sequence[Message], answer: Message, text: str, prompt: str) -> _Turn:
-        """Where the prompt for generation is no prefix, or what follows the answer depends on it: the place of the
-        answer shows where another text stands for it."""
+        """A turn whose prompt for generation is no prefix, or whose ending depends on the answer: where the answer is
+        shows when another text stands in its place."""
         marked = self.chat([*history, answer._replace(content=_MARK)], False)
         header, found, _ = marked.partition(_MARK)
         tail = marked.rpartition(_MARK)[2]
@@ -139,7 +139,7 @@ class ChatTurns:
             raise ValueError("the chat template leaves out what the assistant says")
         first = min(_num_shared(prompt, header), _num_shared(prompt, text)) if history else len(header)
         if history and first < _num_shared(self.chat(history, False), prompt):
-            # What stands before the answer reads otherwise without it: it is learnt behind what generation sees.
+            # What stands before the answer reads otherwise without it: the target stands behind what generation sees.
             if not text.startswith(header):
                 raise ValueError("the chat template writes an answer and what precedes it in one")
             text = prompt + text[_end_of_prompt(prompt, header) :]
@@ -151,7 +151,7 @@ class ChatTurns:
         return _Turn(text, [(first, end)])
 
     def _end(self, tail: str) -> str:
-        """Of what follows an answer, the part that ends it: up to the first special token."""
+        """The part of what follows an answer that ends it: up to the first special token."""
         token = self.special.search(tail)
         if token and not (self.following and self.prompt_text.endswith(tail[token.start() :])):
             return tail[: token.end()]
@@ -175,12 +175,12 @@ def _following(chat: ChatTemplate, answered: Sequence[Message], text: str) -> st
 
 
 def _num_shared(one: str, other: str) -> int:
-    """Characters with which both begin."""
+    """The number of characters that both begin with."""
     return next((place for place, pair in enumerate(zip(one, other)) if pair[0] != pair[1]), min(len(one), len(other)))
 
 
 def _end_of_prompt(prompt: str, header: str) -> int:
-    """Where in a header that ends before an answer the prompt for generation ends, by their last characters."""
+    """The place in a header before an answer where the prompt for generation ends, by their last characters."""
     for size in range(min(_ANCHOR, len(prompt)), 0, -1):
         place = header.rfind(prompt[-size:])
         if place >= 0:

@@ -1,4 +1,4 @@
-"""What a template takes and gives: messages; pieces of text that are given and pieces that are learnt."""
+"""What a template takes and gives: messages; pieces of text, prompts and targets."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Message(NamedTuple):
     fields: Mapping[str, Any] = {}  # further ones of the record, which chat templates may read
 
     def mapped(self, change: Callable[[str], str]) -> Message:
-        """With every text in it changed."""
+        """The message with every text in it changed."""
         return Message(self.role, change(self.content), _mapped(self.fields, change))
 
 
@@ -24,7 +24,7 @@ class Piece(NamedTuple):
     """A stretch of text that is tokenised by itself."""
 
     text: str
-    learnt: bool
+    is_target: bool
     ends: bool = False  # an eos token follows, of the same kind
     behind: str = ""  # the text before it, where both are parts of one text
 
@@ -50,7 +50,7 @@ class Template(Protocol):
 
     def samples(self, messages: Sequence[Message], last_only: bool) -> list[list[Piece]]:
         """A conversation up to its last answer: nothing stands behind an answer when it is generated. Of its answers,
-        all are learnt or the last only. Several lists where a text that holds all answers would show one of them in
+        all are targets or the last only. Several lists where a text that holds all answers would show one of them in
         another context than that in which it is generated.
 
         Raises ValueError, in one line, where the template refuses the conversation.
@@ -78,7 +78,7 @@ def _mapped(value: Any, change: Callable[[str], str]) -> Any:
 
 
 def of_one_text(pieces: Sequence[Piece]) -> list[Piece]:
-    """As parts of one text, each behind those before it."""
+    """The pieces as parts of one text, each behind those before it."""
     joined = list[Piece]()
     text = ""
     for piece in pieces:
@@ -88,7 +88,7 @@ def of_one_text(pieces: Sequence[Piece]) -> list[Piece]:
 
 
 def last_answer(messages: Sequence[Message]) -> int:
-    """Its place. Raises ValueError where there is none."""
+    """The place of the assistant's last message. Raises ValueError where there is none."""
     places = [place for place, message in enumerate(messages) if message.role == ASSISTANT]
     if not places:
         raise ValueError(f"no message of the role '{ASSISTANT}'")

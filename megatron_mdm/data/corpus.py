@@ -38,11 +38,11 @@ class Corpus:
         self.num_tokens = int(self.ends[-1]) if len(self.ends) else 0
 
     def __len__(self) -> int:
-        """Sequences."""
+        """The number of sequences."""
         return -(-self.num_tokens // self.length)
 
     def size(self, row: Numbers) -> Numbers:
-        """Tokens of sequences."""
+        """The number of tokens of each of these sequences."""
         return np.minimum(self.length, self.num_tokens - row * self.length)
 
     def read(self, row: int, size: int) -> tuple[NDArray[np.int32], Numbers]:
@@ -122,7 +122,7 @@ class CorpusDataset:
         return self.cut_to
 
     def num_eligible(self) -> Numbers:
-        """Every token is learnt."""
+        """The number of target tokens of each row: all of them."""
         return self.cut_to
 
     def num_delimiters(self) -> Numbers:

@@ -45,7 +45,7 @@ class CorpusSettings:
 
 @dataclass(frozen=True)
 class Progress:
-    """What finished shards hold; kept beside them, so that an interrupted preparation goes on."""
+    """What finished shards hold; kept beside them, so that an interrupted preparation resumes."""
 
     position: Position = START
     shards: int = 0
@@ -90,14 +90,14 @@ def write_corpus(source: Source, settings: CorpusSettings) -> Progress:
         raise UserError(f"{error.filename or settings.output}: cannot be written ({error.strerror})") from None
     except BrokenProcessPool:
         raise UserError(
-            "a process that tokenises has died, of lack of memory perhaps; the same command goes on, with fewer "
+            "a process that tokenises has died, of lack of memory perhaps; the same command resumes, with fewer "
             "--workers if need be"
         ) from None
     progress = _with_file(progress, "", 0)
     try:
         _check_splits(progress, source, settings)
     except UserError:
-        progress_path.unlink(missing_ok=True)  # other settings are needed, which begin anew
+        progress_path.unlink(missing_ok=True)  # other settings are needed, which start from scratch
         raise
     for name, documents, tokens in zip(names, progress.documents, progress.tokens):
         summary = {"documents": documents, "tokens": tokens, "shards": progress.shards, "num_ids": tokenizer.num_ids}
@@ -233,7 +233,7 @@ def _append(builder: IndexedDatasetBuilder, tokens: NDArray[Any], lengths: NDArr
 
 
 def _identity(source: Source, settings: CorpusSettings) -> dict[str, Any]:
-    """What an interrupted preparation must have in common with the one that goes on."""
+    """What an interrupted preparation must have in common with the one that resumes it."""
     return {
         "source": {**asdict(source), "paths": [Path(path).name for path in source.paths]},  # wherever they lie
         "shares": list(settings.shares),
@@ -255,8 +255,8 @@ def _resumed(path: Path, identity: dict[str, Any], num_splits: int) -> Progress:
         lists = {name: tuple(saved[name]) for name in ("documents", "tokens", "first_bad")}
         progress = Progress(**{**saved, **lists, "position": Position(*saved["position"])})
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: cannot be read ({error}); remove it to start anew") from None
+        raise UserError(f"{path}: cannot be read ({error}); remove it to start from scratch") from None
     if progress.settings != identity:
         different = next(name for name in identity if progress.settings.get(name) != identity[name])
-        raise UserError(f"{path}: belongs to a preparation with another '{different}'; remove it to start anew")
+        raise UserError(f"{path}: belongs to a preparation with another '{different}'; remove it to start from scratch")
     return progress

@@ -35,7 +35,7 @@ _JSON_LINE = re.compile(rb"\n")
 
 
 class Position(NamedTuple):
-    """Where reading goes on: bytes of a text file, rows of a table."""
+    """Where reading continues: bytes of a text file, rows of a table."""
 
     file: int = 0
     offset: int = 0
@@ -110,7 +110,7 @@ def _json(source: Source, start: Position) -> Iterator[Chunk]:
 
 
 def _files(source: Source, start: Position) -> Iterator[tuple[int, str, Position]]:
-    """Those that are left to be read, and from where on."""
+    """(number, path, position) of the files that are left to be read."""
     for index in range(start.file, len(source.paths)):
         yield index, source.paths[index], start if index == start.file else Position(index)
 
@@ -156,11 +156,11 @@ def _block(content: bytes, file: IO[bytes], separator: re.Pattern[bytes] | None)
 
 
 def _last_end(separator: re.Pattern[bytes], content: bytes, size: int) -> int:
-    """Where the last separator in the first `size` bytes ends; 0 without one. It is looked for from the back."""
+    """The place where the last separator in the first `size` bytes ends; 0 without one. Searched from the back."""
     tail = 1 << 12
     while True:
         begin = max(0, size - tail)
-        # One that touches the end may go on behind it.
+        # One that touches the end may continue behind it.
         ends = [match.end() for match in separator.finditer(content, begin, size) if match.end() < size]
         if ends or not begin:
             return max(ends, default=0)
@@ -231,8 +231,8 @@ def _rows(values: Sequence[Any], path: str, index: int, end: int, size: int) -> 
 
 
 def python_values(rows: Any) -> list[Any]:
-    """Of an array or a batch of pyarrow's; in place of one that Python cannot hold (text that is not UTF-8, a time that
-    is no date), the exception."""
+    """The values of a pyarrow array or batch; the exception in place of one that Python cannot hold (text that is not
+    UTF-8, a time that is no date)."""
     try:
         return rows.to_pylist()
     except Exception:

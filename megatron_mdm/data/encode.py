@@ -94,7 +94,7 @@ def _encode(chunk: Chunk) -> Encoded:
 
 
 def _ids(texts: dict[str, str], tokenizer: Tokenizer, bad: BadRecords) -> Iterator[list[int]]:
-    """Of every document; each alone where the tokenizer refuses one of them."""
+    """Token ids of every document; each alone where the tokenizer refuses one of them."""
     together = all_or_none(partial(tokenizer.encode_batch, list(texts.values()))) if texts else []
     if together is not None:
         yield from together

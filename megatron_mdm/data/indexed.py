@@ -142,7 +142,7 @@ def _check_index(prefix: str) -> tuple[int, int]:
 
 
 def _check_tokenizer(prefix: str, tokenizer_path: str) -> None:
-    """A corpus that tools/prepare_data.py made says which tokenizer it is of."""
+    """Raise UserError where the corpus was made with another tokenizer, as its summary says."""
     base = prefix[:-6] if prefix[-6:-5] == "-" and prefix[-5:].isdigit() else prefix
     summary = Path(f"{base}.json")
     if not (tokenizer_path and summary.exists()):
@@ -159,7 +159,7 @@ def _check_tokenizer(prefix: str, tokenizer_path: str) -> None:
 
 
 def _check_vocabulary(shard: Shard, vocab_size: int) -> None:
-    """The first documents' ids against it."""
+    """Raise UserError where an id of the first documents lies outside the vocabulary."""
     size = min(_CHECKED_TOKENS, int(shard.lengths[shard.readable].sum()))
     index = shard.indexed.index
     tokens = shard.indexed.bin_reader.read(dtype=index.dtype, count=size, offset=0)
@@ -173,7 +173,7 @@ def _check_vocabulary(shard: Shard, vocab_size: int) -> None:
 
 
 def _fingerprint(prefix: str, size: int) -> str:
-    """Of the .idx whole, of the .bin its size and first and last megabyte: corpora are too large to read at a start."""
+    """sha256 of the .idx, and of the .bin's size, first and last megabyte: corpora are too large to read at a start."""
     digest = hashlib.sha256(f"{sha256(Path(f'{prefix}.idx'))} {size}".encode())
     with Path(f"{prefix}.bin").open("rb") as file:
         digest.update(file.read(1 << 20))

@@ -109,7 +109,7 @@ def _is_object(line: bytes) -> bool:
 
 
 def _goes_on(content: bytes) -> bool:
-    """Whether it begins with an object that spans lines, is in an array, or has another on its line."""
+    """Whether the content begins with an object that spans lines, is in an array, or has another on its line."""
     text = content.decode("utf-8", "surrogateescape")
     start = _behind_gap(text, 0)
     in_array = text.startswith("[", start)

@@ -16,12 +16,12 @@ class Room(NamedTuple):
 
     @classmethod
     def of(cls, model: ModelConfig, extrapolate: bool, gen_length: int = 0) -> Room:
-        """extrapolate: rotary positions go on beyond what the model was trained for, and so may a row."""
+        """The model's room. extrapolate: rows may be longer than what the model was trained for."""
         return cls(sys.maxsize if extrapolate else model.max_sequence_length, gen_length)
 
     def check(self, num_prompt: int, num_behind: int = 0, behind: str = "gen_length") -> None:
-        """For a prompt of so many tokens and its response, or others behind it, by what they are. Raises ValueError
-        where they do not fit."""
+        """Raise ValueError where num_prompt tokens of a prompt and what follows them do not fit: gen_length, and
+        num_behind others, named by `behind`."""
         num_behind = num_behind or self.gen_length
         if num_prompt + num_behind > self.longest:
             raise ValueError(

@@ -15,7 +15,7 @@ MARK = "\ufdd0"  # one of Unicode's noncharacters, which are for a program's own
 
 
 class Literals:
-    """Of one tokenizer."""
+    """Which texts are special tokens to one tokenizer, and how they are kept as text."""
 
     def __init__(self, backend: Backend, mask_id: int) -> None:
         self.backend = backend

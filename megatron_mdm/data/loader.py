@@ -61,8 +61,8 @@ class TrainLoader:
         eos_padding: int = NO_EOS_PADDING,
         first: int = 0,
     ) -> None:
-        """eos_padding: a token that is learnt from each sample's end to the end of the global batch's longest.
-        first: the batch, in the order of the data, that step 0 takes."""
+        """eos_padding: a target token that fills each row from its sample's end to the length of the global batch's
+        longest. first: the batch, in the order of the data, that step 0 takes."""
         self.data = data
         self.pad_id = pad_id
         self.seed = seed
@@ -128,7 +128,7 @@ class TrainLoader:
 
 
 class _Extended(Sequence[Sample]):
-    """Samples with learnt tokens behind each, made when they are asked for."""
+    """Samples with target tokens behind each, made when they are asked for."""
 
     def __init__(self, samples: Sequence[Sample], token: int, extra: NDArray[np.int64]) -> None:
         self.samples = samples
@@ -143,7 +143,7 @@ class _Extended(Sequence[Sample]):
 
 
 def _extended(sample: Sample, token: int, extra: int) -> Sample:
-    """The sample with `extra` learnt tokens behind it."""
+    """The sample with `extra` target tokens behind it."""
     if not extra:
         return sample
     tokens = np.concatenate([sample.tokens, np.full(extra, token, dtype=np.int32)])

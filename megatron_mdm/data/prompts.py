@@ -34,8 +34,8 @@ class EncodedPrompt(NamedTuple):
 def read_prompts(
     path: str, tokenizer: Tokenizer, data: DataConfig, bad: BadRecords, room: Room = UNLIMITED
 ) -> list[EncodedPrompt]:
-    """Of every record that has one: a text, an instruction with its input, or a conversation. One that leaves its
-    response no room is a bad one."""
+    """The prompt of every record that has one: a text, an instruction with its input, or a conversation. A prompt
+    that leaves its response no room is a bad record."""
     prompts = []
     for where, record in read_records(path, bad):
         with bad.of(where):

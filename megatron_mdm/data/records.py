@@ -23,7 +23,7 @@ class BadRecords:
     NUM_SHOWN = 10
 
     def __init__(self, on_error: str = "stop") -> None:
-        """on_error: of ON_ERROR."""
+        """on_error: one of ON_ERROR."""
         self.skip = on_error == "skip"
         self.count = 0
         self.first = list[str]()
@@ -36,12 +36,12 @@ class BadRecords:
             self.first.append(message)
 
     def summary(self) -> str:
-        """For a message that nothing is left."""
+        """The bad records' number and the first of them, for a message that no record is left."""
         return f" ({self.count:,} bad, the first: {self.first[0]})" if self.first else ""
 
     @contextmanager
     def of(self, where: str) -> Iterator[None]:
-        """Whatever goes wrong inside is the fault of the record that stands there."""
+        """A context in which every error is the fault of the record at this place."""
         try:
             yield
         except (KeyboardInterrupt, SystemExit, GeneratorExit):
@@ -52,7 +52,8 @@ class BadRecords:
 
 
 def all_or_none(action: Callable[[], Many]) -> Many | None:
-    """What is done for many records at once; None where one of them spoils it, so that each has to be tried alone."""
+    """The result of an action on many records at once; None where one of them is bad, so that each has to be tried
+    alone."""
     try:
         return action()
     except (KeyboardInterrupt, SystemExit):

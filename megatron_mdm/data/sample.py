@@ -13,11 +13,11 @@ _WHOLE = np.zeros(0, dtype=np.int64)
 
 class Sample(NamedTuple):
     tokens: NDArray[np.int32]  # [S]
-    eligible: NDArray[np.bool_]  # [S]: may be masked and is learnt
+    eligible: NDArray[np.bool_]  # [S]: target tokens, which may be masked
     delimiters: NDArray[np.bool_] = _NOTHING  # [S]: marks of an answer (ISAD); empty: none
     segments: NDArray[np.int64] = _WHOLE  # [K]: tokens of parts that do not see each other; empty: one part
 
     @classmethod
     def of(cls, tokens: NDArray[np.int32], prompt_length: int) -> Sample:
-        """Everything behind the prompt is eligible."""
+        """A sample of which everything behind the prompt is eligible."""
         return cls(tokens, np.arange(len(tokens)) >= prompt_length)

@@ -25,7 +25,7 @@ from megatron_mdm.data.tokenizer import Tokenizer
 from megatron_mdm.diffusion.randomness import Purpose, stream
 
 _RECORDS_AT_ONCE = 1024  # that the tokenizer is given
-_NOT_LEARNT = -100  # a label, as torch's and transformers' losses skip it
+_IGNORED_LABEL = -100  # a label, as torch's and transformers' losses skip it
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ def read_sft(path: str, tokenizer: Tokenizer, data: DataConfig, vocab_size: int)
 
 
 def _contents(samples: Sequence[Sample]) -> str:
-    """sha256 of what is learnt, where the data are no file."""
+    """sha256 of the samples, where the data are no file."""
     digest = hashlib.sha256()
     for sample in samples:
         digest.update(np.int64(len(sample.tokens)).tobytes() + sample.tokens.tobytes() + sample.eligible.tobytes())
@@ -177,7 +177,7 @@ def _joined(pieces: list[Piece], ids: Iterator[list[int]], eos_id: int) -> Sampl
     for piece in pieces:
         own = _ended(piece, next(ids), eos_id)
         tokens += own
-        eligible += [piece.learnt] * len(own)
+        eligible += [piece.is_target] * len(own)
     return Sample(np.array(tokens, dtype=np.int32), np.array(eligible, dtype=np.bool_))
 
 
@@ -186,7 +186,7 @@ def _ended(piece: Piece, ids: list[int], eos_id: int) -> list[int]:
 
 
 def _of_ids(record: Record, vocab_size: int) -> Sample:
-    """Token ids; eligible from prompt_length on, or in 'spans', pairs of first and end position, or where 'labels' do
+    """A sample of token ids; eligible from prompt_length on, or in 'spans' ([first, end) pairs), or where 'labels' do
     not say -100."""
     ids = _integers(record["input_ids"], "input_ids")
     for place, token in enumerate(ids):
@@ -201,7 +201,7 @@ def _of_ids(record: Record, vocab_size: int) -> Sample:
 
 
 def _spans(record: Record, ids: Sequence[int]) -> list[tuple[int, int]]:
-    """What is learnt of token ids."""
+    """[first, end) of the target tokens among token ids."""
     spans, prompt_length, labels = (record.get(name) for name in ("spans", "prompt_length", "labels"))
     if spans is not None:
         if not isinstance(spans, list) or not all(isinstance(span, list) and len(span) == 2 for span in spans):
@@ -212,15 +212,15 @@ def _spans(record: Record, ids: Sequence[int]) -> list[tuple[int, int]]:
             raise ValueError(f"'prompt_length' {prompt_length!r} is no integer that fits {len(ids)} 'input_ids'")
         return [(prompt_length, len(ids))]
     if labels is None:
-        raise ValueError("'input_ids' need 'prompt_length', 'spans' or 'labels', which say what is learnt")
+        raise ValueError("'input_ids' need 'prompt_length', 'spans' or 'labels', which say which tokens are targets")
     if len(_integers(labels, "labels")) != len(ids):
         raise ValueError(f"{len(labels)} 'labels' do not fit {len(ids)} 'input_ids'")
-    learnt = [place for place, label in enumerate(labels) if label != _NOT_LEARNT]
-    if wrong := [place for place in learnt if labels[place] != ids[place]]:
+    targets = [place for place, label in enumerate(labels) if label != _IGNORED_LABEL]
+    if wrong := [place for place in targets if labels[place] != ids[place]]:
         raise ValueError(
             f"'labels' differ from 'input_ids' at position {wrong[0]}; they must be the same tokens or -100"
         )
-    return [(place, place + 1) for place in learnt]
+    return [(place, place + 1) for place in targets]
 
 
 def _integers(value: Any, name: str) -> list[int]:

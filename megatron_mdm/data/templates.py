@@ -27,9 +27,9 @@ END_OF_TURN = "<|eot_id|>"
 
 @dataclass(frozen=True)
 class TurnTemplate:
-    """Turn after turn; an answer and what ends it are learnt."""
+    """Turn after turn; an answer and what ends it are targets."""
 
-    turn: Callable[[Message], list[Piece]]  # the answer's pieces are learnt
+    turn: Callable[[Message], list[Piece]]  # the answer's pieces are targets
     join: Callable[[Sequence[Piece]], list[Piece]] = list  # of_one_text, unless turns are texts of their own
     begin: tuple[Piece, ...] = ()
     answer_header: tuple[Piece, ...] = ()
@@ -57,7 +57,7 @@ def plain_prompt(prompt: str) -> str:
 
 
 def _given(pieces: Sequence[Piece]) -> list[Piece]:
-    return [piece._replace(learnt=False) for piece in pieces]
+    return [piece._replace(is_target=False) for piece in pieces]
 
 
 def _plain(_: TemplateSource) -> Template:
@@ -72,16 +72,16 @@ def _plain(_: TemplateSource) -> Template:
 
 
 def _headers(line_breaks: str) -> Callable[[TemplateSource], Template]:
-    """Of LLaDA and its descendants: bos, then for each turn a header, line breaks, the content without white space
-    around it, and <|eot_id|>. Upstream writes the header of the next answer behind every conversation; it is learnt
-    by nothing here."""
+    """The template of LLaDA and its descendants: bos, then for each turn a header, line breaks, the content without
+    white space around it, and <|eot_id|>. Upstream writes the header of the next answer behind every conversation,
+    which is left out here."""
 
     def header(role: str) -> Piece:
         return Piece(f"{HEADER}{role}{HEADER_END}{line_breaks}", False)
 
     def turn(message: Message) -> list[Piece]:
-        learnt = message.role == ASSISTANT
-        return [header(message.role), Piece(f"{message.content.strip()}{END_OF_TURN}", learnt)]
+        is_answer = message.role == ASSISTANT
+        return [header(message.role), Piece(f"{message.content.strip()}{END_OF_TURN}", is_answer)]
 
     def make(_: TemplateSource) -> Template:
         return TurnTemplate(turn, of_one_text, (Piece(BEGIN, False),), (header(ASSISTANT),), (END_OF_TURN,))

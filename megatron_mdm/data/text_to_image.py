@@ -1,4 +1,4 @@
-"""Captions and image codes → token ids in MMaDA's order; only the image's are learnt."""
+"""Captions and image codes → token ids in MMaDA's order; only the image's are targets."""
 
 from __future__ import annotations
 

@@ -64,7 +64,7 @@ class Tokenizer:
         return self.literals.encode_pieces(texts)
 
     def ids_of(self, pieces: Sequence[Piece]) -> list[list[int]]:
-        """Of each piece, the ids that it has in the text behind which it stands, unless one of them begins there."""
+        """The ids of each piece in the text behind which it stands; its own where a token would span both."""
         encoded = self.encode_pieces([piece.text for piece in pieces])
         behind = [place for place, piece in enumerate(pieces) if piece.behind and self.reads_what_stands_before]
         before = [self.literals.since_control(pieces[place].behind) for place in behind]
@@ -98,13 +98,15 @@ class Tokenizer:
         """Text of ids for a person's eyes: end tokens as ⏎, ids that have no text by number."""
         text = ""
         run = list[int]()
-        for token in [*ids, -1]:
-            if token == -1 or self.is_end(token) or token >= self.backend.num_ids:
-                text = text + (self.backend.decode(run) if run else "")
-                run = []
-                text += "" if token == -1 else "⏎" if self.is_end(token) else f"<{token}>"
-            else:
+        behind_all = -1
+        for token in [*ids, behind_all]:
+            if token != behind_all and not self.is_end(token) and token < self.backend.num_ids:
                 run.append(int(token))
+                continue
+            text += self.backend.decode(run) if run else ""
+            run = []
+            if token != behind_all:
+                text += "⏎" if self.is_end(token) else f"<{token}>"
         return text
 
     def pieces(self, ids: Sequence[int]) -> list[str]:
@@ -147,7 +149,7 @@ def load_tokenizer(data: DataConfig) -> Tokenizer:
 
 
 def _end_ids(tokens: Sequence[int | str], backend: Backend, path: str) -> frozenset[int]:
-    """Of texts and ids."""
+    """The ids of end tokens, given as texts or ids. Raises UserError where the tokenizer lacks one."""
     ids = {token: backend.token_id(token) if isinstance(token, str) else token for token in tokens}
     missing = [token for token, token_id in ids.items() if token_id is None]
     if missing:

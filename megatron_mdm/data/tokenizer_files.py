@@ -130,7 +130,7 @@ class HuggingFace:
         return " " * space + text
 
     def make_special(self, token: str) -> None:
-        """As transformers does with those that a folder names. An ordinary word is left what it is."""
+        """Make it special as transformers does with tokens that a folder names; an ordinary word stays one."""
         if token not in self.special and (self._is_added(token) or _TAG.fullmatch(token)):
             self.tokenizer.add_special_tokens([tokenizers.AddedToken(token, special=True, normalized=False)])
             self.special = self._special()
@@ -153,7 +153,8 @@ class SentencePiece:
 
     def __init__(self, path: Path, beside: Sequence[Added]) -> None:
         self.processor = sentencepiece.SentencePieceProcessor(model_file=str(path))
-        self.size = size = self.processor.vocab_size()
+        size = self.processor.vocab_size()
+        self.size = size
         self.unknown_id: int | None = self.processor.unk_id()
         self.added = {token.id: token for token in beside if token.id >= size}
         self.num_ids = max([size - 1, *self.added]) + 1
@@ -229,8 +230,8 @@ class Ids:
 def _with_stated_ids(
     tokenizer: tokenizers.Tokenizer, description: Json, beside: Sequence[Added], file: Path
 ) -> tokenizers.Tokenizer:
-    """With every added token under the id that the files state. The library itself counts on from the vocabulary's
-    size, which collides with real ids where the vocabulary has gaps."""
+    """The tokenizer with every added token under the id that the files state. The library itself numbers them from the
+    vocabulary's size on, which collides with real ids where the vocabulary has gaps."""
     entries = description.get("added_tokens") or []
     known = {entry["content"]: entry["id"] for entry in entries}
     for token in beside:

@@ -95,7 +95,7 @@ def tokenizer_class(folder: Path) -> str:
 
 
 def _text(token: Any) -> str:
-    """Of a token, given as a text or as an object; empty for anything else."""
+    """The text of a token that is given as a text or as an object; empty for anything else."""
     text = token.get("content") if isinstance(token, dict) else token
     return text if isinstance(text, str) else ""
 

@@ -47,7 +47,7 @@ class Fit:
 
     @property
     def without(self) -> list[Floats]:
-        """[4096] each: what would be sampled from, had a fold not been there."""
+        """The densities [4096] that would be sampled from without one of the folds each."""
         return [TabulatedSampler.of(curve, self.floor).cell_density for curve in self.without_fold]
 
     def with_floor(self, floor: float) -> Fit:

@@ -144,5 +144,5 @@ CONTROL_VARIATES: dict[str, type[CentredVariate] | type[PaperVariate]] = {
 
 
 def bins_of(t: Floats, num_bins: int) -> NDArray[np.int64]:
-    """[n]: which of equal bins of [0, 1] each t is in."""
+    """The number [n] of the equal bin of [0, 1] that each t is in."""
     return np.minimum((t * num_bins).astype(np.int64), num_bins - 1)

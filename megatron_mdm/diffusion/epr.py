@@ -77,6 +77,6 @@ def _curve(raw: Floats) -> ExponentialPolynomialRoot:
 
 
 def _trapezoid_weights(t: Floats) -> Floats:
-    """w with w @ f = trapezoid integral of f over the grid."""
+    """Weights w with w @ f = trapezoid integral of f over the grid."""
     gaps = np.diff(t)
     return np.concatenate([[gaps[0]], gaps[:-1] + gaps[1:], [gaps[-1]]]) / 2.0

@@ -190,19 +190,19 @@ class Judge:
         )
 
     def _rates(self, term: _Histogram, multiplicity: Floats | None) -> Floats:
-        """[cells, folds]: each fold's share of the rate of a cell."""
+        """Each fold's share of the rate of a cell, [cells, folds]."""
         amounts, exposures = (self._sums(term, column, multiplicity) for column in (term.amounts, term.exposures))
         return amounts / np.maximum(exposures.sum(1, keepdims=True), 1e-300)
 
     def _sums(self, term: _Histogram, column: Floats, multiplicity: Floats | None = None) -> Floats:
-        """[cells, folds]"""
+        """Sums of a column by cell and fold, [cells, folds]."""
         values = column if multiplicity is None else column * multiplicity[self._held]
         size = (int(term.cell.max()) + 1) * self.num_folds
         return np.asarray(np.bincount(term.key, values, size), dtype=np.float64).reshape(-1, self.num_folds)
 
 
 def _weighed(integrals: list[Floats], rates: list[Floats]) -> Floats:
-    """∫ E[l²|t]/p dt [C]"""
+    """∫ E[l²|t]/p dt of each choice, [C]: integrals of the terms times their rates, summed."""
     return np.sum([(part * rate).sum((1, 2)) for part, rate in zip(integrals, rates)], axis=0)
 
 

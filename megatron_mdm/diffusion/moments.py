@@ -72,7 +72,8 @@ WEIGHT_OF = {
 
 
 def group_moments(t: Floats, q: Floats, rows: RowSums) -> Floats:
-    """[n, len(Moments._fields)]. q [n]: the mask probability at t, which makes the sums' sizes alike over t."""
+    """Moments of groups, [n, len(Moments._fields)]. q [n]: the mask probability at t, which makes the sums' sizes alike
+    over t."""
     views = rows.loss.shape[1]
     mean = rows.loss.mean(1)
     total = rows.loss.sum(1)
@@ -109,7 +110,7 @@ def group_moments(t: Floats, q: Floats, rows: RowSums) -> Floats:
 
 
 def column_of(moments: Floats, name: str) -> Floats:
-    """[n] of moments [n, …]: of groups, or of cells."""
+    """The column [n] of this name of moments [n, …], of groups or of cells."""
     return moments[:, Moments._fields.index(name)]
 
 
@@ -123,7 +124,8 @@ def nested_masking_variance(moments: Floats, num_masks: int) -> Floats:
 
 
 def cells_of(t: Floats, num_cells: int) -> NDArray[np.int64]:
-    """Which of N equal cells (0, 1/N], (1/N, 2/N], … each t is in; j/N is in the j-th, though j/N · N may exceed j."""
+    """The cell of N equal ones, (0, 1/N], (1/N, 2/N], …, that each t is in; j/N is in the j-th, though j/N · N may
+    exceed j."""
     cell = np.ceil(t * num_cells - _ROUNDING).astype(np.int64) - 1
     return np.clip(cell, 0, num_cells - 1)
 

@@ -30,7 +30,7 @@ _LARGEST_STEP = 3.0
 
 
 class LogRate(NamedTuple):
-    """Of a fitted log rate, at t [T]."""
+    """A fitted log rate and its variance at t [T]."""
 
     mode: Floats
     variance: Floats
@@ -80,7 +80,7 @@ def log_rate(rates: Rates, t: Floats, leader: Callable[[Floats], Floats] | None 
 
 
 def _features(t: Floats, leader: Callable[[Floats], Floats] | None) -> Floats:
-    """[T, 2 or 3 + bumps]"""
+    """The regression's columns at t, [T, 2 or 3 + bumps]."""
     slopes = [t - 0.5, np.log(t + _NEAR_ZERO), *([] if leader is None else [leader(t)])]
     bumps = np.exp(-0.5 * np.square((np.sqrt(t)[:, None] - _CENTRES[None, :]) / _WIDTH))
     return np.column_stack([*slopes, bumps])

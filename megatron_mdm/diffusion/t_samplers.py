@@ -82,7 +82,7 @@ class TabulatedSampler:
 
 
 class ClippedSampler:
-    """t ~ U[β, ω] without a weight (Arriola et al. 2025). Biased: nothing is ever learnt outside [β, ω]."""
+    """t ~ U[β, ω] without a weight (Arriola et al. 2025). Biased: nothing is ever trained outside [β, ω]."""
 
     def __init__(self, bounds: tuple[float, float]) -> None:
         self.lower, self.upper = bounds

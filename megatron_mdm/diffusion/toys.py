@@ -86,7 +86,7 @@ class Mistakes:
 
 @dataclass(frozen=True)
 class Bursts:
-    """As Mistakes, but that `share` of a group's tokens are wrong, or none is."""
+    """Like Mistakes, but either `share` of a group's tokens are wrong, or none is."""
 
     size: float
     share: float
@@ -151,7 +151,7 @@ class ToyMeasurement:
         self.factors = self._factors(toy.sample_sigma, num_samples)
 
     def __call__(self, samples: NDArray[np.int64], t: Floats) -> Floats:
-        """[n, len(Moments._fields)] of sample samples[i] noised at t[i]."""
+        """Moments [n, len(Moments._fields)] of sample samples[i] noised at t[i]."""
         q = _SCHEDULE.mask_probability(t)[:, None]
         toy = self.toy
         uniforms = self.generator.random((len(t), toy.num_tokens))

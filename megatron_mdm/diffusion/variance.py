@@ -39,7 +39,7 @@ class BatchMeans:
         return self.total / self.count if self.count else NAN
 
     def variance(self) -> float:
-        """Of one batch's mean; not a number before there are three batches."""
+        """The variance of one batch's mean; not a number before there are three batches."""
         return self.sum_differences / self.num_differences if self.num_differences else NAN
 
     def next_window(self) -> BatchMeans:
@@ -49,8 +49,8 @@ class BatchMeans:
 
 @dataclass
 class OnlineVariance:
-    """What global batches of n samples tell: importance weights w = 1/p(t), losses l (the mean over a sample's views),
-    and terms x, whose mean is the batch's loss: w·l times the sample's share by the normalisation."""
+    """Sums over global batches of n samples: of importance weights w = 1/p(t), losses l (the mean over a sample's
+    views) and terms x, whose mean is the batch's loss: w·l times the sample's share by the normalisation."""
 
     losses: BatchMeans = field(default_factory=BatchMeans)  # of w·l
     terms: BatchMeans = field(default_factory=BatchMeans)  # of x: the losses that were minimised
@@ -61,7 +61,7 @@ class OnlineVariance:
     sum_w2l2: float = 0.0
 
     def update(self, weight: Floats, loss: Floats, term: Floats) -> None:
-        """Of one global batch, [n] each, float64, the same on every rank."""
+        """Add one global batch: importance weights, losses and terms, [n] each, float64, the same on every rank."""
         self.batch_size = len(loss)
         weighted = weight * loss
         self.losses.add(float(weighted.mean()))
@@ -113,7 +113,7 @@ class OnlineVariance:
 
     @classmethod
     def of_state(cls, state: dict[str, Any]) -> OnlineVariance:
-        """A checkpoint of before batches were told apart has other sums: they start anew."""
+        """The sums of a state; empty ones where it was written before batches were told apart."""
         if "losses" not in state:
             return cls()
         means = {name: BatchMeans(**state[name]) for name in ("losses", "terms")}

@@ -15,7 +15,7 @@ _SCHEDULE = "/proc/thread-self/schedstat"  # nanoseconds: on a core, ready to ru
 
 
 class CoreUse(NamedTuple):
-    """Of one rank, over some work. JSON-able."""
+    """How one rank used its cores over some work. JSON-able."""
 
     host: str
     cores: list[int]  # that it may run on
@@ -37,7 +37,7 @@ def core_wait() -> float:
 
 
 def core_use(seconds: float, waited: float) -> CoreUse:
-    """Of this rank. waited: the difference of two core_wait()."""
+    """This rank's use of its cores. waited: the difference of two core_wait()."""
     cores = sorted(os.sched_getaffinity(0))
     load = os.getloadavg()[0] / (os.cpu_count() or 1)
     return CoreUse(platform.host(), cores, not platform.is_cuda(), load, seconds, waited)
@@ -53,7 +53,7 @@ def unfit_hosts(uses: Sequence[CoreUse]) -> dict[str, str]:
 
 
 def own_seconds(use: CoreUse) -> float:
-    """Of the work, less those that were waited for a core."""
+    """Seconds of the work, less those that were waited for a core."""
     return use.seconds - (0.0 if math.isnan(use.waited) else use.waited)
 
 
@@ -75,5 +75,5 @@ def _reason(ranks: list[int], uses: Sequence[CoreUse]) -> str:
 
 
 def _share(use: CoreUse) -> float:
-    """Of the work's time that was waited for a core; 0 where it is not known."""
+    """The share of the work's time that was waited for a core; 0 where it is not known."""
     return 0.0 if math.isnan(use.waited) or use.seconds <= 0 else use.waited / use.seconds

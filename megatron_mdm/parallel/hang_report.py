@@ -27,7 +27,7 @@ _FEW = 3  # ranks in a row that are not written as a range
 
 
 class Report(NamedTuple):
-    """Of one rank, JSON-able."""
+    """What one rank is doing, JSON-able."""
 
     host: str
     place: str = ""  # heartbeat.Pulse.place
@@ -37,7 +37,7 @@ class Report(NamedTuple):
 
 
 def report_of(frame: FrameType | None, place: str) -> Report:
-    """Of this process, by its main thread's innermost frame."""
+    """The report of this process, by its main thread's innermost frame."""
     stack = []
     while frame is not None:
         stack.append((frame.f_code.co_filename, frame.f_lineno, frame.f_code.co_name))
@@ -133,7 +133,7 @@ def _by(values: Mapping[int, str]) -> dict[str, list[int]]:
 
 
 def _named(ranks: list[int], reports: Mapping[int, Report]) -> str:
-    """With their hosts."""
+    """Ranks with their hosts, as text."""
     hosts = sorted({reports[rank].host for rank in ranks})
     return f"{_ranks(ranks)} ({'host' if len(hosts) == 1 else 'hosts'} {', '.join(hosts)})"
 
@@ -143,7 +143,7 @@ def _is(ranks: list[int]) -> str:
 
 
 def _ranks(ranks: Iterable[int]) -> str:
-    """rank 3; ranks 0, 1, 4; ranks 0–6, 8"""
+    """Ranks as text: "rank 3"; "ranks 0, 1, 4"; "ranks 0–6, 8"."""
     runs: list[list[int]] = []
     for rank in sorted(ranks):
         if runs and runs[-1][-1] == rank - 1:

@@ -1,4 +1,4 @@
-"""What a rank is doing, and that it goes on doing it: what the watchdog looks at. Without one, it costs nothing."""
+"""What a rank is doing, and that it makes progress: what the watchdog looks at. Without one, it costs nothing."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def enter(place: str, extra_seconds: float = 0.0) -> None:
 
 
 def beat() -> None:
-    """Go on with what was begun: called at least once in each part of it that may take minutes. Any thread may."""
+    """Say that what was begun makes progress: at least once in each part that may take minutes. Any thread may."""
     global _pulse
     _pulse = _pulse._replace(beats=_pulse.beats + 1)
 

@@ -26,7 +26,7 @@ class Layout:
 
     @classmethod
     def of(cls, world_size: int, parallel: ParallelConfig) -> Layout:
-        """Of a job's ranks; those that tensor and pipeline leave over are data-parallel. They must divide the job:
+        """The layout of a job's ranks; what tensor and pipeline leave over is data-parallel. They must divide the job:
         config/validate.py says so to users."""
         fixed = cls(tensor=parallel.tensor, pipeline=parallel.pipeline)
         assert world_size % fixed.world_size == 0, (world_size, parallel)

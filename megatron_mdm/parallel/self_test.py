@@ -30,7 +30,7 @@ _PATTERN = 64  # different values; their sums are exact in fp32
 
 
 class Outcome(NamedTuple):
-    """Of one rank. Seconds; JSON-able."""
+    """What one rank measured. Seconds; JSON-able."""
 
     host: str
     compute: float  # of a fixed number of matrix products, while all ranks do them

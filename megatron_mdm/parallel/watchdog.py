@@ -1,4 +1,4 @@
-"""A job in which no rank gets on is ended, and the rank and the place are named: never a silent hang.
+"""A job in which no rank makes progress is ended, and the rank and the place are named: never a silent hang.
 
 Every rank has a thread that counts the job's heartbeats (heartbeat.py) in the job's store. When there has been none on
 any rank for the limit, each writes its stacks, tells the store where it is, one of them prints a line for all, and all
@@ -56,13 +56,13 @@ def unwatch() -> None:
 
 
 def wait_if_hanging() -> None:
-    """For a main thread whose collective breaks while the watchdogs end the job: let them speak."""
+    """Wait for the watchdogs while they end the job, in a main thread whose collective breaks: they have to speak."""
     if _watchdog and _watchdog.is_ending:
         _watchdog.join()  # ends the process
 
 
 class Watchdog(threading.Thread):
-    """Times in seconds."""
+    """This rank's thread that ends a hanging job. Times in seconds."""
 
     def __init__(self, folder: Path, limit: float, context: ParallelContext) -> None:
         super().__init__(name="watchdog", daemon=True)
@@ -83,7 +83,7 @@ class Watchdog(threading.Thread):
         total = 0
         now = time.monotonic()
         while not self._stop_asked.wait(self.period):
-            # A process that was stopped as a whole, and goes on, has not been idle for that long.
+            # A process that was stopped as a whole and continues has not been idle for that long.
             elapsed = min(time.monotonic() - now, 2 * self.period)
             now = time.monotonic()
             mine = pulse()
@@ -196,7 +196,7 @@ class Board:
         return result
 
     def _serve(self) -> None:
-        """With a connection of its own: one that another thread waits on cannot be used."""
+        """Answer questions over a connection of its own: one that another thread waits on cannot be used."""
         connection: dist.Store | None = None
         while True:
             question, answer = self._questions.get()
@@ -216,7 +216,7 @@ def _doing(report: Report) -> str:
 
 
 def _within(seconds: float, action: Callable[[], Any]) -> None:
-    """Do it, but wait for it no longer than this."""
+    """Do the action, but wait for it no longer than this."""
     thread = threading.Thread(target=action, daemon=True)
     thread.start()
     thread.join(seconds)

@@ -93,7 +93,7 @@ def training_figure(records: Sequence[dict[str, Any]]) -> Figure:
 
 
 def variance_figure(record: dict[str, Any]) -> Figure:
-    """Of tools/report.py variance: the decomposition, and each method's variances relative to the standard one."""
+    """The picture of tools/report.py variance: the decomposition, and each method's variances over the standard's."""
     methods = sorted(record["methods"], key=lambda method: -method["gradient"][0])
     figure = Figure(figsize=(13, 1.5 + 0.3 * len(methods)))
     axes = figure.add_subplot(1, 3, 1)

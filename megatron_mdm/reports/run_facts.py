@@ -30,7 +30,7 @@ def fact_lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def short(value: float) -> str:
-    """1,234,567 → 1.23 M."""
+    """A number in three digits and a letter: 1,234,567 → 1.23 M."""
     for factor, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= factor:
             return f"{value / factor:.3g} {letter}"

@@ -49,7 +49,7 @@ _WIDTH = 52  # characters of a fact
 
 
 def page_figure(page: Page) -> Figure:
-    """page: what run_summary.run_page returns, or run.json holds."""
+    """The picture of a page, which is what run_summary.run_page returns and run.json holds."""
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(16, 11.5), layout="constrained")
         name = Path(page["facts"]["folder"]).resolve().name

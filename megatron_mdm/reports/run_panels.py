@@ -132,7 +132,7 @@ def _step_time(axes: Axes, page: Page) -> None:
 
 
 def _busy(axes: Axes, page: Page) -> None:
-    """Bars of the last sample, stacked; over it, a line of the spread over all samples."""
+    """Stacked bars of the last profiled step; over them, a line of the spread over all profiled steps."""
     ranks = page["ranks"]
     title = "busy and communication, by rank"
     if ranks["busy"] is None and ranks["communication"] is None:
@@ -185,13 +185,13 @@ def _noisy(axes: Axes, curve: Page, key: str, colour: str, label: str = "") -> N
 
 
 def line(axes: Axes, steps: list[int], values: list[float | None], **style: Any) -> None:
-    """Few points are marked, since a single one makes no line."""
+    """A line; its points are marked where they are few, since a single one makes no line."""
     marks = {"marker": "o", "markersize": 4, "clip_on": False} if len(steps) <= _FEW_POINTS else {}
     axes.plot(steps, array(values), **style, **marks)
 
 
 def _bars(axes: Axes, heights: Any, colour: str, label: str = "", bottom: Any = 0.0) -> None:
-    """One for each rank; of many ranks, the outline that their bars would have."""
+    """A bar for each rank; of many ranks, the outline that their bars would have."""
     places = np.arange(len(heights))
     if len(heights) < _MANY_RANKS:
         axes.bar(places, heights, 0.8, bottom=bottom, color=colour, label=label)
@@ -217,7 +217,7 @@ def _twin(axes: Axes, label: str) -> Axes:
 
 
 def scale(axes: Axes, values: list[float | None]) -> None:
-    """Logarithmic where the values span much and allow it; ticks as plain numbers."""
+    """Make the axis logarithmic where the values span much and allow it; ticks as plain numbers."""
     finite = array(values)[np.isfinite(array(values))]
     if len(finite) and finite.min() > 0 and finite.max() / finite.min() >= _LOG_FROM:
         axes.set_yscale("log")
@@ -258,7 +258,7 @@ def has_values(values: list[float | None]) -> bool:
 
 
 def array(values: Any) -> Any:
-    """[n] floats; None → nan."""
+    """Values as floats [n]; None → nan."""
     return np.array(values, dtype=float)
 
 

@@ -1,6 +1,6 @@
 """A run's folder → all that its page shows, as plain values: facts, curves over steps, marks, ranks.
 
-The folder may be that of a run that goes on, was killed or is older than a field: what it lacks is None or empty.
+The folder may be that of a run that still trains, was killed or is older than a field: what it lacks is None or empty.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ _SPREAD = (10.0, 90.0)  # percentiles over samples
 
 @dataclass(frozen=True)
 class RunFolder:
-    """What was read. A field is empty where its file is absent."""
+    """What was read of a run's folder. A field is empty where its file is absent."""
 
     folder: Path
     config: RunConfig
@@ -58,7 +58,7 @@ class RunFolder:
 
     @property
     def last_step(self) -> int:
-        """The last that left a trace, the summary aside, which an earlier part of the run may have written."""
+        """The last step that left a trace, the summary aside, which an earlier part of the run may have written."""
         return max([0, *self.checkpoints[-1:], *(record["step"] for record in self.records)])
 
     @property
@@ -183,7 +183,7 @@ def _layout(config: RunConfig, num_ranks: int | None) -> Record:
 
 
 def _num_parameters(config: RunConfig) -> int | None:
-    """Without the padding of the vocabulary."""
+    """The model's parameters, without the padding of the vocabulary."""
     if not isinstance(config.model.vocab_size, int):
         return None
     return num_parameters(config.model)
@@ -240,7 +240,7 @@ def _sample(record: Record) -> Record:
 
 
 def _faults(run: RunFolder, kind: str, keys: set[str]) -> list[Record]:
-    """The keys of those records of a kind that have them all."""
+    """These keys of the fault records of a kind that have them all."""
     found = [fault for fault in run.faults if fault.get("kind") == kind and keys <= fault.keys()]
     return [{key: fault[key] for key in sorted(keys)} for fault in found]
 

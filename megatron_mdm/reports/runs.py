@@ -49,7 +49,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Spread:
-    """Of one metric over the seeds of one method."""
+    """One metric over the seeds of one method."""
 
     method: str
     metric: str
@@ -65,7 +65,7 @@ class Spread:
 
     @property
     def standard_deviation(self) -> float:
-        """Of the runs, n − 1 in the denominator; not a number for one run."""
+        """The standard deviation of the runs, n − 1 in the denominator; not a number for one run."""
         return float(np.std(self.values, ddof=1)) if len(self.values) > 1 else float("nan")
 
 
@@ -99,7 +99,7 @@ def method_name(config: RunConfig) -> str:
 
 
 def spreads(runs: Sequence[Run]) -> list[Spread]:
-    """One per metric and method that has it: metrics in the order of METRICS, methods in that of the runs."""
+    """A Spread for each metric and method that has it: metrics in the order of METRICS, methods in that of the runs."""
     methods = list(dict.fromkeys(run.method for run in runs))
     result = []
     for metric, *_ in METRICS:
@@ -111,7 +111,7 @@ def spreads(runs: Sequence[Run]) -> list[Spread]:
 
 
 def unequal_settings(runs: Sequence[Run]) -> list[str]:
-    """One line for each method whose runs differ in more than seeds and layouts, with the settings and values."""
+    """A line for each method whose runs differ in more than seeds and layouts, with the settings and values."""
     lines = []
     for method in dict.fromkeys(run.method for run in runs):
         trees = [dict(flatten(run.config.model_dump(mode="json"))) for run in runs if run.method == method]

@@ -55,7 +55,7 @@ def decompose(loss: Floats) -> Decomposition:
 
 
 def bootstrap_decomposition(loss: Floats, seed: int = 0) -> Floats:
-    """[NUM_RESAMPLES, 4]: A, B, C and their sum of resampled samples."""
+    """A, B, C and their sum of resampled samples, [NUM_RESAMPLES, 4]."""
     generator = np.random.default_rng(seed)
     results = []
     for _ in range(NUM_RESAMPLES):
@@ -123,7 +123,7 @@ def draw_gradients(
 
 
 class Variances(NamedTuple):
-    """Per sample of the batch: n · Var(batch mean)."""
+    """Variances per sample of the batch: n · Var(batch mean)."""
 
     loss: float
     gradient: float
@@ -135,7 +135,8 @@ FULL = (0.0, 1.0)
 def variances(
     draws: Draws, sampler: TSampler, num_strata: int, bounds: tuple[float, float], multiplicity: Floats
 ) -> Variances:
-    """Under a sampler of t and strata of its quantile. bounds: of a clipped sampler (unweighted, uniform inside), else
+    """Variances under a sampler of t and strata of its quantile. bounds: of a clipped sampler (unweighted, uniform
+    inside), else
     FULL; multiplicity [N]: how often each draw counts. Squared means use pairs of different draws, so that their own
     noise does not enter."""
     inside = (draws.t >= bounds[0]) & (draws.t <= bounds[1])
@@ -183,7 +184,7 @@ class Method:
 
 
 class Comparison(NamedTuple):
-    """Relative to the standard method, with 90 % bootstrap intervals."""
+    """A method's variances relative to the standard method's, with 90 % bootstrap intervals."""
 
     name: str
     biased: bool

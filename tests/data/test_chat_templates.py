@@ -103,7 +103,7 @@ def joined(pieces: Sequence[Piece]) -> str:
 
 
 def learnt(samples: Sequence[Sequence[Piece]]) -> list[str]:
-    return [piece.text for pieces in samples for piece in pieces if piece.learnt]
+    return [piece.text for pieces in samples for piece in pieces if piece.is_target]
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -134,8 +134,8 @@ def test_answers_and_what_ends_them_are_learnt(name: str, folders: dict[str, Pat
         answers = [case.before + answer + case.end for answer in ANSWERS[conversation]]
         assert learnt(samples) == answers
         assert len(samples) == (case.num_samples if len(answers) == 2 else 1)
-        assert [piece.text for piece in samples[-1] if piece.learnt][-1].endswith(last + case.end)
-        assert samples[-1][-1].learnt
+        assert [piece.text for piece in samples[-1] if piece.is_target][-1].endswith(last + case.end)
+        assert samples[-1][-1].is_target
         (only,) = template.samples(as_messages(turns), last_only=True)
         assert joined(only) == joined(samples[-1])
         assert learnt([only]) == answers[-1:]

@@ -1,6 +1,6 @@
 """Every training estimator against enumeration of all masks and quadrature over t, on a tiny random transformer.
 
-Section 14 of the method: unbiasedness of the loss and of a coordinate of its gradient, and the exact variances.
+Unbiasedness of the loss and of a coordinate of its gradient, and the exact variances.
 """
 
 from __future__ import annotations
