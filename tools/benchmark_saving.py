@@ -16,11 +16,11 @@ platform.quiet_libraries()
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
+from megatron_mdm.batch import Full, ModelInputs  # noqa: E402
 from megatron_mdm.checkpoint.load import restored_engine  # noqa: E402
 from megatron_mdm.checkpoint.store import CheckpointStore  # noqa: E402
 from megatron_mdm.config.schema import RunConfig  # noqa: E402
 from megatron_mdm.engine.base import Engine  # noqa: E402
-from megatron_mdm.models.layers import ModelInputs  # noqa: E402
 from megatron_mdm.models.parameters import num_parameters  # noqa: E402
 from megatron_mdm.parallel.collectives import barrier, gather_objects  # noqa: E402
 from megatron_mdm.parallel.groups import ParallelContext, initialize, world_size_from_environment  # noqa: E402
@@ -54,7 +54,7 @@ def train(engine: Engine, steps: int) -> float:
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(0, MODEL["vocab_size"], (2, 128), generator=generator)
     selected = torch.rand(2, 128, generator=generator) < 0.5
-    inputs = ModelInputs(tokens, torch.tensor(128), selected, tokens, selected.float() / 100, torch.ones(2))
+    inputs = ModelInputs(tokens, Full(), selected, tokens, selected.float() / 100, torch.ones(2))
     began = time.monotonic()
     for _ in range(steps):
         engine.train_batch([inputs], 1e-4)

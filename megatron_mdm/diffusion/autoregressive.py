@@ -56,6 +56,7 @@ def next_tokens(batch: CleanBatch) -> NoisedBatch:
         sample_weight=ones,
         t=ones,
         views=1,
+        pattern=batch.pattern(causal=True),
     )
 
 

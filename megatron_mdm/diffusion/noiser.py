@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_mdm.batch import CleanBatch
+from megatron_mdm.batch import AttentionPattern, CleanBatch
 from megatron_mdm.diffusion.mask_schedule import Floats
 from megatron_mdm.diffusion.masking import MaskDesign
 from megatron_mdm.diffusion.randomness import Purpose, stream
@@ -27,6 +27,7 @@ class NoisedBatch:
     sample_weight: Tensor  # [B] float64: importance weight 1/p(t)
     t: Tensor  # [B] float64
     views: int
+    pattern: AttentionPattern  # of the V·B rows: which token sees which
 
 
 def noise(
@@ -57,6 +58,7 @@ def noise(
         sample_weight=torch.from_numpy(np.asarray(sample_weight, dtype=np.float64)),
         t=torch.from_numpy(np.asarray(t, dtype=np.float64)),
         views=design.views,
+        pattern=batch.pattern(design.views),
     )
 
 

@@ -92,8 +92,8 @@ def step_communication(
     if layout.pipeline > 1:
         for micro_batch in micro_batches:
             hidden = _hidden_bytes(config, micro_batch) // (layout.tensor if config.parallel.sequence else 1)
-            # Activations to the next stage, with their shapes and lengths; their gradients to the one before.
-            forward = hidden + PIPELINE_SHAPE_BYTES + 8 * micro_batch.rows
+            # Activations to the next stage, with their shapes; their gradients to the one before.
+            forward = hidden + PIPELINE_SHAPE_BYTES
             volume["pipeline", "send"] += forward * (not stage.head) + hidden * (not stage.embedding)
     return +volume
 

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from megatron_mdm.batch import ModelInputs, RowStatistics
 from megatron_mdm.config.schema import ModelConfig, ParallelConfig
 from megatron_mdm.engine.inputs import prepared
+from megatron_mdm.models.attention import Visibility
 from megatron_mdm.models.cache import Window
-from megatron_mdm.models.layers import Block, Head, MaskedDiffusionModel, layer_builders, prepare_parameters
+from megatron_mdm.models.layers import Head, MaskedDiffusionModel, layer_builders, prepare_parameters
 from megatron_mdm.models.parameters import layer_costs
 from megatron_mdm.parallel import platform
 from megatron_mdm.parallel.groups import ParallelContext
@@ -38,8 +39,8 @@ class InferenceEngine:
 
     @torch.no_grad()
     def logits(self, inputs: ModelInputs, window: Window | None = None) -> Tensor:
-        """Engine.logits. window: the inputs' tokens are those at its positions; their keys and values are kept in its
-        cache, and the cache's others take part."""
+        """Engine.logits. window: the inputs' tokens are those at its positions of longer rows, which their pattern is
+        about; their keys and values are kept in its cache, and the cache's others take part."""
         return self.model(_on_device(inputs), want_logits=True, window=window and window.to_device())
 
 
@@ -81,17 +82,16 @@ class PipelinedInferenceEngine:
     def _run(self, inputs: ModelInputs, want_logits: bool, window: Window | None) -> Tensor | None:
         """This rank's layers; the last stage's answer, there."""
         rows, length = inputs.tokens.shape
-        hidden = inputs.tokens
+        hidden, visible = inputs.tokens, Visibility(inputs, window)
         if not self.is_first:
             hidden = torch.empty(length, rows, self.model.hidden_size, dtype=self.dtype, device=platform.device())
             dist.recv(hidden, self.previous)
-        state = (hidden, inputs.lengths)
         for layer in self.layers.values():
             if isinstance(layer, Head):
-                answer = layer(state, inputs, want_logits)
+                answer = layer(hidden, inputs, want_logits)
                 return answer if want_logits else torch.stack(list(answer[1]))
-            state = layer(state, window) if isinstance(layer, Block) else layer(state)
-        dist.send(state[0].contiguous(), self.next)
+            hidden = layer(hidden, visible)
+        dist.send(hidden.contiguous(), self.next)
         return None
 
     def _from_last_stage(self, answer: Tensor | None, shape: torch.Size, dtype: torch.dtype) -> Tensor:

@@ -3,17 +3,15 @@
 import torch
 from torch import Tensor
 
-from megatron_mdm.batch import LossWeights, ModelInputs
+from megatron_mdm.batch import AttentionPattern, LossWeights, ModelInputs, Segments
 from megatron_mdm.diffusion.noiser import NoisedBatch
 
 
 def loss_inputs(noised: NoisedBatch, weights: LossWeights) -> ModelInputs:
     """A micro-batch whose masked positions are scored against the clean tokens."""
-    clean = noised.clean
-    lengths = _shortened(clean.lengths.repeat(noised.views), noised.noisy.shape[1])
     return ModelInputs(
         tokens=noised.noisy,
-        lengths=lengths if clean.segments is None else clean.segments.repeat(noised.views, 1),
+        pattern=noised.pattern,
         selected=noised.masked,
         labels=noised.clean.tokens.repeat(noised.views, 1),
         token_weight=weights.token,
@@ -21,53 +19,48 @@ def loss_inputs(noised: NoisedBatch, weights: LossWeights) -> ModelInputs:
     )
 
 
-def logits_inputs(tokens: Tensor, lengths: Tensor, selected: Tensor) -> ModelInputs:
-    """A micro-batch for Engine.logits: tokens [R, S], lengths [R] without padding, selected [R, S]."""
+def logits_inputs(tokens: Tensor, pattern: AttentionPattern, selected: Tensor) -> ModelInputs:
+    """A micro-batch for Engine.logits: tokens [R, S], selected [R, S]. With a window of a cache, whose tokens are some
+    of longer rows', the pattern is of the whole rows."""
     nothing = torch.empty(0)
-    return ModelInputs(tokens, _shortened(lengths, tokens.shape[1]), selected, nothing, nothing, nothing)
+    return ModelInputs(tokens, pattern, selected, nothing, nothing, nothing)
 
 
 def prepared(inputs: ModelInputs, *, pack: bool, multiple: int) -> ModelInputs:
-    """The inputs as the model takes it: packed, where that is asked for or needed, and as long as sequence parallelism
-    wants it. Samples of several segments, and a micro-batch of no samples, only exist packed."""
-    if pack or inputs.lengths.dim() == 2 or not len(inputs.tokens):
+    """The inputs, on the host, as the model takes them: packed, where that is asked for or needed, and as long as
+    sequence parallelism wants them. Samples of several segments, and a micro-batch of no samples, only exist packed."""
+    if pack or isinstance(inputs.pattern, Segments) or not len(inputs.tokens):
         inputs = packed(inputs)
     return padded_to_multiple(inputs, multiple)
 
 
 def packed(inputs: ModelInputs) -> ModelInputs:
-    """The same rows one after another, without padding. Scores, weights and statistics stay by row.
-
-    inputs.lengths [R, K] are the segments of each row, 0 behind the last; else each row is one segment.
-    """
+    """The same rows one after another, without padding. Scores, weights and statistics stay by row."""
     num_rows, width = inputs.selected.shape
-    lengths = inputs.lengths.expand(num_rows) if inputs.lengths.dim() == 0 else inputs.lengths
-    rows = lengths.sum(1) if lengths.dim() == 2 else lengths
-    segments = lengths.reshape(-1)
-    segments = segments[segments > 0]
-    tokens = inputs.tokens[torch.arange(width)[None, :] < rows[:, None]]
+    rows = inputs.pattern.row_lengths(num_rows, width)
+    pattern, positions = inputs.pattern.packed(num_rows, width), inputs.positions
+    inside = torch.arange(width)[None, :] < rows[:, None]
+    tokens = inputs.tokens[inside]
+    if positions is not None:
+        positions = positions.expand(num_rows, -1)[inside][None]
     if not len(tokens):  # no rank may sit a forward pass out: one token that nothing is asked of
-        tokens, segments = inputs.tokens.new_zeros(1), segments.new_ones(1)
+        tokens, pattern = inputs.tokens.new_zeros(1), Segments(torch.ones(1, 1, dtype=torch.int64))
     starts = rows.cumsum(0) - rows
-    return inputs._replace(tokens=tokens[None], lengths=segments[None], row_starts=starts)
+    return inputs._replace(tokens=tokens[None], pattern=pattern, positions=positions, row_starts=starts)
 
 
 def padded_to_multiple(inputs: ModelInputs, multiple: int) -> ModelInputs:
     """The inputs with padding on the right until S (packed: T) is a multiple, as sequence parallelism needs."""
-    extra = -inputs.tokens.shape[1] % multiple
+    num_rows, width = inputs.tokens.shape
+    extra = -width % multiple
     if not extra:
         return inputs
-    tokens = torch.nn.functional.pad(inputs.tokens, (0, extra))
-    if inputs.is_packed:  # the padding is a segment of its own
-        return inputs._replace(tokens=tokens, lengths=torch.nn.functional.pad(inputs.lengths, (0, 1), value=extra))
-    lengths = inputs.lengths if inputs.lengths.dim() else inputs.lengths.expand(len(inputs.tokens))
-
-    def widened(tensor: Tensor) -> Tensor:
-        return torch.nn.functional.pad(tensor, (0, extra)) if tensor.dim() == 2 else tensor
-
-    return ModelInputs(*(widened(tensor) for tensor in inputs))._replace(lengths=lengths)
-
-
-def _shortened(lengths: Tensor, width: int) -> Tensor:
-    """Without a dimension where no row is padded."""
-    return torch.tensor(width) if bool((lengths == width).all()) else lengths
+    of_tokens = {"tokens", "positions"}
+    if not inputs.is_packed:
+        of_tokens |= {"selected", "labels", "token_weight"}
+    widened = {
+        name: torch.nn.functional.pad(tensor, (0, extra))
+        for name, tensor in inputs._asdict().items()
+        if name in of_tokens and tensor is not None and tensor.dim() == 2
+    }
+    return inputs._replace(pattern=inputs.pattern.padded(num_rows, width, extra), **widened)

@@ -21,7 +21,8 @@ from megatron_mdm.engine.deepspeed_config import deepspeed_config
 from megatron_mdm.engine.inputs import prepared
 from megatron_mdm.engine.optimizer import PlainClipping, adamw, norm_of_step, scaled_unless_faulty
 from megatron_mdm.engine.optimizer_state import OptimizerState
-from megatron_mdm.models.layers import layer_builders, prepare_parameters
+from megatron_mdm.models.attention import Visibility
+from megatron_mdm.models.layers import Head, layer_builders, prepare_parameters
 from megatron_mdm.models.parameters import layer_costs
 from megatron_mdm.parallel import platform
 from megatron_mdm.parallel.groups import ParallelContext
@@ -72,7 +73,7 @@ class PipeEngine:
         if len(micro_batches) != self.engine.micro_batches:  # a token budget makes more or fewer of them
             per_micro_batch = self.engine.train_micro_batch_size_per_gpu() * self.layout.data
             self.engine.set_train_batch_size(len(micro_batches) * per_micro_batch)
-        self.engine.train_batch(_batches(micro_batches))
+        self.engine.train_batch(self._batches(micro_batches))
         norm = norm_of_step(self.engine, self.clipping)
         return TrainOutput(self._statistics(micro_batches), norm)
 
@@ -96,7 +97,7 @@ class PipeEngine:
 
     def _forward(self, micro_batches: Sequence[ModelInputs]) -> None:
         self.engine.eval_batch(
-            _batches(micro_batches), num_micro_batches=len(micro_batches), reduce_output=None, bcast_loss=False
+            self._batches(micro_batches), num_micro_batches=len(micro_batches), reduce_output=None, bcast_loss=False
         )
 
     def _prepare(self, micro_batches: Sequence[ModelInputs]) -> list[ModelInputs]:
@@ -105,11 +106,15 @@ class PipeEngine:
             for inputs in micro_batches
         ]
 
-    def _score(self, state: tuple[Tensor, Tensor], targets: tuple[Tensor, ...]) -> Tensor:
-        """The last stage's loss function: keeps the inputs' answer, returns the total to differentiate."""
-        inputs = ModelInputs(*targets)
-        head = self.engine.module.head
-        result = head(state, inputs, self._want_logits)
+    def _batches(self, micro_batches: Sequence[ModelInputs]) -> Iterator[tuple[Tensor, tuple[()]]]:
+        """What DeepSpeed loads on the first and the last stage. The rest each stage has: see _Stage.forward."""
+        self.engine.module.take(micro_batches)
+        return iter([(inputs.tokens, ()) for inputs in micro_batches])
+
+    def _score(self, hidden: Tensor, _: tuple[()]) -> Tensor:
+        """The last stage's loss function: keeps the micro-batch's answer, returns the total to differentiate."""
+        module = self.engine.module
+        result = module.head(hidden, module.inputs, self._want_logits)
         if self._want_logits:
             self._answers.append(result)
             return result.new_zeros((), dtype=torch.float32)
@@ -135,7 +140,10 @@ class PipeEngine:
 
 
 class _Stage(PipelineModule):
-    """This pipeline rank's layers, named by layer index as in the whole model."""
+    """This pipeline rank's layers, named by layer index as in the whole model.
+
+    Every pipeline rank has the micro-batches of the step, so that only hidden states travel between stages.
+    """
 
     def __init__(self, config: RunConfig, context: ParallelContext, loss_fn: Callable[..., Tensor]) -> None:
         self._costs = layer_costs(config.model, config.data.max_length)
@@ -153,9 +161,27 @@ class _Stage(PipelineModule):
         self._tie(config.model, context)
         prepare_parameters(self, config.model, context, config.seed)
 
+        self.inputs: ModelInputs  # the micro-batch of the last forward pass
+        self._micro_batches: Iterator[ModelInputs] = iter(())
+
     @property
     def head(self) -> nn.Module:
         return self._modules[str(self._num_layers - 1)]
+
+    def take(self, micro_batches: Sequence[ModelInputs]) -> None:
+        """The micro-batches of the forward passes to come, which DeepSpeed's schedules run in this order."""
+        self._micro_batches = iter(micro_batches)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """One micro-batch through this stage's layers but the head, which the loss function calls. hidden: tokens
+        [R, S] on the first stage, else what the stage before it gave."""
+        beat()
+        self.inputs = next(self._micro_batches)
+        visible = Visibility(self.inputs)
+        for layer in self.forward_funcs:
+            if not isinstance(layer, Head):
+                hidden = layer(hidden, visible)
+        return hidden
 
     def get_tied_weights_and_groups(self) -> list[tuple[nn.Parameter, dist.ProcessGroup]]:
         """What DeepSpeed sums the gradients of, over the first and the last stage."""
@@ -179,10 +205,3 @@ class _Stage(PipelineModule):
             if context.rank == ranks[1]:
                 self.head.vocabulary_weight.ds_pipe_replicated = True  # the first stage's copy counts in norms
                 self._tied.append((self.head.vocabulary_weight, group))
-
-
-def _batches(micro_batches: Sequence[ModelInputs]) -> Iterator[tuple[tuple[Tensor, ...], tuple[Tensor, ...]]]:
-    """(first stage's inputs, last stage's targets) of each micro-batch."""
-    for inputs in micro_batches:
-        beat()
-        yield (inputs.tokens, inputs.lengths), tuple(inputs)

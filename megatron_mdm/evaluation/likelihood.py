@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
 
-from megatron_mdm.batch import ModelInputs
+from megatron_mdm.batch import ModelInputs, padded_rows
 from megatron_mdm.config.errors import UserError
 from megatron_mdm.config.schema import Section
 from megatron_mdm.data.sft import Sample
@@ -129,6 +129,7 @@ class _Rows(NamedTuple):
     lengths: NDArray[np.int64]
     num_repeats: int
     make: Callable[[int], _Row]
+    causal: bool = False  # whether the model sees a row's tokens up to each position only
 
 
 def _masked_rows(samples: Sequence[Sample], config: LikelihoodConfig, special: SpecialIds) -> _Rows:
@@ -161,7 +162,7 @@ def _next_token_rows(samples: Sequence[Sample], config: LikelihoodConfig, _: Spe
         scored = learnt_positions(sample, "autoregressive")
         return _Row(sample.tokens, np.append(sample.tokens[1:], 0), np.append(scored[1:], False), ~sample.eligible)
 
-    return _Rows(np.array([len(sample.tokens) for sample in samples]), 1, make)
+    return _Rows(np.array([len(sample.tokens) for sample in samples]), 1, make, causal=True)
 
 
 _ROWS = {"masked": _masked_rows, "autoregressive": _next_token_rows}  # by objective.name
@@ -185,20 +186,22 @@ def _mean_losses(
     for turn in progress_bar(turns, desc="likelihood", unit="batch", enabled=context.is_main):
         index = turn * context.layout.data + context.data_rank
         batch = batches[min(index, len(batches) - 1)]  # ranks without work repeat the last batch, to keep step
-        measured = _losses([rows.make(row) for row in batch], engine, config.cfg_scale, special)
+        measured = _losses([rows.make(row) for row in batch], engine, config.cfg_scale, special, rows.causal)
         if index < len(batches):
             losses[batch] = measured.double().cpu().numpy()
     return fill_from_data_ranks(losses, context)
 
 
-def _losses(rows: Sequence[_Row], engine: Scorer, cfg_scale: float, special: SpecialIds) -> Tensor:
+def _losses(rows: Sequence[_Row], engine: Scorer, cfg_scale: float, special: SpecialIds, causal: bool) -> Tensor:
     """[R] float32."""
-    inputs = _inputs(rows, special.pad)
+    inputs = _inputs(rows, special.pad, causal)
     if not cfg_scale:
         return engine.evaluate([inputs])[0].loss
     blind = inputs.tokens.masked_fill(_padded([row.given for row in rows], False), special.mask)
     both = torch.cat([inputs.tokens, blind])
-    logits = engine.logits(logits_inputs(both, inputs.lengths.repeat(2), inputs.selected.repeat(2, 1))).float()
+    lengths = inputs.pattern.row_lengths(*inputs.tokens.shape)
+    pattern = padded_rows(lengths.repeat(2), both.shape[1], causal)
+    logits = engine.logits(logits_inputs(both, pattern, inputs.selected.repeat(2, 1))).float()
     conditional, unconditional = logits.chunk(2)
     guided = unconditional + (cfg_scale + 1.0) * (conditional - unconditional)
     losses = torch.zeros_like(inputs.token_weight)
@@ -208,12 +211,13 @@ def _losses(rows: Sequence[_Row], engine: Scorer, cfg_scale: float, special: Spe
     return (losses * inputs.token_weight).sum(1)
 
 
-def _inputs(rows: Sequence[_Row], pad_id: int) -> ModelInputs:
+def _inputs(rows: Sequence[_Row], pad_id: int, causal: bool) -> ModelInputs:
     lengths = torch.tensor([len(row.tokens) for row in rows])
     tokens, labels = _padded([row.tokens for row in rows], pad_id), _padded([row.labels for row in rows], 0)
     scored = _padded([row.scored for row in rows], False)
     weight = scored.float() / scored.sum(1, keepdim=True)
-    return ModelInputs(tokens.long(), lengths, scored, labels.long(), weight, torch.ones(len(rows)))
+    pattern = padded_rows(lengths, tokens.shape[1], causal)
+    return ModelInputs(tokens.long(), pattern, scored, labels.long(), weight, torch.ones(len(rows)))
 
 
 def _padded(rows: Sequence[NDArray[Any]], value: float) -> Tensor:

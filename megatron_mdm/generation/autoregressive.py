@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from megatron_mdm.batch import Padded
 from megatron_mdm.config.errors import UserError
 from megatron_mdm.diffusion.randomness import Purpose, stream
 from megatron_mdm.engine.inputs import logits_inputs
@@ -42,8 +43,8 @@ def decode_greedily(
     responses = torch.full((num_rows, config.gen_length), special.eos)
     running = torch.ones(num_rows, dtype=torch.bool)
     for step in range(config.gen_length):
-        window = Window(cache, positions, lengths + step)
-        logits = engine.logits(logits_inputs(tokens, lengths, last), window).float()
+        pattern = Padded(lengths + step, causal=True)
+        logits = engine.logits(logits_inputs(tokens, pattern, last), Window(cache, positions)).float()
         uniforms = _uniforms(prompt_ids, step, logits.shape[1], config)
         found = draw(logits, config.temperature, config.top_p, config.top_k, special.mask, uniforms)
         chosen = found.tokens.cpu()

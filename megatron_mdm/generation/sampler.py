@@ -8,6 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from megatron_mdm.batch import Padded, padded_rows
 from megatron_mdm.diffusion.randomness import Purpose, stream
 from megatron_mdm.engine.inputs import logits_inputs
 from megatron_mdm.generation.candidates import draw, gumbel_noise
@@ -109,7 +110,7 @@ class _Canvas:
             length = self.config.block_length
             end = (block + 1) * length if self.config.cache == "dual" else self.config.gen_length
             positions = (self.starts[:, None] + torch.arange(block * length - 1, end)).clamp(min=0)
-        return Window(self.cache, positions.repeat(self.copies, 1), self.lengths.repeat(self.copies))
+        return Window(self.cache, positions.repeat(self.copies, 1))
 
 
 def _guided_logits(engine: LogitsEngine, canvas: _Canvas, block: int, places: Tensor, masked: Tensor) -> Tensor:
@@ -117,12 +118,12 @@ def _guided_logits(engine: LogitsEngine, canvas: _Canvas, block: int, places: Te
     tokens, lengths = canvas.rows(), canvas.lengths.repeat(canvas.copies)
     selected = torch.zeros_like(canvas.tokens, dtype=torch.bool).scatter_(1, places, masked).repeat(canvas.copies, 1)
     if canvas.config.cache == "none":
-        logits = engine.logits(logits_inputs(tokens, lengths, selected)).float()
+        logits = engine.logits(logits_inputs(tokens, padded_rows(lengths, tokens.shape[1]), selected)).float()
     else:
         window = canvas.window(block)
         seen, chosen = tokens.gather(1, window.positions), selected.gather(1, window.positions)
         chosen[:, 0] &= window.positions[:, 0] != window.positions[:, 1]  # an empty prompt has no place before it
-        logits = engine.logits(logits_inputs(seen, lengths, chosen), window).float()
+        logits = engine.logits(logits_inputs(seen, Padded(lengths), chosen), window).float()
     if canvas.copies == 2:
         conditional, unconditional = logits.chunk(2)
         logits = unconditional + (canvas.config.cfg_scale + 1.0) * (conditional - unconditional)

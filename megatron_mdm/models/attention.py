@@ -1,6 +1,11 @@
-"""Attention on torch's fused kernels, in place of megatron-core's S × S DotProductAttention."""
+"""Attention on torch's fused kernels and our own, chosen by which token sees which, in place of megatron-core's S × S
+DotProductAttention."""
 
-from typing import Any, NamedTuple
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cached_property
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -9,6 +14,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from megatron_mdm.batch import ModelInputs, Segments
 from megatron_mdm.models.cache import Window
 from megatron_mdm.models.kernel_memory import EXPLICIT_LENGTH
 from megatron_mdm.models.rotary import Rotation, rotate
@@ -16,19 +22,44 @@ from megatron_mdm.models.rotary import Rotation, rotate
 _TYPE_NAMES = {torch.float64: "fp32", torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
+class Visibility:
+    """What the queries of a micro-batch see and where they stand. Made once, for all layers on a rank."""
+
+    def __init__(self, inputs: ModelInputs, window: Window | None = None) -> None:
+        """window: the inputs' tokens are those at its positions of longer rows, which the pattern is about."""
+        self.pattern, self.window = inputs.pattern, window
+        self.length, self.device = inputs.tokens.shape[1], inputs.tokens.device
+
+        positions = inputs.positions
+        if window is not None:
+            positions = window.positions
+        elif positions is None:
+            positions = self.pattern.positions(self.length)
+        self.positions = None if positions is None else positions.to(self.device)  # [R or 1, S]; None: 0 … S−1
+
+    @property
+    def kind(self) -> str:
+        return self.pattern.kind if self.window is None else "dense"
+
+    @cached_property
+    def mask(self) -> Tensor | None:
+        """bool, broadcastable to [R, heads, S, keys], True where a query may look; None: everywhere. Made when a kernel
+        first asks for it."""
+        if self.window is not None:
+            return self.pattern.mask_of(self.window.positions, self.window.cache.width)
+        mask = self.pattern.mask(self.length)
+        return None if mask is None else mask.to(self.device)
+
+
 class AttentionInputs(NamedTuple):
     """What a layer's attention is given beside queries, keys and values: megatron-core hands it on unseen."""
 
-    # bool, broadcastable to [B, heads, S, S], True where a query may look, or None; or, where B is 1, int64 [1, K]: the
-    # lengths of the segments that make the row, each of which sees itself only; or the window of a cache that these
-    # keys and values go into and whose others are looked at, too.
-    seen: Tensor | Window | None
+    visible: Visibility
     rotation: Rotation  # of the queries' and keys' positions
 
 
 class CoreAttention(MegatronModule):
-    """Bidirectional or causal. A core_attention for megatron-core's SelfAttention (signature:
-    megatron/core/transformer/attention.py)."""
+    """A core_attention for megatron-core's SelfAttention (signature: megatron/core/transformer/attention.py)."""
 
     def __init__(
         self,
@@ -36,79 +67,125 @@ class CoreAttention(MegatronModule):
         layer_number: int,
         softmax_scale: float | None = None,
         recompute: bool = False,
-        causal: bool = False,
         **_: Any,
     ) -> None:
         super().__init__(config)
-        self.layer_number, self.softmax_scale, self.causal = layer_number, softmax_scale, causal
+        self.layer_number, self.softmax_scale = layer_number, softmax_scale
         self.recompute = recompute  # in the backward pass, instead of keeping scores
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: AttentionInputs, **_: Any) -> Tensor:
         """query [S, B, heads, D]; key, value [S, B, kv heads, D]. Returns [S, B, heads · D]."""
-        seen, rotation = attention_mask
+        visible, rotation = attention_mask
         heads_first = query.device.type == "cpu"
         query, key = rotate(query, rotation, heads_first), rotate(key, rotation, heads_first)
-        if isinstance(seen, Window):
-            key, value = seen.cache.write(self.layer_number, seen.positions, key, value)
-            return self._attend(query, key, value, seen.visible(self.causal))
-        if self.causal and seen is not None and seen.dim() > 2:
-            seen = causal_part(seen)
+        if visible.window is not None:
+            key, value = visible.window.cache.write(self.layer_number, visible.window.positions, key, value)
+        execute = executor(visible.kind, query)
+        inputs = query, key, value, visible, self.softmax_scale
         if self.recompute and torch.is_grad_enabled():
-            return checkpoint(self._attend, query, key, value, seen, use_reentrant=False, preserve_rng_state=False)
-        return self._attend(query, key, value, seen)
+            return checkpoint(execute, *inputs, use_reentrant=False, preserve_rng_state=False)
+        return execute(*inputs)
 
-    def _attend(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None) -> Tensor:
-        if attention_mask is not None and attention_mask.dim() == 2:
-            return self._attend_segments(query, key, value, attention_mask[0])
-        query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))  # [B, heads, S, D]
-        return self._scores_times_values(query, key, value, attention_mask).permute(2, 0, 1, 3).flatten(2)
 
-    def _attend_segments(self, query: Tensor, key: Tensor, value: Tensor, lengths: Tensor) -> Tensor:
-        """Segment by segment: no product, no score and no rounding of one depends on another."""
-        if query.device.type == "cuda" and query.dtype != torch.float32:
-            return _varlen_attention(query, key, value, lengths, self.softmax_scale, self.causal)
-        sizes = lengths.tolist()
+# query, key and value [B, heads, S, D]; a mask as Visibility.mask; the scale, None for 1/√D; whether a query sees no
+# later key, in place of a mask → contexts [B, heads, S, D]
+Kernel = Callable[[Tensor, Tensor, Tensor, Tensor | None, float | None, bool], Tensor]
+# query, key, value as CoreAttention.forward takes them, what is visible, the scale → what it returns
+Executor = Callable[[Tensor, Tensor, Tensor, Visibility, float | None], Tensor]
+
+
+def fused(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None, is_causal: bool
+) -> Tensor:
+    """A Kernel: torch's."""
+    return F.scaled_dot_product_attention(
+        query,
+        key,
+        value,
+        attn_mask=mask,
+        is_causal=is_causal,
+        scale=scale,
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+
+
+def explicit_while_short(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None, is_causal: bool
+) -> Tensor:
+    """A Kernel: scores in memory, but for so many keys that torch's fused kernel is better."""
+    is_short = key.shape[2] <= EXPLICIT_LENGTH[_TYPE_NAMES[query.dtype]]
+    return (explicit_attention if is_short else fused)(query, key, value, mask, scale, is_causal)
+
+
+class Rows(NamedTuple):
+    """An Executor: whole rows at once."""
+
+    kernel: Kernel
+    masked: bool = False
+    causal: bool = False
+
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, visible: Visibility, scale: float | None) -> Tensor:
+        query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+        mask = visible.mask if self.masked else None
+        return self.kernel(query, key, value, mask, scale, self.causal).permute(2, 0, 1, 3).flatten(2)
+
+
+class SegmentBySegment(NamedTuple):
+    """An Executor for segments of one row: no product, no score and no rounding of one depends on another."""
+
+    kernel: Kernel
+
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, visible: Visibility, scale: float | None) -> Tensor:
+        pattern = cast(Segments, visible.pattern)
+        sizes = pattern.lengths[0].tolist()
         parts = zip(*(x.permute(1, 2, 0, 3).split(sizes, dim=2) for x in (query, key, value)))
-        context = torch.cat([self._scores_times_values(*part, None) for part in parts], dim=2)
+        context = torch.cat([self.kernel(*part, None, scale, pattern.causal) for part in parts], dim=2)
         return context.permute(2, 0, 1, 3).flatten(2)
 
-    def _scores_times_values(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None) -> Tensor:
-        """[B, heads, S, D] of queries → the same of contexts."""
-        is_causal = self.causal and attention_mask is None
-        if query.device.type == "cpu" and key.shape[2] <= EXPLICIT_LENGTH[_TYPE_NAMES[query.dtype]]:
-            return explicit_attention(query, key, value, attention_mask, self.softmax_scale, is_causal)
-        return F.scaled_dot_product_attention(
-            query,
-            key,
-            value,
-            attn_mask=attention_mask,
-            is_causal=is_causal,
-            scale=self.softmax_scale,
-            enable_gqa=query.shape[1] != key.shape[1],
-        )
 
-
-def _varlen_attention(
-    query: Tensor, key: Tensor, value: Tensor, lengths: Tensor, scale: float | None, is_causal: bool
-) -> Tensor:
-    """torch's variable-length kernel over [T, 1, heads, D] and segment lengths [K]. Not run by the authors: it needs
-    CUDA and 16-bit numbers (torch/nn/attention/varlen.py, torch 2.10 and later)."""
+def variable_length(query: Tensor, key: Tensor, value: Tensor, visible: Visibility, scale: float | None) -> Tensor:
+    """An Executor for segments of one row, [T, 1, heads, D]: torch's variable-length kernel. Not run by the authors: it
+    needs CUDA and 16-bit numbers (torch/nn/attention/varlen.py, torch 2.10 and later)."""
     from torch.nn.attention.varlen import varlen_attn
 
+    pattern = cast(Segments, visible.pattern)
+    lengths = pattern.lengths[0]
     bounds = F.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
     longest = int(lengths.max())
     query, key, value = (x.squeeze(1) for x in (query, key, value))
-    several, window = query.shape[1] != key.shape[1], (-1, 0) if is_causal else (-1, -1)
+    several, window = query.shape[1] != key.shape[1], (-1, 0) if pattern.causal else (-1, -1)
     context = varlen_attn(
         query, key, value, bounds, bounds, longest, longest, scale=scale, window_size=window, enable_gqa=several
     )
     return context.flatten(1).unsqueeze(1)
 
 
-def causal_part(attention_mask: Tensor) -> Tensor | None:
-    """What a mask leaves visible on and before each query. Where it only hides padding on the right, that is what no
-    query of a sample would look at anyway: None, which kernels exploit."""
-    return attention_mask.tril() if attention_mask.shape[-2] > 1 else None
+ANY = "any"
+# (a pattern's kind, device, type of numbers) → what runs it; see executor(). Code outside the package can add to it.
+EXECUTORS: dict[tuple[str, str, torch.dtype | str], Executor] = {
+    ("full", ANY, ANY): Rows(fused),
+    ("full", "cpu", ANY): Rows(explicit_while_short),
+    ("causal", ANY, ANY): Rows(fused, causal=True),
+    ("causal", "cpu", ANY): Rows(explicit_while_short, causal=True),
+    ("padded", ANY, ANY): Rows(fused, masked=True),
+    ("padded", "cpu", ANY): Rows(explicit_while_short, masked=True),
+    ("segments", ANY, ANY): SegmentBySegment(fused),
+    ("segments", "cpu", ANY): SegmentBySegment(explicit_while_short),
+    ("segments", "cuda", torch.bfloat16): variable_length,
+    ("segments", "cuda", torch.float16): variable_length,
+    ("dense", ANY, ANY): Rows(fused, masked=True),  # the reference, by AttentionPattern.mask
+    ("dense", "cpu", ANY): Rows(explicit_while_short, masked=True),
+}
+
+
+def executor(kind: str, query: Tensor) -> Executor:
+    """The entry for a pattern of this kind and a query's device and type; without one of its own, that of "dense"."""
+    for candidate in (kind, "dense"):
+        for device, dtype in ((query.device.type, query.dtype), (query.device.type, ANY), (ANY, ANY)):
+            found = EXECUTORS.get((candidate, device, dtype))
+            if found is not None:
+                return found
+    raise KeyError(kind)
 
 
 def explicit_attention(

@@ -30,21 +30,11 @@ class KeyValueCache:
 
 
 class Window(NamedTuple):
-    """The positions that one forward pass computes; other positions' keys and values are those in the cache."""
+    """The positions that one forward pass computes; other positions' keys and values are those in the cache. Which of
+    the T positions they see is told by the inputs' attention pattern."""
 
     cache: KeyValueCache
     positions: Tensor  # [R, S] int64: the places of a micro-batch's tokens in their rows; any S of them, in any order
-    lengths: Tensor  # [R] int64: the first lengths[r] positions of row r may be seen
 
     def to_device(self) -> Window:
-        if not platform.is_cuda():
-            return self
-        return Window(self.cache, self.positions.to(platform.device()), self.lengths.to(platform.device()))
-
-    def visible(self, causal: bool) -> Tensor:
-        """[R, 1, S, T] bool ([R, 1, 1, T] where not causal): True where a query of the window may look."""
-        places = torch.arange(self.cache.width, device=self.positions.device)
-        visible = places < self.lengths[:, None, None]  # [R, 1, T]
-        if causal:
-            visible = visible & (places <= self.positions[..., None])  # [R, S, T]
-        return visible[:, None]
+        return Window(self.cache, self.positions.to(platform.device())) if platform.is_cuda() else self

@@ -21,20 +21,16 @@ from torch.utils.checkpoint import checkpoint
 
 from megatron_mdm.batch import ModelInputs, RowStatistics
 from megatron_mdm.config.schema import ModelConfig, ParallelConfig
-from megatron_mdm.models.attention import AttentionInputs
+from megatron_mdm.models.attention import AttentionInputs, Visibility
 from megatron_mdm.models.cache import Window
 from megatron_mdm.models.cross_entropy import weighted_cross_entropy
 from megatron_mdm.models.initialize import initialize_weights
 from megatron_mdm.models.norms import RMSNorm
 from megatron_mdm.models.parameters import padded_vocab_size
-from megatron_mdm.models.rotary import Rotation
+from megatron_mdm.models.rotary import Rotation, angles_at
 from megatron_mdm.models.sharding import HEAD_NORMS, mark_shards
 from megatron_mdm.models.spec import LAYER_SPECS, resolve_kernels, transformer_config
 from megatron_mdm.parallel.groups import ParallelContext
-
-# What runs from layer to layer: before Embed (tokens [R, S], lengths), after it (hidden [S, R, H], lengths); [1, T] and
-# [T, 1, H] where packed. Under sequence parallelism a rank holds 1 / tensor-parallel degree of the positions.
-LayerState = tuple[Tensor, Tensor]
 
 
 class Embed(nn.Module):
@@ -49,10 +45,11 @@ class Embed(nn.Module):
         )
         self.sequence_parallel = config.sequence_parallel
 
-    def forward(self, state: LayerState) -> LayerState:
-        tokens, lengths = state
+    def forward(self, tokens: Tensor, _: Visibility) -> Tensor:
+        """tokens [R, S] → hidden [S, R, H]; packed, [1, T] → [T, 1, H]. Under sequence parallelism a rank holds
+        1 / tensor-parallel degree of the positions."""
         hidden = self.word_embeddings(tokens)
-        return (hidden if self.sequence_parallel else hidden.transpose(0, 1).contiguous()), lengths
+        return hidden if self.sequence_parallel else hidden.transpose(0, 1).contiguous()
 
 
 class Block(nn.Module):
@@ -69,38 +66,21 @@ class Block(nn.Module):
             use_cpu_initialization=config.use_cpu_initialization,
         )
         self.config = config
-        self.sequence_shards = config.tensor_model_parallel_size if config.sequence_parallel else 1
         self.recompute = parallel.recompute == "full" and index % parallel.recompute_interval == 0
 
-    def forward(self, state: LayerState, window: Window | None = None) -> LayerState:
-        """window: the state holds only these positions; the others' keys and values are in a cache."""
-        hidden, lengths = state
-        if window is not None:
-            hidden = self._windowed_layer(hidden, window)
-        elif self.recompute and torch.is_grad_enabled():
+    def forward(self, hidden: Tensor, visible: Visibility) -> Tensor:
+        """hidden as Embed gives it → the same."""
+        if self.recompute and torch.is_grad_enabled():
             # There is no dropout, so no random state has to be kept.
-            hidden = checkpoint(self._layer, hidden, lengths, use_reentrant=False, preserve_rng_state=False)
+            return checkpoint(self._layer, hidden, visible, use_reentrant=False, preserve_rng_state=False)
+        return self._layer(hidden, visible)
+
+    def _layer(self, hidden: Tensor, visible: Visibility) -> Tensor:
+        if visible.positions is None:
+            angles = self.rotary(visible.length)  # [S, 1, 1, D]
         else:
-            hidden = self._layer(hidden, lengths)
-        return hidden, lengths
-
-    def _layer(self, hidden: Tensor, lengths: Tensor) -> Tensor:
-        length = hidden.shape[0] * self.sequence_shards
-        angles = self.rotary(length)
-        seen = None
-        if lengths.dim() == 1:
-            seen = attention_mask(lengths, length)
-        elif lengths.dim() == 2:  # packed: attention takes the segments' lengths for its mask
-            seen, angles = lengths, angles.index_select(0, segment_positions(lengths, length))
-        return self._run(hidden, seen, angles)
-
-    def _windowed_layer(self, hidden: Tensor, window: Window) -> Tensor:
-        angles = self.rotary(window.cache.width)[window.positions.t()].squeeze(2)  # [S, R, 1, D]
-        return self._run(hidden, window, angles)
-
-    def _run(self, hidden: Tensor, seen: Tensor | Window | None, angles: Tensor) -> Tensor:
-        """angles [S, 1 or R, 1, D] of the positions."""
-        inputs = AttentionInputs(seen, Rotation.of(angles, hidden.dtype))
+            angles = angles_at(visible.positions, self.rotary.inv_freq)  # [S, R or 1, 1, D]
+        inputs = AttentionInputs(visible, Rotation.of(angles, hidden.dtype))
         with get_fp8_context(self.config, self.layer.layer_number - 1):  # does nothing without FP8
             return self.layer(hidden, attention_mask=inputs)[0]
 
@@ -121,14 +101,10 @@ class Head(nn.Module):
         self.vocabulary_weight = nn.Parameter(torch.empty(rows, model.hidden_size))
 
     def forward(
-        self, state: LayerState, inputs: ModelInputs | None = None, want_logits: bool = False
-    ) -> LayerState | tuple[Tensor, RowStatistics] | Tensor:
+        self, hidden: Tensor, inputs: ModelInputs, want_logits: bool = False
+    ) -> tuple[Tensor, RowStatistics] | Tensor:
         """(total loss with its gradient, row statistics), or the selected positions' logits [N, V], position-major
-        in each row (the order of inputs.selected.nonzero()). Without inputs, the state as it is: a pipeline
-        calls its head twice, first as a layer, then with what the loss needs."""
-        if inputs is None:
-            return state
-        hidden, _ = state
+        in each row (the order of inputs.selected.nonzero())."""
         if self.sequence_parallel:
             hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False)
         return self.logits(hidden, inputs) if want_logits else self.loss(hidden, inputs)
@@ -177,7 +153,7 @@ class Head(nn.Module):
         packed [T]: at the positions themselves, or, with shifted logits, one before, but for a row's first."""
         if self.logit_shift:
             position = (position - 1).clamp_min(0)
-        if inputs.is_packed:
+        if inputs.row_starts is not None:
             return inputs.row_starts[row] + position
         return position * len(inputs.selected) + row
 
@@ -191,11 +167,12 @@ class MaskedDiffusionModel(nn.Sequential):
     def forward(
         self, inputs: ModelInputs, want_logits: bool = False, window: Window | None = None
     ) -> tuple[Tensor, RowStatistics] | Tensor:
-        embed, *blocks, head = self
-        state = embed((inputs.tokens, inputs.lengths))
-        for block in blocks:
-            state = block(state, window)
-        return head(state, inputs, want_logits)
+        visible = Visibility(inputs, window)
+        *layers, head = self
+        hidden = inputs.tokens
+        for layer in layers:
+            hidden = layer(hidden, visible)
+        return head(hidden, inputs, want_logits)
 
 
 def layer_builders(
@@ -239,15 +216,3 @@ def _sum_over_group(gradient: Tensor, group: torch.distributed.ProcessGroup) -> 
     gradient = gradient.contiguous()
     torch.distributed.all_reduce(gradient, group=group)
     return gradient
-
-
-def attention_mask(lengths: Tensor, width: int) -> Tensor:
-    """[R, 1, 1, S] bool, True at the first lengths[r] positions."""
-    return (torch.arange(width, device=lengths.device)[None, :] < lengths[:, None])[:, None, None, :]
-
-
-def segment_positions(lengths: Tensor, width: int) -> Tensor:
-    """[T] int64: each token's position in its own segment; lengths [1, K] of the segments, which fill the width T."""
-    ends = lengths[0].cumsum(0)
-    begins = torch.repeat_interleave(ends - lengths[0], lengths[0], output_size=width)
-    return torch.arange(width, device=lengths.device) - begins

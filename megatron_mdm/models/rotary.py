@@ -26,6 +26,13 @@ class Rotation(NamedTuple):
         return cls(angles.cos().to(dtype), sine.to(dtype))
 
 
+def angles_at(positions: Tensor, frequencies: Tensor) -> Tensor:
+    """Of positions [R, S], [S, R, 1, D] float32: what megatron-core's RotaryEmbedding gives for 0 … S−1. frequencies
+    [D/2] float32: its inv_freq."""
+    half = positions.t()[..., None, None].to(frequencies.dtype) * frequencies.to(positions.device)
+    return torch.cat([half, half], dim=-1)
+
+
 def rotate(x: Tensor, rotation: Rotation, heads_first: bool) -> Tensor:
     """x [S, B, heads, D] → the same, turned. heads_first: in memory the result is [B, heads, S, D], which products over
     positions read fastest."""

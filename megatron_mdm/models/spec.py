@@ -59,7 +59,7 @@ def torch_layers(model: ModelConfig, recompute_attention: bool) -> TransformerLa
     if model.qk_norm:
         attention = spec.self_attention.submodules
         attention.q_layernorm = attention.k_layernorm = RMSNorm
-    return _with_our_kernels(spec, recompute_attention, model)
+    return _with_our_kernels(spec, recompute_attention)
 
 
 def transformer_engine_layers(model: ModelConfig, recompute_attention: bool) -> TransformerLayerSubmodules:
@@ -68,16 +68,12 @@ def transformer_engine_layers(model: ModelConfig, recompute_attention: bool) -> 
     Parameter names differ from the torch layers' in the norms; NORM_NAMES translates them for checkpoints.
     """
     spec = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=model.qk_norm).submodules
-    return _with_our_kernels(spec, recompute_attention, model)
+    return _with_our_kernels(spec, recompute_attention)
 
 
-def _with_our_kernels(
-    spec: TransformerLayerSubmodules, recompute: bool, model: ModelConfig
-) -> TransformerLayerSubmodules:
+def _with_our_kernels(spec: TransformerLayerSubmodules, recompute: bool) -> TransformerLayerSubmodules:
     spec.self_attention.params["attn_mask_type"] = AttnMaskType.padding
-    spec.self_attention.submodules.core_attention = partial(
-        CoreAttention, recompute=recompute, causal=model.attention == "causal"
-    )
+    spec.self_attention.submodules.core_attention = partial(CoreAttention, recompute=recompute)
     spec.mlp.submodules.activation_func = SwiGLU
     return spec
 

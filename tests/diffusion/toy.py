@@ -7,7 +7,7 @@ from functools import cache
 import numpy as np
 import torch
 
-from megatron_mdm.batch import CleanBatch
+from megatron_mdm.batch import CleanBatch, Full
 from megatron_mdm.diffusion.exposure import SampleShapes
 from megatron_mdm.diffusion.mask_schedule import Floats, MaskSchedule
 from megatron_mdm.diffusion.masking import MASKING_RULES, MaskDesign
@@ -49,7 +49,7 @@ def _tables() -> dict[str, Floats]:
         for index, mask in enumerate(MASKS[1:], 1):
             masked = torch.from_numpy(np.concatenate([np.zeros(PROMPT, dtype=bool), mask.astype(bool)]))[None]
             noisy = clean[None].masked_fill(masked, MASK)
-            logits = model(logits_inputs(noisy, torch.tensor([PROMPT + P]), masked), want_logits=True)
+            logits = model(logits_inputs(noisy, Full(), masked), want_logits=True)
             losses = torch.nn.functional.cross_entropy(logits, clean[masked[0]], reduction="none")
             for place, loss in zip(np.flatnonzero(mask), losses):
                 (gradient,) = torch.autograd.grad(loss, weight, retain_graph=True)

@@ -20,7 +20,7 @@ PROMPTS = [[5, 6, 7], [8, 9], [10, 11, 12, 13, 14], [15]]
 def forward_only(config: RunConfig) -> dict[str, Any]:
     """On a rank: logits of a padded batch, row statistics of two micro-batches, with row gradients and without, and
     generated responses."""
-    from megatron_mdm.batch import ModelInputs
+    from megatron_mdm.batch import Full, ModelInputs, Padded
     from megatron_mdm.checkpoint.load import restored_engine
     from megatron_mdm.engine.inputs import logits_inputs
     from megatron_mdm.generation.generate import generate
@@ -34,9 +34,9 @@ def forward_only(config: RunConfig) -> dict[str, Any]:
     selected = torch.rand(3, 11, generator=generator) < 0.5
     lengths = torch.tensor([11, 7, 9])
     selected &= torch.arange(11)[None, :] < lengths[:, None]
-    logits = engine.logits(logits_inputs(tokens, lengths, selected))
-    inputs = ModelInputs(tokens, lengths, selected, tokens, selected.float(), torch.ones(3))
-    whole = inputs._replace(lengths=torch.tensor(11))
+    logits = engine.logits(logits_inputs(tokens, Padded(lengths), selected))
+    inputs = ModelInputs(tokens, Padded(lengths), selected, tokens, selected.float(), torch.ones(3))
+    whole = inputs._replace(pattern=Full())
     rows = [*engine.evaluate([inputs, whole], row_gradients=True), *engine.evaluate([whole])]
     statistics = [torch.stack(list(micro_batches)).numpy() for micro_batches in rows]
     settings = GenerationConfig(gen_length=8, block_length=4, steps=4, batch_size=2)
@@ -67,16 +67,16 @@ def test_forward_passes_equal_one_process(num_ranks: int, parallel: dict[str, An
 
 
 def logits_of_a_zeroed_norm(config: RunConfig) -> np.ndarray:
-    from megatron_mdm.batch import ModelInputs
+    from megatron_mdm.batch import Full, ModelInputs
     from megatron_mdm.checkpoint.load import restored_engine
     from megatron_mdm.engine.inputs import logits_inputs
     from megatron_mdm.parallel.groups import initialize
 
     engine = restored_engine(None, config, initialize(), 0)
-    tokens, lengths = torch.tensor([[5, 6, 7]]), torch.tensor([3])
-    scored = ModelInputs(tokens, lengths, tokens > 0, tokens, (tokens > 0).float(), torch.ones(1))
+    tokens = torch.tensor([[5, 6, 7]])
+    scored = ModelInputs(tokens, Full(), tokens > 0, tokens, (tokens > 0).float(), torch.ones(1))
     engine.train_batch([scored] * 2, 1e-3)  # which leaves parameters gathered
-    inputs = logits_inputs(tokens, lengths, tokens > 0)
+    inputs = logits_inputs(tokens, Full(), tokens > 0)
     assert engine.logits(inputs).any()
     (name,) = (name for name in engine.optimizer_state.parameters if name.endswith("final_norm.weight"))
     engine.optimizer_state.load(name, "weight", torch.zeros(config.model.hidden_size))

@@ -32,7 +32,7 @@ ENGINES: dict[str, tuple[int, dict[str, Any], str]] = {  # ranks, layout, type
 
 def faulty_steps(config: RunConfig) -> list[dict[str, Any]]:
     """On a rank: a healthy step, a faulty one of each kind, a healthy one; gradient norm and state after each."""
-    from megatron_mdm.batch import ModelInputs
+    from megatron_mdm.batch import Full, ModelInputs
     from megatron_mdm.checkpoint.load import restored_engine
     from megatron_mdm.parallel.groups import initialize
 
@@ -42,7 +42,7 @@ def faulty_steps(config: RunConfig) -> list[dict[str, Any]]:
     tokens = torch.randint(0, VOCAB, (2, 9), generator=generator)
     selected = torch.rand(2, 9, generator=generator) < 0.5
     selected[:, 0] = True
-    healthy = ModelInputs(tokens, torch.tensor(9), selected, tokens, selected.float(), torch.ones(2))
+    healthy = ModelInputs(tokens, Full(), selected, tokens, selected.float(), torch.ones(2))
     last_rank = context.data_rank == context.layout.data - 1  # the only one with a fault
 
     def step(bad_loss: float, bad_gradient: float) -> dict[str, Any]:

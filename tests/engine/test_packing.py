@@ -9,10 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_mdm.batch import ModelInputs
+from megatron_mdm.batch import ModelInputs, Padded, Segments
 from megatron_mdm.config.schema import ParallelConfig, RunConfig
 from megatron_mdm.engine.inputs import packed, padded_to_multiple
-from megatron_mdm.models.layers import segment_positions
 from tests.ranks import run_ranks
 from tests.small import VOCAB, small_config, small_model, write_ids
 
@@ -25,7 +24,7 @@ def inputs_of(lengths: list[int], segments: list[list[int]] | None = None, seed:
     selected = (torch.rand(shape, generator=generator) < 0.5) & inside
     return ModelInputs(
         tokens=tokens,
-        lengths=torch.tensor(lengths if segments is None else segments),
+        pattern=Padded(torch.tensor(lengths)) if segments is None else Segments(torch.tensor(segments)),
         selected=selected,
         labels=torch.randint(2, VOCAB, shape, generator=generator),
         token_weight=torch.rand(shape, generator=generator) * selected,
@@ -37,14 +36,14 @@ def test_packed_rows_stand_one_after_another() -> None:
     inputs = packed(inputs_of([5, 3, 4]))
     source = inputs_of([5, 3, 4]).tokens
     assert inputs.tokens.tolist() == [[*source[0, :5].tolist(), *source[1, :3].tolist(), *source[2, :4].tolist()]]
-    assert inputs.lengths.tolist() == [[5, 3, 4]]
+    assert inputs.pattern.lengths.tolist() == [[5, 3, 4]]
     assert inputs.row_starts.tolist() == [0, 5, 8]
-    assert segment_positions(inputs.lengths, 12).tolist() == [0, 1, 2, 3, 4, 0, 1, 2, 0, 1, 2, 3]
+    assert inputs.pattern.positions(12).tolist() == [[0, 1, 2, 3, 4, 0, 1, 2, 0, 1, 2, 3]]
     wider = padded_to_multiple(inputs, 8)
     assert wider.tokens.shape == (1, 16)
-    assert wider.lengths.tolist() == [[5, 3, 4, 4]]
+    assert wider.pattern.lengths.tolist() == [[5, 3, 4, 4]]
     documents = packed(inputs_of([5, 3], segments=[[2, 3], [3, 0]]))
-    assert documents.lengths.tolist() == [[2, 3, 3]]
+    assert documents.pattern.lengths.tolist() == [[2, 3, 3]]
     assert documents.row_starts.tolist() == [0, 5]
 
 

@@ -38,13 +38,14 @@ def built_engine(tensor: int, attention: str = "bidirectional"):
     return InferenceEngine(build_model(model, ParallelConfig(tensor=tensor), context, 3), "fp32"), context
 
 
-def log_probabilities(engine: Any, tokens: np.ndarray, selected: np.ndarray):
+def log_probabilities(engine: Any, tokens: np.ndarray, selected: np.ndarray, causal: bool = False):
     import torch
 
+    from megatron_mdm.batch import Full
     from megatron_mdm.engine.inputs import logits_inputs
 
     row = torch.from_numpy(tokens.astype(np.int64))[None]
-    logits = engine.logits(logits_inputs(row, torch.tensor([len(tokens)]), torch.from_numpy(selected)[None]))
+    logits = engine.logits(logits_inputs(row, Full(causal=causal), torch.from_numpy(selected)[None]))
     return logits.double().log_softmax(1)
 
 
@@ -125,7 +126,7 @@ def chain_rule() -> tuple[list[float], Any]:
     for sample in samples():
         places = np.flatnonzero(sample.eligible)
         before = np.isin(np.arange(len(sample.tokens)), places - 1)
-        scores = log_probabilities(engine, sample.tokens, before)
+        scores = log_probabilities(engine, sample.tokens, before, causal=True)
         exact.append(-float(scores[np.arange(len(places)), sample.tokens[places]].sum()))
     return exact, negative_log_likelihoods(engine, samples(), CONFIG, SPECIAL, context, "autoregressive")
 

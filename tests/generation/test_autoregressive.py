@@ -29,6 +29,7 @@ def decoded_without_cache() -> list[list[int]]:
     """One prompt at a time, the whole row in every pass."""
     import torch
 
+    from megatron_mdm.batch import Full
     from megatron_mdm.engine.inputs import logits_inputs
 
     engine, _ = built_engine()
@@ -37,7 +38,7 @@ def decoded_without_cache() -> list[list[int]]:
         row = list(prompt)
         for _ in range(LENGTH):
             last = torch.arange(len(row))[None] == len(row) - 1
-            logits = engine.logits(logits_inputs(torch.tensor([row]), torch.tensor([len(row)]), last))
+            logits = engine.logits(logits_inputs(torch.tensor([row]), Full(causal=True), last))
             logits[:, MASK] = float("-inf")
             row.append(int(logits.argmax()))
         responses.append(row[len(prompt) :])

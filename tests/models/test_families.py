@@ -24,6 +24,7 @@ LAYOUTS = {"tp1": {}, "tp2": {"tensor": 2}, "tp2_sp": {"tensor": 2, "sequence": 
 
 def our_logits(folders: dict[str, str], scratch: str, parallel: dict[str, Any]) -> dict[Any, Any]:
     """On a rank: for each checkpoint, logits of all positions and rows' cross-entropies of a training engine."""
+    from megatron_mdm.batch import Full
     from megatron_mdm.checkpoint.huggingface import HuggingFaceCheckpoint
     from megatron_mdm.checkpoint.load import restored_engine
     from megatron_mdm.engine.inputs import logits_inputs
@@ -31,7 +32,7 @@ def our_logits(folders: dict[str, str], scratch: str, parallel: dict[str, Any]) 
 
     context = initialize(ParallelConfig(**parallel))
     tokens = torch.from_numpy(TOKENS)
-    inputs = logits_inputs(tokens, torch.full((3,), 11), torch.ones(3, 11, dtype=torch.bool))
+    inputs = logits_inputs(tokens, Full(), torch.ones(3, 11, dtype=torch.bool))
     scored = inputs._replace(labels=tokens, token_weight=torch.ones(3, 11), row_weight=torch.ones(3))
     logits = {}
     for name, folder in folders.items():

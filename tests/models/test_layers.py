@@ -66,6 +66,7 @@ def llama_logits(model: ModelConfig, llama: Any, tokens: torch.Tensor) -> torch.
 
 def our_logits(model: ModelConfig) -> dict[str, Any]:
     """On a rank: logits of every position, of a padded batch, and the parameters."""
+    from megatron_mdm.batch import Full, Padded
     from megatron_mdm.engine.inference import InferenceEngine
     from megatron_mdm.engine.inputs import logits_inputs
     from megatron_mdm.models.layers import build_model
@@ -80,11 +81,11 @@ def our_logits(model: ModelConfig) -> dict[str, Any]:
                 parameter.add_(0.1 * torch.randn(parameter.shape))
     engine = InferenceEngine(built, "fp32")
     tokens = torch.randint(0, model.vocab_size, (3, 12))
-    full = torch.full((3,), 12)
-    logits = engine.logits(logits_inputs(tokens, full, torch.ones(3, 12, dtype=torch.bool)))
+    causal = model.attention == "causal"
+    logits = engine.logits(logits_inputs(tokens, Full(causal=causal), torch.ones(3, 12, dtype=torch.bool)))
     padded = torch.cat([tokens, torch.zeros(3, 5, dtype=torch.int64)], 1)
     selected = torch.arange(17)[None, :].expand(3, 17) < 12
-    with_padding = engine.logits(logits_inputs(padded, full, selected))
+    with_padding = engine.logits(logits_inputs(padded, Padded(torch.full((3,), 12), causal=causal), selected))
     parameters = {name: parameter.detach().numpy() for name, parameter in built.named_parameters()}
     return {
         "tokens": tokens.numpy(),

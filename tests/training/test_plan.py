@@ -115,13 +115,13 @@ def counted_flops(config: RunConfig, rows: int, length: int) -> int:
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
-    from megatron_mdm.batch import ModelInputs
+    from megatron_mdm.batch import Full, ModelInputs
     from megatron_mdm.engine.build import build_engine, from_scratch
     from megatron_mdm.parallel.groups import initialize
 
     engine = build_engine(config, initialize(), from_scratch)
     tokens, ones = torch.randint(0, 50, (rows, length)), torch.ones(rows, length)
-    inputs = ModelInputs(tokens, torch.tensor(length), ones.bool(), tokens, ones, torch.ones(rows))
+    inputs = ModelInputs(tokens, Full(), ones.bool(), tokens, ones, torch.ones(rows))
     with FlopCounterMode(display=False) as counter:
         engine.evaluate([inputs])
     return counter.get_total_flops()
