@@ -11,7 +11,7 @@ platform.quiet_libraries()
 from megatron_mdm.checkpoint.choice import AUTO, CHOICES, choose_together  # noqa: E402
 from megatron_mdm.checkpoint.load import load_for_inference, restored_engine  # noqa: E402
 from megatron_mdm.config.load import load_config  # noqa: E402
-from megatron_mdm.config.validate import validate  # noqa: E402
+from megatron_mdm.objectives import check_run  # noqa: E402
 from megatron_mdm.parallel.groups import initialize, world_size_from_environment  # noqa: E402
 from megatron_mdm.parallel.program import run_program  # noqa: E402
 from megatron_mdm.parallel.watchdog import watch  # noqa: E402
@@ -29,7 +29,7 @@ def main() -> None:
     arguments = parser.parse_intermixed_args()
 
     config = load_config(arguments.config, arguments.overrides)
-    validate(config, world_size_from_environment())
+    check_run(config, world_size_from_environment())
     config, data = resolve(config)
     parallel, hang_minutes = config.parallel, config.faults.hang_minutes
     context = initialize(parallel, agreement(config, data), hang_minutes)

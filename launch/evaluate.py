@@ -13,6 +13,7 @@ from megatron_mdm.config.errors import UserError  # noqa: E402
 from megatron_mdm.config.load import load_section  # noqa: E402
 from megatron_mdm.data.records import ON_ERROR, bad_lines  # noqa: E402
 from megatron_mdm.evaluation.measures import MEASURES, Source, write_result  # noqa: E402
+from megatron_mdm.objectives import objective_of  # noqa: E402
 from megatron_mdm.parallel.groups import initialize  # noqa: E402
 from megatron_mdm.parallel.program import run_program  # noqa: E402
 from megatron_mdm.parallel.watchdog import watch  # noqa: E402
@@ -40,7 +41,8 @@ def main() -> None:
     config = load.run_config(arguments.run_dir, arguments.tensor, arguments.pipeline, data)
     source = Source(arguments.harness or arguments.data, arguments.limit, arguments.on_error or config.data.on_error)
     settings = load_section(measure.settings, others)
-    evaluate = measure.prepare(source, settings, config, load.run_tokenizer(arguments.run_dir, config))
+    tokenizer = load.run_tokenizer(arguments.run_dir, config)
+    evaluate = measure.prepare(source, settings, config, tokenizer, objective_of(config))
     context = initialize(config.parallel, hang_minutes=config.faults.hang_minutes)
     watch(arguments.run_dir, config.faults.hang_minutes, context)
     engine = load.load_for_inference(arguments.run_dir, config, context, arguments.checkpoint)

@@ -17,6 +17,7 @@ from megatron_mdm.data.records import ON_ERROR, BadRecords, bad_lines  # noqa: E
 from megatron_mdm.generation.answers import AnswerFile, answer_prompts  # noqa: E402
 from megatron_mdm.generation.interactive import converse  # noqa: E402
 from megatron_mdm.generation.settings import GenerationConfig  # noqa: E402
+from megatron_mdm.objectives import objective_of  # noqa: E402
 from megatron_mdm.parallel.groups import initialize  # noqa: E402
 from megatron_mdm.parallel.program import run_program  # noqa: E402
 from megatron_mdm.parallel.watchdog import watch  # noqa: E402
@@ -37,20 +38,20 @@ def main() -> None:
     data, others = load.data_overrides(arguments.settings)
     generation = load_section(GenerationConfig, others)
     config = load.run_config(arguments.run_dir, arguments.tensor, arguments.pipeline, data)
-    tokenizer, method = load.run_tokenizer(arguments.run_dir, config), config.objective.name
+    tokenizer, decode = load.run_tokenizer(arguments.run_dir, config), objective_of(config).decoder
     bad = BadRecords(arguments.on_error or config.data.on_error)
     room = generation.room(config.model)
     prompts = [] if arguments.interactive else read_prompts(arguments.prompts, tokenizer, config.data, bad, room)
     context = initialize(config.parallel, hang_minutes=config.faults.hang_minutes)
     engine = load.load_for_inference(arguments.run_dir, config, context, arguments.checkpoint)
     if arguments.interactive:
-        converse(engine, tokenizer, generation, room, method, context, sys.stdin, sys.stdout)
+        converse(engine, tokenizer, generation, room, decode, context, sys.stdin, sys.stdout)
         return
     watch(arguments.run_dir, config.faults.hang_minutes, context)  # above, ranks may wait for a person for hours
     settings = {**load.checkpoint_identity(arguments.run_dir, engine.source), **generation.model_dump(mode="json")}
     settings |= {"data": data} if data else {}
     file = AnswerFile(arguments.output, prompts, settings, context)
-    answer_prompts(file, engine, tokenizer, generation, method, context)
+    answer_prompts(file, engine, tokenizer, generation, decode, context)
     if context.is_main:
         print(*bad_lines(bad.count, bad.first), f"{len(prompts)} responses: {arguments.output}", sep="\n", flush=True)
 

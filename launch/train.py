@@ -9,7 +9,7 @@ from megatron_mdm.parallel import platform
 platform.quiet_libraries()
 
 from megatron_mdm.config.load import load_config  # noqa: E402
-from megatron_mdm.config.validate import validate, warnings  # noqa: E402
+from megatron_mdm.objectives import check_run  # noqa: E402
 from megatron_mdm.parallel.groups import initialize, world_size_from_environment  # noqa: E402
 from megatron_mdm.parallel.program import run_program  # noqa: E402
 from megatron_mdm.parallel.watchdog import watch  # noqa: E402
@@ -34,7 +34,7 @@ def main() -> None:
     arguments = parser.parse_intermixed_args()
 
     config = load_config(arguments.config, arguments.overrides)
-    validate(config, arguments.world_size)
+    objective = check_run(config, arguments.world_size)
     resume = arguments.resume or has_begun(Path(config.checkpoint.directory))
     config, data = resolve(as_the_run_began(config) if resume else config)
     description = describe(config, arguments.world_size, total_steps(config, len(data.train)))
@@ -47,7 +47,7 @@ def main() -> None:
         check_layout(config, data, context)
         return
     if context.is_main:
-        for line in warnings(config):
+        for line in objective.warnings():
             print(f"warning: {line}", file=sys.stderr)
         print(f"{description}\n{describe_data(data, config)}", flush=True)
     watch(Path(config.checkpoint.directory), hang_minutes, context)

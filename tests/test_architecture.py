@@ -17,8 +17,9 @@ ROWS = [  # lowest first; packages of one row do not import each other
     {"models", "data"},
     {"engine"},
     {"checkpoint"},
-    {"generation", "reports"},
+    {"generation"},
     {"evaluation"},
+    {"objectives", "reports"},
     {"training"},
 ]
 ROW_OF = {package: row for row, packages in enumerate(ROWS) for package in packages}

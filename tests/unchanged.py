@@ -141,6 +141,7 @@ def _generated(config: RunConfig, decoding: tuple[dict[str, Any], ...], context:
     from megatron_mdm.generation.generate import generate
     from megatron_mdm.generation.settings import GenerationConfig, SpecialIds
     from megatron_mdm.models.layers import build_model
+    from megatron_mdm.objectives import objective_of
 
     model = config.model.model_copy(update={"init_std": 0.3})
     parallel = config.parallel.model_copy(update={"sequence": False})
@@ -154,7 +155,7 @@ def _generated(config: RunConfig, decoding: tuple[dict[str, Any], ...], context:
     answers = []
     for changes in decoding:
         settings = GenerationConfig(**{"gen_length": 8, "block_length": 4, "steps": 8, "batch_size": 2, **changes})
-        responses = generate(engine, prompts, settings, special, context, config.objective.name)
+        responses = generate(engine, prompts, settings, special, context, objective_of(config).decoder)
         answers.append([response.tokens for response in responses])
     return answers
 

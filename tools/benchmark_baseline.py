@@ -144,7 +144,7 @@ class PlainLoop:
 def as_plain(noised: NoisedBatch, trainer: Trainer) -> list[PlainBatch]:
     """A micro-batch with its masks as our noiser drew them, view by view."""
     clean = noised.clean
-    probability = torch.from_numpy(trainer.noiser.design.schedule.mask_probability(noised.t.numpy())).float()[:, None]
+    probability = torch.from_numpy(trainer.noiser.mask_probability(noised.t.numpy())).float()[:, None]
     return [
         _plain_batch(clean.tokens, masked, probability, clean.num_eligible, clean.lengths)
         for masked in noised.masked.chunk(noised.views)

@@ -26,9 +26,7 @@ from benchmark_measure import compare, interleaved, machine_info  # noqa: E402
 from megatron_mdm.config.files import write_json  # noqa: E402
 from megatron_mdm.config.schema import RunConfig  # noqa: E402
 from megatron_mdm.data.batching import computed_tokens, cut  # noqa: E402
-from megatron_mdm.diffusion.objective import NORMALIZATIONS  # noqa: E402
 from megatron_mdm.engine.build import build_engine, from_scratch  # noqa: E402
-from megatron_mdm.engine.inputs import loss_inputs  # noqa: E402
 from megatron_mdm.parallel.groups import initialize  # noqa: E402
 from megatron_mdm.parallel.program import run_program  # noqa: E402
 from megatron_mdm.training.inputs import resolve  # noqa: E402
@@ -94,9 +92,9 @@ def check_losses(modes: dict[str, Trainer], tolerance: float) -> None:
         trainer.engine.pack = mode == "packed"
         batch = trainer.loader.batch(0)
         noised = [trainer.noiser(micro_batch, 0) for micro_batch in batch.micro_batches]
-        normalize = NORMALIZATIONS[trainer.config.diffusion.normalization]
-        weights = [normalize(micro, batch.global_batch) for micro in noised]
-        rows = trainer.engine.evaluate([loss_inputs(*pair) for pair in zip(noised, weights)])
+        objective = trainer.objective
+        weights = [objective.normalization(micro, batch.global_batch) for micro in noised]
+        rows = trainer.engine.evaluate([objective.inputs(*pair) for pair in zip(noised, weights)])
         losses[mode] = sum(float((row.loss * weight.row).sum()) for row, weight in zip(rows, weights))
     for loss in losses.values():
         assert abs(loss / losses["padded"] - 1) < tolerance, losses

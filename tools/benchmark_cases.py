@@ -19,9 +19,9 @@ from megatron_mdm.data.sft import SftDataset, encode_prompt
 from megatron_mdm.data.tokenizer import load_tokenizer
 from megatron_mdm.diffusion.t_samplers import CALIBRATED_SAMPLERS, CENTRES
 from megatron_mdm.engine.zero import ZeroEngine
+from megatron_mdm.objectives import objective_of
 from megatron_mdm.parallel.groups import ParallelContext
 from megatron_mdm.training.loop import Trainer
-from megatron_mdm.training.run import build_noiser
 
 NUM_SAMPLES = 1024  # in a benchmark's data set
 NUM_SPECIAL = 5  # ids 0 (padding) … 4 (mask) never occur in clean samples
@@ -167,8 +167,9 @@ def trainer(
     )
     diffusion = method.diffusion()
     density = _symmetric_density() if diffusion.t_sampler in CALIBRATED_SAMPLERS else np.empty(0)
-    noiser = build_noiser(config.model_copy(update={"diffusion": diffusion}), density, MASK_ID)
-    return Trainer(config, context, loader, noiser, engine, config.schedule.steps)
+    objective = objective_of(config.model_copy(update={"diffusion": diffusion}))
+    noise = objective.noise(density, MASK_ID)
+    return Trainer(config, context, loader, objective, noise, engine, config.schedule.steps)
 
 
 def _symmetric_density() -> NDArray[np.float64]:

@@ -12,6 +12,7 @@ from typing import Any
 
 from megatron_mdm.config.errors import UserError
 from megatron_mdm.config.files import write_json
+from megatron_mdm.objectives import objective_of
 from megatron_mdm.parallel.program import run_program
 from megatron_mdm.reports.plots import VARIANCES, save_figure
 from megatron_mdm.reports.run_facts import fact_lines
@@ -23,7 +24,7 @@ from megatron_mdm.reports.runs import as_json, read_runs, spread_figure, spreads
 def report_run(folder: Path, output: Path) -> None:
     """Page and JSON; on the screen what a run is, and what a finished one reached."""
     run = read_run_folder(folder)
-    page = run_page(run)
+    page = run_page(run, objective_of(run.config).description)
     try:
         write_json(output.with_suffix(".json"), page)
         save_figure(page_figure(page), output.with_suffix(".png"))
@@ -66,7 +67,7 @@ def _print_answers(result: dict[str, Any]) -> None:
 
 def report_runs(folders: list[Path], output: Path) -> None:
     """Table on the screen; output.png and output.json."""
-    found = read_runs(folders)
+    found = read_runs(folders, lambda config: objective_of(config).description.label)
     over_seeds = spreads(found)
     print(table(over_seeds))
     for line in unequal_settings(found):

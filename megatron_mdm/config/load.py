@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterator, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -47,10 +48,15 @@ def load_section(model: type[Model], overrides: Sequence[str]) -> Model:
 
 def objective_options(section: ObjectiveConfig, model: type[Options]) -> Options:
     """The section `objective` as the objective's own model has it. Raises UserError as load_config does."""
-    whole: Any = create_model("RunConfig", objective=(model, ...))
     tree = {"objective": section.model_dump()}
-    options: Options = validated(whole, tree, section.places, "objective").objective
+    options: Options = validated(_around(model), tree, section.places, "objective").objective
     return options
+
+
+@cache
+def _around(model: type[Options]) -> Any:
+    """A configuration of that section alone, so that its keys are told by their whole names."""
+    return create_model("RunConfig", objective=(model, ...))
 
 
 def read_mapping(path: Path, model: type[BaseModel]) -> tuple[Tree, Origins]:

@@ -1,11 +1,11 @@
-"""Rules that span sections, checked before anything is loaded."""
+"""Rules that span sections, checked before anything is loaded. Those of an objective are its own (objectives/)."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from megatron_mdm.config.errors import UserError
-from megatron_mdm.config.schema import DiffusionConfig, RunConfig
+from megatron_mdm.config.schema import RunConfig
 
 # DeepSpeed keys that follow from other sections: setting them raw would let the two disagree.
 OWNED_DEEPSPEED_KEYS = {
@@ -33,10 +33,8 @@ def validate(config: RunConfig, world_size: int) -> None:
     """Check a configuration against itself and the number of ranks. Raises UserError with the remedy."""
     _check_parallel(config)
     validate_layout(config, world_size)
-    _check_method(config)
     _check_batch(config, world_size)
     _check_data(config)
-    _check_diffusion(config)
     for key, section in OWNED_DEEPSPEED_KEYS.items():
         value: Any = config.deepspeed
         for part in key.split("."):
@@ -115,22 +113,6 @@ def _check_model(config: RunConfig) -> None:
             raise UserError(f"'model.{name}' {getattr(model, name)} is not a multiple of 'parallel.tensor' {tensor}")
 
 
-def _check_method(config: RunConfig) -> None:
-    """The autoregressive baseline has no noise, so none of the settings of noise may be set."""
-    diffusion = config.diffusion
-    if config.objective.name == "masked":
-        if config.model.attention == "causal":
-            raise UserError("'model.attention' causal is for 'objective.name' autoregressive; use bidirectional")
-        return
-    for name, field in DiffusionConfig.model_fields.items():
-        value = getattr(diffusion, name)
-        if name not in ("normalization", "calibration") and value != field.default:
-            raise UserError(
-                f"'diffusion.{name}' {value} has no meaning for 'objective.name' {config.objective.name}, which draws "
-                f"no masks; use {field.default} (configs/methods/autoregressive.yaml)"
-            )
-
-
 def _check_batch(config: RunConfig, world_size: int) -> None:
     batch, ranks = config.batch, data_parallel_size(config, world_size)
     longest = config.diffusion.rows_per_sample * config.data.max_length
@@ -146,23 +128,14 @@ def _check_batch(config: RunConfig, world_size: int) -> None:
             f"'batch.global_size' {batch.global_size} is not a multiple of 'batch.micro_size' {batch.micro_size} × "
             f"{ranks} data-parallel ranks = {batch.micro_size * ranks}; change one of them"
         )
-    strata = config.diffusion.strata
-    if isinstance(strata, int) and strata > batch.global_size:
-        raise UserError(f"'diffusion.strata' {strata} exceeds 'batch.global_size' {batch.global_size}")
 
 
 def _check_data(config: RunConfig) -> None:
     data, model = config.data, config.model
     if data.format == "sft" and not isinstance(data.train, str):
         raise UserError("'data.train' is a blend, which only 'data.format' corpus can have")
-    sft_only = {
-        "data.eos_padding": data.eos_padding,
-        "diffusion.syrm": config.diffusion.syrm.enabled,
-        "diffusion.isad.delimiters": bool(config.diffusion.isad.delimiters),
-    }
-    for name, used in sft_only.items():
-        if used and data.format == "corpus":
-            raise UserError(f"'{name}' is for 'data.format' sft: a corpus has no prompts and answers")
+    if data.eos_padding and data.format == "corpus":
+        raise UserError("'data.eos_padding' is for 'data.format' sft: a corpus has no prompts and answers")
     if data.max_length > model.max_sequence_length:
         raise UserError(
             f"'data.max_length' {data.max_length} exceeds 'model.max_sequence_length' {model.max_sequence_length}"
@@ -182,35 +155,3 @@ def _check_data(config: RunConfig) -> None:
         raise UserError("'checkpoint.keep_best' judges by validation loss; set 'evaluation.every'")
     if data.validation and data.validation_fraction:
         raise UserError("set either 'data.validation' or 'data.validation_fraction', not both")
-
-
-def _check_diffusion(config: RunConfig) -> None:
-    diffusion = config.diffusion
-    if diffusion.t_sampler == "clipped" and diffusion.clipping.bounds == "adaptive" and not config.evaluation.every:
-        raise UserError(
-            "'diffusion.clipping.bounds' adaptive chooses its interval at validations; set 'evaluation.every'"
-        )
-    if diffusion.calibration.refit_every and diffusion.t_sampler != "ppots":
-        raise UserError("'diffusion.calibration.refit_every' needs 'diffusion.t_sampler' ppots")
-    calibration, views = diffusion.calibration, diffusion.rows_per_sample
-    if calibration.estimator == "naive" and calibration.num_samples * calibration.num_masks < 4 * views:
-        raise UserError(
-            "'diffusion.calibration': estimator naive measures 2 samples with 2 groups of masks at least, of "
-            f"{views} rows each here: raise 'num_samples' times 'num_masks' to {4 * views}"
-        )
-
-
-def warnings(config: RunConfig) -> list[str]:
-    """Combinations that are allowed but whose parts go ill together, one line each."""
-    found = []
-    if config.diffusion.ema.enabled and config.diffusion.strata != "none":
-        found.append(
-            "'diffusion.ema' with 'diffusion.strata': the paper advises against the two together, since stratified t "
-            "leaves the control variate little to explain"
-        )
-    if config.diffusion.t_sampler == "ppots" and config.diffusion.normalization.endswith("masked"):
-        found.append(
-            f"'diffusion.normalization' {config.diffusion.normalization} divides by the batch's masked tokens, which "
-            "'diffusion.t_sampler' ppots takes to be as many as on average: p(t) is calibrated for the sum alone"
-        )
-    return found

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_mdm.config.schema import DiffusionConfig
-from megatron_mdm.diffusion.mask_schedule import Floats, MaskSchedule
+from megatron_mdm.diffusion.mask_schedule import MASK_SCHEDULES, Floats, MaskSchedule
 
 Bools = NDArray[np.bool_]
 
@@ -100,7 +100,7 @@ class MaskDesign:
         """The design that a configuration asks for."""
         return cls(
             MASKING_RULES[config.masking],
-            MaskSchedule(config.epsilon),
+            MASK_SCHEDULES[config.mask_schedule](config.epsilon),
             complementary=config.views == 2,
             repeats=config.multisample,
             delimiter_shift=config.isad.shift if config.isad.delimiters else 0.0,

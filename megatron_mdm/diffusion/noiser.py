@@ -77,6 +77,10 @@ class Noiser:
     def views(self) -> int:
         return self.design.views
 
+    def mask_probability(self, t: Floats) -> Floats:
+        """p_mask(t), of any shape."""
+        return self.design.schedule.mask_probability(t)
+
     def use(self, sampler: TSampler) -> None:
         """Draw t from another density from the next step on."""
         self.sampler, self._step = sampler, -1

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from megatron_mdm.batch import LossWeights
+from megatron_mdm.config.sections.diffusion import BY_MASKED_TOKENS
 from megatron_mdm.diffusion.mask_schedule import Floats
 from megatron_mdm.diffusion.noiser import NoisedBatch
 
@@ -81,7 +82,7 @@ NORMALIZATIONS: dict[str, Normalization] = {
     "sample": Normalization(True, _of_sample),
     "token": Normalization(True, _of_token),
     "batch": Normalization(True, _of_batch),
-    "masked": Normalization(True, _of_masked, counts_masked=True),
+    BY_MASKED_TOKENS: Normalization(True, _of_masked, counts_masked=True),
     "unweighted": Normalization(False, _of_sample),
     "unweighted_token": Normalization(False, _of_token),
     "unweighted_batch": Normalization(False, _of_batch),

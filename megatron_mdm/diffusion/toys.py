@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_mdm.diffusion.exposure import Exposures, SampleShapes, exposures
-from megatron_mdm.diffusion.mask_schedule import Floats, MaskSchedule
+from megatron_mdm.diffusion.mask_schedule import Floats, LinearSchedule
 from megatron_mdm.diffusion.masking import MASKING_RULES, MaskDesign
 from megatron_mdm.diffusion.moments import RowSums, group_moments
 from megatron_mdm.diffusion.objective import NORMALIZATIONS
@@ -22,7 +22,7 @@ from megatron_mdm.diffusion.t_samplers import TSampler
 
 EPSILON = 1e-3
 _GRID: Floats = (np.arange(32768) + 0.5) / 32768
-_SCHEDULE = MaskSchedule(EPSILON)
+_SCHEDULE = LinearSchedule(EPSILON)
 
 
 class Noise(Protocol):

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from torch import Tensor
 
 from megatron_mdm.batch import ModelInputs, RowStatistics
 from megatron_mdm.engine.clock import PhaseClock
-from megatron_mdm.engine.optimizer_state import OptimizerState
+
+if TYPE_CHECKING:  # DeepSpeed, which programs that train nothing do without
+    from megatron_mdm.engine.optimizer_state import OptimizerState
 
 
 class TrainOutput(NamedTuple):

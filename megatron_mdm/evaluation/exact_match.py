@@ -14,7 +14,8 @@ from megatron_mdm.data.prompts import EncodedPrompt
 from megatron_mdm.data.records import BadRecords, read_records
 from megatron_mdm.data.tokenizer import Tokenizer
 from megatron_mdm.evaluation.tasks import Task
-from megatron_mdm.generation.generate import generate
+from megatron_mdm.generation.generate import Decoder, generate
+from megatron_mdm.generation.sampler import denoise
 from megatron_mdm.generation.settings import GenerationConfig, LogitsEngine, SpecialIds
 from megatron_mdm.parallel.groups import ParallelContext
 
@@ -59,12 +60,12 @@ def evaluate_exact_match(
     tokenizer: Tokenizer,
     config: GenerationConfig,
     context: ParallelContext,
-    method: str = "masked",
+    decode: Decoder = denoise,
 ) -> dict[str, Any]:
-    """Score and samples, JSON-able, the same on every rank. Collective. method: the model's training method."""
+    """Score and samples, JSON-able, the same on every rank. Collective. decode: what the model was trained for."""
     prompts = [question.prompt.ids for question in questions]
     special = SpecialIds.of(tokenizer)
-    responses = generate(engine, prompts, config, special, context, method)
+    responses = generate(engine, prompts, config, special, context, decode)
     samples = []
     for (prompt, answer), response in zip(questions, responses):
         text = tokenizer.decode(response.tokens)

@@ -18,6 +18,7 @@ from megatron_mdm.data.lengths import Room
 from megatron_mdm.data.tokenizer import Tokenizer
 from megatron_mdm.evaluation.harness_requests import HarnessConfig, Requests, generation_for, wish
 from megatron_mdm.evaluation.measures import Measure, Result, Source
+from megatron_mdm.evaluation.trained import TrainedFor
 from megatron_mdm.parallel.collectives import gather_objects
 from megatron_mdm.parallel.groups import ParallelContext
 
@@ -80,7 +81,7 @@ class LoadedTasks(TaskManager):
 
 
 def _prepare(
-    source: Source, settings: HarnessConfig, config: RunConfig, tokenizer: Tokenizer
+    source: Source, settings: HarnessConfig, config: RunConfig, tokenizer: Tokenizer, objective: TrainedFor
 ) -> Callable[[Any, ParallelContext], Result]:
     names = source.path.split(",")
     tasks = LoadedTasks(names)
@@ -91,7 +92,7 @@ def _prepare(
 
     def run(engine: Any, context: ParallelContext) -> Result:
         found = lm_eval.simple_evaluate(
-            model=HarnessModel(Requests(engine, tokenizer, settings, config, context)),
+            model=HarnessModel(Requests(engine, tokenizer, settings, config, objective, context)),
             tasks=names,
             task_manager=tasks,
             num_fewshot=None if settings.num_fewshot < 0 else settings.num_fewshot,

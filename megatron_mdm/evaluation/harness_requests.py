@@ -13,11 +13,13 @@ from typing import Any, NamedTuple
 from pydantic import Field
 
 from megatron_mdm.config.errors import UserError
+from megatron_mdm.config.load import validated
 from megatron_mdm.config.schema import RunConfig
 from megatron_mdm.data.lengths import Room
 from megatron_mdm.data.tokenizer import Tokenizer
 from megatron_mdm.evaluation.likelihood import LikelihoodConfig, Likelihoods, negative_log_likelihoods
 from megatron_mdm.evaluation.perplexity import continuation
+from megatron_mdm.evaluation.trained import TrainedFor
 from megatron_mdm.generation.generate import generate
 from megatron_mdm.generation.settings import GenerationConfig, SpecialIds
 from megatron_mdm.parallel.groups import ParallelContext
@@ -49,7 +51,8 @@ class HarnessConfig(LikelihoodConfig):
 
     def generation(self, length: int, block: int, steps: int, **sampling: Any) -> GenerationConfig:
         shared = {"cfg_scale": self.cfg_scale, "batch_size": self.batch_size, "seed": self.seed}
-        return GenerationConfig(gen_length=length, block_length=block, steps=steps, **shared, **sampling)
+        lengths = {"gen_length": length, "block_length": block, "steps": steps}
+        return validated(GenerationConfig, {**lengths, **shared, **sampling}, {}, "--harness")
 
 
 class Wish(NamedTuple):
@@ -93,10 +96,16 @@ class Requests:
     """An inference engine with what it takes to answer texts."""
 
     def __init__(
-        self, engine: Any, tokenizer: Tokenizer, settings: HarnessConfig, config: RunConfig, context: ParallelContext
+        self,
+        engine: Any,
+        tokenizer: Tokenizer,
+        settings: HarnessConfig,
+        config: RunConfig,
+        objective: TrainedFor,
+        context: ParallelContext,
     ) -> None:
         self.engine, self.tokenizer, self.settings, self.context = engine, tokenizer, settings, context
-        self.method, self.max_length = config.objective.name, config.model.max_sequence_length
+        self.objective, self.max_length = objective, config.model.max_sequence_length
         self.longest = Room.of(config.model, settings.extrapolate).longest  # prompt and what is behind it
         self.special = SpecialIds.of(tokenizer)
         self.num_cut = 0  # prompts, since it was said last
@@ -141,11 +150,12 @@ class Requests:
         return texts
 
     def _nats(self, samples: list[Any]) -> Likelihoods:
-        settings = self.settings.likelihood()
-        return negative_log_likelihoods(self.engine, samples, settings, self.special, self.context, self.method)
+        settings, scoring = self.settings.likelihood(), self.objective.scoring
+        return negative_log_likelihoods(self.engine, samples, settings, self.special, self.context, scoring)
 
     def _generated(self, prompts: list[list[int]], config: GenerationConfig) -> list[list[int]]:
-        responses = generate(self.engine, prompts, config, self.special, self.context, self.method)
+        decode = self.objective.decoder
+        responses = generate(self.engine, prompts, config, self.special, self.context, decode)
         return [response.tokens for response in responses]
 
     def _are_greedy(self, pairs: Sequence[tuple[list[int], list[int]]]) -> list[bool]:

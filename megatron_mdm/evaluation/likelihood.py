@@ -1,4 +1,4 @@
-"""−log p(response | prompt): an upper bound by Monte Carlo for masked models, exactly for autoregressive ones.
+"""−log p(response | prompt), from the rows that a model's objective makes of a sample: MASK_BOUND's, or others.
 
 A masked model's bound on P eligible tokens (method, Section 1, for ε → 0) is ∫₀¹ E[Σ_{i masked} CE_i / t] dt, which is,
 with the noise of how many are masked integrated out,
@@ -22,7 +22,6 @@ from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
 
 from megatron_mdm.batch import ModelInputs, padded_rows
-from megatron_mdm.config.errors import UserError
 from megatron_mdm.config.schema import Section
 from megatron_mdm.data.sft import Sample
 from megatron_mdm.diffusion.mask_schedule import Floats
@@ -60,8 +59,8 @@ COUNTS: dict[str, Callable[[int, int, np.random.Generator], Counts]] = {
 
 
 class LikelihoodConfig(Section):
-    """Autoregressive models use extrapolate and batch_size only, and refuse cfg_scale. LLaDA's setting is
-    counts=systematic num_times=128 num_repeats=1."""
+    """Exact likelihoods (of autoregressive models) use extrapolate and batch_size only, and refuse cfg_scale. LLaDA's
+    setting is counts=systematic num_times=128 num_repeats=1."""
 
     num_times: int = Field(default=16, gt=0)  # mask counts per repeat
     num_repeats: int = Field(default=4, gt=0)  # independent repeats, from which the standard error is taken
@@ -93,21 +92,47 @@ class Scorer(Forward, LogitsEngine, Protocol):
     """engine.inference.InferenceEngine, or its like over a pipeline."""
 
 
+class Row(NamedTuple):
+    """A row of the model. Its loss is the mean cross-entropy of the scored positions."""
+
+    tokens: NDArray[np.int32]  # [S]: what the model sees
+    labels: NDArray[np.int32]  # [S]
+    scored: NDArray[np.bool_]  # [S]
+    given: NDArray[np.bool_]  # [S]: the prompt, which guidance's other pass does not see
+
+
+class Rows(NamedTuple):
+    """Made when they are asked for: row i is repeat and time i % per_sample of sample i // per_sample."""
+
+    lengths: NDArray[np.int64]
+    num_repeats: int
+    make: Callable[[int], Row]
+    causal: bool = False  # whether the model sees a row's tokens up to each position only
+
+
+class Scoring(NamedTuple):
+    """How a model's samples are scored: −log p, or its bound, is the mean of a sample's rows times its targets."""
+
+    rows: Callable[[Sequence[Sample], LikelihoodConfig, SpecialIds], Rows]
+    targets: Callable[[Sample], NDArray[np.bool_]]  # [S]: the positions that count
+    is_bound: bool  # an upper bound by Monte Carlo, not −log p itself
+
+
 def negative_log_likelihoods(
     engine: Scorer,
     samples: Sequence[Sample],
     config: LikelihoodConfig,
     special: SpecialIds,
     context: ParallelContext,
-    method: str = "masked",
+    scoring: Scoring,
 ) -> Likelihoods:
-    """Of each sample's eligible positions. Collective. method: how the model was trained. Raises UserError where
-    guidance is asked of an autoregressive model."""
-    rows = _ROWS[method](samples, config, special)
-    num_eligible = np.array([np.count_nonzero(learnt_positions(sample, method)) for sample in samples], dtype=np.int64)
+    """Of each sample's target positions. Collective. scoring: what the model was trained for. Raises UserError where
+    it has no guidance and guidance is asked for."""
+    rows = scoring.rows(samples, config, special)
+    num_eligible = np.array([np.count_nonzero(scoring.targets(sample)) for sample in samples], dtype=np.int64)
     losses = _mean_losses(engine, rows, config, special, context)
     repeats = losses.reshape(len(samples), rows.num_repeats, -1).mean(2) * num_eligible[:, None]
-    if method != "masked":
+    if not scoring.is_bound:
         error = np.zeros(len(samples))
     elif rows.num_repeats == 1:
         error = np.full(len(samples), np.nan)
@@ -116,26 +141,10 @@ def negative_log_likelihoods(
     return Likelihoods(repeats.mean(1), error, num_eligible)
 
 
-class _Row(NamedTuple):
-    tokens: NDArray[np.int32]  # [S]: what the model sees
-    labels: NDArray[np.int32]  # [S]
-    scored: NDArray[np.bool_]  # [S]
-    given: NDArray[np.bool_]  # [S]: the prompt, which guidance's other pass does not see
-
-
-class _Rows(NamedTuple):
-    """Made when they are asked for: row i is repeat and time i % per_sample of sample i // per_sample."""
-
-    lengths: NDArray[np.int64]
-    num_repeats: int
-    make: Callable[[int], _Row]
-    causal: bool = False  # whether the model sees a row's tokens up to each position only
-
-
-def _masked_rows(samples: Sequence[Sample], config: LikelihoodConfig, special: SpecialIds) -> _Rows:
+def _masked_rows(samples: Sequence[Sample], config: LikelihoodConfig, special: SpecialIds) -> Rows:
     per_sample = config.num_repeats * config.num_times
 
-    def make(index: int) -> _Row:
+    def make(index: int) -> Row:
         sample_index, place = divmod(index, per_sample)
         repeat, time = divmod(place, config.num_times)
         sample = samples[sample_index]
@@ -145,38 +154,21 @@ def _masked_rows(samples: Sequence[Sample], config: LikelihoodConfig, special: S
         mask_stream = stream(config.seed, Purpose.LIKELIHOOD, config.num_repeats + place, sample_index)
         scored = np.zeros(len(sample.tokens), dtype=np.bool_)
         scored[mask_stream.permutation(places)[:count]] = True
-        return _Row(np.where(scored, special.mask, sample.tokens), sample.tokens, scored, ~sample.eligible)
+        return Row(np.where(scored, special.mask, sample.tokens), sample.tokens, scored, ~sample.eligible)
 
     lengths = np.repeat([len(sample.tokens) for sample in samples], per_sample)
-    return _Rows(lengths, config.num_repeats, make)
+    return Rows(lengths, config.num_repeats, make)
 
 
-def _next_token_rows(samples: Sequence[Sample], config: LikelihoodConfig, _: SpecialIds) -> _Rows:
-    if config.cfg_scale:
-        raise UserError(
-            f"cfg_scale {config.cfg_scale} masks the prompt, which an autoregressive model cannot read; leave it out"
-        )
-
-    def make(index: int) -> _Row:
-        sample = samples[index]
-        scored = learnt_positions(sample, "autoregressive")
-        return _Row(sample.tokens, np.append(sample.tokens[1:], 0), np.append(scored[1:], False), ~sample.eligible)
-
-    return _Rows(np.array([len(sample.tokens) for sample in samples]), 1, make, causal=True)
+def _eligible(sample: Sample) -> NDArray[np.bool_]:
+    return sample.eligible
 
 
-_ROWS = {"masked": _masked_rows, "autoregressive": _next_token_rows}  # by objective.name
-
-
-def learnt_positions(sample: Sample, method: str) -> NDArray[np.bool_]:
-    """[S]: the eligible positions; autoregressively, without a first token that follows none."""
-    if method == "masked":
-        return sample.eligible
-    return np.append(False, sample.eligible[1:])
+MASK_BOUND = Scoring(_masked_rows, _eligible, is_bound=True)
 
 
 def _mean_losses(
-    engine: Scorer, rows: _Rows, config: LikelihoodConfig, special: SpecialIds, context: ParallelContext
+    engine: Scorer, rows: Rows, config: LikelihoodConfig, special: SpecialIds, context: ParallelContext
 ) -> Floats:
     """Mean cross-entropy of each row's scored positions, in nats [number of rows], over all data-parallel ranks."""
     order = np.argsort(rows.lengths, kind="stable")
@@ -192,7 +184,7 @@ def _mean_losses(
     return fill_from_data_ranks(losses, context)
 
 
-def _losses(rows: Sequence[_Row], engine: Scorer, cfg_scale: float, special: SpecialIds, causal: bool) -> Tensor:
+def _losses(rows: Sequence[Row], engine: Scorer, cfg_scale: float, special: SpecialIds, causal: bool) -> Tensor:
     """[R] float32."""
     inputs = _inputs(rows, special.pad, causal)
     if not cfg_scale:
@@ -211,7 +203,7 @@ def _losses(rows: Sequence[_Row], engine: Scorer, cfg_scale: float, special: Spe
     return (losses * inputs.token_weight).sum(1)
 
 
-def _inputs(rows: Sequence[_Row], pad_id: int, causal: bool) -> ModelInputs:
+def _inputs(rows: Sequence[Row], pad_id: int, causal: bool) -> ModelInputs:
     lengths = torch.tensor([len(row.tokens) for row in rows])
     tokens, labels = _padded([row.tokens for row in rows], pad_id), _padded([row.labels for row in rows], 0)
     scored = _padded([row.scored for row in rows], False)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_mdm.batch import LossWeights, RowStatistics
+from megatron_mdm.batch import LossWeights, ModelInputs, RowStatistics
 from megatron_mdm.data.collate import collate
 from megatron_mdm.data.sft import SftDataset
 from megatron_mdm.diffusion.exposure import SampleShapes, average_batch
@@ -26,6 +26,7 @@ from megatron_mdm.parallel.progress import progress_bar
 
 Places = NDArray[np.int64]  # in a list of what is to be measured
 Scored = tuple[NoisedBatch, LossWeights]
+Inputs = Callable[[NoisedBatch, LossWeights], ModelInputs]
 Generators = Callable[[int], np.random.Generator]  # the masks' random numbers of a place in the list of groups
 
 
@@ -59,6 +60,7 @@ class LossMeasurement:
     special: SpecialIds
     micro_size: int  # rows of the model in a forward pass
     context: ParallelContext
+    inputs: Inputs = loss_inputs
 
     def __call__(
         self,
@@ -73,7 +75,7 @@ class LossMeasurement:
         """Sums [n, V] of n groups: sample samples[i], noised at t[i] with the random numbers of generators(i).
 
         Collective; bit-identical for every number of data-parallel ranks, as micro-batches (of samples of like
-        length) are cut once and dealt out. progress: a description for a progress bar; empty: none.
+        length) are cut once and distributed. progress: a description for a progress bar; empty: none.
         """
         shapes = SampleShapes.of(self.data.num_eligible(), self.data.num_delimiters())
         batch = average_batch(self.design, shapes)
@@ -88,7 +90,9 @@ class LossMeasurement:
 
         size = max(1, self.micro_size // self.design.views)
         parts = parts_of_like_length(self.data.lengths()[samples], size)
-        for part, (noised, weights), rows in measure(engine, parts, scored, self.context, row_gradients, progress):
+        for part, (noised, weights), rows in measure(
+            engine, parts, scored, self.context, self.inputs, row_gradients, progress
+        ):
             values[:, part] = np.stack(row_sums(noised, weights, batch, rows))
         return RowSums(*fill_from_data_ranks(values, self.context))
 
@@ -104,10 +108,11 @@ def measure(
     parts: Sequence[Places],
     scored: Callable[[Places], Scored],
     context: ParallelContext,
+    inputs: Inputs,
     row_gradients: bool = False,
     progress: str = "",
 ) -> Iterator[tuple[Places, Scored, RowStatistics]]:
-    """Deal micro-batches out to the data-parallel ranks; yields this rank's with their losses. Collective.
+    """Distribute micro-batches across the data-parallel ranks; yields this rank's with their losses. Collective.
 
     As many at a time as fill a pipeline. Ranks without work repeat the last micro-batch, to keep step.
     """
@@ -117,7 +122,7 @@ def measure(
     for first in progress_bar(starts, desc=progress, unit="batch", enabled=context.is_main and bool(progress)):
         mine = [turn * ranks + context.data_rank for turn in range(first, min(first + together, num_turns))]
         batches = [scored(parts[min(index, len(parts) - 1)]) for index in mine]
-        statistics = engine.evaluate([loss_inputs(*batch) for batch in batches], row_gradients)
+        statistics = engine.evaluate([inputs(*batch) for batch in batches], row_gradients)
         for index, batch, rows in zip(mine, batches, statistics):
             if index < len(parts):
                 yield parts[index], batch, rows

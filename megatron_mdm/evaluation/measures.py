@@ -19,6 +19,7 @@ from megatron_mdm.evaluation.exact_match import evaluate_exact_match, read_quest
 from megatron_mdm.evaluation.likelihood import LikelihoodConfig
 from megatron_mdm.evaluation.perplexity import evaluate_choices, evaluate_perplexity, read_choices, scored_samples
 from megatron_mdm.evaluation.tasks import TASKS
+from megatron_mdm.evaluation.trained import TrainedFor
 from megatron_mdm.generation.settings import GenerationConfig, SpecialIds
 from megatron_mdm.parallel.groups import ParallelContext
 
@@ -35,9 +36,9 @@ class Source(NamedTuple):
 
 class Measure(NamedTuple):
     settings: type[Section]
-    # (source, settings, run's configuration, tokenizer) → what evaluates an engine. Reading comes first, so that
-    # mistakes in the data show before a model is loaded.
-    prepare: Callable[[Source, Any, RunConfig, Tokenizer], Callable[[Any, ParallelContext], Result]]
+    # (source, settings, run's configuration, tokenizer, its objective) → what evaluates an engine. Reading comes first,
+    # so that mistakes in the data show before a model is loaded.
+    prepare: Callable[[Source, Any, RunConfig, Tokenizer, TrainedFor], Callable[[Any, ParallelContext], Result]]
     summary: Callable[[Result], list[str]]
     file: str  # the result's, in the run's folder
     samples_file: str  # of its "samples", a line each
@@ -48,14 +49,21 @@ def _left_out(bad: BadRecords) -> Result:
     return {"num_bad": bad.count, "first_bad": bad.first}
 
 
-def _exact_match(name: str, source: Source, settings: GenerationConfig, config: RunConfig, tokenizer: Tokenizer):
-    task, method = TASKS[name], config.objective.name
+def _exact_match(
+    name: str,
+    source: Source,
+    settings: GenerationConfig,
+    config: RunConfig,
+    tokenizer: Tokenizer,
+    objective: TrainedFor,
+):
+    task = TASKS[name]
     bad = BadRecords(source.on_error)
     room = settings.room(config.model)
     questions = read_questions(source.path, task, source.limit, tokenizer, config.data, bad, room)
 
     def run(engine: Any, context: ParallelContext) -> Result:
-        result = evaluate_exact_match(engine, questions, task, tokenizer, settings, context, method)
+        result = evaluate_exact_match(engine, questions, task, tokenizer, settings, context, objective.decoder)
         return {**result, **_left_out(bad)}
 
     return run
@@ -70,18 +78,19 @@ def _exact_match_summary(result: Result) -> list[str]:
     ]
 
 
-def _perplexity(source: Source, settings: LikelihoodConfig, config: RunConfig, tokenizer: Tokenizer):
+def _perplexity(
+    source: Source, settings: LikelihoodConfig, config: RunConfig, tokenizer: Tokenizer, objective: TrainedFor
+):
     assert isinstance(config.model.vocab_size, int)
     section = config.data.model_copy(
         update={"on_error": source.on_error, "max_length": _longest(source, settings, config)}
     )
     data = read_held_out(source.path, config.model_copy(update={"data": section}), tokenizer)
-    method = config.objective.name
-    samples = scored_samples(data.samples[: source.limit or None], method)
+    samples = scored_samples(data.samples[: source.limit or None], objective.scoring)
     special = SpecialIds.of(tokenizer)
 
     def run(engine: Any, context: ParallelContext) -> Result:
-        result = evaluate_perplexity(engine, samples, settings, special, context, method)
+        result = evaluate_perplexity(engine, samples, settings, special, context, objective.scoring)
         return {**result, "num_too_long": data.num_too_long, "num_bad": data.num_bad, "first_bad": data.first_bad}
 
     return run
@@ -104,15 +113,17 @@ def _perplexity_summary(result: Result) -> list[str]:
     ]
 
 
-def _choices(source: Source, settings: LikelihoodConfig, config: RunConfig, tokenizer: Tokenizer):
+def _choices(
+    source: Source, settings: LikelihoodConfig, config: RunConfig, tokenizer: Tokenizer, objective: TrainedFor
+):
     bad = BadRecords(source.on_error)
     room = Room.of(config.model, settings.extrapolate)
     questions = read_choices(source.path, source.limit, tokenizer, config.data, bad, room)
     special = SpecialIds.of(tokenizer)
-    method = config.objective.name
 
     def run(engine: Any, context: ParallelContext) -> Result:
-        return {**evaluate_choices(engine, questions, settings, special, context, method), **_left_out(bad)}
+        result = evaluate_choices(engine, questions, settings, special, context, objective.scoring)
+        return {**result, **_left_out(bad)}
 
     return run
 

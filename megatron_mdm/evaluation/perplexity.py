@@ -17,15 +17,15 @@ from megatron_mdm.data.records import BadRecords, read_records
 from megatron_mdm.data.sample import Sample
 from megatron_mdm.data.tokenizer import Tokenizer
 from megatron_mdm.evaluation.exact_match import wilson_interval
-from megatron_mdm.evaluation.likelihood import LikelihoodConfig, Scorer, learnt_positions, negative_log_likelihoods
+from megatron_mdm.evaluation.likelihood import LikelihoodConfig, Scorer, Scoring, negative_log_likelihoods
 from megatron_mdm.generation.settings import SpecialIds
 from megatron_mdm.parallel.groups import ParallelContext
 
 
-def scored_samples(samples: Sequence[Sample], method: str) -> list[Sample]:
+def scored_samples(samples: Sequence[Sample], scoring: Scoring) -> list[Sample]:
     """The samples with a token to score; documents that do not see each other as samples of their own."""
     parts = [part for sample in samples for part in _documents(sample)]
-    kept = [part for part in parts if learnt_positions(part, method).any()]
+    kept = [part for part in parts if scoring.targets(part).any()]
     if not kept:
         raise UserError("no sample has a token that could be scored")
     return kept
@@ -45,14 +45,14 @@ def evaluate_perplexity(
     config: LikelihoodConfig,
     special: SpecialIds,
     context: ParallelContext,
-    method: str,
+    scoring: Scoring,
 ) -> dict[str, Any]:
     """exp of the mean nats per eligible token. Collective; JSON-able.
 
     standard_error: of nats_per_token on these samples, from the masks' noise; standard_error_over_samples: from the
     choice of samples, too (of a ratio of means, by the delta method).
     """
-    found = negative_log_likelihoods(engine, samples, config, special, context, method)
+    found = negative_log_likelihoods(engine, samples, config, special, context, scoring)
     total = int(found.num_eligible.sum())
     mean = float(found.nats.sum() / total)
     residual = found.nats - mean * found.num_eligible
@@ -60,7 +60,7 @@ def evaluate_perplexity(
     noise = float(np.sqrt(np.square(found.standard_error).sum()) / total)
     return {
         "perplexity": float(np.exp(mean)),
-        "is_bound": method == "masked",
+        "is_bound": scoring.is_bound,
         "nats_per_token": mean,
         "standard_error": noise if np.isfinite(noise) else None,
         "standard_error_over_samples": spread if np.isfinite(spread) else None,
@@ -112,11 +112,11 @@ def evaluate_choices(
     config: LikelihoodConfig,
     special: SpecialIds,
     context: ParallelContext,
-    method: str,
+    scoring: Scoring,
 ) -> dict[str, Any]:
     """The most likely choice, in all and per token. Collective; JSON-able."""
     samples = [continuation(question.prompt.ids, choice) for question in questions for choice in question.choices]
-    found = negative_log_likelihoods(engine, samples, config, special, context, method)
+    found = negative_log_likelihoods(engine, samples, config, special, context, scoring)
     records, first = [], 0
     for question in questions:
         mine = slice(first, first + len(question.choices))

@@ -1,31 +1,36 @@
-"""Validation losses without noise of their own.
+"""A validation loss without noise of its own: a fixed stratified grid of t with common random numbers.
 
-Masked: a fixed stratified grid of t with common random numbers. The same (sample, t, mask) triples at every validation,
-in every run and for every training method: curves of different samplers can be compared, and the noise of t and of the
-masks cancels from their differences. Autoregressive: the negative log-likelihood itself.
+The same (sample, t, mask) triples at every validation, in every run and for every training method: curves of different
+samplers can be compared, and the noise of t and of the masks cancels from their differences.
 """
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import numpy as np
 
 from megatron_mdm.config.schema import EvaluationConfig
-from megatron_mdm.data.collate import collate
 from megatron_mdm.data.sft import SftDataset
-from megatron_mdm.diffusion.autoregressive import next_tokens
 from megatron_mdm.diffusion.exposure import Exposures, SampleShapes, exposures
 from megatron_mdm.diffusion.mask_schedule import Floats, MaskSchedule
 from megatron_mdm.diffusion.masking import MASKING_RULES, MaskDesign
 from megatron_mdm.diffusion.moments import RowSums, group_moments
-from megatron_mdm.diffusion.objective import NORMALIZATIONS, GlobalBatch
+from megatron_mdm.diffusion.objective import NORMALIZATIONS
 from megatron_mdm.diffusion.randomness import Purpose, stream
 from megatron_mdm.engine.base import Forward
-from megatron_mdm.evaluation.losses import LossMeasurement, Places, Scored, measure, parts_of_like_length
+from megatron_mdm.engine.inputs import loss_inputs
+from megatron_mdm.evaluation.losses import Inputs, LossMeasurement
 from megatron_mdm.generation.settings import SpecialIds
-from megatron_mdm.parallel.collectives import fill_from_data_ranks
 from megatron_mdm.parallel.groups import ParallelContext
 
 _VALIDATION_SEED = 0  # of masks and grid: not the run's seed, so that runs can be compared
+
+
+class Validation(Protocol):
+    def __call__(self, engine: Forward) -> float:
+        """A run's validation loss, nats per target token. Collective; the same on every rank."""
+        ...
 
 
 class FixedGridValidation:
@@ -39,10 +44,12 @@ class FixedGridValidation:
         special: SpecialIds,
         micro_size: int,
         context: ParallelContext,
+        inputs: Inputs = loss_inputs,
     ) -> None:
+        """micro_size: rows of a forward pass. inputs: what the model takes of a noised micro-batch."""
         self.schedule, self.design = schedule, MaskDesign(MASKING_RULES["bernoulli"], schedule)
         self.normalization = NORMALIZATIONS["sample"]
-        self.measure = LossMeasurement(data, self.design, self.normalization, special, micro_size, context)
+        self.measure = LossMeasurement(data, self.design, self.normalization, special, micro_size, context, inputs)
         samples = np.tile(np.arange(min(config.num_samples, len(data))), config.num_times)
         self.samples = samples[np.argsort(data.lengths()[samples], kind="stable")]
         strata = stream(_VALIDATION_SEED, Purpose.VALIDATION).permutation(len(self.samples))
@@ -66,35 +73,3 @@ class FixedGridValidation:
         shapes = SampleShapes.of(self.measure.data.num_eligible(), np.zeros(len(self.measure.data), dtype=np.int64))
         q = self.schedule.mask_probability(self.t)
         return group_moments(self.t, q, self.rows), exposures(self.design, shapes, self.normalization)
-
-
-class NextTokenValidation:
-    """−log p(x0)/P per sample of an autoregressive model, averaged over the samples, each once."""
-
-    def __init__(
-        self,
-        data: SftDataset,
-        config: EvaluationConfig,
-        schedule: MaskSchedule,
-        special: SpecialIds,
-        micro_size: int,
-        context: ParallelContext,
-    ) -> None:
-        """schedule: not used; the signature is FixedGridValidation's."""
-        self.data, self.special, self.context = data, special, context
-        self.num_samples = min(config.num_samples, len(data))
-        self.parts = parts_of_like_length(data.lengths()[: self.num_samples], micro_size)
-
-    def __call__(self, engine: Forward) -> float:
-        """Mean over the samples, nats per learnt token. Collective; the same on every rank."""
-        losses = np.zeros(self.num_samples)
-        for part, _, rows in measure(engine, self.parts, self._scored, self.context):
-            losses[part] = rows.loss.double().cpu().numpy()
-        return float(fill_from_data_ranks(losses, self.context).mean())
-
-    def _scored(self, part: Places) -> Scored:
-        batch = next_tokens(collate([self.data.samples[row] for row in part], part, part, self.special.pad))
-        return batch, NORMALIZATIONS["sample"](batch, GlobalBatch(1, 1))
-
-
-VALIDATIONS = {"masked": FixedGridValidation, "autoregressive": NextTokenValidation}  # by objective.name

@@ -12,7 +12,7 @@ from megatron_mdm.config.errors import UserError
 from megatron_mdm.config.files import write_atomically
 from megatron_mdm.data.prompts import EncodedPrompt
 from megatron_mdm.data.tokenizer import Tokenizer
-from megatron_mdm.generation.generate import generate_by_turns
+from megatron_mdm.generation.generate import Decoder, generate_by_turns
 from megatron_mdm.generation.settings import GenerationConfig, LogitsEngine, SpecialIds
 from megatron_mdm.parallel.collectives import gather_objects
 from megatron_mdm.parallel.groups import ParallelContext
@@ -112,7 +112,7 @@ def answer_prompts(
     engine: LogitsEngine,
     tokenizer: Tokenizer,
     config: GenerationConfig,
-    method: str,
+    decode: Decoder,
     context: ParallelContext,
 ) -> None:
     """Generate what the file lacks and finish it. Collective."""
@@ -120,7 +120,7 @@ def answer_prompts(
         print(f"{file.partial}: {len(file.prompts) - len(file.missing)} responses are there already", flush=True)
     ids = [prompt.ids for prompt in file.prompts]
     special = SpecialIds.of(tokenizer)
-    for share in generate_by_turns(engine, ids, file.missing, config, special, context, method):
+    for share in generate_by_turns(engine, ids, file.missing, config, special, context, decode):
         file.add(
             {
                 row: {"response": tokenizer.decode(response.tokens), "steps": response.steps}

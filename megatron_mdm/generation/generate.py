@@ -1,10 +1,9 @@
-"""From prompts to responses on any number of data-parallel ranks, by the decoder of the model's training method."""
+"""From prompts to responses on any number of data-parallel ranks, by the decoder that the model was trained for."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 
-from megatron_mdm.generation.autoregressive import decode_greedily
 from megatron_mdm.generation.sampler import denoise
 from megatron_mdm.generation.settings import GenerationConfig, LogitsEngine, Response, SpecialIds
 from megatron_mdm.parallel.collectives import gather_objects
@@ -13,7 +12,6 @@ from megatron_mdm.parallel.progress import progress_bar
 
 # (engine, prompts of one batch, their ids, settings, special ids, watch) → responses
 Decoder = Callable[..., list[Response]]
-DECODERS: dict[str, Decoder] = {"masked": denoise, "autoregressive": decode_greedily}  # by objective.name
 
 
 def generate(
@@ -22,11 +20,11 @@ def generate(
     config: GenerationConfig,
     special: SpecialIds,
     context: ParallelContext,
-    method: str = "masked",
+    decode: Decoder = denoise,
 ) -> list[Response]:
     """Responses of at most gen_length token ids, one per prompt, in order, on every rank. Collective."""
     everyone: dict[int, Response] = {}
-    for share in generate_by_turns(engine, prompts, range(len(prompts)), config, special, context, method):
+    for share in generate_by_turns(engine, prompts, range(len(prompts)), config, special, context, decode):
         everyone.update(share)
     return [everyone[index] for index in range(len(prompts))]
 
@@ -38,7 +36,7 @@ def generate_by_turns(
     config: GenerationConfig,
     special: SpecialIds,
     context: ParallelContext,
-    method: str = "masked",
+    decode: Decoder = denoise,
 ) -> Iterator[dict[int, Response]]:
     """The responses to the prompts of these ids, turn by turn: after one batch on every data-parallel rank, theirs by
     prompt id, on every rank. Collective.
@@ -52,7 +50,7 @@ def generate_by_turns(
     for turn in progress_bar(turns, desc="generate", unit="batch", enabled=context.is_main):
         index = turn * ranks + context.data_rank
         batch = batches[min(index, len(batches) - 1)]  # ranks without work repeat the last batch, to keep step
-        responses = DECODERS[method](engine, [prompts[row] for row in batch], batch, config, special)
+        responses = decode(engine, [prompts[row] for row in batch], batch, config, special)
         share: dict[int, Response] = {}
         for answered in gather_objects(dict(zip(batch, responses)), context):
             share.update(answered)  # type: ignore[call-overload]

@@ -12,7 +12,7 @@ from megatron_mdm.config.errors import UserError
 from megatron_mdm.data.lengths import Room
 from megatron_mdm.data.sft import encode_prompt
 from megatron_mdm.data.tokenizer import Tokenizer
-from megatron_mdm.generation.generate import DECODERS
+from megatron_mdm.generation.generate import Decoder
 from megatron_mdm.generation.settings import GenerationConfig, LogitsEngine, SpecialIds
 from megatron_mdm.parallel.collectives import gather_objects
 from megatron_mdm.parallel.groups import ParallelContext
@@ -25,7 +25,7 @@ def converse(
     tokenizer: Tokenizer,
     config: GenerationConfig,
     room: Room,
-    method: str,
+    decode: Decoder,
     context: ParallelContext,
     lines: Iterable[str],
     output: TextIO,
@@ -56,7 +56,7 @@ def converse(
             continue
         screen = _Screen(tokenizer, output) if context.is_main else None
         watch = screen.draw if screen and output.isatty() else None
-        (response,) = DECODERS[method](engine, [ids], [turn], config, special, watch)
+        (response,) = decode(engine, [ids], [turn], config, special, watch)
         if screen:
             screen.clear()
             output.write(f"{tokenizer.decode(response.tokens)}\n")

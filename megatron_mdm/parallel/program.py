@@ -29,8 +29,9 @@ _SECOND_RANK_WAITS = 1.5  # seconds; the launcher ends the other ranks as soon a
 def run_program(main: Callable[[], None]) -> None:
     """Call main; on a UserError print `error: …` and exit with code 1, without waiting for ranks that still compute.
 
-    Before the ranks have joined, every other fault ends in the same way: it would come again. Afterwards it has its
-    traceback; the exit code says whether it may pass.
+    Before the ranks have joined, other faults end in the same way: they would come again. Afterwards they have their
+    traceback; the exit code says whether they may pass. A ValidationError always has it: what a user wrote is checked
+    where it is read and is a UserError then.
 
     Most mistakes are found by every rank at once. The main rank speaks at once; another speaks, with its number, only
     if it is still alive some seconds later, that is, if it alone failed.
@@ -40,10 +41,6 @@ def run_program(main: Callable[[], None]) -> None:
         main()
     except UserError as error:
         _fail(f"error: {error}")
-    except ValidationError as error:
-        detail = error.errors()[0]
-        where = ".".join(map(str, detail["loc"]))
-        _fail(f"error: {where + ': ' if where else ''}{detail['msg'].removeprefix('Value error, ')}")
     except KeyboardInterrupt:
         _fail("interrupted")
     except JoinError as error:
@@ -52,7 +49,7 @@ def run_program(main: Callable[[], None]) -> None:
     except SystemExit:
         raise
     except BaseException as error:  # a panic in a Rust library is no Exception
-        if not has_joined():
+        if not has_joined() and not isinstance(error, ValidationError):
             if os.environ.get(SHOW_TRACEBACK):
                 traceback.print_exc()
             _fail(f"error: {_described(error)}; {SHOW_TRACEBACK}=1 shows where it comes from")

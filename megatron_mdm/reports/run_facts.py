@@ -16,7 +16,7 @@ def fact_lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
         ("model", f"{size}{model['num_layers']} layers × {model['hidden_size']:,}"),
         ("layout", _layout(facts["layout"])),
         ("batch", f"{facts['batch']['global_size']:,} samples a step, {facts['precision']}"),
-        ("method", _method(method)),
+        ("method", method["text"]),
         ("last loss", "not logged" if facts["last_loss"] is None else f"{facts['last_loss']:.4f} (smoothed)"),
         ("best validation", "no validation" if best is None else _best(best)),
     ]
@@ -47,16 +47,6 @@ def _layout(layout: dict[str, Any]) -> str:
     ranks = "ranks not logged" if layout["ranks"] is None else f"{layout['ranks']:,} ranks"
     data = "" if layout["data"] is None else f" × data {layout['data']:,}"
     return f"{ranks}: tensor {layout['tensor']} × pipeline {layout['pipeline']}{data}, ZeRO {layout['zero']}"
-
-
-def _method(method: dict[str, Any]) -> str:
-    if method["method"] == "autoregressive":
-        return "autoregressive"
-    return (
-        f"{method['t_sampler']} t, {method['views']} view{'s' if method['views'] > 1 else ''}"
-        + (f" × {method['multisample']}" if method["multisample"] > 1 else "")
-        + f", strata {method['strata']}, {method['masking']} masks"
-    )
 
 
 def _best(best: dict[str, Any]) -> str:

@@ -67,8 +67,9 @@ def _variance(axes: Axes, page: Page) -> None:
 def _loss_by_t(axes: Axes, page: Page) -> None:
     curve = page["curves"]["loss_by_t"]
     title = "loss by mask rate t"
-    if page["facts"]["method"]["method"] == "autoregressive":
-        return not_logged(axes, title, "t has no meaning:\nautoregressive")
+    method = page["facts"]["method"]
+    if not method["has_rates"]:
+        return not_logged(axes, title, f"t has no meaning:\n{method['text']}")
     if not curve["step"]:
         return not_logged(axes, title)
     values = np.ma.masked_invalid(np.array(curve["loss_by_t"], dtype=float).T)

@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -20,7 +20,6 @@ from megatron_mdm.config.load import load_config
 from megatron_mdm.config.schema import RunConfig
 from megatron_mdm.engine.clock import PHASES
 from megatron_mdm.models.parameters import num_parameters
-from megatron_mdm.reports.runs import method_name
 
 Record = dict[str, Any]
 
@@ -40,6 +39,21 @@ _BY_RANK = {
 }
 _SMOOTHED_SHARE = 0.04  # of the log lines, in the window of a moving mean
 _SPREAD = (10.0, 90.0)  # percentiles over samples
+
+
+class Method(Protocol):
+    """How a run was trained, as its objective tells it (objectives/base.py: Description)."""
+
+    @property
+    def label(self) -> str: ...
+
+    @property
+    def text(self) -> str: ...
+
+    @property
+    def has_rates(self) -> bool:
+        """Whether the mask rate t means anything."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -93,7 +107,7 @@ def read_run_folder(folder: Path) -> RunFolder:
     )
 
 
-def run_page(run: RunFolder) -> Record:
+def run_page(run: RunFolder, method: Method) -> Record:
     """What run.json holds and run.png shows. Times are in seconds, memory is in GiB, losses in nats per token."""
     curves: dict[str, Any] = {name: _curve(run.records, keys) for name, keys in _CURVES.items()}
     for name, keys in (("loss", ("loss", "grad_norm")), ("variance", _CURVES["variance"])):
@@ -109,10 +123,10 @@ def run_page(run: RunFolder) -> Record:
         "rewinds": _faults(run, "rewind", {"step", "to_step", "batches"}),
         "stragglers": _faults(run, "straggler", {"step", "rank", "host", "busy", "median"}),
     }
-    return {"facts": _facts(run, curves, marks, ranks), "curves": curves, "marks": marks, "ranks": ranks}
+    return {"facts": _facts(run, method, curves, marks, ranks), "curves": curves, "marks": marks, "ranks": ranks}
 
 
-def _facts(run: RunFolder, curves: Record, marks: Record, ranks: Record) -> Record:
+def _facts(run: RunFolder, method: Method, curves: Record, marks: Record, ranks: Record) -> Record:
     config = run.config
     state = run.last_state
     num_steps = run.summary["steps"] if run.has_current_summary else run.last_step
@@ -139,8 +153,10 @@ def _facts(run: RunFolder, curves: Record, marks: Record, ranks: Record) -> Reco
         "batch": {"global_size": config.batch.global_size, "micro_size": config.batch.micro_size},
         "precision": config.precision.dtype,
         "method": {
-            "name": method_name(config),
-            "method": config.objective.name,
+            "name": method.label,
+            "text": method.text,
+            "has_rates": method.has_rates,
+            "objective": config.objective.name,
             **{
                 key: getattr(config.diffusion, key)
                 for key in ("t_sampler", "views", "multisample", "strata", "masking", "normalization")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 from megatron_mdm.config.errors import UserError
 from megatron_mdm.config.load import flatten, load_config
-from megatron_mdm.config.schema import DiffusionConfig, RunConfig
+from megatron_mdm.config.schema import RunConfig
 
 # (title, file in the run's folder, key)
 METRICS = (
@@ -40,11 +40,8 @@ _FREE = (
 class Run:
     folder: Path
     config: RunConfig
+    method: str  # runs of one method differ in their seeds only
     values: dict[str, float]  # by a metric's title, those that the folder has
-
-    @property
-    def method(self) -> str:
-        return method_name(self.config)
 
 
 @dataclass(frozen=True)
@@ -69,7 +66,7 @@ class Spread:
         return float(np.std(self.values, ddof=1)) if len(self.values) > 1 else float("nan")
 
 
-def read_runs(folders: Iterable[Path]) -> list[Run]:
+def read_runs(folders: Iterable[Path], method_of: Callable[[RunConfig], str]) -> list[Run]:
     """Finished runs; of a folder that is none itself, those right below it. Raises UserError where there are none."""
     runs = []
     for folder in folders:
@@ -78,24 +75,10 @@ def read_runs(folders: Iterable[Path]) -> list[Run]:
         )
         if not found:
             raise UserError(f"{folder}: neither a run's folder nor a folder of runs (no config.yaml)")
-        runs.extend(_read(path) for path in found)
+        runs.extend(_read(path, method_of) for path in found)
     if not any(run.values for run in runs):
         raise UserError("none of these runs has finished (no summary.json, no evaluation.json)")
     return runs
-
-
-def method_name(config: RunConfig) -> str:
-    """The settings of noise that are not the defaults; 'standard' where all are."""
-    if config.objective.name == "autoregressive":
-        return "autoregressive"
-    diffusion = config.diffusion
-    default = DiffusionConfig()
-    parts = [
-        f"{name} {getattr(diffusion, name)}"
-        for name in DiffusionConfig.model_fields
-        if name != "calibration" and getattr(diffusion, name) != getattr(default, name)
-    ]
-    return ", ".join(parts) or "standard"
 
 
 def spreads(runs: Sequence[Run]) -> list[Spread]:
@@ -175,7 +158,7 @@ def spread_figure(found: Sequence[Spread]) -> Figure:
     return figure
 
 
-def _read(folder: Path) -> Run:
+def _read(folder: Path, method_of: Callable[[RunConfig], str]) -> Run:
     values = {}
     for title, name, key in METRICS:
         path = folder / name
@@ -186,4 +169,5 @@ def _read(folder: Path) -> Run:
                 raise UserError(f"{path}: not valid JSON ({error})") from None
             if isinstance(value, int | float) and np.isfinite(value):
                 values[title] = float(value)
-    return Run(folder, load_config(folder / "config.yaml"), values)
+    config = load_config(folder / "config.yaml")
+    return Run(folder, config, method_of(config), values)

@@ -21,14 +21,13 @@ from megatron_mdm.data.sft import SftDataset
 from megatron_mdm.diffusion.calibrator import Calibrator
 from megatron_mdm.diffusion.exposure import SampleShapes, exposures
 from megatron_mdm.diffusion.mask_schedule import Floats
-from megatron_mdm.diffusion.masking import MaskDesign
 from megatron_mdm.diffusion.moments import group_moments
-from megatron_mdm.diffusion.objective import NORMALIZATIONS
 from megatron_mdm.diffusion.prepass import DESIGNS, Calibration
 from megatron_mdm.diffusion.randomness import Purpose, stream
 from megatron_mdm.diffusion.t_samplers import CENTRES, TabulatedSampler
 from megatron_mdm.engine.base import Engine, Forward
 from megatron_mdm.evaluation.losses import LossMeasurement
+from megatron_mdm.objectives import objective_of
 from megatron_mdm.parallel.groups import ParallelContext
 from megatron_mdm.parallel.heartbeat import enter
 from megatron_mdm.reports.plots import calibration_figure, save_figure
@@ -90,10 +89,10 @@ def calibration_of(
 
 def calibrator_of(config: RunConfig, data: SftDataset) -> Calibrator:
     """The way from moments to a density for the estimator that a run trains with."""
-    diffusion = config.diffusion
     shapes = SampleShapes.of(data.num_eligible(), data.num_delimiters())
-    known = exposures(MaskDesign.of(diffusion), shapes, NORMALIZATIONS[diffusion.normalization])
-    return Calibrator(diffusion.calibration, known, config.seed)
+    objective = objective_of(config)
+    known = exposures(objective.design, shapes, objective.normalization)
+    return Calibrator(config.diffusion.calibration, known, config.seed)
 
 
 @dataclass
@@ -113,14 +112,15 @@ class Prepass:
         self.num_groups += len(samples)
         self.num_rounds += 1
         enter(f"round {self.num_rounds} of the calibration")
-        design = MaskDesign.of(config.diffusion)
+        objective = objective_of(config)
         measure = LossMeasurement(
             self.data.train,
-            design,
-            NORMALIZATIONS[config.diffusion.normalization],
+            objective.design,
+            objective.normalization,
             self.data.special_ids,
             config.batch.micro_size * config.diffusion.rows_per_sample,
             self.context,
+            objective.inputs,
         )
         rows = measure(
             self.engine,
@@ -130,7 +130,7 @@ class Prepass:
             row_gradients=config.diffusion.calibration.target == "gradient",
             progress="calibrate",
         )
-        return group_moments(t, design.schedule.mask_probability(t), rows)
+        return group_moments(t, objective.design.schedule.mask_probability(t), rows)
 
 
 def _artifact(calibration: Calibration, calibrator: Calibrator, config: RunConfig) -> dict[str, Any]:

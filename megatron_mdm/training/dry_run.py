@@ -6,6 +6,7 @@ from megatron_mdm.config.schema import RunConfig
 from megatron_mdm.config.validate import accumulation_steps
 from megatron_mdm.engine.communication import Stage
 from megatron_mdm.engine.memory import RankMemory, fullest_stage
+from megatron_mdm.objectives import objective_of
 from megatron_mdm.parallel import platform
 from megatron_mdm.parallel.layout import Layout
 
@@ -20,8 +21,7 @@ def memory_estimate(config: RunConfig, layout: Layout) -> RankMemory:
 
 def describe(config: RunConfig, world_size: int, num_steps: int) -> str:
     layout = Layout.of(world_size, config.parallel)
-    batch, diffusion = config.batch, config.diffusion
-    rows = diffusion.rows_per_sample
+    batch, rows = config.batch, config.diffusion.rows_per_sample
     accumulation = accumulation_steps(config, world_size)
     memory, model = memory_estimate(config, layout), config.model
     number = Stage(model.num_layers, embedding=True, head=True).num_parameters(model, 1)
@@ -35,9 +35,7 @@ def describe(config: RunConfig, world_size: int, num_steps: int) -> str:
             f"model: {number / 1e6:.2f} M parameters, vocabulary {config.model.vocab_size}",
             f"batch: {batch.global_size} samples a step = {cut}, "
             f"{rows} row{'s' * (rows > 1)} each; {num_steps} steps, {batch.mode}",
-            "method: autoregressive"
-            if config.objective.name == "autoregressive"
-            else f"method: t {diffusion.t_sampler}, strata {diffusion.strata}, masking {diffusion.masking}",
+            f"method: {objective_of(config).description.text}",
             f"memory per rank, GiB (estimate): {memory.total / GIB:.2f} = {parts}{_too_much(memory)}",
         ]
     )

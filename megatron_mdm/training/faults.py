@@ -15,7 +15,6 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from megatron_mdm.config.files import write_json
-from megatron_mdm.engine.inputs import loss_inputs
 from megatron_mdm.parallel.collectives import barrier
 from megatron_mdm.training.callbacks.base import Callback, Order, State
 from megatron_mdm.training.loop import StepResult, Trainer
@@ -129,7 +128,7 @@ def write_batch(trainer: Trainer, result: StepResult, folder: Path) -> None:
         if context.tensor_rank == 0 and context.pipeline_rank == 0:
             tensors = {}
             for index, pair in enumerate(zip(noised, weights)):
-                for name, tensor in loss_inputs(*pair).as_tensors().items():
+                for name, tensor in trainer.objective.inputs(*pair).as_tensors().items():
                     tensors[f"{index}/{name}"] = tensor.clone().contiguous()
             save_file(tensors, folder / f"data-rank-{context.data_rank:03d}.safetensors")
         if context.is_main:

@@ -14,14 +14,12 @@ from megatron_mdm.diffusion.calibrator import FLOORS, Fit
 from megatron_mdm.diffusion.exposure import SampleShapes, average_batch
 from megatron_mdm.diffusion.gradient_floor import DRAWN_FROM, GradientFloor, harmless_floor
 from megatron_mdm.diffusion.mask_schedule import Floats
-from megatron_mdm.diffusion.masking import MaskDesign
 from megatron_mdm.diffusion.noiser import noise
-from megatron_mdm.diffusion.objective import NORMALIZATIONS
 from megatron_mdm.diffusion.randomness import Purpose, stream
 from megatron_mdm.diffusion.t_samplers import TabulatedSampler, TSampler
 from megatron_mdm.engine.base import Engine
 from megatron_mdm.engine.gradient_norms import gradient_norms
-from megatron_mdm.engine.inputs import loss_inputs
+from megatron_mdm.objectives import objective_of
 from megatron_mdm.parallel.groups import ParallelContext
 from megatron_mdm.parallel.progress import progress_bar
 from megatron_mdm.training.inputs import RunData
@@ -52,7 +50,8 @@ def draw_gradients(
 ) -> GradientDraws:
     """One forward and backward pass for each of num_draws samples. Collective: one rank has the sample, the others of
     its data-parallel group an empty batch."""
-    design, normalization = MaskDesign.of(config.diffusion), NORMALIZATIONS[config.diffusion.normalization]
+    objective = objective_of(config)
+    design, normalization = objective.design, objective.normalization
     shapes = SampleShapes.of(data.train.num_eligible(), data.train.num_delimiters())
     batch_of = average_batch(design, shapes)
     order = stream(config.seed, Purpose.CALIBRATION, _STREAM).permutation(len(data.train))
@@ -74,7 +73,7 @@ def draw_gradients(
             )
             weights = normalization(noised, batch_of)
             own = weights._replace(row=weights.row * batch_of.num_samples)  # the sample's own mean
-            yield [loss_inputs(noised, own)]
+            yield [objective.inputs(noised, own)]
 
     norms = [float(f"{norm:.3g}") for norm in gradient_norms(engine, batches())]  # layouts differ in the last digits
     return GradientDraws(t, weight, np.square(norms))

@@ -16,7 +16,7 @@ from megatron_mdm.checkpoint.initial_tokens import with_initial_tokens
 from megatron_mdm.config.errors import UserError
 from megatron_mdm.config.files import sha256
 from megatron_mdm.config.load import flatten
-from megatron_mdm.config.schema import CheckpointConfig, PrecisionConfig, RunConfig
+from megatron_mdm.config.schema import CheckpointConfig, ObjectiveConfig, PrecisionConfig, RunConfig
 from megatron_mdm.data.sft import SftDataset
 from megatron_mdm.data.splits import Dataset, read_splits
 from megatron_mdm.data.tokenizer import Tokenizer, load_tokenizer, resolve_vocabulary
@@ -24,6 +24,7 @@ from megatron_mdm.data.tokenizer_folder import tokenizer_fingerprint
 from megatron_mdm.engine.deepspeed_section import check_deepspeed_section
 from megatron_mdm.generation.settings import SpecialIds
 from megatron_mdm.models.spec import resolve_kernels
+from megatron_mdm.objectives import objective_of
 from megatron_mdm.parallel import platform
 
 _LIBRARIES = ("torch", "deepspeed", "megatron-core", "transformers", "numpy", "safetensors")
@@ -44,33 +45,23 @@ class RunData:
 def resolve(config: RunConfig) -> tuple[RunConfig, RunData]:
     """Read tokenizer and data; return them with the configuration in which every 'auto' has its value."""
     check_deepspeed_section(config)
+    objective = objective_of(config)
     config, notes = with_initial_tokens(config)
     tokenizer = load_tokenizer(config.data)
     model = resolve_vocabulary(config.model, tokenizer)
     dated = config.data.model_copy(update={"template_date": tokenizer.template.date or config.data.template_date})
     config = config.model_copy(update={"data": dated})
-    causal = config.objective.name == "autoregressive"
-    attention = "causal" if causal else model.attention
-    model = model.model_copy(update={"kernels": resolve_kernels(model), "attention": attention})
-    precision = resolve_precision(config)
-    config = config.model_copy(update={"model": model, "precision": precision, "checkpoint": resolve_retention(config)})
-    data = config.data
+    model = model.model_copy(update={"kernels": resolve_kernels(model), "attention": objective.attention})
+    resolved = {
+        "model": model,
+        "objective": ObjectiveConfig(**objective.options.model_dump()),
+        "precision": resolve_precision(config),
+        "checkpoint": resolve_retention(config),
+    }
+    config = config.model_copy(update=resolved)
     train, validation = read_splits(config, tokenizer)
-    if causal and data.format == "sft":
-        _check_next_tokens(train, data.train)
-    if config.diffusion.t_sampler == "ppots" and len(train) < 2:
-        raise UserError(f"{data.train}: calibration needs at least 2 training samples")
+    objective.check_data(train)
     return config, RunData(tokenizer, train, validation, tuple(notes))
-
-
-def _check_next_tokens(data: SftDataset, path: str) -> None:
-    """A first token follows none and so is not learnt autoregressively; a sample must have another."""
-    for row, sample in enumerate(data.samples):
-        if not sample.eligible[1:].any():
-            raise UserError(
-                f"{path}: sample {row + 1} has no learnt token that follows another; 'objective.name' autoregressive "
-                "needs one"
-            )
 
 
 def resolve_retention(config: RunConfig) -> CheckpointConfig:

@@ -9,7 +9,8 @@ from typing import Any
 from megatron_mdm.checkpoint.load import restored_engine
 from megatron_mdm.config.errors import UserError
 from megatron_mdm.config.schema import RunConfig
-from megatron_mdm.config.validate import validate
+from megatron_mdm.diffusion.t_samplers import CALIBRATED_SAMPLERS
+from megatron_mdm.objectives import check_run
 from megatron_mdm.parallel import platform
 from megatron_mdm.parallel.groups import ParallelContext, initialize
 from megatron_mdm.parallel.layout import Layout
@@ -64,7 +65,7 @@ def smallest_layout(config: RunConfig, world_size: int) -> RunConfig:
         batch = config.batch.model_copy(update={"micro_size": micro_size})
         candidate = config.model_copy(update={"parallel": parallel, "batch": batch})
         if memory_estimate(candidate, layout).total < platform.memory_bytes():
-            validate(candidate, world_size)
+            check_run(candidate, world_size)
             return candidate
     raise UserError("layout check: no layout fits that splits the model less than the chosen one")
 
@@ -82,7 +83,7 @@ def _losses(
 ) -> tuple[dict[str, Any] | None, list[float]]:
     """(calibration, losses of the first steps). Both layouts use the first one's calibration."""
     engine = restored_engine(None, config, context, 0)
-    if artifact is None and config.diffusion.t_sampler == "ppots":
+    if artifact is None and config.diffusion.t_sampler in CALIBRATED_SAMPLERS:
         quick = {"num_samples": 2, "num_times": 16, "num_masks": 4, "num_restarts": 4}
         calibration = config.diffusion.calibration.model_copy(update=quick)
         diffusion = config.diffusion.model_copy(update={"calibration": calibration})

@@ -13,15 +13,14 @@ from numpy.typing import NDArray
 from megatron_mdm.batch import LossWeights
 from megatron_mdm.config.schema import RunConfig
 from megatron_mdm.data.loader import LocalBatch, PrefetchLoader, TrainLoader
-from megatron_mdm.diffusion.autoregressive import NextTokens
 from megatron_mdm.diffusion.mask_schedule import Floats
 from megatron_mdm.diffusion.moments import Moments, group_moments
-from megatron_mdm.diffusion.noiser import NoisedBatch, Noiser
-from megatron_mdm.diffusion.objective import NORMALIZATIONS, GlobalBatch, weighted_masked
+from megatron_mdm.diffusion.noiser import NoisedBatch
+from megatron_mdm.diffusion.objective import GlobalBatch, weighted_masked
 from megatron_mdm.engine.base import Engine, TrainOutput
 from megatron_mdm.engine.clock import CommunicationProfile
-from megatron_mdm.engine.inputs import loss_inputs
 from megatron_mdm.evaluation.losses import row_sums
+from megatron_mdm.objectives.base import Noise, Objective
 from megatron_mdm.parallel.collectives import fill_from_data_ranks
 from megatron_mdm.parallel.cores import core_wait
 from megatron_mdm.parallel.groups import ParallelContext
@@ -69,7 +68,8 @@ class Trainer:
     config: RunConfig
     context: ParallelContext
     loader: TrainLoader | PrefetchLoader
-    noiser: Noiser | NextTokens  # clean micro-batches → what is scored where
+    objective: Objective
+    noiser: Noise  # clean micro-batches → what is scored where
     engine: Engine
     num_steps: int
 
@@ -94,7 +94,7 @@ class Trainer:
         with CommunicationProfile(self.is_sampled(step)) as profile:
             with clock.measure("data"):
                 batch, noised, weights = self.noised_batch(step)
-                micro_batches = [loss_inputs(*pair) for pair in zip(noised, weights)]
+                micro_batches = [self.objective.inputs(*pair) for pair in zip(noised, weights)]
             lr = learning_rate(step, self.num_steps, self.config.optimizer.lr, self.config.schedule)
             output = self.engine.train_batch(micro_batches, lr)
             values = self._collect(batch, noised, weights, output)
@@ -133,7 +133,7 @@ class Trainer:
         """
         batch = self.loader.batch(step)
         noised = [self.noiser(micro_batch, step) for micro_batch in batch.micro_batches]
-        normalize = NORMALIZATIONS[self.config.diffusion.normalization]
+        normalize = self.objective.normalization
         if normalize.counts_masked:
             batch = batch._replace(global_batch=self._with_masked(batch.global_batch, noised))
         return batch, noised, [normalize(micro, batch.global_batch) for micro in noised]
@@ -158,6 +158,6 @@ class Trainer:
             values[positions, 1] = loss.mean(0).numpy()
             values[positions, 2] = micro.clean.sample_ids.numpy()
             values[positions, 3] = micro.masked.sum(1).view(micro.views, -1).sum(0).numpy()
-            q = self.noiser.design.schedule.mask_probability(t)
+            q = self.noiser.mask_probability(t)
             values[positions, 4:] = group_moments(t, q, row_sums(micro, weight, batch.global_batch, rows))
         return fill_from_data_ranks(values, self.context)

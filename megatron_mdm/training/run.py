@@ -19,19 +19,10 @@ from megatron_mdm.config.files import write_atomically, write_json
 from megatron_mdm.config.load import dump_config
 from megatron_mdm.config.schema import RunConfig
 from megatron_mdm.data.loader import NO_EOS_PADDING, PrefetchLoader, TrainLoader
-from megatron_mdm.diffusion.autoregressive import NextTokens
-from megatron_mdm.diffusion.mask_schedule import Floats, MaskSchedule
-from megatron_mdm.diffusion.masking import MaskDesign
-from megatron_mdm.diffusion.noiser import Noiser
-from megatron_mdm.diffusion.t_samplers import (
-    CALIBRATED_SAMPLERS,
-    FULL_RANGE,
-    T_SAMPLERS,
-    SamplerInputs,
-    number_of_strata,
-)
+from megatron_mdm.diffusion.t_samplers import CALIBRATED_SAMPLERS
 from megatron_mdm.engine.base import Engine
-from megatron_mdm.evaluation.validation import VALIDATIONS, FixedGridValidation
+from megatron_mdm.evaluation.validation import FixedGridValidation
+from megatron_mdm.objectives import objective_of
 from megatron_mdm.parallel.collectives import barrier, gather_objects, largest
 from megatron_mdm.parallel.groups import ParallelContext
 from megatron_mdm.parallel.heartbeat import enter
@@ -219,7 +210,7 @@ def build_trainer(
     artifact: the calibration, where the sampler needs one. first_batch: the one that step 0 takes, in the data's order.
     """
     cell_density = np.array(artifact["cell_density"]) if artifact else np.empty(0)
-    noiser = build_noiser(config, cell_density, data.tokenizer.mask_id)
+    objective = objective_of(config)
     loader = TrainLoader(
         data.train,
         batch=config.batch,
@@ -231,24 +222,8 @@ def build_trainer(
         eos_padding=data.tokenizer.eos_id if config.data.eos_padding else NO_EOS_PADDING,
         first=first_batch,
     )
-    return Trainer(config, context, PrefetchLoader(loader), noiser, engine, total_steps(config, len(data.train)))
-
-
-def build_noiser(config: RunConfig, cell_density: Floats, mask_id: int) -> Noiser | NextTokens:
-    """The noise that a configuration asks for; cell_density: the calibration's, where the sampler needs one."""
-    diffusion, global_size, bounds = config.diffusion, config.batch.global_size, config.diffusion.clipping.bounds
-    if config.objective.name == "autoregressive":
-        return NextTokens(global_size)
-    return Noiser(
-        design=MaskDesign.of(diffusion),
-        sampler=T_SAMPLERS[diffusion.t_sampler](
-            SamplerInputs(cell_density, FULL_RANGE if bounds == "adaptive" else bounds)
-        ),
-        num_strata=number_of_strata(diffusion.strata, global_size),
-        global_size=global_size,
-        mask_id=mask_id,
-        seed=config.seed,
-    )
+    noise, num_steps = objective.noise(cell_density, data.tokenizer.mask_id), total_steps(config, len(data.train))
+    return Trainer(config, context, PrefetchLoader(loader), objective, noise, engine, num_steps)
 
 
 def _callbacks(
@@ -266,14 +241,7 @@ def _callbacks(
     if artifact and config.diffusion.calibration.refit_every:
         callbacks.add(Refit(calibrator_of(config, as_trained(config, data)), trainer.noiser, artifact, metrics))
     if config.evaluation.every and data.validation is not None:
-        validation = VALIDATIONS[config.objective.name](
-            data.validation,
-            config.evaluation,
-            MaskSchedule(config.diffusion.epsilon),
-            data.special_ids,
-            config.batch.micro_size * config.diffusion.rows_per_sample,
-            trainer.context,
-        )
+        validation = trainer.objective.validation(data.validation, data.special_ids, trainer.context)
         callbacks.add(Validate(config, validation, trainer, metrics))
         one_mask = config.diffusion.rows_per_sample == 1 and config.diffusion.masking == "bernoulli"
         if artifact and one_mask and isinstance(validation, FixedGridValidation):

@@ -8,8 +8,8 @@ import pytest
 
 from megatron_mdm.config.errors import UserError
 from megatron_mdm.config.load import dump_config, load_config, load_section
-from megatron_mdm.config.validate import validate
 from megatron_mdm.generation.settings import GenerationConfig
+from megatron_mdm.objectives import check_run
 from tests.small import small_config
 
 CONFIGS = Path(__file__).parent.parent.parent / "configs"
@@ -187,37 +187,37 @@ def test_bad_overrides(tmp_path: Path, override: str, message: str) -> None:
 def test_rules_across_sections(tmp_path: Path, override: str, message: str) -> None:
     path = tmp_path / "a.yaml"
     path.write_text(dump_config(small_config(tmp_path)), encoding="utf-8")
-    validate(load_config(path), 4)
+    check_run(load_config(path), 4)
     with pytest.raises(UserError, match=message):
-        validate(load_config(path, [override]), 4)
+        check_run(load_config(path, [override]), 4)
 
 
 def test_fp32_gradients_need_zero_and_no_pipeline(tmp_path: Path) -> None:
     precision = {"dtype": "bf16", "gradients": "fp32"}
-    validate(small_config(tmp_path, precision=precision), 4)
+    check_run(small_config(tmp_path, precision=precision), 4)
     for parallel, message in (({"zero": 0}, "needs 'parallel.zero'"), ({"pipeline": 2}, "cannot be combined with")):
         with pytest.raises(UserError, match=message):
-            validate(small_config(tmp_path, precision=precision, parallel=parallel), 4)
+            check_run(small_config(tmp_path, precision=precision, parallel=parallel), 4)
 
 
 def test_what_just_fits_is_allowed(tmp_path: Path) -> None:
     config = small_config(tmp_path, diffusion={"strata": 8}, parallel={"pipeline": 2})
     assert (config.batch.global_size, config.data.max_length) == (8, config.model.max_sequence_length)
-    validate(config, 4)
+    check_run(config, 4)
 
 
 def test_rules_of_data(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"either 'data.validation' or 'data.validation_fraction', not both"):
-        validate(small_config(tmp_path, data={"validation": "a", "validation_fraction": 0.1}), 4)
+        check_run(small_config(tmp_path, data={"validation": "a", "validation_fraction": 0.1}), 4)
     with pytest.raises(UserError, match=r"'data.eos_padding' is for 'data.format' sft"):
-        validate(small_config(tmp_path, data={"format": "corpus", "eos_padding": True}), 4)
+        check_run(small_config(tmp_path, data={"format": "corpus", "eos_padding": True}), 4)
     with pytest.raises(UserError, match=r"a blend, which only 'data.format' corpus"):
-        validate(small_config(tmp_path, data={"train": {"a": 1.0}}), 4)
+        check_run(small_config(tmp_path, data={"train": {"a": 1.0}}), 4)
 
 
 def test_kv_heads_fewer_than_tensor_ranks(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"'model\.num_kv_heads' 2 is not a multiple of 'parallel.tensor' 4"):
-        validate(small_config(tmp_path, parallel={"tensor": 4}), 4)
+        check_run(small_config(tmp_path, parallel={"tensor": 4}), 4)
 
 
 def test_sections_from_arguments() -> None:
@@ -232,4 +232,4 @@ def test_sections_from_arguments() -> None:
 def test_every_method_fits_the_quickstart(path: Path, tmp_path: Path) -> None:
     top = tmp_path / "top.yaml"
     top.write_text(f"defaults: [{CONFIGS / 'quickstart.yaml'}, {path}]\n", encoding="utf-8")
-    validate(load_config(top), 2)
+    check_run(load_config(top), 2)

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 
 from megatron_mdm.diffusion.exposure import SampleShapes, average_batch, exposure
-from megatron_mdm.diffusion.mask_schedule import MaskSchedule
+from megatron_mdm.diffusion.mask_schedule import LinearSchedule
 from megatron_mdm.diffusion.masking import MASKING_RULES, MaskDesign
 from megatron_mdm.diffusion.objective import NORMALIZATIONS
 
-SCHEDULE = MaskSchedule(0.1)  # bounds the weights 1/q, so that means settle
+SCHEDULE = LinearSchedule(0.1)  # bounds the weights 1/q, so that means settle
 ELIGIBLE, DELIMITERS = np.array([3, 8, 8, 8]), np.array([1, 2, 2, 2])  # of a data set's samples
 TIMES = np.array([0.05, 0.4, 0.9])
 NUM_DRAWS = 1200

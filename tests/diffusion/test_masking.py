@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from megatron_mdm.diffusion.mask_schedule import MaskSchedule
+from megatron_mdm.diffusion.mask_schedule import LinearSchedule
 from megatron_mdm.diffusion.masking import MASKING_RULES, MaskDesign
 
-SCHEDULE = MaskSchedule(1e-3)
+SCHEDULE = LinearSchedule(1e-3)
 NOTHING = np.zeros(5, dtype=bool)
 
 

@@ -13,12 +13,12 @@ import torch
 from megatron_mdm.batch import CleanBatch
 from megatron_mdm.config.schema import DiffusionConfig
 from megatron_mdm.diffusion.exposure import SampleShapes, average_batch
-from megatron_mdm.diffusion.mask_schedule import Floats, MaskSchedule
+from megatron_mdm.diffusion.mask_schedule import Floats, LinearSchedule
 from megatron_mdm.diffusion.masking import MASKING_RULES, MaskDesign
 from megatron_mdm.diffusion.noiser import NoisedBatch, noise
 from megatron_mdm.diffusion.objective import NORMALIZATIONS, GlobalBatch, weighted_masked
 
-DESIGN = MaskDesign(MASKING_RULES["bernoulli"], MaskSchedule(1e-3), complementary=True)
+DESIGN = MaskDesign(MASKING_RULES["bernoulli"], LinearSchedule(1e-3), complementary=True)
 LENGTHS, PROMPT = [3, 7, 5, 8], 2  # eligible tokens, and those before them
 WEIGHTS = np.array([1.3, 0.8, 1.0, 0.5])
 
@@ -130,7 +130,7 @@ def test_a_batch_without_a_mask_has_no_loss() -> None:
 @pytest.mark.parametrize("rule", MASKING_RULES)
 def test_an_average_batch_has_the_masks_that_uniform_t_draws(rule: str) -> None:
     """With two delimiters in one of the samples, under ISAD."""
-    design = MaskDesign(MASKING_RULES[rule], MaskSchedule(0.1), delimiter_shift=0.2)
+    design = MaskDesign(MASKING_RULES[rule], LinearSchedule(0.1), delimiter_shift=0.2)
     counts, delimiters = np.array([4, 4, 9]), np.array([0, 2, 2])
     typical = average_batch(design, SampleShapes.of(counts, delimiters))
     assert typical.num_eligible == pytest.approx(17 / 3)

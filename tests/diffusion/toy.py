@@ -9,7 +9,7 @@ import torch
 
 from megatron_mdm.batch import CleanBatch, Full
 from megatron_mdm.diffusion.exposure import SampleShapes
-from megatron_mdm.diffusion.mask_schedule import Floats, MaskSchedule
+from megatron_mdm.diffusion.mask_schedule import Floats, LinearSchedule
 from megatron_mdm.diffusion.masking import MASKING_RULES, MaskDesign
 from megatron_mdm.diffusion.moments import RowSums
 from megatron_mdm.diffusion.noiser import NoisedBatch
@@ -19,7 +19,7 @@ from tests.small import MASK, small_model
 
 P, NUM_SAMPLES, PROMPT = 5, 2, 3
 EPSILON = 0.1  # bounds the weights 1/q, so that sample variances settle
-SCHEDULE = MaskSchedule(EPSILON)
+SCHEDULE = LinearSchedule(EPSILON)
 MASKS = (np.arange(2**P)[:, None] >> np.arange(P)) & 1  # [2^P, P]
 KINDS = ("loss", "gradient")
 

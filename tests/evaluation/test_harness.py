@@ -19,6 +19,7 @@ from megatron_mdm.data.conversation import TemplateSource
 from megatron_mdm.data.templates import TEMPLATES
 from megatron_mdm.data.tokenizer import Tokenizer
 from megatron_mdm.evaluation.harness_requests import HarnessConfig, Wish, generation_for, wish
+from megatron_mdm.objectives import objective_of
 from tests.ranks import ProgramResult, run_program_ranks, run_ranks
 from tests.small import EOS, MASK, PAD, VOCAB, Words, small_config
 
@@ -54,7 +55,7 @@ def answers(config: RunConfig) -> dict[str, Any]:
     tokenizer = Tokenizer(Letters(), VOCAB, MASK, PAD, EOS, TEMPLATES["plain"](TemplateSource("")))
     settings = HarnessConfig(num_times=8, block_length=4, batch_size=3)
     beyond = settings.model_copy(update={"extrapolate": True, "is_greedy": False})
-    requests = Requests(engine, tokenizer, settings, config, context)
+    requests = Requests(engine, tokenizer, settings, config, objective_of(config), context)
     long = "ab" * 40  # 80 tokens, where the model has room for 64
     asked = [
         ("abc", {"until": [], "max_gen_toks": 8}),
@@ -72,7 +73,7 @@ def answers(config: RunConfig) -> dict[str, Any]:
         "stopped": stopped,
         "stops": stops,
         "pairs": requests.log_likelihoods(pairs),
-        "uncut": Requests(engine, tokenizer, beyond, config, context).log_likelihoods(pairs[-1:]),
+        "uncut": Requests(engine, tokenizer, beyond, config, objective_of(config), context).log_likelihoods(pairs[-1:]),
         "documents": requests.document_log_likelihoods(["a" * 200, "b", ""]),
     }
 

@@ -13,6 +13,7 @@ from megatron_mdm.data.lengths import Room
 from megatron_mdm.data.prompts import read_prompts
 from megatron_mdm.data.records import BadRecords
 from megatron_mdm.evaluation.measures import MEASURES, Source
+from megatron_mdm.objectives import objective_of
 from tests.small import small_config, small_model, word_tokenizer
 
 FITS = {"prompt": "a b", "response": "#### 1", "choices": ["c", "d"], "answer": 0}
@@ -30,7 +31,9 @@ def file(tmp_path: Path) -> Path:
 def measured(name: str, file: Path, on_error: str = "stop", **changes: Any) -> Any:
     """What evaluates, once the data are read."""
     measure, config = MEASURES[name], small_config(file.parent)
-    return measure.prepare(Source(str(file), 0, on_error), measure.settings(**changes), config, word_tokenizer())
+    return measure.prepare(
+        Source(str(file), 0, on_error), measure.settings(**changes), config, word_tokenizer(), objective_of(config)
+    )
 
 
 def test_room_is_what_the_model_was_trained_for() -> None:
@@ -73,5 +76,7 @@ def test_perplexity_of_samples_that_the_model_was_not_trained_for(tmp_path: Path
     path.write_text(json.dumps({"input_ids": [5] * 80, "prompt_length": 4}) + "\n", encoding="utf-8")
     config, measure = small_config(tmp_path, data={"max_length": 100}), MEASURES["perplexity"]
     with pytest.raises(UserError, match=r"no sample left; 1 longer than 'data.max_length' 64"):
-        measure.prepare(Source(str(path), 0), measure.settings(), config, word_tokenizer())
-    measure.prepare(Source(str(path), 0), measure.settings(extrapolate=True), config, word_tokenizer())
+        measure.prepare(Source(str(path), 0), measure.settings(), config, word_tokenizer(), objective_of(config))
+    measure.prepare(
+        Source(str(path), 0), measure.settings(extrapolate=True), config, word_tokenizer(), objective_of(config)
+    )

@@ -10,8 +10,9 @@ import pytest
 
 from megatron_mdm.config.schema import ParallelConfig
 from megatron_mdm.data.sft import Sample
-from megatron_mdm.evaluation.likelihood import COUNTS, LikelihoodConfig, stratified, systematic
+from megatron_mdm.evaluation.likelihood import COUNTS, MASK_BOUND, LikelihoodConfig, stratified, systematic
 from megatron_mdm.generation.settings import SpecialIds
+from megatron_mdm.objectives.autoregressive import NEXT_TOKENS
 from tests.ranks import run_ranks
 from tests.small import EOS, MASK, PAD, small_model
 
@@ -56,7 +57,7 @@ def enumerated_and_estimated() -> list[tuple[list[float], Any]]:
     return [
         (
             [enumerated(engine, sample, config.cfg_scale) for sample in samples()],
-            negative_log_likelihoods(engine, samples(), config, SPECIAL, context),
+            negative_log_likelihoods(engine, samples(), config, SPECIAL, context, MASK_BOUND),
         )
         for config in CONFIGS
     ]
@@ -84,7 +85,7 @@ def estimated(tensor: int) -> Any:
     from megatron_mdm.evaluation.likelihood import negative_log_likelihoods
 
     engine, context = built_engine(tensor)
-    return [negative_log_likelihoods(engine, samples(), config, SPECIAL, context) for config in CONFIGS]
+    return [negative_log_likelihoods(engine, samples(), config, SPECIAL, context, MASK_BOUND) for config in CONFIGS]
 
 
 def test_bound_agrees_with_enumeration_within_its_standard_error() -> None:
@@ -128,7 +129,7 @@ def chain_rule() -> tuple[list[float], Any]:
         before = np.isin(np.arange(len(sample.tokens)), places - 1)
         scores = log_probabilities(engine, sample.tokens, before, causal=True)
         exact.append(-float(scores[np.arange(len(places)), sample.tokens[places]].sum()))
-    return exact, negative_log_likelihoods(engine, samples(), CONFIG, SPECIAL, context, "autoregressive")
+    return exact, negative_log_likelihoods(engine, samples(), CONFIG, SPECIAL, context, NEXT_TOKENS)
 
 
 def test_autoregressive_likelihood_is_exact() -> None:
@@ -143,7 +144,7 @@ def guided_causal_model() -> str:
 
     engine, context = built_engine(1, "causal")
     try:
-        negative_log_likelihoods(engine, samples(), CONFIGS[1], SPECIAL, context, "autoregressive")
+        negative_log_likelihoods(engine, samples(), CONFIGS[1], SPECIAL, context, NEXT_TOKENS)
     except UserError as error:
         return str(error)
     return ""

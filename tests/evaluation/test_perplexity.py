@@ -15,9 +15,10 @@ from megatron_mdm.data.prompts import EncodedPrompt
 from megatron_mdm.data.sample import Sample
 from megatron_mdm.data.splits import read_held_out
 from megatron_mdm.data.tokenizer import load_tokenizer
-from megatron_mdm.evaluation.likelihood import LikelihoodConfig, negative_log_likelihoods
+from megatron_mdm.evaluation.likelihood import MASK_BOUND, LikelihoodConfig, Scoring, negative_log_likelihoods
 from megatron_mdm.evaluation.perplexity import Question, evaluate_choices, evaluate_perplexity, scored_samples
 from megatron_mdm.generation.settings import SpecialIds
+from megatron_mdm.objectives.autoregressive import NEXT_TOKENS
 from tests.data.test_corpus import some_documents, write_with_megatron
 from tests.ranks import run_ranks
 from tests.small import EOS, MASK, PAD, small_config, write_ids
@@ -41,24 +42,24 @@ def sample(tokens: list[int], prompt_length: int = 0, segments: tuple[int, ...] 
     return made._replace(segments=np.array(segments, dtype=np.int64))
 
 
-def measured(samples: list[Sample], method: str) -> dict[str, Any]:
+def measured(samples: list[Sample], scoring: Scoring) -> dict[str, Any]:
     from megatron_mdm.parallel.groups import initialize
 
     config = LikelihoodConfig(num_times=4, num_repeats=3)
-    return evaluate_perplexity(KnownLosses(), scored_samples(samples, method), config, SPECIAL, initialize(), method)
+    return evaluate_perplexity(KnownLosses(), scored_samples(samples, scoring), config, SPECIAL, initialize(), scoring)
 
 
 def test_every_token_counts_alike() -> None:
     """In samples of any length: those of a prompt not at all, and the first of a sample without one as the others."""
     samples = [sample([20] * 6), sample([7, 7, 2, 2], prompt_length=2)]
-    (masked,) = run_ranks(measured, 1, samples, "masked")
+    (masked,) = run_ranks(measured, 1, samples, MASK_BOUND)
     mean = (6 * 2.0 + 2 * 0.2) / 8
     assert masked["num_tokens"] == 8
     assert masked["nats_per_token"] == pytest.approx(mean, abs=1e-6)
     assert masked["perplexity"] == pytest.approx(math.exp(mean), rel=1e-6)
-    (first,) = run_ranks(measured, 1, [sample([50, 2, 2, 2])] * 50, "masked")
+    (first,) = run_ranks(measured, 1, [sample([50, 2, 2, 2])] * 50, MASK_BOUND)
     assert first["nats_per_token"] == pytest.approx((5.0 + 3 * 0.2) / 4, abs=4 * first["standard_error"])
-    (causal,) = run_ranks(measured, 1, samples, "autoregressive")  # a first token follows none
+    (causal,) = run_ranks(measured, 1, samples, NEXT_TOKENS)  # a first token follows none
     assert causal["num_tokens"] == 7
     assert causal["nats_per_token"] == pytest.approx((5 * 2.0 + 2 * 0.2) / 7, abs=1e-6)
 
@@ -68,10 +69,10 @@ def choices_and_repeats() -> tuple[dict[str, Any], Any]:
 
     context, prompt = initialize(), EncodedPrompt([], [5, 6])
     questions = [Question(prompt, [[30], [20, 20, 20]], 1), Question(prompt, [[30, 20], [40]], 1)]
-    chosen = evaluate_choices(KnownLosses(), questions, LikelihoodConfig(), SPECIAL, context, "masked")
+    chosen = evaluate_choices(KnownLosses(), questions, LikelihoodConfig(), SPECIAL, context, MASK_BOUND)
     config = LikelihoodConfig(num_times=1, num_repeats=2)
     pairs = [sample([10, 30])] * 20
-    return chosen, negative_log_likelihoods(KnownLosses(), pairs, config, SPECIAL, context)
+    return chosen, negative_log_likelihoods(KnownLosses(), pairs, config, SPECIAL, context, MASK_BOUND)
 
 
 def test_choices_by_likelihood_in_all_and_per_token() -> None:
@@ -92,13 +93,13 @@ def test_standard_error_of_two_repeats_is_half_their_difference() -> None:
 
 def test_documents_that_do_not_see_each_other_are_scored_apart() -> None:
     samples = [sample([9, 9, 5, 6, 6, 6], segments=(2, 1, 3)), sample([4, 4])]
-    apart = scored_samples(samples, "masked")
+    apart = scored_samples(samples, MASK_BOUND)
     assert [part.tokens.tolist() for part in apart] == [[9, 9], [5], [6, 6, 6], [4, 4]]
     assert all(part.eligible.all() and not len(part.segments) for part in apart)
-    causal = scored_samples(samples, "autoregressive")  # a document of one token has none to score
+    causal = scored_samples(samples, NEXT_TOKENS)  # a document of one token has none to score
     assert [part.tokens.tolist() for part in causal] == [[9, 9], [6, 6, 6], [4, 4]]
     with pytest.raises(UserError, match="no sample has a token that could be scored"):
-        scored_samples([sample([4])], "autoregressive")
+        scored_samples([sample([4])], NEXT_TOKENS)
 
 
 def test_the_data_of_a_run(tmp_path: Path) -> None:
@@ -112,7 +113,7 @@ def test_the_data_of_a_run(tmp_path: Path) -> None:
     assert 0 < sum(own.lengths()) < sum(map(len, docs)) / 3
     corpus = read_held_out(str(tmp_path / "b"), config, tokenizer)
     assert sum(corpus.lengths()) == sum(map(len, others))
-    ends = np.cumsum([len(part.tokens) for part in scored_samples(corpus.samples, "masked")])
+    ends = np.cumsum([len(part.tokens) for part in scored_samples(corpus.samples, MASK_BOUND)])
     assert set(np.cumsum([len(others[number]) for number in corpus.corpora[0].documents])) <= set(ends)
     write_ids(tmp_path / "c.jsonl", 5)
     assert len(read_held_out(str(tmp_path / "c.jsonl"), config, tokenizer)) == 5

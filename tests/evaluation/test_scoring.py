@@ -68,7 +68,7 @@ def test_what_follows_the_end_of_turn_is_neither_returned_nor_scored(template: s
 
 def validated(config: RunConfig) -> float:
     from megatron_mdm.config.schema import EvaluationConfig
-    from megatron_mdm.diffusion.mask_schedule import MaskSchedule
+    from megatron_mdm.diffusion.mask_schedule import LinearSchedule
     from megatron_mdm.engine.inference import InferenceEngine
     from megatron_mdm.evaluation.validation import FixedGridValidation
     from megatron_mdm.models.layers import build_model
@@ -81,7 +81,7 @@ def validated(config: RunConfig) -> float:
     validation = FixedGridValidation(
         data.train,
         EvaluationConfig(num_samples=7, num_times=3),
-        MaskSchedule(1e-3),
+        LinearSchedule(1e-3),
         data.special_ids,
         config.batch.micro_size,
         context,

@@ -7,7 +7,7 @@ import numpy as np
 from megatron_mdm.config.schema import EvaluationConfig
 from megatron_mdm.data.sample import Sample
 from megatron_mdm.data.sft import SftDataset
-from megatron_mdm.diffusion.mask_schedule import MaskSchedule
+from megatron_mdm.diffusion.mask_schedule import LinearSchedule
 from megatron_mdm.evaluation.validation import FixedGridValidation
 from megatron_mdm.generation.settings import SpecialIds
 from tests.ranks import run_ranks
@@ -21,7 +21,7 @@ def grids() -> list[tuple[np.ndarray, np.ndarray]]:
     settings, found = EvaluationConfig(num_samples=7, num_times=4), []
     for _ in range(2):
         validation = FixedGridValidation(
-            SftDataset(samples, 0, ""), settings, MaskSchedule(1e-3), SpecialIds(60, 0, 1), 2, initialize()
+            SftDataset(samples, 0, ""), settings, LinearSchedule(1e-3), SpecialIds(60, 0, 1), 2, initialize()
         )
         found.append((validation.samples, validation.t))
     return found

@@ -46,13 +46,14 @@ def decoded_without_cache() -> list[list[int]]:
 
 
 def decoded(special: SpecialIds, batch_size: int, temperature: float = 0.0) -> list[list[int]]:
+    from megatron_mdm.generation.autoregressive import decode_greedily
     from megatron_mdm.generation.generate import generate
 
     engine, context = built_engine()
     config = GenerationConfig(
         gen_length=LENGTH, block_length=LENGTH, steps=LENGTH, batch_size=batch_size, temperature=temperature
     )
-    responses = generate(engine, PROMPTS, config, special, context, "autoregressive")
+    responses = generate(engine, PROMPTS, config, special, context, decode_greedily)
     assert all(response.steps == len(response.tokens) for response in responses)
     return [response.tokens for response in responses]
 

@@ -11,6 +11,7 @@ from megatron_mdm.batch import ModelInputs
 from megatron_mdm.data.lengths import Room
 from megatron_mdm.data.tokenizer import Tokenizer
 from megatron_mdm.generation.interactive import converse, partly_masked_text
+from megatron_mdm.generation.sampler import denoise
 from megatron_mdm.generation.settings import GenerationConfig
 from tests.ranks import run_ranks
 from tests.small import EOS, MASK, VOCAB, word_tokenizer
@@ -44,7 +45,7 @@ def conversation() -> tuple[str, str]:
     terminal, file = Terminal(), io.StringIO()
     for output in (terminal, file):
         lines = ["two words\n", "\n", "too many of them now\n", "one\n"]
-        converse(FixedLogits(), tokenizer, config, Room(8, 4), "masked", context, lines, output)
+        converse(FixedLogits(), tokenizer, config, Room(8, 4), denoise, context, lines, output)
     return terminal.getvalue(), file.getvalue()
 
 

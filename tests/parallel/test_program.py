@@ -69,6 +69,14 @@ def test_later_faults_are_tried_again_where_they_may_pass(fault: str, code: int,
     assert "Traceback" in result.stderr
 
 
+def test_an_internal_validation_error_keeps_its_traceback(tmp_path: Path) -> None:
+    """Even before the ranks join: what a user wrote is checked where it is read."""
+    result = end(tmp_path, "alone", "__import__('pydantic').TypeAdapter(int).validate_python('x')")
+    assert result.exit_code == 1
+    assert "Traceback" in result.stderr
+    assert "ValidationError" in result.stderr
+
+
 def test_the_launchers_code() -> None:
     """Unknown arguments (2) are no reason to try again; ranks that were ended by others' end (-15) are none, either."""
     exit_code = runpy.run_path("launch/torchrun.py", run_name="launcher")["exit_code"]

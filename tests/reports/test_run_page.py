@@ -165,7 +165,7 @@ def test_everything_logged(trained: Path, tmp_path: Path) -> None:
 def test_autoregressive_run_without_validation(tmp_path: Path) -> None:
     model = {"attention": "causal"}
     page, printed = report(train(tmp_path, objective={"name": "autoregressive"}, model=model))
-    assert page["facts"]["method"]["method"] == "autoregressive"
+    assert page["facts"]["method"]["objective"] == page["facts"]["method"]["name"] == "autoregressive"
     assert page["facts"]["best_validation"] is None
     assert page["curves"]["validation"]["step"] == []
     assert "best validation: no validation" in printed

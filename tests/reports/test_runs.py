@@ -10,9 +10,15 @@ import pytest
 
 from megatron_mdm.config.errors import UserError
 from megatron_mdm.config.load import dump_config
+from megatron_mdm.config.schema import RunConfig
+from megatron_mdm.objectives import objective_of
 from megatron_mdm.reports.runs import read_runs, spreads, table, unequal_settings
 from tests.ranks import run_program_ranks
 from tests.small import small_config
+
+
+def method_of(config: RunConfig) -> str:
+    return objective_of(config).description.label
 
 
 def write_run(folder: Path, exact_match: float, **sections: Any) -> None:
@@ -34,7 +40,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_spread_over_seeds(folder: Path) -> None:
-    found = {(spread.metric, spread.method): spread for spread in spreads(read_runs([folder]))}
+    found = {(spread.metric, spread.method): spread for spread in spreads(read_runs([folder], method_of))}
     standard = found["exact match", "standard"]
     assert sorted(standard.values) == [0.5, 0.6, 0.7]
     assert standard.mean == pytest.approx(0.6)
@@ -50,15 +56,15 @@ def test_the_program(folder: Path) -> None:
     output = folder / "report"
     result = run_program_ranks("tools/report.py", ["runs", str(folder), "--output", str(output)])[0]
     assert result.exit_code == 0, result.stderr
-    assert table(spreads(read_runs([folder]))) in result.stdout
+    assert table(spreads(read_runs([folder], method_of))) in result.stdout
     assert output.with_suffix(".png").stat().st_size > 0
     assert len(json.loads(output.with_suffix(".json").read_text())["runs"]) == 6
 
 
 def test_runs_that_differ_in_more_than_their_seeds_are_named(folder: Path) -> None:
-    assert unequal_settings(read_runs([folder])) == []
+    assert unequal_settings(read_runs([folder], method_of)) == []
     write_run(folder / "standard_4", 0.1, seed=4, optimizer={"lr": 0.5})
-    (line,) = unequal_settings(read_runs([folder]))
+    (line,) = unequal_settings(read_runs([folder], method_of))
     assert line == "standard: runs differ in optimizer.lr (0.003, 0.5)"
 
 
@@ -66,7 +72,7 @@ def test_folders_without_runs(folder: Path) -> None:
     empty = folder / "empty"
     empty.mkdir()
     with pytest.raises(UserError, match="neither a run's folder nor a folder of runs"):
-        read_runs([empty])
+        read_runs([empty], method_of)
     (empty / "config.yaml").write_text((folder / "standard_1" / "config.yaml").read_text())
     with pytest.raises(UserError, match="none of these runs has finished"):
-        read_runs([empty])
+        read_runs([empty], method_of)

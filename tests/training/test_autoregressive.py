@@ -12,9 +12,9 @@ import torch
 from megatron_mdm.batch import CleanBatch
 from megatron_mdm.config.errors import UserError
 from megatron_mdm.config.schema import EvaluationConfig, RunConfig
-from megatron_mdm.config.validate import validate
-from megatron_mdm.diffusion.autoregressive import next_tokens
 from megatron_mdm.diffusion.objective import NORMALIZATIONS, GlobalBatch
+from megatron_mdm.objectives import check_run, objective_of
+from megatron_mdm.objectives.autoregressive import next_tokens
 from tests.ranks import run_ranks
 from tests.small import small_config, write_ids
 
@@ -25,8 +25,6 @@ NOT_FOR_IT = {"t_sampler": "ppots", "views": 2, "strata": "sqrt"}
 def trained(config: RunConfig) -> dict[str, Any]:
     """On a rank: 8 steps' losses and gradient norms, the last step's per-sample losses, the validation loss."""
     from megatron_mdm.checkpoint.load import restored_engine
-    from megatron_mdm.diffusion.mask_schedule import MaskSchedule
-    from megatron_mdm.evaluation.validation import VALIDATIONS
     from megatron_mdm.parallel.groups import initialize
     from megatron_mdm.training import inputs, run
 
@@ -36,9 +34,9 @@ def trained(config: RunConfig) -> dict[str, Any]:
     engine = restored_engine(None, config, context, 0)
     trainer = run.build_trainer(config, data, engine, None, context)
     steps = [trainer.train_step(step) for step in range(8)]
-    validation = VALIDATIONS[config.objective.name](
-        data.train, EvaluationConfig(num_samples=7), MaskSchedule(1e-3), data.special_ids, 3, context
-    )
+    batch = config.batch.model_copy(update={"micro_size": 3})
+    changed = config.model_copy(update={"evaluation": EvaluationConfig(num_samples=7), "batch": batch})
+    validation = objective_of(changed).validation(data.train, data.special_ids, context)
     return {
         "losses": [step.loss for step in steps],
         "grad_norms": [step.grad_norm for step in steps],
@@ -116,10 +114,10 @@ def test_it_learns_and_its_only_noise_is_the_data(reference: tuple[Path, dict[st
 def test_settings_of_noise_are_refused(name: str, tmp_path: Path) -> None:
     config = small_config(tmp_path, objective=OBJECTIVE, diffusion={name: NOT_FOR_IT[name]})
     with pytest.raises(UserError, match=f"'diffusion.{name}'.*no meaning"):
-        validate(config, 1)
+        check_run(config, 1)
 
 
 def test_causal_attention_needs_the_method(tmp_path: Path) -> None:
     config = small_config(tmp_path, model={"attention": "causal"})
     with pytest.raises(UserError, match=r"model\.attention.*autoregressive"):
-        validate(config, 1)
+        check_run(config, 1)

@@ -77,7 +77,7 @@ def train_and_watch(config: RunConfig, folder: Path) -> dict[str, Any]:
             masks[place] = hashlib.sha256(shown).hexdigest()
         return noised
 
-    watched.times, watched.design = noiser.times, noiser.design  # type: ignore[attr-defined]
+    watched.times, watched.mask_probability = noiser.times, noiser.mask_probability  # type: ignore[attr-defined]
     trainer = dataclasses.replace(trainer, noiser=watched)  # type: ignore[arg-type]
     steps = [trainer.train_step(step) for step in range(10)]
     snapshot = Snapshot(context)

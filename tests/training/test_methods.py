@@ -14,7 +14,7 @@ import yaml
 from megatron_mdm.config.errors import UserError
 from megatron_mdm.config.load import dump_config
 from megatron_mdm.config.schema import RunConfig
-from megatron_mdm.config.validate import validate, warnings
+from megatron_mdm.objectives import check_run, objective_of
 from tests.ranks import run_program_ranks, run_ranks
 from tests.small import small_config, write_ids
 from tests.training.test_resume import losses as records_of
@@ -58,7 +58,7 @@ def trained(configs: dict[str, RunConfig]) -> dict[str, dict[str, Any]]:
 
     results = {}
     for name, config in configs.items():
-        validate(config, 1)
+        check_run(config, 1)
         config, data = inputs.resolve(config)
         summary = train_run(config, data, initialize(), StartMode())
         lines = (Path(config.checkpoint.directory) / "metrics.jsonl").read_text().splitlines()
@@ -132,14 +132,14 @@ def test_refit_is_logged_and_resumes_bit_for_bit(folder: Path, tmp_path: Path) -
 
 def test_combinations_that_cannot_or_should_not_be(folder: Path) -> None:
     both = config_of(folder, {"ema": {"enabled": True}, "strata": "full"}, "x")
-    assert "the paper advises against" in warnings(both)[0]
-    assert warnings(config_of(folder, {"ema": {"enabled": True}}, "x")) == []
+    assert "the paper advises against" in objective_of(both).warnings()[0]
+    assert objective_of(config_of(folder, {"ema": {"enabled": True}}, "x")).warnings() == []
     corpus = both.model_copy(update={"data": both.data.model_copy(update={"format": "corpus"})})
     syrm = corpus.model_copy(update={"diffusion": config_of(folder, {"syrm": {}}, "x").diffusion})
     with pytest.raises(UserError, match=r"'diffusion\.syrm' is for"):
-        validate(syrm, 1)
+        check_run(syrm, 1)
     with pytest.raises(UserError, match=r"needs 'diffusion\.t_sampler' ppots"):
-        validate(config_of(folder, {"calibration": {"refit_every": 5}}, "x"), 1)
+        check_run(config_of(folder, {"calibration": {"refit_every": 5}}, "x"), 1)
     nested = {"estimator": "naive", "density": "epr", "num_samples": 3, "num_masks": 2}
     with pytest.raises(UserError, match="of 4 rows each here: raise 'num_samples' times 'num_masks' to 16"):
-        validate(config_of(folder, {"views": 2, "multisample": 2, "calibration": nested}, "x"), 1)
+        check_run(config_of(folder, {"views": 2, "multisample": 2, "calibration": nested}, "x"), 1)

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from megatron_mdm.config.schema import RunConfig
-from megatron_mdm.config.validate import warnings
 from megatron_mdm.diffusion.objective import NORMALIZATIONS
+from megatron_mdm.objectives import objective_of
 from tests.ranks import run_ranks
 from tests.small import small_config, write_ids
 
@@ -72,4 +72,4 @@ def test_losses_do_not_depend_on_the_layout(layout: str, reference: tuple[Path, 
 def test_calibration_warns_where_the_batch_divides_by_its_masks(tmp_path: Path) -> None:
     for name, normalization in NORMALIZATIONS.items():
         config = small_config(tmp_path, diffusion={"t_sampler": "ppots", "normalization": name})
-        assert any("masked tokens" in line for line in warnings(config)) == normalization.counts_masked
+        assert any("masked tokens" in line for line in objective_of(config).warnings()) == normalization.counts_masked

@@ -90,12 +90,14 @@ class EmaConfig(Section):
     rate: float = Field(default=0.01, gt=0.0, le=1.0)  # alpha
 
 
+BY_MASKED_TOKENS = "masked"  # a normalisation; no objective is meant
 _Weighted = Literal["sample", "token", "batch", "masked"]
 _Unweighted = Literal["unweighted", "unweighted_token", "unweighted_batch", "unweighted_masked"]
 
 
 class DiffusionConfig(Section):
-    epsilon: float = Field(default=1e-3, gt=0.0, lt=1.0)  # p_mask(t) = (1 - epsilon) t + epsilon
+    mask_schedule: Literal["linear"] = "linear"  # linear: p_mask(t) = (1 - epsilon) t + epsilon
+    epsilon: float = Field(default=1e-3, gt=0.0, lt=1.0)
     t_sampler: Literal["uniform", "ppots", "clipped"] = "uniform"
     views: Literal[1, 2] = 1  # 2: MIRROR, two complementary masks of each sample
     multisample: int = Field(default=1, gt=0)  # k independent masks (MIRROR: pairs of masks) of each sample

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from megatron_mdm.config.schema import RunConfig
-from megatron_mdm.evaluation.validation import FixedGridValidation
+from megatron_mdm.evaluation.validation import Validation
 from megatron_mdm.parallel.heartbeat import enter
 from megatron_mdm.training.callbacks.base import Callback, Order, State
 from megatron_mdm.training.loop import StepResult, Trainer
@@ -17,9 +17,7 @@ class Validate(Callback):
     name = "validate"
     order = Order.VALIDATE
 
-    def __init__(
-        self, config: RunConfig, validation: FixedGridValidation, trainer: Trainer, metrics: MetricsLog
-    ) -> None:
+    def __init__(self, config: RunConfig, validation: Validation, trainer: Trainer, metrics: MetricsLog) -> None:
         self.every, self.patience = config.evaluation.every, config.evaluation.patience
         self.validation, self.trainer, self.metrics = validation, trainer, metrics
         self.last_step = -1

@@ -9,13 +9,14 @@ from typing import Any
 
 from megatron_mdm.config.errors import UserError
 from megatron_mdm.config.schema import RunConfig
-from megatron_mdm.config.validate import accumulation_steps, validate
+from megatron_mdm.config.validate import accumulation_steps
 from megatron_mdm.engine.communication import MicroBatchShape, stages, step_communication
 from megatron_mdm.engine.memory import RankMemory, longest_micro_batch, rank_memory
 from megatron_mdm.models.parameters import checkpoint_bytes
+from megatron_mdm.objectives import check_run, objective_of
 from megatron_mdm.parallel.layout import Layout
 from megatron_mdm.training.plan.cluster import GIB, Cluster
-from megatron_mdm.training.plan.timing import ASSUMPTIONS, MASKED_SHARE, StepTime, forward_flops, step_flops, step_time
+from megatron_mdm.training.plan.timing import ASSUMPTIONS, StepTime, forward_flops, step_flops, step_time
 
 SECONDS_PER_DAY = 86400.0
 RECOMPUTE = ("none", "selective", "full")
@@ -116,7 +117,7 @@ class Plan:
 def make_plan(config: RunConfig, cluster: Cluster, samples: Samples) -> Plan:
     """Raises UserError where the configuration does not fit the number of ranks, or is not complete."""
     config = prepared(config)
-    validate(config, cluster.world_size)
+    check_run(config, cluster.world_size)
     layout = Layout.of(cluster.world_size, config.parallel)
     longest, number = longest_micro_batch(config), accumulation_steps(config, cluster.world_size)
     memory = [rank_memory(config, layout, rank, longest, number, "cuda") for rank in range(layout.pipeline)]
@@ -172,8 +173,8 @@ def _usual(config: RunConfig, layout: Layout, samples: Samples) -> tuple[MicroBa
     if config.batch.micro_tokens:
         per_batch = min(share, max(1, config.batch.micro_tokens // (views * length)))
     rows = views * per_batch
-    masked = 1.0 if config.objective.name == "autoregressive" else MASKED_SHARE
-    return MicroBatchShape(rows, length, round(rows * length * samples.eligible * masked)), math.ceil(share / per_batch)
+    scored = rows * length * samples.eligible * objective_of(config).scored_share
+    return MicroBatchShape(rows, length, round(scored)), math.ceil(share / per_batch)
 
 
 def _whole(shape: MicroBatchShape) -> MicroBatchShape:

@@ -29,7 +29,6 @@ _RING = {
     "reduce_scatter": lambda n: (n - 1) / n,
     "send": lambda n: 1.0,
 }
-MASKED_SHARE = 0.5  # of the eligible positions, on average over t
 
 
 @dataclass(frozen=True)

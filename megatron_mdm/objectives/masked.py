@@ -1,0 +1,144 @@
+"""Masked diffusion: tokens are masked at a rate t and predicted from the others (the section `diffusion`)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from megatron_mdm.batch import LossWeights, ModelInputs
+from megatron_mdm.config.errors import UserError
+from megatron_mdm.config.schema import DiffusionConfig, RunConfig
+from megatron_mdm.config.sections.objective import ObjectiveOptions
+from megatron_mdm.diffusion.mask_schedule import MASK_SCHEDULES, Floats
+from megatron_mdm.diffusion.masking import MaskDesign
+from megatron_mdm.diffusion.noiser import NoisedBatch, Noiser
+from megatron_mdm.diffusion.objective import NORMALIZATIONS, Normalization
+from megatron_mdm.diffusion.t_samplers import (
+    CALIBRATED_SAMPLERS,
+    FULL_RANGE,
+    T_SAMPLERS,
+    SamplerInputs,
+    number_of_strata,
+)
+from megatron_mdm.engine.inputs import loss_inputs
+from megatron_mdm.evaluation.likelihood import MASK_BOUND, Scoring
+from megatron_mdm.evaluation.validation import FixedGridValidation
+from megatron_mdm.generation.generate import Decoder
+from megatron_mdm.generation.sampler import denoise
+from megatron_mdm.generation.settings import SpecialIds
+from megatron_mdm.objectives.base import Description
+from megatron_mdm.parallel.groups import ParallelContext
+
+if TYPE_CHECKING:  # megatron-core, which reports do without
+    from megatron_mdm.data.splits import Dataset
+
+
+class Masked:
+    """An Objective (base.py), whose settings are those of the section `diffusion`."""
+
+    Options = ObjectiveOptions
+    attention = "bidirectional"
+    scored_share = 0.5  # the mean of t
+
+    def __init__(self, config: RunConfig, options: ObjectiveOptions) -> None:
+        self.config, self.options = config, options
+
+    def check(self) -> None:
+        config, diffusion = self.config, self.config.diffusion
+        if config.model.attention != self.attention:
+            raise UserError("'model.attention' causal is for 'objective.name' autoregressive; use bidirectional")
+        strata = diffusion.strata
+        if isinstance(strata, int) and strata > config.batch.global_size:
+            raise UserError(f"'diffusion.strata' {strata} exceeds 'batch.global_size' {config.batch.global_size}")
+        needs_prompts = {
+            "diffusion.syrm": diffusion.syrm.enabled,
+            "diffusion.isad.delimiters": bool(diffusion.isad.delimiters),
+        }
+        for name, used in needs_prompts.items():
+            if used and config.data.format == "corpus":
+                raise UserError(f"'{name}' is for 'data.format' sft: a corpus has no prompts and answers")
+        if diffusion.t_sampler == "clipped" and diffusion.clipping.bounds == "adaptive" and not config.evaluation.every:
+            raise UserError(
+                "'diffusion.clipping.bounds' adaptive chooses its interval at validations; set 'evaluation.every'"
+            )
+        _check_calibration(diffusion)
+
+    def warnings(self) -> list[str]:
+        diffusion, found = self.config.diffusion, []
+        if diffusion.ema.enabled and diffusion.strata != "none":
+            found.append(
+                "'diffusion.ema' with 'diffusion.strata': the paper advises against the two together, since stratified "
+                "t leaves the control variate little to explain"
+            )
+        if diffusion.t_sampler in CALIBRATED_SAMPLERS and self.normalization.counts_masked:
+            found.append(
+                f"'diffusion.normalization' {diffusion.normalization} divides by the batch's masked tokens, which "
+                f"'diffusion.t_sampler' {diffusion.t_sampler} takes to be as many as on average: p(t) is calibrated "
+                "for the sum alone"
+            )
+        return found
+
+    def check_data(self, train: Dataset) -> None:
+        if self.config.diffusion.t_sampler in CALIBRATED_SAMPLERS and len(train) < 2:
+            raise UserError(f"{self.config.data.train}: calibration needs at least 2 training samples")
+
+    def noise(self, cell_density: Floats, mask_id: int) -> Noiser:
+        diffusion, global_size = self.config.diffusion, self.config.batch.global_size
+        bounds = diffusion.clipping.bounds
+        inputs = SamplerInputs(cell_density, FULL_RANGE if bounds == "adaptive" else bounds)
+        return Noiser(
+            design=self.design,
+            sampler=T_SAMPLERS[diffusion.t_sampler](inputs),
+            num_strata=number_of_strata(diffusion.strata, global_size),
+            global_size=global_size,
+            mask_id=mask_id,
+            seed=self.config.seed,
+        )
+
+    @property
+    def normalization(self) -> Normalization:
+        return NORMALIZATIONS[self.config.diffusion.normalization]
+
+    @property
+    def design(self) -> MaskDesign:
+        return MaskDesign.of(self.config.diffusion)
+
+    def inputs(self, noised: NoisedBatch, weights: LossWeights) -> ModelInputs:
+        return loss_inputs(noised, weights)
+
+    def validation(self, data: Dataset, special: SpecialIds, context: ParallelContext) -> FixedGridValidation:
+        config, diffusion = self.config, self.config.diffusion
+        schedule = MASK_SCHEDULES[diffusion.mask_schedule](diffusion.epsilon)
+        rows = config.batch.micro_size * diffusion.rows_per_sample
+        return FixedGridValidation(data, config.evaluation, schedule, special, rows, context, self.inputs)
+
+    @property
+    def decoder(self) -> Decoder:
+        return denoise
+
+    @property
+    def scoring(self) -> Scoring:
+        return MASK_BOUND
+
+    @property
+    def description(self) -> Description:
+        diffusion, default = self.config.diffusion, DiffusionConfig()
+        changed = [
+            f"{name} {getattr(diffusion, name)}"
+            for name in DiffusionConfig.model_fields
+            if name != "calibration" and getattr(diffusion, name) != getattr(default, name)
+        ]
+        views = f"{diffusion.views} view{'s' * (diffusion.views > 1)}"
+        repeats = f" × {diffusion.multisample}" * (diffusion.multisample > 1)
+        text = f"{diffusion.t_sampler} t, {views}{repeats}, strata {diffusion.strata}, {diffusion.masking} masks"
+        return Description(", ".join(changed) or "standard", text, has_rates=True)
+
+
+def _check_calibration(diffusion: DiffusionConfig) -> None:
+    calibration, rows = diffusion.calibration, diffusion.rows_per_sample
+    if calibration.refit_every and diffusion.t_sampler not in CALIBRATED_SAMPLERS:
+        raise UserError("'diffusion.calibration.refit_every' needs 'diffusion.t_sampler' ppots")
+    if calibration.estimator == "naive" and calibration.num_samples * calibration.num_masks < 4 * rows:
+        raise UserError(
+            "'diffusion.calibration': estimator naive measures 2 samples with 2 groups of masks at least, of "
+            f"{rows} rows each here: raise 'num_samples' times 'num_masks' to {4 * rows}"
+        )
