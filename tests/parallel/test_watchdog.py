@@ -110,6 +110,7 @@ def hung(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[list[Progr
 Hung = dict[str, tuple[list[ProgramResult], Path]]
 
 
+@pytest.mark.alone
 def test_place_of_a_hang_is_named(hung: Hung) -> None:
     results, folder = hung["loader"]
     line = message(results)
@@ -119,6 +120,7 @@ def test_place_of_a_hang_is_named(hung: Hung) -> None:
     assert "slow_batch" in (folder / "hangs/rank-001.txt").read_text(encoding="utf-8")
 
 
+@pytest.mark.alone
 def test_ranks_in_different_collectives_are_named(hung: Hung) -> None:
     results, folder = hung["mismatch"]
     line = message(results)
@@ -131,12 +133,14 @@ def test_ranks_in_different_collectives_are_named(hung: Hung) -> None:
         assert record["entries"][-1]["profiling_name"] == collective
 
 
+@pytest.mark.alone
 def test_stopped_rank_does_not_answer(hung: Hung) -> None:
     line = message(hung["stopped1"][0])
     assert "no progress for 5 s at step 4: " in line
     assert f"rank 1 (host {HOST}) does not answer; rank 0 waits for it in all_reduce; stacks: " in line
 
 
+@pytest.mark.alone
 def test_without_the_store_a_rank_speaks_for_itself(hung: Hung) -> None:
     """Without a launcher's agent, the job's store is rank 0's, and stops with it."""
     line = message(hung["stopped0"][0])
@@ -144,6 +148,7 @@ def test_without_the_store_a_rank_speaks_for_itself(hung: Hung) -> None:
     assert line.endswith(" does not answer")
 
 
+@pytest.mark.alone
 def test_slow_run_goes_on(tmp_path: Path) -> None:
     """Calibration, validation and steps that each take longer than the limit, of parts that do not."""
     ranks = start(

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
+
 from tests.kill import run_cases
 
 
+@pytest.mark.alone
 def test_killed_in_every_phase_and_resumed_bit_for_bit() -> None:
     outcomes = list(run_cases(4, seed=1, layouts=["zero1_bf16"]))
     assert [outcome.fault for outcome in outcomes] == [""] * 4, outcomes

@@ -49,6 +49,7 @@ def records(folder: Path, parallel: dict[str, Any], wrapper: str = "launch/train
     return [json.loads(line) for line in (folder / "run/metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_a_steps_time_is_broken_down(name: str, tmp_path: Path) -> None:
     found = records(tmp_path, LAYOUTS[name])
@@ -70,6 +71,7 @@ def test_a_steps_time_is_broken_down(name: str, tmp_path: Path) -> None:
     assert 1e9 < measured < 1e14
 
 
+@pytest.mark.alone
 def test_a_slow_rank_is_named(tmp_path: Path) -> None:
     (tmp_path / "wrapper.py").write_text(SLEEPER, encoding="utf-8")
     write_ids(tmp_path / "train.jsonl", 30)
@@ -158,6 +160,7 @@ def computes_on_one_core(seconds: float) -> tuple[float, float]:
     return waited, time.perf_counter() - began
 
 
+@pytest.mark.alone
 def test_waiting_for_a_core_is_measured() -> None:
     """Two processes that compute on one core at a time: one of them waits for about half of it, at least."""
     if math.isnan(core_wait()):
