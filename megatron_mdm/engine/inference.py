@@ -68,7 +68,7 @@ class PipelinedInferenceEngine:
             answers = [self._run(inputs, False, None) for inputs in micro_batches]
         results = []
         for inputs, answer in zip(micro_batches, answers):
-            shape = torch.Size((len(RowStatistics._fields), len(inputs.tokens)))
+            shape = torch.Size((len(RowStatistics._fields), len(inputs.selected)))
             results.append(RowStatistics(*self._from_last_stage(answer, shape, torch.float32)))
         return results
 

@@ -80,7 +80,7 @@ class CoreAttention(MegatronModule):
         query, key = rotate(query, rotation, heads_first), rotate(key, rotation, heads_first)
         if visible.window is not None:
             key, value = visible.window.cache.write(self.layer_number, visible.window.positions, key, value)
-        execute = executor(visible.kind, query)
+        execute = executor(visible.kind, query.device.type, query.dtype)
         inputs = query, key, value, visible, self.softmax_scale
         if self.recompute and torch.is_grad_enabled():
             return checkpoint(execute, *inputs, use_reentrant=False, preserve_rng_state=False)
@@ -178,14 +178,10 @@ EXECUTORS: dict[tuple[str, str, torch.dtype | str], Executor] = {
 }
 
 
-def executor(kind: str, query: Tensor) -> Executor:
-    """The entry for a pattern of this kind and a query's device and type; without one of its own, that of "dense"."""
-    for candidate in (kind, "dense"):
-        for device, dtype in ((query.device.type, query.dtype), (query.device.type, ANY), (ANY, ANY)):
-            found = EXECUTORS.get((candidate, device, dtype))
-            if found is not None:
-                return found
-    raise KeyError(kind)
+def executor(kind: str, device: str, dtype: torch.dtype) -> Executor:
+    """The closest entry for a pattern of this kind; where it has none, that of "dense"."""
+    keys = [(k, *where) for k in (kind, "dense") for where in ((device, dtype), (device, ANY), (ANY, ANY))]
+    return next(EXECUTORS[key] for key in keys if key in EXECUTORS)
 
 
 def explicit_attention(
