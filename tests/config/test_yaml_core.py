@@ -16,31 +16,16 @@ from megatron_mdm.config.schema import DataConfig
 from megatron_mdm.config.yaml_core import dump_yaml, read_override, read_yaml
 from tests.small import small_config
 
+# fmt: off
 TRICKY = [
-    *("no", "yes", "on", "off", "n", "y", "No", "NO", "true", "True", "false", "null", "Null", "~", "", " ", "none"),
-    *(
-        "010",
-        "08",
-        "0o10",
-        "0x1F",
-        "0b11",
-        "1_000",
-        "5",
-        "-5",
-        "+5",
-        "5e8",
-        "1e-3",
-        "1.0",
-        ".5",
-        "5.",
-        "1:30",
-        "1:30.5",
-    ),
-    *(".inf", "-.inf", ".nan", "inf", "nan", "2026-01-01", "2026-01-01 10:00:00", "<<", "=", "!", "*a", "&a", "- a"),
-    *("[MASK]", "<mask>", "<|mask|>", "{a: 1}", "a: b", "a #b", "#a", "####", "runs/a #2", "'a'", '"a"', "'", '"'),
-    *("a'b", 'a"b', "\\n", "a\nb", " a", "a ", "\ta", "a\tb", "%a", "@a", "`a`", "|", ">", "?", "-", "---", "...", ":"),
-    *("é", "日本", "\U0001f600", "\x85", "\u2028", "\ufeff", "\x00", "\ue0b5", "a\r\nb", "C:\\runs", "a, b", "[", "]"),
+    "no", "yes", "on", "off", "n", "y", "No", "NO", "true", "True", "false", "null", "Null", "~", "", " ", "none",
+    "010", "08", "0o10", "0x1F", "0b11", "1_000", "5", "-5", "+5", "5e8", "1e-3", "1.0", ".5", "5.", "1:30", "1:30.5",
+    ".inf", "-.inf", ".nan", "inf", "nan", "2026-01-01", "2026-01-01 10:00:00", "<<", "=", "!", "*a", "&a", "- a",
+    "[MASK]", "<mask>", "<|mask|>", "{a: 1}", "a: b", "a #b", "#a", "####", "runs/a #2", "'a'", '"a"', "'", '"',
+    "a'b", 'a"b', "\\n", "a\nb", " a", "a ", "\ta", "a\tb", "%a", "@a", "`a`", "|", ">", "?", "-", "---", "...", ":",
+    "é", "日本", "\U0001f600", "\x85", "\u2028", "\ufeff", "\x00", "\ue0b5", "a\r\nb", "C:\\runs", "a, b", "[", "]",
 ]
+# fmt: on
 
 
 def texts(number: int, seed: int) -> list[str]:
@@ -57,20 +42,31 @@ def texts(number: int, seed: int) -> list[str]:
         *((text, text) for text in ("inf", "nan", "=", "0o9", "0xg", "1e", "e5", "1.2.3", "nuLL", "tRue")),
         *((text, None) for text in ("null", "Null", "NULL", "~")),
         *((text, text.lower() == "true") for text in ("true", "True", "TRUE", "false", "False", "FALSE")),
-        *(("010", 10), ("0o10", 8), ("0x1F", 31), ("-5", -5), ("+5", 5), ("0", 0), ("00", 0), ("-010", -10)),
-        *(
-            ("5e8", 500_000_000),
-            ("1e-3", 1e-3),
-            ("1E+3", 1000),
-            ("5.0e8", 5e8),
-            ("1e99", 1e99),
-            (".5", 0.5),
-            ("5.", 5.0),
-            ("-.5e1", -5.0),
-            ("1.0", 1.0),
-        ),
-        *((".inf", math.inf), ("-.INF", -math.inf), ("+.Inf", math.inf)),
-        *(("!!str 5", "5"), ("!!int '5'", 5), ("!!float '5e8'", 5e8), ('"5e8"', "5e8"), ("'no'", "no")),
+        ("010", 10),
+        ("0o10", 8),
+        ("0x1F", 31),
+        ("-5", -5),
+        ("+5", 5),
+        ("0", 0),
+        ("00", 0),
+        ("-010", -10),
+        ("5e8", 500_000_000),
+        ("1e-3", 1e-3),
+        ("1E+3", 1000),
+        ("5.0e8", 5e8),
+        ("1e99", 1e99),
+        (".5", 0.5),
+        ("5.", 5.0),
+        ("-.5e1", -5.0),
+        ("1.0", 1.0),
+        (".inf", math.inf),
+        ("-.INF", -math.inf),
+        ("+.Inf", math.inf),
+        ("!!str 5", "5"),
+        ("!!int '5'", 5),
+        ("!!float '5e8'", 5e8),
+        ('"5e8"', "5e8"),
+        ("'no'", "no"),
     ],
 )
 def test_scalars_of_the_core_schema(written: str, value: Any) -> None:
@@ -117,7 +113,8 @@ def test_overrides_are_texts_as_they_were_typed(text: str) -> None:
 @pytest.mark.parametrize("text", ["5", "'a'", '"', "a: b", "[a]", "runs/a #2", " a ", "\\n"])
 def test_overrides_in_quotes(text: str) -> None:
     """How to write a text that is a number, or has quotes of its own."""
-    single, double = text.replace("'", "''"), text.replace("\\", r"\\").replace('"', r"\"")
+    single = text.replace("'", "''")
+    double = text.replace("\\", r"\\").replace('"', r"\"")
     assert read_override(f"'{single}'", "override", int | str) == text
     assert read_override(f'"{double}"', "override", int | str) == text
 
@@ -125,7 +122,11 @@ def test_overrides_in_quotes(text: str) -> None:
 def test_overrides_have_no_comments() -> None:
     annotation = DataConfig.model_fields["mask_token"].annotation
     assert read_override("[####, 'a #b', no, 5, 1.0]", "override", tuple[annotation, ...]) == [
-        *("####", "a #b", "no", 5, "1.0")
+        "####",
+        "a #b",
+        "no",
+        5,
+        "1.0",
     ]
     assert read_override("{a#: b #c}", "override", dict[str, str]) == {"a#": "b #c"}
     assert read_override("{/data/a #1: 0.5}", "override", str | dict[str, float]) == {"/data/a #1": 0.5}
@@ -154,7 +155,8 @@ def test_the_configuration_round_trips(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("seed", range(3))
 def test_any_value_round_trips(seed: int) -> None:
-    draw, words = random.Random(seed), texts(300, seed)
+    draw = random.Random(seed)
+    words = texts(300, seed)
 
     def value(depth: int) -> Any:
         kind = draw.randrange(8 if depth else 6)

@@ -53,12 +53,14 @@ CASES = {
     "deepseek-r1": Case(source("deepseek_r1"), "<｜end▁of▁sentence｜>", {"bos_token": "<｜begin▁of▁sentence｜>"}),
     "phi-3": Case(source("phi3"), "<|end|>", {"eos_token": "<|endoftext|>"}),
 }
+# fmt: off
 SPECIAL_TOKENS = [
-    *("<s>", "</s>", "<|startoftext|>", "<|endoftext|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
-    *("<|im_start|>", "<|im_end|>", "<|begin_of_text|>", "<bos>", "<eos>", "<start_of_turn>", "<end_of_turn>"),
-    *("<|user|>", "<|system|>", "<|assistant|>", "<|end|>", "[INST]", "[/INST]", "<｜User｜>", "<｜Assistant｜>"),
-    *("<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"),
+    "<s>", "</s>", "<|startoftext|>", "<|endoftext|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>",
+    "<|im_start|>", "<|im_end|>", "<|begin_of_text|>", "<bos>", "<eos>", "<start_of_turn>", "<end_of_turn>",
+    "<|user|>", "<|system|>", "<|assistant|>", "<|end|>", "[INST]", "[/INST]", "<｜User｜>", "<｜Assistant｜>",
+    "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>",
 ]
+# fmt: on
 
 _ONE = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Me."}]
 CONVERSATIONS = {

@@ -141,7 +141,8 @@ def test_prefetching_changes_nothing(data: SftDataset) -> None:
     plain, ahead = (loader(data, {"mode": "packed"}, 0, 2) for _ in range(2))
     fetching = PrefetchLoader(ahead)
     for step in [0, 1, 2, 3, 9, 10, 4, 5]:  # jumps, as after a resume in the same process
-        ours, theirs = fetching.batch(step), plain.batch(step)
+        ours = fetching.batch(step)
+        theirs = plain.batch(step)
         assert ours.num_tokens == theirs.num_tokens
         for one, other in zip(ours.micro_batches, theirs.micro_batches, strict=True):
             assert one.tokens.equal(other.tokens)

@@ -118,7 +118,8 @@ def test_a_response_ends_at_the_first_end_token(template: str, folder: Path) -> 
     of_turn = {"plain": set(), "tokenizer": {"</s>"}}.get(template, {"<|eot_id|>"})
     ends = {tokenizer.backend.token_id(token) for token in {"</s>", "<|startoftext|>", *of_turn}} | {70}
     assert tokenizer.other_end_ids | {tokenizer.eos_id} == ends
-    said, behind = tokenizer.encode("So."), tokenizer.encode("junk #### 9")
+    said = tokenizer.encode("So.")
+    behind = tokenizer.encode("junk #### 9")
     for end in ends:
         assert tokenizer.decode([*said, end, *behind, tokenizer.eos_id]) == "So."
         assert tokenizer.decode_all([*said, end, *behind]) == "So.⏎junk #### 9"

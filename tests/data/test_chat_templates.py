@@ -29,7 +29,8 @@ from tests.small import small_config
 
 # It always opens the next answer, and has nothing that ends one.
 HEADER_ONLY = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% endfor %}<|assistant|>"
-CHATML, CHATML_MARKED = source("chatml"), source("chatml_marked")
+CHATML = source("chatml")
+CHATML_MARKED = source("chatml_marked")
 ANSWERS = {
     name: [m["content"] for m in messages if m["role"] == "assistant"] for name, messages in CONVERSATIONS.items()
 }
@@ -123,10 +124,12 @@ def test_text_is_that_of_transformers(name: str, folders: dict[str, Path]) -> No
 @pytest.mark.parametrize("name", CASES)
 def test_answers_and_what_ends_them_are_learnt(name: str, folders: dict[str, Path]) -> None:
     """And nothing behind it. What is given is a beginning of transformers' text of the same messages."""
-    case, template = CASES[name], template_of(folders[name])
+    case = CASES[name]
+    template = template_of(folders[name])
     assert template.end_tokens == (case.end.strip(),)
     for conversation in ("one turn", "two turns", "system", "unicode"):
-        turns, last = CONVERSATIONS[conversation], ANSWERS[conversation][-1]
+        turns = CONVERSATIONS[conversation]
+        last = ANSWERS[conversation][-1]
         whole = transformers_text(folders[name], turns, False)
         if whole is None:
             continue
@@ -166,7 +169,8 @@ def test_thoughts_that_later_turns_drop_are_learnt_in_their_own_turn(folders: di
 @pytest.mark.parametrize("name", ["llada", "mmada"])
 def test_built_in_formats_are_upstreams(name: str, folders: dict[str, Path]) -> None:
     """Text and what of it is learnt, against the template of the same model as a chat template."""
-    ours, theirs = template_of(folders[name], name), template_of(folders[name])
+    ours = template_of(folders[name], name)
+    theirs = template_of(folders[name])
     assert ours.end_tokens == theirs.end_tokens == ("<|eot_id|>",)
     for turns in CONVERSATIONS.values():
         messages = as_messages(turns)
@@ -199,11 +203,13 @@ def test_tokens_are_those_of_transformers(spaces: str, name: str, tmp_path: Path
     """With tokenizers that put a space before a text's first word, as Llama 2's: an answer is no text of its own."""
     from transformers import PreTrainedTokenizerFast
 
-    case, turns = CASES[name], CONVERSATIONS["two turns"]
+    case = CASES[name]
+    turns = CONVERSATIONS["two turns"]
     folder = folder_of(case.template, case.tokens, with_spaces(spaces).to_str(), tmp_path)
     expected = PreTrainedTokenizerFast.from_pretrained(folder).apply_chat_template(turns, return_dict=False)
     data, tokenizer = read(folder, turns, eos_token="</s>")
-    tokens, learnt_ids = data.samples[0].tokens.tolist(), data.samples[0].tokens[data.samples[0].eligible]
+    tokens = data.samples[0].tokens.tolist()
+    learnt_ids = data.samples[0].tokens[data.samples[0].eligible]
     assert tokens == expected[: len(tokens)]
     assert tokenizer.decode(learnt_ids).strip() == "Me."
     prompt = PreTrainedTokenizerFast.from_pretrained(folder).apply_chat_template(

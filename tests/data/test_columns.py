@@ -168,7 +168,8 @@ def test_labels_of_token_ids(tmp_path: Path) -> None:
 def test_bad_prompts(tmp_path: Path) -> None:
     """By line, or left out and counted."""
     data = DataConfig(train="", tokenizer=str(write_byte_tokenizer(tmp_path)), max_length=64)
-    tokenizer, path = load_tokenizer(data), tmp_path / "a.jsonl"
+    tokenizer = load_tokenizer(data)
+    path = tmp_path / "a.jsonl"
     path.write_text(
         '{"prompt": "cut \\ud83d"}\n{"question": "U"}\n{"messages": [{"role": "assistant", "content": "A"}]}\n'
     )

@@ -191,7 +191,8 @@ def test_documents_are_segments_where_they_shall_not_see_each_other(tmp_path: Pa
     ends = set(np.cumsum([len(docs[number]) for number in data.corpora[0].documents]).tolist())
     sizes = data.lengths()
     cuts = set(np.cumsum(sizes).tolist())  # of sequences
-    found, numbers = set[int](), set[int]()
+    found = set[int]()
+    numbers = set[int]()
     for first, sample in zip(np.cumsum(sizes) - sizes, data.samples):
         parts = sample.segments if len(sample.segments) else np.array([len(sample.tokens)])
         assert parts.sum() == len(sample.tokens)
@@ -209,7 +210,9 @@ def test_random_lengths(tmp_path: Path) -> None:
     plain, _ = corpus(tmp_path / "a")
     data, _ = corpus(tmp_path / "a", random_length=0.25)
     shorter = data.lengths() < plain.lengths()
-    share, size = 0.25 * 15 / 16, len(data)  # one length in 16 changes nothing
+    # one length in 16 changes nothing
+    share = 0.25 * 15 / 16
+    size = len(data)
     assert abs(shorter.mean() - share) < 4 * np.sqrt(share * (1 - share) / size)
     row = int(np.flatnonzero(shorter)[0])
     assert data.samples[row].tokens.tolist() == plain.samples[row].tokens[: data.lengths()[row]].tolist()

@@ -86,7 +86,8 @@ def test_a_conversation_has_the_control_tokens_of_its_template(
     def control_of(tokens: Any) -> list[int]:
         return [int(token) for token in tokens if int(token) in control]
 
-    sample, harmless = data.samples[0], other.samples[0]
+    sample = data.samples[0]
+    harmless = other.samples[0]
     assert control_of(sample.tokens) == control_of(harmless.tokens)
     assert control_of(sample.tokens[sample.eligible]) == control_of(harmless.tokens[harmless.eligible])
     text = tokenizer.backend.tokenizer.decode(sample.tokens.tolist(), skip_special_tokens=False)

@@ -31,8 +31,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (
             "tools/train_tokenizer.py",
             [
-                *("--data", str(folder / "train.jsonl"), "--output", str(folder / "sp.model"), "--vocab-size", "300"),
-                *("--model-type", "bpe", "--whole-numbers", str(LARGEST)),
+                "--data",
+                str(folder / "train.jsonl"),
+                "--output",
+                str(folder / "sp.model"),
+                "--vocab-size",
+                "300",
+                "--model-type",
+                "bpe",
+                "--whole-numbers",
+                str(LARGEST),
             ],
         ),
     ):

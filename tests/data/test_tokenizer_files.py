@@ -16,7 +16,8 @@ from megatron_mdm.config.schema import DataConfig
 from megatron_mdm.data.tokenizer import Tokenizer, load_tokenizer, resolve_vocabulary
 from tests.small import small_model
 
-LONG, SHORT = "tokens of a long text, " * 30, "short"
+LONG = "tokens of a long text, " * 30
+SHORT = "short"
 TEXTS = ["Don't  panic!\n\n  12345 tokens,\ttabs; ", "naïve café — “quotes” 東京 🙂", " é é", "a\r\nb", ""]
 Change = Callable[[tokenizers.Tokenizer], None]
 

@@ -59,7 +59,8 @@ def second_moment(toy: Toy, name: str, t: Floats) -> Floats:
 
 @pytest.mark.parametrize("name", ["single", "mirror", "multisample", "exact_count"])
 def test_token_moments_agree_with_enumeration(name: str) -> None:
-    toy, masks = Toy(), DESIGNS[name]
+    toy = Toy()
+    masks = DESIGNS[name]
     curves = token_moments(MomentSums.of(groups(toy, masks, even_times(24000)), 70), known(masks))
     t = np.linspace(0.06, 0.94, 23)
     np.testing.assert_allclose(curves.second_moment(t), second_moment(toy, name, t), rtol=0.06)
@@ -70,14 +71,16 @@ def test_token_moments_agree_with_enumeration(name: str) -> None:
 @pytest.mark.parametrize("name", DESIGNS)
 def test_exposures_agree_with_drawn_masks(name: str) -> None:
     """The known expectations of the weights, at one t each, within 4.5 standard errors."""
-    masks, toy = DESIGNS[name], Toy()
+    masks = DESIGNS[name]
+    toy = Toy()
     for value in (0.13, 0.5, 0.81):
         t = np.full(4000, value)
         generator = np.random.default_rng(1)
         noised = noise(clean_batch(len(t)), t, np.ones(len(t)), [generator] * len(t), design=masks, mask_id=9)
         rows = toy.rows(noised, np.zeros(len(t), dtype=int))
         expected = known(masks)(np.array([value]))
-        weight, total = rows.weight, rows.weight.sum(1)
+        weight = rows.weight
+        total = rows.weight.sum(1)
         drawn = {
             "total": weight.mean(1),
             "squares": rows.weight_square.mean(1),
@@ -90,7 +93,9 @@ def test_exposures_agree_with_drawn_masks(name: str) -> None:
 
 
 def test_naive_moments_agree_with_enumeration() -> None:
-    toy, times, masks = Toy(), np.arange(1, 21) / 20, 1500
+    toy = Toy()
+    times = np.arange(1, 21) / 20
+    masks = 1500
     moments = groups(toy, design(), np.repeat(np.tile(times, 2), masks))
     curves = naive_moments(MomentSums.of(moments, 20), known(design()))
     mean, square = toy.enumerate(times)
@@ -100,7 +105,8 @@ def test_naive_moments_agree_with_enumeration() -> None:
 
 def test_paper_target_leaves_out_the_spread_between_samples() -> None:
     """ĝ² + v̂ falls short of E[l²] by the variance of the samples' means, less their own noise."""
-    times, num_masks = np.arange(1, 11) / 10, 300
+    times = np.arange(1, 11) / 10
+    num_masks = 300
     parts = []
     for sample in range(2):
         toy = Toy()
@@ -154,11 +160,13 @@ def test_every_density_beats_uniform_where_there_is_something_to_gain(name: str)
 
 def test_floor_is_chosen_by_what_the_other_folds_say() -> None:
     """Many groups: little of the uniform. Folds that contradict each other: more of it."""
-    toy, maker = Toy(), calibrator(design())
+    toy = Toy()
+    maker = calibrator(design())
     many = groups(toy, design(), even_times(6000))
     assert fitted(maker, many).floor == FLOORS[0]
     # Each fold loses all that is seen in a quarter of [0, 1]; what the others say of that quarter is not so in it.
-    t, fold = many[:, 1], np.arange(len(many)) % NUM_FOLDS
+    t = many[:, 1]
+    fold = np.arange(len(many)) % NUM_FOLDS
     contradicting = many.copy()
     contradicting[:, 2:] *= np.where((t * NUM_FOLDS).astype(int) == fold, 30.0, 1.0)[:, None]
     assert fitted(maker, contradicting).floor in FLOORS[1:]

@@ -44,11 +44,13 @@ def test_second_moments_of_toys_are_those_of_their_losses(name: str) -> None:
     """In nine tenths of [0, 1], within 4.5 standard errors of 4,000 losses each; single masks and complementary pairs.
     (Near 0 the losses' tail is too heavy for a standard error.)"""
     for complementary in (False, True):
-        toy, num_groups = dataclasses.replace(TOYS[name], complementary=complementary), 36_000
+        toy = dataclasses.replace(TOYS[name], complementary=complementary)
+        num_groups = 36_000
         t = 0.1 + 0.9 * (np.arange(num_groups) + 0.5) / num_groups
         moments = ToyMeasurement(toy, num_groups, 0)(np.arange(num_groups), t)
         for drawn, expected in zip((moments[:, 2], moments[:, 3]), toy.moments_at(t)):
-            drawn, expected = drawn.reshape(9, -1), expected.reshape(9, -1).mean(1)
+            drawn = drawn.reshape(9, -1)
+            expected = expected.reshape(9, -1).mean(1)
             assert (np.abs(drawn.mean(1) - expected) <= 4.5 * drawn.std(1) / np.sqrt(drawn.shape[1])).all()
 
 
@@ -57,7 +59,8 @@ def test_density_is_good_and_its_bound_is_no_higher_than_the_truth() -> None:
     0.997; one that holds in 2 %, as an earlier one did, never does."""
     num_held = 0
     for name in ("rising .05 → 1.5", "flat, heavy tail", "falling", "tokens go together"):
-        toy, efficiencies = TOYS[name], []
+        toy = TOYS[name]
+        efficiencies = []
         for seed in range(8):
             calibration = calibrated(toy, seed, initial_forwards=1024, target_efficiency=0.0)
             assert calibration.rounds[-1]["forwards"] == 1024
@@ -77,8 +80,10 @@ def test_complementary_pairs_are_calibrated_as_well() -> None:
 
 def test_sums_in_cells_are_fitted_as_well_as_losses() -> None:
     """Re-fits know sums only, of two halves of the steps."""
-    toy, num_groups = TOYS["rising .2 → 1.7"], 1024
-    calibrator, efficiencies = Calibrator(CalibrationConfig(), toy.exposures(), 0), []
+    toy = TOYS["rising .2 → 1.7"]
+    num_groups = 1024
+    calibrator = Calibrator(CalibrationConfig(), toy.exposures(), 0)
+    efficiencies = []
     for seed in range(5):
         sample, t = spread_groups(5000, range(num_groups), seed)
         moments = ToyMeasurement(toy, 5000, seed)(sample, t)
@@ -94,7 +99,8 @@ def test_sums_in_cells_are_fitted_as_well_as_losses() -> None:
 
 def test_judge_sees_what_is_wrong_with_a_density() -> None:
     """Within 4.5 standard errors of the truth, of which roots of noisy means take up to 3 % away."""
-    toy, num_groups = TOYS["falling"], 16_000
+    toy = TOYS["falling"]
+    num_groups = 16_000
     sample, quantile = spread_groups(num_groups, range(num_groups), 0)
     moments = ToyMeasurement(toy, num_groups, 0)(sample, denser_near_zero(quantile))
     judge = Judge(moments, toy.exposures(), "second_moment")
@@ -115,7 +121,8 @@ def test_losses_that_are_nothing_or_not_numbers(estimator: str) -> None:
     """Without any loss, uniform t is as good as any; with one that is not finite, the model's weights are named."""
     toy = TOYS["flat"]
     settings = CalibrationConfig(**({**PAPER, **SMALL} if estimator == "naive" else {}))
-    calibrator, drawn = Calibrator(settings, toy.exposures(), 0), ToyMeasurement(toy, 100, 0)
+    calibrator = Calibrator(settings, toy.exposures(), 0)
+    drawn = ToyMeasurement(toy, 100, 0)
     losses = [place for place, name in enumerate(Moments._fields) if name.startswith(("loss", *WEIGHT_OF))]
 
     def measure(samples: np.ndarray, t: Floats, value: float) -> Floats:
@@ -143,7 +150,8 @@ def test_calibration_stops_where_its_bound_says_so() -> None:
 def test_every_cell_of_the_nested_grid_is_measured(num_times: int) -> None:
     """j/b lies in the j-th of b cells, whatever j/b · b is in floating point."""
     moments = np.zeros((num_times, len(Moments._fields)))
-    moments[:, 0], moments[:, 1] = 1.0, (np.arange(num_times) + 1.0) / num_times
+    moments[:, 0] = 1.0
+    moments[:, 1] = (np.arange(num_times) + 1.0) / num_times
     np.testing.assert_array_equal(MomentSums.of(moments, num_times).column("one"), 1.0)
 
 
@@ -156,7 +164,8 @@ def test_nested_design_measures_no_more_rows_than_promised(views: int) -> None:
 
 
 def test_mirror_run_of_the_nested_design_measures_its_rows() -> None:
-    toy, rows = dataclasses.replace(TOYS["flat"], complementary=True), []
+    toy = dataclasses.replace(TOYS["flat"], complementary=True)
+    rows = []
     drawn = ToyMeasurement(toy, 5000, 0)
 
     def measure(samples: np.ndarray, t: Floats) -> Floats:

@@ -18,7 +18,8 @@ from megatron_mdm.diffusion.t_samplers import (
     stratified_quantiles,
 )
 
-NUM_BINS, SIZE = 10, 32
+NUM_BINS = 10
+SIZE = 32
 SAMPLERS: dict[str, TSampler] = {
     "uniform": UniformSampler(),
     "ppots": TabulatedSampler.of(lambda t: 1.0 / np.sqrt(t), 0.02),
@@ -41,7 +42,9 @@ def reported(
     variate: str, sampler: TSampler, level: Callable[[int], float], num_strata: int = 1, steps: int = 1500
 ) -> tuple[Floats, Floats]:
     """(loss, adjusted loss) of each step of a run after the first 300, in which averages settle."""
-    generator, control, results = np.random.default_rng(0), CONTROL_VARIATES[variate].new(NUM_BINS, 0.01), []
+    generator = np.random.default_rng(0)
+    control = CONTROL_VARIATES[variate].new(NUM_BINS, 0.01)
+    results = []
     for step in range(steps):
         quantiles = stratified_quantiles(0, step, SIZE, num_strata)
         batch = batch_of(sampler, quantiles, level(step), generator)
@@ -71,7 +74,8 @@ def test_the_centred_variate_keeps_the_mean_and_lowers_the_variance(sampler: str
 def test_it_takes_off_what_the_rate_explains() -> None:
     """Uniform t: the mean's variance over bins, 9/12 less what varies within them, of 9/12 and the masks' 0.49."""
     loss, adjusted = reported("centred", UniformSampler(), LEVELS["stationary"], steps=3000)
-    rate, within = 9.0 / 12.0, 9.0 / 12.0 / NUM_BINS**2
+    rate = 9.0 / 12.0
+    within = 9.0 / 12.0 / NUM_BINS**2
     masks = 0.16 * float(np.log(1.05 / 0.05))
     expected = (masks + within) / (masks + rate)
     assert spread(adjusted) / spread(loss) == pytest.approx(expected, rel=4 * 2 / len(loss) ** 0.5)
@@ -95,7 +99,9 @@ def test_weighted_mass_is_an_expectation(name: str) -> None:
 
 def test_one_loss_far_off_the_others_does_no_lasting_harm() -> None:
     """What a loss a thousand times as large does to later batches is forgotten in a few times 1/rate steps."""
-    generator, control, differences = np.random.default_rng(0), CentredVariate.new(NUM_BINS, 0.01), []
+    generator = np.random.default_rng(0)
+    control = CentredVariate.new(NUM_BINS, 0.01)
+    differences = []
     for step in range(1500):
         batch = batch_of(UniformSampler(), generator.random(SIZE), 1.0, generator)
         if step == 200:
@@ -116,7 +122,8 @@ def test_nothing_is_subtracted_before_anything_was_seen(name: str) -> None:
 
 @pytest.mark.parametrize("name", CONTROL_VARIATES)
 def test_state_restores_it(name: str) -> None:
-    generator, variate = np.random.default_rng(0), CONTROL_VARIATES[name].new(NUM_BINS, 0.1)
+    generator = np.random.default_rng(0)
+    variate = CONTROL_VARIATES[name].new(NUM_BINS, 0.1)
     for _ in range(20):
         variate.update(batch_of(UniformSampler(), generator.random(SIZE), 1.0, generator))
     again = CONTROL_VARIATES[name](**json.loads(json.dumps(variate.state())))
@@ -126,9 +133,12 @@ def test_state_restores_it(name: str) -> None:
 
 def test_where_t_explains_nothing_nothing_is_added() -> None:
     """Losses that do not depend on t, few of them, and averages that forget at once: β is noise, so c becomes small."""
-    generator, control, results = np.random.default_rng(0), CentredVariate.new(NUM_BINS, 0.3), []
+    generator = np.random.default_rng(0)
+    control = CentredVariate.new(NUM_BINS, 0.3)
+    results = []
     for step in range(2000):
-        t, ones = generator.random(4), np.ones(4)
+        t = generator.random(4)
+        ones = np.ones(4)
         batch = WeightedLosses(t, ones, 2.0 + generator.normal(size=4), UniformSampler().weighted_mass(NUM_BINS))
         if step >= 300:
             results.append((float(batch.loss.mean()), float(control.adjusted(batch).mean())))
@@ -150,7 +160,9 @@ def test_averages_of_the_centred_variate_by_hand() -> None:
 
 def test_the_papers_averages_follow_its_recursion() -> None:
     """One bin, two steps, by hand: μ_L, μ_H, M_LH, M_HH and b move by α towards l, b, l·b, b², l."""
-    variate, t, ones = PaperVariate.new(1, 0.5), np.array([0.2, 0.7]), np.ones(2)
+    variate = PaperVariate.new(1, 0.5)
+    t = np.array([0.2, 0.7])
+    ones = np.ones(2)
     variate.update(WeightedLosses(t, ones, np.array([1.0, 3.0]), np.ones(1)))
     assert (variate.loss, variate.baseline_mean, variate.baseline) == ([1.0], [0.0], [1.0])
     variate.update(WeightedLosses(t, ones, np.array([4.0, 4.0]), np.ones(1)))

@@ -25,7 +25,8 @@ from tests.diffusion.toy import (
     midpoints,
 )
 
-GLOBAL_SIZE, NUM_STEPS = 16, 1200
+GLOBAL_SIZE = 16
+NUM_STEPS = 1200
 SAMPLERS: dict[str, TSampler] = {
     "uniform": UniformSampler(),
     "steep": TabulatedSampler.of(lambda t: 1.0 / (0.02 + t), 0.02),
@@ -51,7 +52,8 @@ def noiser(sampler: TSampler, masks: MaskDesign, num_strata: int) -> Noiser:
 
 def estimates(toy: Toy, make_noise: Noiser, steps: int = NUM_STEPS) -> np.ndarray:
     """w·l of every sample [steps, n]; the toy's samples take turns."""
-    batch, which = clean_batch(GLOBAL_SIZE), np.arange(GLOBAL_SIZE) % len(toy.tables)
+    batch = clean_batch(GLOBAL_SIZE)
+    which = np.arange(GLOBAL_SIZE) % len(toy.tables)
     result = []
     for step in range(steps):
         noised = make_noise(batch, step)
@@ -63,8 +65,10 @@ def estimates(toy: Toy, make_noise: Noiser, steps: int = NUM_STEPS) -> np.ndarra
 @pytest.mark.parametrize("num_strata", [1, 4, GLOBAL_SIZE])
 def test_estimator_is_unbiased_in_value_and_gradient(name: str, sampler: str, num_strata: int) -> None:
     make_noise = noiser(SAMPLERS[sampler], DESIGNS[name], num_strata)
-    batch, toys = clean_batch(GLOBAL_SIZE), {kind: Toy(kind) for kind in KINDS}
-    which, means = np.arange(GLOBAL_SIZE) % 2, []
+    batch = clean_batch(GLOBAL_SIZE)
+    toys = {kind: Toy(kind) for kind in KINDS}
+    which = np.arange(GLOBAL_SIZE) % 2
+    means = []
     for step in range(NUM_STEPS):
         noised = make_noise(batch, step)
         means.append([(noised.sample_weight.numpy() * toy.losses(noised, which)).mean() for toy in toys.values()])
@@ -116,7 +120,8 @@ def test_exact_optimum_reaches_the_minimal_variance(kind: str) -> None:
 
 def test_mirror_has_the_masking_noise_that_its_correlation_says() -> None:
     """A of the pair is (1 + ρ)/2 of one view's at every t, at most 1/2 where ρ ≤ 0; estimates at fixed t agree."""
-    toy, t = Toy(num_samples=1), np.array([0.05, 0.2, 0.35, 0.5, 0.65, 0.8, 0.95])
+    toy = Toy(num_samples=1)
+    t = np.array([0.05, 0.2, 0.35, 0.5, 0.65, 0.8, 0.95])
     mean, square = (values[0] for values in toy.enumerate(t))
     single = square - mean**2
     correlation = (toy.pair_product(t)[0] - mean**2) / single
@@ -147,7 +152,8 @@ def test_strata_remove_exactly_the_between_stratum_part(num_strata: int) -> None
 
 
 def test_decomposition_adds_up_to_the_variance_of_the_loss() -> None:
-    toy, t = Toy(), midpoints()
+    toy = Toy()
+    t = midpoints()
     mean, square = toy.enumerate(t)
     a = (square - mean**2).mean()
     b = mean.var(1).mean()

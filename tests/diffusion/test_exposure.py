@@ -11,7 +11,9 @@ from megatron_mdm.diffusion.masking import MASKING_RULES, MaskDesign
 from megatron_mdm.diffusion.objective import NORMALIZATIONS
 
 SCHEDULE = LinearSchedule(0.1)  # bounds the weights 1/q, so that means settle
-ELIGIBLE, DELIMITERS = np.array([3, 8, 8, 8]), np.array([1, 2, 2, 2])  # of a data set's samples
+# of a data set's samples
+ELIGIBLE = np.array([3, 8, 8, 8])
+DELIMITERS = np.array([1, 2, 2, 2])
 TIMES = np.array([0.05, 0.4, 0.9])
 NUM_DRAWS = 1200
 
@@ -26,7 +28,8 @@ def drawn_sums(design: MaskDesign, t: float, sample: int, generator: np.random.G
     result = []
     for normalization in NORMALIZATIONS.values():
         weights = masking.masked * normalization.token_weight(masking.probability, eligible, batch)
-        total, squares = weights.sum(1), np.square(weights).sum(1)
+        total = weights.sum(1)
+        squares = np.square(weights).sum(1)
         pairs = total**2 - squares
         result.append([total.mean(), squares.mean(), pairs.mean(), total.sum() ** 2 - np.square(total).sum()])
     return result
@@ -37,7 +40,8 @@ def drawn_sums(design: MaskDesign, t: float, sample: int, generator: np.random.G
 def test_exposure_agrees_with_drawn_masks(rule: str, complementary: bool) -> None:
     """Every sample counts as often as it stands in the data set, and delimiters by their own probability."""
     design = MaskDesign(MASKING_RULES[rule], SCHEDULE, complementary, repeats=2, delimiter_shift=0.2)
-    shapes, generator = SampleShapes.of(ELIGIBLE, DELIMITERS), np.random.default_rng(0)
+    shapes = SampleShapes.of(ELIGIBLE, DELIMITERS)
+    generator = np.random.default_rng(0)
     batch = average_batch(design, shapes)
     known = [exposure(design, shapes, normalization, batch, TIMES) for normalization in NORMALIZATIONS.values()]
     for index, t in enumerate(TIMES):

@@ -18,8 +18,11 @@ NOTHING = np.zeros(5, dtype=bool)
 def test_marginal_probability_times_weight_is_one(rule: str, shift: float, t: float) -> None:
     """E[1(masked) / q] = 1 for every position and view: each token's loss counts once, delimiters' (ISAD) too."""
     design = MaskDesign(MASKING_RULES[rule], SCHEDULE, complementary=True, delimiter_shift=shift)
-    generator, delimiters = np.random.default_rng(0), np.array([False, True, False, False, True]) & (shift > 0)
-    total, squares, num = np.zeros((2, 5)), np.zeros((2, 5)), 20_000
+    generator = np.random.default_rng(0)
+    delimiters = np.array([False, True, False, False, True]) & (shift > 0)
+    total = np.zeros((2, 5))
+    squares = np.zeros((2, 5))
+    num = 20_000
     for _ in range(num):
         masking = design.draw(generator, t, delimiters)
         value = masking.masked / masking.probability

@@ -19,7 +19,9 @@ from megatron_mdm.diffusion.noiser import NoisedBatch, noise
 from megatron_mdm.diffusion.objective import NORMALIZATIONS, GlobalBatch, weighted_masked
 
 DESIGN = MaskDesign(MASKING_RULES["bernoulli"], LinearSchedule(1e-3), complementary=True)
-LENGTHS, PROMPT = [3, 7, 5, 8], 2  # eligible tokens, and those before them
+# eligible tokens, and those before them
+LENGTHS = [3, 7, 5, 8]
+PROMPT = 2
 WEIGHTS = np.array([1.3, 0.8, 1.0, 0.5])
 
 
@@ -28,7 +30,8 @@ def noised(rows: list[int], design: MaskDesign = DESIGN, weights: Floats = WEIGH
     size = int(lengths.max())
     places = torch.arange(size)[None, :]
     eligible = (places >= PROMPT) & (places < lengths[:, None])
-    tokens, nothing = torch.full((len(rows), size), 5), torch.zeros_like(eligible)
+    tokens = torch.full((len(rows), size), 5)
+    nothing = torch.zeros_like(eligible)
     batch = CleanBatch(tokens, eligible, nothing, lengths, torch.tensor(rows), torch.tensor(rows))
     t = np.array([0.2, 0.5, 0.7, 0.9])[rows]
     generators = [np.random.default_rng(row) for row in rows]
@@ -63,7 +66,8 @@ def test_normalisations_by_hand() -> None:
     batch = noised([0, 1, 2, 3])
     q = (1 - 1e-3) * batch.t.numpy() + 1e-3
     masked = batch.masked.view(2, 4, -1).sum(2).numpy()  # [V, B]
-    weight, count = batch.sample_weight.numpy(), np.array(LENGTHS)
+    weight = batch.sample_weight.numpy()
+    count = np.array(LENGTHS)
     weighted_count = (weight * masked).sum() / 2
     expected = {
         "sample": (weight * masked / (count * q)).sum() / 8,
@@ -98,7 +102,8 @@ PEERS: dict[str, Callable[[Floats, Floats, Floats, Floats], float]] = {
 def test_normalisations_are_those_of_published_code(name: str) -> None:
     single = noised([0, 1, 2, 3], MaskDesign(DESIGN.rule, DESIGN.schedule), np.ones(4))
     entropies = np.random.default_rng(0).exponential(2.0, single.masked.shape)
-    masked, eligible = single.masked.numpy().astype(float), single.clean.eligible.numpy().astype(float)
+    masked = single.masked.numpy().astype(float)
+    eligible = single.clean.eligible.numpy().astype(float)
     q = DESIGN.schedule.mask_probability(single.t.numpy())[:, None]
     weights = NORMALIZATIONS[name](single, batch_of(single))
     rows = (weights.token.double().numpy() * entropies).sum(1)
@@ -108,7 +113,8 @@ def test_normalisations_are_those_of_published_code(name: str) -> None:
 @pytest.mark.parametrize("name", NORMALIZATIONS)
 def test_calibration_weighs_tokens_as_training_does(name: str) -> None:
     """A sample's estimate is n times its part of the batch's loss; its tokens' weights are what calibration expects."""
-    batch, q = noised([0, 1, 2, 3]), DESIGN.schedule.mask_probability(np.array([0.2, 0.5, 0.7, 0.9]))
+    batch = noised([0, 1, 2, 3])
+    q = DESIGN.schedule.mask_probability(np.array([0.2, 0.5, 0.7, 0.9]))
     weights = NORMALIZATIONS[name](batch, BATCH)
     per_sample = weights.row[:, None] * weights.token * (batch.views * 4) / batch.sample_weight.repeat(2)[:, None]
     expected = NORMALIZATIONS[name].token_weight(q, np.array(LENGTHS, dtype=float), BATCH)
@@ -131,10 +137,12 @@ def test_a_batch_without_a_mask_has_no_loss() -> None:
 def test_an_average_batch_has_the_masks_that_uniform_t_draws(rule: str) -> None:
     """With two delimiters in one of the samples, under ISAD."""
     design = MaskDesign(MASKING_RULES[rule], LinearSchedule(0.1), delimiter_shift=0.2)
-    counts, delimiters = np.array([4, 4, 9]), np.array([0, 2, 2])
+    counts = np.array([4, 4, 9])
+    delimiters = np.array([0, 2, 2])
     typical = average_batch(design, SampleShapes.of(counts, delimiters))
     assert typical.num_eligible == pytest.approx(17 / 3)
-    generator, drawn = np.random.default_rng(0), []
+    generator = np.random.default_rng(0)
+    drawn = []
     for _ in range(3000):
         which = generator.integers(3)
         marks = np.arange(counts[which]) < delimiters[which]

@@ -17,7 +17,8 @@ Batch = tuple[Floats, Floats, Floats]  # weight, loss, term
 
 
 def simulated(batch: Callable[[int, np.random.Generator], Batch], num_batches: int, seed: int = 0) -> OnlineVariance:
-    online, generator = OnlineVariance(), np.random.default_rng(seed)
+    online = OnlineVariance()
+    generator = np.random.default_rng(seed)
     for step in range(num_batches):
         online.update(*batch(step, generator))
     return online
@@ -28,7 +29,9 @@ def level(t: Floats) -> Floats:
     return 1.0 + 3.0 * t
 
 
-RATE, NOISE = 0.75, 0.25  # variance of the level over t, and of l about it
+# variance of the level over t, and of l about it
+RATE = 0.75
+NOISE = 0.25
 TRUTH = RATE + NOISE
 
 
@@ -55,7 +58,8 @@ def drifting(step: int, generator: np.random.Generator) -> Batch:
 def importance(step: int, generator: np.random.Generator) -> Batch:
     """t from p(t) = (1 + 2t)/2, so w l has E[w² l²] = ∫ (level² + noise)/p dt."""
     t = 0.5 * (np.sqrt(1.0 + 8.0 * generator.random(SIZE)) - 1.0)
-    weight, loss = 2.0 / (1.0 + 2.0 * t), losses(t, generator)
+    weight = 2.0 / (1.0 + 2.0 * t)
+    loss = losses(t, generator)
     return weight, loss, weight * loss
 
 
@@ -74,7 +78,9 @@ CASES = {
 @pytest.mark.parametrize("batch", CASES, ids=lambda batch: batch.__name__)
 def test_estimates_agree_with_the_truth(batch: Callable[[int, np.random.Generator], Batch]) -> None:
     """Over windows of 10 batches, going on from each other; means within 4 standard errors of the windows' spread."""
-    online, generator, found = OnlineVariance(), np.random.default_rng(0), []
+    online = OnlineVariance()
+    generator = np.random.default_rng(0)
+    found = []
     for step in range(2500):
         online.update(*batch(step, generator))
         if step % 10 == 9:
@@ -89,9 +95,13 @@ def test_estimates_agree_with_the_truth(batch: Callable[[int, np.random.Generato
 
 def test_eq_23_is_the_papers_and_strata_bias_it() -> None:
     """+1/(n − 1) of the rate's variance from one batch with a stratum for each sample; none from three."""
-    generator, of_one, of_three, online = np.random.default_rng(0), [], [], OnlineVariance()
+    generator = np.random.default_rng(0)
+    of_one = []
+    of_three = []
+    online = OnlineVariance()
     for step in range(3600):
-        batch, one = stratified(step, generator), OnlineVariance()
+        batch = stratified(step, generator)
+        one = OnlineVariance()
         one.update(*batch)
         of_one.append(one.of_loss_eq_23())
         online.update(*batch)
@@ -108,7 +118,8 @@ def test_per_token_losses_are_judged_by_what_is_averaged() -> None:
     """l = 2 + noise, P in 1 … 40: the batch's loss is Σ P l / Σ P. A term is P l / mean P, which P alone moves by 2."""
 
     def batch(_: int, generator: np.random.Generator) -> Batch:
-        count, loss = generator.integers(1, 41, SIZE).astype(float), 2.0 + generator.normal(size=SIZE)
+        count = generator.integers(1, 41, SIZE).astype(float)
+        loss = 2.0 + generator.normal(size=SIZE)
         return np.ones(SIZE), loss, loss * count / count.mean()
 
     online = simulated(batch, 3000)
@@ -124,7 +135,8 @@ def test_per_token_losses_are_judged_by_what_is_averaged() -> None:
 
 def test_over_one_batch_it_is_the_sample_variance() -> None:
     generator = np.random.default_rng(0)
-    weight, loss = generator.random(500) + 0.5, generator.random(500)
+    weight = generator.random(500) + 0.5
+    loss = generator.random(500)
     online = OnlineVariance()
     online.update(weight, loss, weight * loss)
     assert online.of_term() == pytest.approx((weight * loss).var(ddof=1))

@@ -17,7 +17,9 @@ from megatron_mdm.diffusion.t_samplers import TSampler
 from tests.ranks import run_ranks
 from tests.small import MASK, small_model
 
-P, NUM_SAMPLES, PROMPT = 5, 2, 3
+P = 5
+NUM_SAMPLES = 2
+PROMPT = 3
 EPSILON = 0.1  # bounds the weights 1/q, so that sample variances settle
 SCHEDULE = LinearSchedule(EPSILON)
 MASKS = (np.arange(2**P)[:, None] >> np.arange(P)) & 1  # [2^P, P]
@@ -89,8 +91,11 @@ class Toy:
     def pair_product(self, t: Floats) -> Floats:
         """E[l₁ l₂ | x0, t] of complementary Bernoulli views [samples, T], over all pairs of masks."""
         q = SCHEDULE.mask_probability(t)
-        both, only, none = np.maximum(2 * q - 1, 0), np.minimum(q, 1 - q), np.maximum(1 - 2 * q, 0)
-        total, result = (self.tables * MASKS).sum(2), np.zeros((len(self.tables), len(t)))
+        both = np.maximum(2 * q - 1, 0)
+        only = np.minimum(q, 1 - q)
+        none = np.maximum(1 - 2 * q, 0)
+        total = (self.tables * MASKS).sum(2)
+        result = np.zeros((len(self.tables), len(t)))
         for first in range(2**P):
             for second in range(2**P):
                 cases = MASKS[first] + 2 * MASKS[second]

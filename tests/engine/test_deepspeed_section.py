@@ -90,12 +90,22 @@ def test_keys_that_do_not_go_together(tmp_path: Path) -> None:
 
 def test_what_deepspeed_reads_is_passed_on(tmp_path: Path) -> None:
     overrides = [
-        *("zero_optimization.reduce_bucket_size=5e5", "zero_optimization.overlap_comm=true", "steps_per_print=1e2"),
-        *("zero_optimization.allgather_bucket_size=auto", "wall_clock_breakdown=false", "aio.block_size=1e6"),
-        *("flops_profiler={enabled: false, module_depth: -1}", "communication_data_type=fp32"),
-        *("zero_optimization.offload_optimizer.pin_memory=true", "activation_checkpointing.number_checkpoints=2"),
-        *("wandb={enabled: false, project: a}", "gradient_predivide_factor=2", "torch_autocast.enabled=false"),
-        *("data_types.keep_in_fp32_modules=auto", "checkpoint.tag_validation=Ignore", "compile={deepcompile: false}"),
+        "zero_optimization.reduce_bucket_size=5e5",
+        "zero_optimization.overlap_comm=true",
+        "steps_per_print=1e2",
+        "zero_optimization.allgather_bucket_size=auto",
+        "wall_clock_breakdown=false",
+        "aio.block_size=1e6",
+        "flops_profiler={enabled: false, module_depth: -1}",
+        "communication_data_type=fp32",
+        "zero_optimization.offload_optimizer.pin_memory=true",
+        "activation_checkpointing.number_checkpoints=2",
+        "wandb={enabled: false, project: a}",
+        "gradient_predivide_factor=2",
+        "torch_autocast.enabled=false",
+        "data_types.keep_in_fp32_modules=auto",
+        "checkpoint.tag_validation=Ignore",
+        "compile={deepcompile: false}",
     ]
     config = loaded(tmp_path, *overrides)
     split = config.parallel.model_copy(update={"tensor": 2, "pipeline": 2})

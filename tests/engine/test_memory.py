@@ -41,9 +41,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {  # ranks, par
 }
 
 
-STATES = (  # of DeepSpeed's optimizers, beside the inner one's own
-    *("all_grad_tensors", "averaged_gradients", "grad_partitions_flat_buffer", "fp32_partitioned_groups_flat"),
-)
+STATES = ("all_grad_tensors", "averaged_gradients", "grad_partitions_flat_buffer", "fp32_partitioned_groups_flat")
 
 
 GROUPED = {"num_kv_heads": 2, "qk_norm": True, "qkv_bias": True}

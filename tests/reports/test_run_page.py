@@ -65,7 +65,8 @@ def records_of(run: Path) -> list[dict[str, Any]]:
 
 def test_finished_run(trained: Path) -> None:
     page, printed = report(trained)
-    facts, curves = page["facts"], page["curves"]
+    facts = page["facts"]
+    curves = page["curves"]
     records = records_of(trained)
     losses = [record["loss"] for record in records if "loss" in record]
     assert curves["loss"]["loss"] == losses
@@ -147,7 +148,9 @@ def test_everything_logged(trained: Path, tmp_path: Path) -> None:
     ]
     (folder / "faults.jsonl").write_text("".join(json.dumps(fault) + "\n" for fault in faults))
     page, printed = report(folder)
-    facts, ranks, marks = page["facts"], page["ranks"], page["marks"]
+    facts = page["facts"]
+    ranks = page["ranks"]
+    marks = page["marks"]
     assert ranks["busy"] == [0.6, 0.5, 0.9, 0.5]
     assert (ranks["step"], ranks["slowest_rank"], ranks["num_samples"]) == (8, 2, 2)
     assert ranks["busy_spread"][2] == pytest.approx([0.72, 0.88])  # 10th and 90th percentile of 0.7 and 0.9

@@ -14,13 +14,15 @@ NUM_DRAWS = 4000
 
 def test_decomposition_is_unbiased() -> None:
     """Random effects of known variances on samples, rates and masks: each term's mean over many data sets."""
-    generator, num = np.random.default_rng(0), 4000
+    generator = np.random.default_rng(0)
+    num = 4000
     parts = []
     for _ in range(num):
         data = generator.normal(0.0, 1.0, (6, 1, 1))
         rate = generator.normal(0.0, 0.7, (6, 4, 1))
         parts.append(decompose(data + rate + generator.normal(0.0, 1.5, (6, 4, 3))))
-    mean, error = np.mean(parts, axis=0), np.std(parts, axis=0) / num**0.5
+    mean = np.mean(parts, axis=0)
+    error = np.std(parts, axis=0) / num**0.5
     assert (np.abs(mean - [1.5**2, 0.7**2, 1.0]) < 4 * error).all()
 
 
@@ -65,7 +67,8 @@ def test_inner_products_of_sketches_are_unbiased() -> None:
     model = torch.nn.Linear(50, 40)
     products = []
     for seed in range(200):
-        sketch, vectors = Sketch(model, seed), []
+        sketch = Sketch(model, seed)
+        vectors = []
         for number in range(2):
             generator = torch.Generator().manual_seed(number)
             for parameter in model.parameters():
