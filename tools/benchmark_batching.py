@@ -26,7 +26,7 @@ from benchmark_measure import compare, interleaved, machine_info  # noqa: E402
 from megatron_mdm.config.files import write_json  # noqa: E402
 from megatron_mdm.config.schema import RunConfig  # noqa: E402
 from megatron_mdm.data.batching import computed_tokens, cut  # noqa: E402
-from megatron_mdm.engine.build import build_engine, from_scratch  # noqa: E402
+from megatron_mdm.engine.build import build_engine  # noqa: E402
 from megatron_mdm.parallel.groups import initialize  # noqa: E402
 from megatron_mdm.parallel.program import run_program  # noqa: E402
 from megatron_mdm.training.inputs import resolve  # noqa: E402
@@ -69,7 +69,7 @@ def trainers(arguments: argparse.Namespace) -> dict[str, Trainer]:
     base, data = resolve(configuration(arguments, {}))
     context = initialize()
     torch.set_num_threads(arguments.threads)
-    engine = build_engine(base, context, from_scratch)
+    engine = build_engine(base, context)
     result: dict[str, Trainer] = {}
     for mode in ("padded", "bucketed", "packed"):
         config = base.model_copy(update={"batch": configuration(arguments, {"mode": mode}).batch})

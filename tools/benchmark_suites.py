@@ -19,7 +19,7 @@ from megatron_mdm.config.errors import UserError
 from megatron_mdm.diffusion.control_variate import CentredVariate, WeightedLosses
 from megatron_mdm.diffusion.moments import MomentSums
 from megatron_mdm.diffusion.t_samplers import UniformSampler
-from megatron_mdm.engine.build import build_engine, from_scratch
+from megatron_mdm.engine.build import build_engine
 from megatron_mdm.parallel import platform
 from megatron_mdm.parallel.groups import ParallelContext
 from megatron_mdm.training.loop import StepResult, Trainer
@@ -83,7 +83,7 @@ class Bench:
     def ours(self, case: Case, plain: PlainLoop | None, methods: list[Method]) -> list[Trainer]:
         """A trainer per method, over one engine; a plain loop gets the initial weights."""
         config = case.config(self.arguments.zero)
-        initial = plain.load if plain else from_scratch
+        initial = plain.load if plain else None
         engine, data = build_engine(config, self.context, initial), dataset(case, self.source)
         return [trainer(method, data, engine, config, self.context) for method in methods]
 

@@ -26,7 +26,7 @@ def differences(one: Path, other: Path, ignore_fields: Sequence[str] = ()) -> It
         same = False
     left: Mapping[str, LazyTensor] = ours.tensors if same else ours.lazy_tensors()  # type: ignore[union-attr]
     right: Mapping[str, LazyTensor] = theirs.tensors if same else theirs.lazy_tensors()  # type: ignore[union-attr]
-    total = sum(num_bytes(view, view.dtype) for view in left.values())
+    total = sum(num_bytes(tensor, tensor.dtype) for tensor in left.values())
     with progress_bar(total=total, unit="B", unit_scale=True, unit_divisor=1024, desc="compare") as bar:
         for name in [*left, *(name for name in right if name not in left)]:
             if name not in left or name not in right:

@@ -20,7 +20,7 @@ from megatron_mdm.checkpoint.huggingface import (
     mapped,
 )
 from megatron_mdm.checkpoint.imported_tokens import SpecialTokens, special_tokens
-from megatron_mdm.checkpoint.lazy_tensors import LazyTensor, cut, with_grown_tables, with_rows
+from megatron_mdm.checkpoint.lazy_tensors import LazyTensor, cut, with_grown_tables, with_padding
 from megatron_mdm.checkpoint.manifest import MANIFEST, TENSORS, entry_of, write_manifest
 from megatron_mdm.checkpoint.native import CHECKPOINTS, HUGGINGFACE, RUN_CONFIG, NativeCheckpoint, keep_companions
 from megatron_mdm.checkpoint.special_tokens import has_chat_template
@@ -33,11 +33,11 @@ from megatron_mdm.config.load import dump_config
 from megatron_mdm.config.schema import ModelConfig, RunConfig
 from megatron_mdm.data.tokenizer import load_tokenizer
 from megatron_mdm.data.tokenizer_folder import TOKENIZER_FILES, tokenizer_file, tokenizer_fingerprint
+from megatron_mdm.models.costs import layer_costs
 from megatron_mdm.models.families import FAMILIES, family_of
 from megatron_mdm.models.families.family import Json
 from megatron_mdm.models.families.keymap import family_tensors
-from megatron_mdm.models.parameters import layer_costs, padded_vocab_size
-from megatron_mdm.models.sharding import sharding_of
+from megatron_mdm.models.parameters import parameter_table
 from megatron_mdm.parallel.layout import partition
 
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -63,8 +63,8 @@ def import_checkpoint(source: Path, output: Path, options: ImportOptions) -> lis
     special = special_tokens(checkpoint, options.tokens)
     model = checkpoint.model.model_copy(update={"vocab_size": special.vocab_size})
     _check_layout(model, options)
-    views = with_grown_tables(checkpoint.lazy_tensors(), special.vocab_size)
-    outputs = {name: _output(view, options.dtype) for name, view in views.items()}
+    tensors = with_grown_tables(checkpoint.lazy_tensors(), model)
+    outputs = {name: _output(tensor, options.dtype) for name, tensor in tensors.items()}
     step = f"{CHECKPOINTS}/step-{0:08d}"
     files = _native_files(outputs, model, options, f"{step}/{TENSORS}")
     temporary = _temporary(output)
@@ -89,14 +89,17 @@ def export_checkpoint(run: NativeCheckpoint, output: Path, family_name: str, dty
     base = run.huggingface_config()
     if family_name == "auto" and not base:
         raise UserError(f"{run.folder}: was not imported; choose its form with --family ({', '.join(FAMILIES)})")
+    if run.config.model.extensions:
+        named = ", ".join(run.config.model.extensions)
+        raise UserError(f"{run.folder}: what 'model.extensions' {named} adds has no place in a Hugging Face checkpoint")
     family = family_of(base, f"{run.folder}/{HUGGINGFACE}/{CONFIG}") if family_name == "auto" else FAMILIES[family_name]
     base = base if family.architecture in base.get("architectures", []) else {}
     config = _huggingface_config(family.write(run.config.model, base), base, run)
-    views = mapped(run.lazy_tensors(), family_tensors(family, run.config.model))
+    tensors = mapped(run.lazy_tensors(), family_tensors(family, run.config.model))
     as_imported = dtype == "auto" and run.weights_only and bool(base)
     if dtype == "auto" and not run.weights_only:
         dtype = _TYPE_NAMES.get(config.get("dtype", config.get("torch_dtype")), "fp32")
-    outputs = {name: _output(view, dtype) for name, view in views.items()}
+    outputs = {name: _output(tensor, dtype) for name, tensor in tensors.items()}
     if not as_imported:
         config = _with_dtype(config, {output.dtype for output in outputs.values()})
     groups = split(outputs.items(), shard_bytes)
@@ -112,8 +115,8 @@ def export_checkpoint(run: NativeCheckpoint, output: Path, family_name: str, dty
     return config
 
 
-def _output(view: LazyTensor, dtype: str) -> Output:
-    return Output(view, view.dtype if dtype == "auto" else TYPES[dtype])
+def _output(tensor: LazyTensor, dtype: str) -> Output:
+    return Output(tensor, tensor.dtype if dtype == "auto" else TYPES[dtype])
 
 
 def _native_files(
@@ -121,10 +124,10 @@ def _native_files(
 ) -> list[OutputFile]:
     """The files that a run of this layout would have written."""
     bounds = partition(layer_costs(model, min(_LENGTH, model.max_sequence_length)), options.pipeline)
-    files = []
+    files, table = [], parameter_table(model)
     for stage in range(options.pipeline):
-        stages = range(bounds[stage], bounds[stage + 1])
-        mine = [(name, output) for name, output in outputs.items() if int(name.partition(".")[0]) in stages]
+        layers = range(bounds[stage], bounds[stage + 1])
+        mine = [(name, output) for name, output in outputs.items() if table[name].layers[0] in layers]
         for rank in range(options.tensor):
             shards = [(f"{name}/{WEIGHT}", _shard(name, output, model, rank, options.tensor)) for name, output in mine]
             for part, group in enumerate(split(shards, options.shard_bytes)):
@@ -133,10 +136,9 @@ def _native_files(
 
 
 def _shard(name: str, output: Output, model: ModelConfig, rank: int, degree: int) -> Output:
-    view, sharding = output.view, sharding_of(name)
-    if sharding.is_vocabulary:
-        view = with_rows(view, padded_vocab_size(model, degree))
-    return Output(cut(view, sharding, rank, degree), output.dtype)
+    row = parameter_table(model)[name]
+    whole = with_padding(output.tensor, row, degree)
+    return Output(cut(whole, row.split.get("tensor"), rank, degree), output.dtype)
 
 
 def _check_layout(model: ModelConfig, options: ImportOptions) -> None:

@@ -25,31 +25,32 @@ _CHECKSUM_DIGITS = 16  # of sha256, on a line for eyes
 
 def description(folder: Path, checksums: bool, ignore_fields: Sequence[str] = ()) -> Json:
     """{"checkpoint", "architecture", "model": our section, "tensors": name → shape, dtype, bytes[, sha256]}"""
-    views: Mapping[str, LazyTensor]
+    tensors: Mapping[str, LazyTensor]
     if is_checkpoint(folder):
         config = read_json(folder / CONFIG)
         family = family_of(config, str(folder / CONFIG))
         model = model_section(family, config, str(folder / CONFIG), ignore_fields)
         architecture = family.architecture
-        views, path = open_tensors(folder), folder
+        tensors, path = open_tensors(folder), folder
     else:
         run = NativeCheckpoint.open(folder)
         model, architecture, path = run.config.model, "megatron-mdm run", run.path
-        views = {
-            f"{name}/{kind}": view
+        tensors = {
+            f"{name}/{kind}": tensor
             for kind in sorted(run.reader.kinds())
-            for name, view in run.lazy_tensors(kind).items()
+            for name, tensor in run.lazy_tensors(kind).items()
         }
-    total = sum(num_bytes(view, view.dtype) for view in views.values())
-    tensors: dict[str, Json] = {}
+    total = sum(num_bytes(tensor, tensor.dtype) for tensor in tensors.values())
+    entries: dict[str, Json] = {}
     with progress_bar(total=total, enabled=checksums, unit="B", unit_scale=True, unit_divisor=1024, desc="read") as bar:
-        for name, view in views.items():
-            entry: Json = {"shape": list(view.shape), "dtype": NAMES[view.dtype], "bytes": num_bytes(view, view.dtype)}
+        for name, tensor in tensors.items():
+            size, dtype = num_bytes(tensor, tensor.dtype), NAMES[tensor.dtype]
+            entry: Json = {"shape": list(tensor.shape), "dtype": dtype, "bytes": size}
             if checksums:
-                entry["sha256"] = _sha256(view)
-            tensors[name] = entry
+                entry["sha256"] = _sha256(tensor)
+            entries[name] = entry
             bar.update(entry["bytes"])
-    return {"checkpoint": str(path), "architecture": architecture, "model": _section(model), "tensors": tensors}
+    return {"checkpoint": str(path), "architecture": architecture, "model": _section(model), "tensors": entries}
 
 
 def tree_lines(described: Json) -> list[str]:
@@ -98,9 +99,9 @@ def _section(model: ModelConfig) -> Json:
     return {name: getattr(model, name) for name in ARCHITECTURE}
 
 
-def _sha256(view: LazyTensor) -> str:
+def _sha256(tensor: LazyTensor) -> str:
     digest = hashlib.sha256()
-    for block in blocks(view, view.dtype):
+    for block in blocks(tensor, tensor.dtype):
         digest.update(block.view(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
 

@@ -60,7 +60,7 @@ class HuggingFaceCheckpoint:
         return checkpoint
 
     def lazy_tensors(self) -> dict[str, LazyTensor]:
-        """Our parameters (canonical names, whole tensors) as views of the files."""
+        """Our parameters by name, as whole tensors that lie in the files."""
         return mapped(self.tensors, our_parameters(self.family, self.model))
 
     def _check(self) -> None:
@@ -136,7 +136,7 @@ def mapped(tensors: dict[str, Any], ranges: dict[str, list[RowRange]]) -> dict[s
 
 
 def same_values(one: LazyTensor, other: LazyTensor) -> bool:
-    """Whether two views have the same shape, type and bits."""
+    """Whether two tensors have the same shape, type and bits."""
     if one.shape != other.shape or one.dtype != other.dtype:
         return False
     pairs = zip(blocks(one, one.dtype), blocks(other, other.dtype))

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from megatron_mdm.checkpoint.huggingface import CONFIG, HuggingFaceCheckpoint, is_checkpoint
-from megatron_mdm.checkpoint.lazy_tensors import LazyTensor, as_matrix, cut, with_grown_tables, with_rows
+from megatron_mdm.checkpoint.lazy_tensors import LazyTensor, as_matrix, cut, with_grown_tables, with_padding
 from megatron_mdm.checkpoint.native import RUN_CONFIG, NativeCheckpoint
 from megatron_mdm.config.errors import UserError
 from megatron_mdm.config.schema import ModelConfig
-from megatron_mdm.engine.optimizer_state import canonical_name
 from megatron_mdm.models.families.family import ARCHITECTURE
-from megatron_mdm.models.sharding import sharding_of
+from megatron_mdm.models.initialize import initialize_weights
+from megatron_mdm.models.naming import rows_of
+from megatron_mdm.models.parameters import parameter_table
 from megatron_mdm.parallel.groups import ParallelContext
 from megatron_mdm.parallel.heartbeat import beat
 
@@ -30,34 +32,39 @@ class InitialWeights:
             raise UserError(f"'model.init_from' {path}: no such folder")
         if is_checkpoint(path):
             source = HuggingFaceCheckpoint.open(path, model.ignore_fields)
-            self.views, theirs, where = source.lazy_tensors(), source.model, path / CONFIG
+            tensors, theirs, where = source.lazy_tensors(), source.model, path / CONFIG
             self.kind, self.notes = source.family.architecture, source.notes
         else:
             run = NativeCheckpoint.open(path)
-            self.views, theirs, where = run.lazy_tensors(), run.config.model, run.folder / RUN_CONFIG
+            tensors, theirs, where = run.lazy_tensors(), run.config.model, run.folder / RUN_CONFIG
             self.kind, self.notes = f"run, {run.path.name}, {run.reason}", ()
         check_same_architecture(model, theirs, where)
         self.rows = theirs.vocab_size
-        self.views = with_grown_tables(self.views, model.vocab_size)
+        check_places(model, tensors, path)
+        self.tensors = with_grown_tables(tensors, model)
 
-    def load(self, module: nn.Module, context: ParallelContext) -> None:
-        """Fill the parameters that this rank holds."""
-        for name, parameter in module.named_parameters():
+    def load(self, module: nn.Module, context: ParallelContext, seed: int) -> None:
+        """Fill the parameters that this rank holds. What the checkpoint lacks, since 'model.extensions' adds it, is
+        drawn by the seed."""
+        degree, new = context.layout.tensor, []
+        for row, parameter in rows_of(module, self.model):
             beat()
-            source = canonical_name(name, self.model)
-            sharding = sharding_of(source)
-            view = self.views[source]
-            shape = sharding.full_shape(parameter.shape, context.layout.tensor)
-            if sharding.is_vocabulary:  # padding depends on the degree
-                view = with_rows(view, shape[0])
-            assert tuple(view.shape) == tuple(shape), (name, view.shape, shape)
-            fill(parameter, cut(view, sharding, context.tensor_rank, context.layout.tensor))
+            if row.name not in self.tensors:
+                new.append((row, parameter))
+                continue
+            whole = with_padding(self.tensors[row.name], row, degree)
+            assert tuple(whole.shape) == row.padded_shape(degree), (row.name, whole.shape)
+            fill(parameter, cut(whole, row.split.get("tensor"), context.tensor_rank, degree))
+        initialize_weights(new, self.model, seed, context.tensor_rank, degree)
 
     def describe(self, mask_id: int) -> str:
         """What was read and where the mask token's row comes from; and a line for each thing that was not read."""
         rows, wanted = self.rows, self.model.vocab_size
-        size = sum(math.prod(view.shape) for view in self.views.values())
+        size = sum(math.prod(tensor.shape) for tensor in self.tensors.values())
         text = f"initial weights: {self.model.init_from} ({self.kind}, {size / 1e6:,.1f} M parameters)"
+        new_size = sum(row.size for name, row in parameter_table(self.model).items() if name not in self.tensors)
+        if new_size:
+            text += f"; {new_size / 1e6:,.1f} M that 'model.extensions' adds are drawn"
         if wanted != rows:
             text += f"; the table grew from {rows} to {wanted} rows, the new ones being the mean of the others"
         new = "a new row" if mask_id >= rows else "a row of the checkpoint's table"
@@ -74,11 +81,18 @@ def check_same_architecture(model: ModelConfig, theirs: ModelConfig, where: Path
             raise UserError(f"'model.{name}' is {mine}, but {other} by {where}; set 'model.{name}' to {other}")
 
 
-def fill(parameter: nn.Parameter, view: LazyTensor) -> None:
+def check_places(model: ModelConfig, names: Iterable[str], path: Path) -> None:
+    """Raise UserError naming a tensor that the model has no place for: what its run's 'model.extensions' added."""
+    for name in names:
+        if name not in parameter_table(model):
+            raise UserError(f"'model.init_from' {path}: holds '{name}', which the model lacks; see 'model.extensions'")
+
+
+def fill(parameter: Tensor, tensor: LazyTensor) -> None:
     with torch.no_grad():
         if parameter.device.type == "cpu":
-            view.read_into(as_matrix(parameter.data), 0, 0)
+            tensor.read_into(as_matrix(parameter.data), 0, 0)
             return
-        values = torch.empty(parameter.shape, dtype=view.dtype)
-        view.read_into(as_matrix(values), 0, 0)
+        values = torch.empty(parameter.shape, dtype=tensor.dtype)
+        tensor.read_into(as_matrix(values), 0, 0)
         parameter.copy_(values)

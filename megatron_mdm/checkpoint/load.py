@@ -14,7 +14,7 @@ from torch import nn
 from megatron_mdm.checkpoint.choice import AUTO, CHOICES, choose_together
 from megatron_mdm.checkpoint.initial import InitialWeights
 from megatron_mdm.checkpoint.initial_tokens import contradictions
-from megatron_mdm.checkpoint.manifest import MANIFEST, TENSORS
+from megatron_mdm.checkpoint.manifest import MANIFEST
 from megatron_mdm.checkpoint.tensors import TensorReader
 from megatron_mdm.config.errors import UserError
 from megatron_mdm.config.files import sha256
@@ -23,10 +23,11 @@ from megatron_mdm.config.schema import ModelConfig, RunConfig
 from megatron_mdm.config.validate import validate_layout
 from megatron_mdm.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_mdm.engine.base import Engine
-from megatron_mdm.engine.build import build_engine, from_scratch
+from megatron_mdm.engine.build import build_engine
 from megatron_mdm.engine.inference import InferenceEngine, PipelinedInferenceEngine, build_stage
-from megatron_mdm.engine.optimizer_state import MOMENTS, WEIGHT, canonical_name
+from megatron_mdm.engine.optimizer_state import WEIGHT, kinds_of
 from megatron_mdm.models.layers import build_model
+from megatron_mdm.models.naming import rows_of
 from megatron_mdm.parallel.groups import ParallelContext, rank_from_environment, world_size_from_environment
 
 # Keys of a run's data section that may be others when its model is read.
@@ -85,22 +86,20 @@ def restored_engine(checkpoint: Path | None, config: RunConfig, context: Paralle
     """
     if checkpoint is None:
         if not config.model.init_from:
-            return build_engine(config, context, from_scratch)
+            return build_engine(config, context)
         initial = InitialWeights(config.model)
-        return build_engine(config, context, partial(initial.load, context=context))
-    engine = build_engine(
-        config.model_copy(update={"model": _to_be_read(config.model, checkpoint)}), context, from_scratch
-    )
+        return build_engine(config, context, partial(initial.load, context=context, seed=config.seed))
+    engine = build_engine(config, context, _read_afterwards)
     restore(engine, checkpoint, config.model, context, steps)
     return engine
 
 
 def restore(engine: Engine, checkpoint: Path, model: ModelConfig, context: ParallelContext, steps: int) -> None:
     """Give an engine a checkpoint's weights, moments and count of optimizer steps. Collective."""
-    reader = TensorReader(checkpoint / TENSORS, model)
-    for name, shape in engine.optimizer_state.shapes().items():
-        for kind in (WEIGHT, *MOMENTS):
-            value = reader.read(canonical_name(name, model), kind, shape, context.tensor_rank, context.layout.tensor)
+    reader = TensorReader.of(checkpoint, model)
+    for name, row in engine.optimizer_state.rows.items():
+        for kind in kinds_of(row):
+            value = reader.read(name, kind, context.tensor_rank, context.layout.tensor)
             engine.optimizer_state.load(name, kind, value)
     engine.optimizer_state.set_steps(steps)
 
@@ -114,14 +113,12 @@ def load_for_inference(
     if context.is_main:
         print(f"weights: {choice}", flush=True)
     checkpoint = choice.path
-    reader, dtype = TensorReader(checkpoint / TENSORS, config.model), config.precision.dtype
+    reader, dtype = TensorReader.of(checkpoint, config.model), config.precision.dtype
     if context.layout.pipeline > 1:
-        stages = build_stage(
-            _to_be_read(config.model, checkpoint), config.parallel, context, config.seed, config.data.max_length
-        )
+        stages = build_stage(config.model, config.parallel, context, None, config.data.max_length)
         read_weights(stages, reader, config.model, context)
         return PipelinedInferenceEngine(stages, config.model, dtype, context, checkpoint.name)
-    model = build_model(_to_be_read(config.model, checkpoint), config.parallel, context, config.seed)
+    model = build_model(config.model, config.parallel, context, None)
     read_weights(model, reader, config.model, context)
     return InferenceEngine(model, dtype, checkpoint.name)
 
@@ -131,15 +128,13 @@ def checkpoint_identity(folder: Path, name: str) -> dict[str, str]:
     return {"checkpoint": name, "checkpoint's manifest (sha256)": sha256(folder / "checkpoints" / name / MANIFEST)}
 
 
-def _to_be_read(model: ModelConfig, checkpoint: Path) -> ModelConfig:
-    """A model whose parameters are all read, so that no initial weights are drawn for it."""
-    return model.model_copy(update={"init_from": str(checkpoint)})
+def _read_afterwards(_: nn.Module) -> None:
+    """For an engine whose weights are read once it has been built, together with its moments."""
 
 
 def read_weights(module: nn.Module, reader: TensorReader, model: ModelConfig, context: ParallelContext) -> None:
     """Fill this rank's parameters from a checkpoint of any layout."""
-    for name, parameter in module.named_parameters():
-        source = canonical_name(name, model)
-        value = reader.read(source, WEIGHT, parameter.shape, context.tensor_rank, context.layout.tensor)
+    for row, tensor in rows_of(module, model):
+        value = reader.read(row.name, WEIGHT, context.tensor_rank, context.layout.tensor)
         with torch.no_grad():
-            parameter.copy_(value)
+            tensor.copy_(value)

@@ -1,4 +1,4 @@
-"""The manifest of a checkpoint: size and checksum of every file, and a checksum of itself."""
+"""The manifest of a checkpoint: its format, size and checksum of every file, and a checksum of itself."""
 
 from __future__ import annotations
 
@@ -10,16 +10,25 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from megatron_mdm.config.errors import UserError
 from megatron_mdm.config.files import sha256, sync, write_atomically
 from megatron_mdm.parallel.heartbeat import beat
 
 MANIFEST, TENSORS = "manifest.json", "tensors"
+# Of a checkpoint. 1, which manifests do not name: parameters are named by their place in the list of layers. 2: by
+# the table of parameters (models/parameters.py).
+FORMAT = 2
 _HASHING_THREADS = 8
 
 
 def write_manifest(folder: Path, entries: Mapping[str, dict[str, Any]]) -> None:
     """entries: path below the folder → {"bytes": …, "sha256": …}."""
-    write_atomically(folder / MANIFEST, _text(dict(sorted(entries.items()))))
+    write_atomically(folder / MANIFEST, _text(dict(sorted(entries.items())), FORMAT))
+
+
+def format_of(checkpoint: Path) -> int:
+    """The format of an intact checkpoint."""
+    return _read(checkpoint / MANIFEST)[0]
 
 
 def entry_of(path: Path) -> dict[str, Any]:
@@ -34,9 +43,13 @@ def _digest(path: Path) -> str:
 
 
 def find_fault(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint's files, or None."""
+    """What is wrong with a checkpoint's files, or None. Raises UserError where it is in the format of later code."""
     try:
-        entries = _read(checkpoint / MANIFEST)
+        version, entries = _read(checkpoint / MANIFEST)
+        if version > FORMAT:
+            raise UserError(
+                f"{checkpoint}: is in format {version}, of a later megatron-mdm; this one reads formats up to {FORMAT}"
+            )
         for name, entry in entries.items():
             path = checkpoint / name
             if not path.is_file():
@@ -56,18 +69,22 @@ def find_fault(checkpoint: Path) -> str | None:
     return f"{wrong[0]} does not match its checksum" if wrong else None
 
 
-def _read(path: Path) -> dict[str, dict[str, Any]]:
-    """The entries. Raises ValueError unless the file is, byte for byte, what write_manifest writes."""
+def _read(path: Path) -> tuple[int, dict[str, dict[str, Any]]]:
+    """(format, entries). Raises ValueError unless the file is, byte for byte, what write_manifest writes, or wrote."""
     if not path.is_file():
         raise ValueError("missing")
     text = path.read_text(encoding="utf-8")
     content = json.loads(text)
-    entries = content.get("files") if isinstance(content, dict) else None
-    if not isinstance(entries, dict) or _text(entries) != text:
+    version, entries = (content.get("format", 1), content.get("files")) if isinstance(content, dict) else (1, None)
+    if not isinstance(version, int) or not isinstance(entries, dict) or _text(entries, version) != text:
         raise ValueError("damaged")
-    return entries
+    return version, entries
 
 
-def _text(entries: dict[str, dict[str, Any]]) -> str:
-    digest = hashlib.sha256(json.dumps(entries, sort_keys=True).encode()).hexdigest()
-    return json.dumps({"files": entries, "sha256": digest}, indent=1) + "\n"
+def _text(entries: dict[str, dict[str, Any]], version: int) -> str:
+    content: dict[str, Any] = {"format": version, "files": entries}
+    signed = content if version > 1 else entries
+    digest = hashlib.sha256(json.dumps(signed, sort_keys=True).encode()).hexdigest()
+    if version == 1:
+        del content["format"]
+    return json.dumps({**content, "sha256": digest}, indent=1) + "\n"

@@ -9,7 +9,6 @@ from pathlib import Path
 from megatron_mdm.checkpoint.choice import AUTO, choose, located
 from megatron_mdm.checkpoint.huggingface import COMPANIONS, CONFIG, is_checkpoint, read_json
 from megatron_mdm.checkpoint.lazy_tensors import LazyTensor
-from megatron_mdm.checkpoint.manifest import TENSORS
 from megatron_mdm.checkpoint.tensors import WEIGHT, TensorReader
 from megatron_mdm.config.errors import UserError
 from megatron_mdm.config.files import write_atomically
@@ -17,7 +16,7 @@ from megatron_mdm.config.load import load_config
 from megatron_mdm.config.schema import RunConfig
 from megatron_mdm.data.tokenizer_folder import tokenizer_file
 from megatron_mdm.models.families.family import Json
-from megatron_mdm.models.parameters import parameter_shapes
+from megatron_mdm.models.parameters import parameter_table
 
 RUN_CONFIG, CHECKPOINTS, HUGGINGFACE, TOKENIZER = "config.yaml", "checkpoints", "huggingface", "tokenizer"
 
@@ -39,7 +38,7 @@ class NativeCheckpoint:
             raise UserError(f"{folder}: neither a Hugging Face checkpoint ({CONFIG}) nor a run's folder ({RUN_CONFIG})")
         config = load_config(folder / RUN_CONFIG)
         choice = choose(folder, named if wish == AUTO else wish)
-        return cls(folder, config, choice.path, TensorReader(choice.path / TENSORS, config.model), choice.reason)
+        return cls(folder, config, choice.path, TensorReader.of(choice.path, config.model), choice.reason)
 
     @property
     def weights_only(self) -> bool:
@@ -47,13 +46,15 @@ class NativeCheckpoint:
         return self.reader.kinds() == {WEIGHT}
 
     def lazy_tensors(self, kind: str = WEIGHT) -> dict[str, LazyTensor]:
-        """Whole tensors by canonical name."""
-        views = {}
-        for name, shape in parameter_shapes(self.config.model).items():
-            views[name] = self.reader.view(name, kind)
-            if tuple(views[name].shape) != shape:
-                raise UserError(f"{self.path}: '{name}' has shape {list(views[name].shape)}, not {list(shape)}")
-        return views
+        """Whole tensors by name; moments of what is trained."""
+        tensors = {}
+        for name, row in parameter_table(self.config.model).items():
+            if kind != WEIGHT and not row.trained:
+                continue
+            tensors[name] = tensor = self.reader.tensor(name, kind)
+            if tuple(tensor.shape) != row.shape:
+                raise UserError(f"{self.path}: '{name}' has shape {list(tensor.shape)}, not {list(row.shape)}")
+        return tensors
 
     def huggingface_config(self) -> Json:
         """The config.json that the weights came with; {} where they did not."""

@@ -101,10 +101,15 @@ class CheckpointStore:
         The main rank reads and checks the files for all. Damaged ones are named and passed over. Raises UserError where
         none is intact.
         """
-        found = search(self.folder) if self.context.is_main else None
+        found = None
+        if self.context.is_main:
+            try:
+                found = search(self.folder)
+            except UserError as error:  # a checkpoint of later code
+                found = "", str(error)
         name, fault = gather_objects(found, self.context)[0]  # type: ignore[misc]
         if fault:
-            raise UserError(f"{self.folder}: no intact checkpoint ({fault}); start anew with --overwrite")
+            raise UserError(fault)
         return self.folder / name if name else None
 
     def _together(self, action: Callable[[], Any], only_main: bool = False) -> list[Any]:
@@ -158,9 +163,11 @@ def steps(folder: Path) -> list[Path]:
 
 
 def search(folder: Path) -> tuple[str, str]:
-    """(name of the newest intact checkpoint, what is wrong with the newest where none is intact)"""
+    """(name of the newest intact checkpoint, '' where there is none; what is wrong where none of some is intact)"""
     path, fault = first_intact(steps(folder)[::-1])
-    return (path.name if path else ""), fault
+    if fault:
+        return "", f"{folder}: no intact checkpoint ({fault}); start anew with --overwrite"
+    return (path.name if path else ""), ""
 
 
 def first_intact(candidates: Sequence[Path]) -> tuple[Path | None, str]:

@@ -1,4 +1,4 @@
-"""Views of tensors → safetensors files, one block at a time: resumable, and hashed as they are written.
+"""Lazy tensors → safetensors files, one block at a time: resumable, and hashed as they are written.
 
 While one thread reads and converts a block, others hash and write the ones before.
 """
@@ -33,12 +33,12 @@ Entry = dict[str, Any]  # bytes, sha256
 class Output(NamedTuple):
     """A tensor to write."""
 
-    view: LazyTensor
+    tensor: LazyTensor
     dtype: torch.dtype
 
     @property
     def num_bytes(self) -> int:
-        return num_bytes(self.view, self.dtype)
+        return num_bytes(self.tensor, self.dtype)
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ def _write(file: OutputFile, folder: Path, workers: tuple[ThreadPoolExecutor, Th
     path = folder / file.path
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
-    specifications = {name: (output.dtype, output.view.shape) for name, output in file.tensors.items()}
+    specifications = {name: (output.dtype, output.tensor.shape) for name, output in file.tensors.items()}
     order = file_order(specifications)
     digest, pending = hashlib.sha256(), deque[Future[Any]]()
     with closing(DirectWriter(temporary)) as output:
@@ -108,9 +108,9 @@ def _write(file: OutputFile, folder: Path, workers: tuple[ThreadPoolExecutor, Th
 
 def _blocks(file: OutputFile, order: list[str]) -> Iterator[memoryview]:
     for name in order:
-        view, dtype = file.tensors[name]
-        for block in blocks(view, dtype):
-            if dtype != view.dtype and not is_finite(block):
+        tensor, dtype = file.tensors[name]
+        for block in blocks(tensor, dtype):
+            if dtype != tensor.dtype and not is_finite(block):
                 raise UserError(f"'{name}' holds values that are too great for {NAMES[dtype]}; choose another --dtype")
             yield memoryview(block.view(-1).view(torch.uint8).numpy())
 
@@ -144,6 +144,6 @@ def _is_intact(path: Path, entry: Entry) -> bool:
 
 def _describe(files: list[OutputFile]) -> dict[str, Any]:
     return {
-        file.path: {name: [NAMES[output.dtype], list(output.view.shape)] for name, output in file.tensors.items()}
+        file.path: {name: [NAMES[output.dtype], list(output.tensor.shape)] for name, output in file.tensors.items()}
         for file in files
     }

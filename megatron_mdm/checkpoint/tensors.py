@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,11 +19,12 @@ import torch
 from torch import Tensor
 
 from megatron_mdm.checkpoint.direct_writer import PAGE, write_memory
-from megatron_mdm.checkpoint.lazy_tensors import Flat, LazyTensor, cut, merge, read, with_rows
+from megatron_mdm.checkpoint.lazy_tensors import Flat, LazyTensor, cut, merge, read, with_padding, with_rows
+from megatron_mdm.checkpoint.manifest import FORMAT, TENSORS, format_of
 from megatron_mdm.checkpoint.safetensors_file import METADATA, SafetensorsFile, StoredTensor, header_bytes
 from megatron_mdm.config.errors import UserError
 from megatron_mdm.config.schema import ModelConfig
-from megatron_mdm.models.sharding import sharding_of
+from megatron_mdm.models.parameters import Parameter, parameter_table
 from megatron_mdm.parallel import platform
 from megatron_mdm.parallel.groups import ParallelContext
 from megatron_mdm.parallel.heartbeat import beat
@@ -34,6 +35,10 @@ if TYPE_CHECKING:
 WEIGHT = "weight"  # a kind; the others are Adam's moments
 FRAGMENTS = "fragments"  # in a file's metadata: key → [start, *shape of the shard that it is a part of]
 _FILE = re.compile(r"stage-(\d+)\.tensor-(\d+)-of-(\d+)\.part-(\d+)\.safetensors")
+
+
+# Format → the name under which a checkpoint of that format holds a parameter.
+STORED_NAMES: dict[int, Callable[[Parameter], str]] = {1: lambda row: row.drawn_by, FORMAT: lambda row: row.name}
 
 
 class Snapshot:
@@ -51,14 +56,15 @@ class Snapshot:
         mine = sorted(self._share(fragments), key=_key)
         places = {_key(f): [f.start, *f.shape] for f in mine if f.values.numel() != math.prod(f.shape)}
         shapes = {_key(f): (f.values.numel(),) if _key(f) in places else tuple(f.shape) for f in mine}
+        tensors = {_key(f): (f.values.dtype, shapes[_key(f)]) for f in mine}
         metadata = {**METADATA, FRAGMENTS: json.dumps(places)} if places else METADATA
-        header = header_bytes({key: (torch.float32, shape) for key, shape in shapes.items()}, metadata)
-        self._hold(len(header) + sum(4 * fragment.values.numel() for fragment in mine))
+        header = header_bytes(tensors, metadata)
+        self._hold(len(header) + sum(fragment.values.nbytes for fragment in mine))
         self.memory[: len(header)] = torch.frombuffer(bytearray(header), dtype=torch.uint8)
         position = len(header)
         for fragment in mine:
-            stop = position + 4 * fragment.values.numel()
-            self.memory[position:stop].view(torch.float32).copy_(fragment.values)
+            stop = position + fragment.values.nbytes
+            self.memory[position:stop].view(fragment.values.dtype).copy_(fragment.values)
             position = stop
 
     def write(self, folder: Path) -> tuple[str, dict[str, Any]]:
@@ -102,8 +108,9 @@ def file_name(stage: int, tensor_rank: int, tensor_degree: int, part: int) -> st
 class TensorReader:
     """Reads any tensor of a checkpoint, cut for a tensor-parallel rank; only the bytes of that cut are read."""
 
-    def __init__(self, folder: Path, model: ModelConfig) -> None:
-        self.folder, self.model = folder, model
+    def __init__(self, folder: Path, model: ModelConfig, version: int = FORMAT) -> None:
+        """version: the checkpoint's format."""
+        self.folder, self.table, self.stored_name = folder, parameter_table(model), STORED_NAMES[version]
         found: dict[tuple[str, int], list[tuple[int, tuple[int, ...], StoredTensor]]] = {}
         self.degree = 0
         for path in sorted(folder.glob("*.safetensors")):
@@ -122,6 +129,11 @@ class TensorReader:
         if not self.places:
             raise UserError(f"{folder}: holds no tensors of a checkpoint")
 
+    @classmethod
+    def of(cls, checkpoint: Path, model: ModelConfig) -> TensorReader:
+        """Of a checkpoint in its own format."""
+        return cls(checkpoint / TENSORS, model, format_of(checkpoint))
+
     def _put_together(self, key: str, parts: list[tuple[int, tuple[int, ...], StoredTensor]]) -> LazyTensor:
         """parts: (start, shape of the whole, elements), by start."""
         (_, shape, first), position = parts[0], 0
@@ -137,25 +149,23 @@ class TensorReader:
         """Weights alone, or moments as well."""
         return {key.rpartition("/")[2] for key in self.places}
 
-    def view(self, name: str, kind: str) -> LazyTensor:
+    def tensor(self, name: str, kind: str) -> LazyTensor:
         """The whole tensor, without the vocabulary's padding, in the type in which it is stored."""
-        sharding, shards = sharding_of(name), self.places.get(f"{name}/{kind}")
+        row = self.table[name]
+        shards = self.places.get(f"{self.stored_name(row)}/{kind}")
         if shards is None:
-            raise UserError(f"{self.folder}: the checkpoint is of another model: it has no '{name}'")
+            raise UserError(f"{self.folder}: the checkpoint is of another model: it has no '{name}/{kind}'")
         if len(shards) != self.degree:
             raise UserError(f"{self.folder}: '{name}' has {len(shards)} of {self.degree} tensor-parallel shards")
-        whole = merge([shards[rank] for rank in sorted(shards)], sharding)
-        if sharding.is_vocabulary and whole.shape[0] > self.model.vocab_size:
-            whole = with_rows(whole, self.model.vocab_size)
-        return whole
+        whole = merge([shards[rank] for rank in sorted(shards)], row.split.get("tensor"))
+        return with_rows(whole, min(whole.shape[0], row.shape[0])) if row.is_vocabulary else whole
 
-    def read(self, name: str, kind: str, shape: torch.Size, rank: int, degree: int) -> Tensor:
-        """The shard, of this shape, that a tensor-parallel rank of another degree holds. float32."""
+    def read(self, name: str, kind: str, rank: int, degree: int) -> Tensor:
+        """The shard that a tensor-parallel rank of another degree holds. float32."""
         beat()
-        whole, sharding = self.view(name, kind), sharding_of(name)
-        full_shape = sharding.full_shape(shape, degree)
-        if sharding.is_vocabulary:  # rows of padding depend on the degree
-            whole = with_rows(whole, full_shape[0])
-        if tuple(whole.shape) != tuple(full_shape):
-            raise UserError(f"{self.folder}: '{name}' has shape {list(whole.shape)}, the model's is {list(full_shape)}")
-        return read(cut(whole, sharding, rank, degree), torch.float32)
+        row = self.table[name]
+        whole = with_padding(self.tensor(name, kind), row, degree)
+        shape = row.padded_shape(degree)
+        if tuple(whole.shape) != shape:
+            raise UserError(f"{self.folder}: '{name}' has shape {list(whole.shape)}, the model's is {list(shape)}")
+        return read(cut(whole, row.split.get("tensor"), rank, degree), torch.float32)

@@ -57,6 +57,9 @@ class ModelConfig(Section):
     kernels: Literal["auto", "torch", "transformer_engine"] = "auto"
     fp8: bool = False  # matrix products of the layers in FP8, hybrid recipe; needs Transformer Engine
     z_loss: float = Field(default=0.0, ge=0)  # weight of (log Σ exp logits)² beside each cross-entropy
+    # What code outside the package adds to the model, by the name it is registered under, each with keys of its own
+    # (models/extensions.py).
+    extensions: dict[str, dict[str, Any]] = Field(default_factory=dict)
     # Initial weights: a Hugging Face checkpoint's folder, or a run's; empty: random ones.
     init_from: str = ""
     # Of that checkpoint's config.json: fields to read as if they were absent, though they may change what it computes.

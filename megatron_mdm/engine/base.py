@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from megatron_mdm.batch import ModelInputs, RowStatistics
 from megatron_mdm.engine.clock import PhaseClock
 
 if TYPE_CHECKING:  # DeepSpeed, which programs that train nothing do without
     from megatron_mdm.engine.optimizer_state import OptimizerState
+
+# Fills the parameters that this rank holds, all of them: in place of random initial weights, which are not drawn then.
+Load = Callable[[nn.Module], None]
 
 
 class TrainOutput(NamedTuple):

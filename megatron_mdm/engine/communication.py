@@ -14,8 +14,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron_mdm.config.schema import ModelConfig, RunConfig
+from megatron_mdm.models.costs import layer_costs
 from megatron_mdm.models.kernel_memory import ELEMENT_BYTES
-from megatron_mdm.models.parameters import layer_costs, padded_vocab_size
+from megatron_mdm.models.parameters import Held, held
 from megatron_mdm.parallel.layout import Layout, partition
 
 # DeepSpeed's default stage3_max_reuse_distance: a stage of fewer parameters stays gathered from forward to backward.
@@ -52,14 +53,13 @@ class Stage:
 
     def num_parameters(self, model: ModelConfig, tensor: int) -> int:
         """On one tensor-parallel rank."""
-        hidden, width = model.hidden_size, model.kv_channels * model.num_heads
-        qkv = width + 2 * model.kv_channels * model.num_kv_heads
-        split = (hidden + model.qkv_bias) * qkv + width * hidden + 3 * hidden * model.ffn_hidden_size
-        block = split // tensor + 2 * hidden + 2 * model.kv_channels * model.qk_norm
-        table = padded_vocab_size(model, tensor) // tensor * hidden
-        tied_here = model.tie_embeddings and self.embedding and self.head
-        head = (0 if tied_here else table) + hidden
-        return self.num_blocks * block + table * self.embedding + head * self.head
+        return self.held(model, tensor).total
+
+    def held(self, model: ModelConfig, tensor: int) -> Held:
+        """Parameters on one tensor-parallel rank."""
+        first = 0 if self.embedding else self.first_block + 1
+        last = self.first_block + self.num_blocks + self.head  # layers count from 0, the embedding
+        return held(model, range(first, last + 1), tensor)
 
 
 def stages(config: RunConfig) -> list[Stage]:
@@ -100,8 +100,9 @@ def step_communication(
 
 def _data_parallel(config: RunConfig, stage: Stage, num_micro_batches: int) -> Volume:
     """Gradients and parameters over the data-parallel ranks, as DeepSpeed 0.19 exchanges them."""
-    number = stage.num_parameters(config.model, config.parallel.tensor)
-    size = number * ELEMENT_BYTES[config.precision.dtype]
+    parameters = stage.held(config.model, config.parallel.tensor)
+    size = parameters.trained * ELEMENT_BYTES[config.precision.dtype]
+    whole = parameters.total * ELEMENT_BYTES[config.precision.dtype]  # ZeRO 3 gathers what is frozen, too
     zero = config.parallel.zero
     if zero == 0:
         return Counter({("data", "all_reduce"): size})
@@ -109,12 +110,12 @@ def _data_parallel(config: RunConfig, stage: Stage, num_micro_batches: int) -> V
         return Counter({("data", "all_reduce"): size, ("data", "all_gather"): size})
     if zero == 2:  # likewise, after every micro-batch
         return Counter({("data", "all_reduce"): size * num_micro_batches, ("data", "all_gather"): size})
-    gathers = 1 if number < ZERO3_REUSE_DISTANCE else 2
+    gathers = 1 if parameters.total < ZERO3_REUSE_DISTANCE else 2
     if config.parallel.recompute == "full":
         gathers = 2
     return Counter(
         {
-            ("data", "all_gather"): size * gathers * num_micro_batches,
+            ("data", "all_gather"): whole * gathers * num_micro_batches,
             ("data", "reduce_scatter"): size * num_micro_batches,
         }
     )
@@ -123,6 +124,7 @@ def _data_parallel(config: RunConfig, stage: Stage, num_micro_batches: int) -> V
 def _tensor_parallel(config: RunConfig, stage: Stage, micro_batch: MicroBatchShape) -> Volume:
     """Activations over the tensor-parallel ranks: two pairs of operations per block and direction."""
     hidden, blocks = _hidden_bytes(config, micro_batch), stage.num_blocks
+    in_parts = stage.held(config.model, config.parallel.tensor).in_parts  # whose gradients are summed
     recomputed = stage.num_recomputed(config)  # their forward operations once more, but for each block's last
     volume: Volume = Counter()
     if config.parallel.sequence:
@@ -130,12 +132,10 @@ def _tensor_parallel(config: RunConfig, stage: Stage, micro_batch: MicroBatchSha
         # matrices gather their inputs once more for the weights' gradients.
         volume["tensor", "all_gather"] += hidden * (6 * blocks + 2 * recomputed + stage.embedding + stage.head)
         volume["tensor", "reduce_scatter"] += hidden * (4 * blocks + recomputed + stage.embedding)
-        norms = 2 * blocks * config.model.hidden_size * ELEMENT_BYTES[config.precision.dtype]
-        volume["tensor", "all_reduce"] += norms
+        volume["tensor", "all_reduce"] += in_parts["sequence"] * ELEMENT_BYTES[config.precision.dtype]
     else:
         volume["tensor", "all_reduce"] += hidden * (4 * blocks + recomputed + stage.embedding)
-    if config.model.qk_norm:  # gradients of the norms of heads
-        volume["tensor", "all_reduce"] += 2 * blocks * config.model.kv_channels * ELEMENT_BYTES[config.precision.dtype]
+    volume["tensor", "all_reduce"] += in_parts["always"] * ELEMENT_BYTES[config.precision.dtype]
     if stage.head:  # rows' gradients; maxima, normalisers and label logits in fp32
         row = config.model.hidden_size * ELEMENT_BYTES[config.precision.dtype] + 12
         volume["tensor", "all_reduce"] += micro_batch.selected * row

@@ -14,8 +14,8 @@ from megatron_mdm.config.schema import ModelConfig, ParallelConfig
 from megatron_mdm.engine.inputs import prepared
 from megatron_mdm.models.attention import Visibility
 from megatron_mdm.models.cache import Window
+from megatron_mdm.models.costs import layer_costs
 from megatron_mdm.models.layers import Head, MaskedDiffusionModel, layer_builders, prepare_parameters
-from megatron_mdm.models.parameters import layer_costs
 from megatron_mdm.parallel import platform
 from megatron_mdm.parallel.groups import ParallelContext
 from megatron_mdm.parallel.heartbeat import beat
@@ -103,15 +103,16 @@ class PipelinedInferenceEngine:
 
 
 def build_stage(
-    model: ModelConfig, parallel: ParallelConfig, context: ParallelContext, seed: int, length: int
+    model: ModelConfig, parallel: ParallelConfig, context: ParallelContext, seed: int | None, length: int
 ) -> nn.ModuleDict:
     """This pipeline rank's layers, named by index as in the whole model. A tied head holds its own copy of the
-    table: both are filled from the same tensor. length: of sequences, for balance."""
+    table: both are filled from the same tensor. seed: of initial weights; None: they are left unset, to be read.
+    length: of sequences, for balance."""
     bounds = partition(layer_costs(model, length), context.layout.pipeline)
     mine = range(bounds[context.pipeline_rank], bounds[context.pipeline_rank + 1])
     builders = layer_builders(model, parallel, context.tensor_group)
     layers = nn.ModuleDict({str(index): builders[index]() for index in mine})
-    prepare_parameters(layers, model, context, seed)
+    prepare_parameters(layers, model, parallel, context, seed)
     return layers
 
 

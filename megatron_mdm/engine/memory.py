@@ -14,7 +14,7 @@ from megatron_mdm.engine.communication import MicroBatchShape, Stage, stages
 from megatron_mdm.engine.deepspeed_config import subsection
 from megatron_mdm.models.cross_entropy import CHUNK_ELEMENTS
 from megatron_mdm.models.kernel_memory import ELEMENT_BYTES, SAVED, Kernels
-from megatron_mdm.models.parameters import padded_vocab_size
+from megatron_mdm.models.parameters import Held, padded_vocab_size
 from megatron_mdm.parallel.layout import Layout
 
 MASTER, MOMENTS = 4, 8  # bytes of a parameter's fp32 copy and of Adam's two moments
@@ -77,9 +77,9 @@ def rank_memory(
 ) -> RankMemory:
     """The memory of one rank of a pipeline stage that trains on micro-batches of this shape."""
     stage = stages(config)[pipeline_rank]
-    number = stage.num_parameters(config.model, layout.tensor)
+    parameters = stage.held(config.model, layout.tensor)
     in_flight = min(layout.pipeline - pipeline_rank, num_micro_batches)
-    states, host = _states(config, layout, number)
+    states, host = _states(config, layout, parameters)
     saved = SAVED[kernels]
     block = saved.block(config, micro_batch)
     kept = [saved.kept(config, micro_batch, stage.first_block + index) for index in range(stage.num_blocks)]
@@ -94,21 +94,24 @@ def rank_memory(
         recomputed=recomputed,
         logits=chunk,
         workspace=saved.workspace(config, micro_batch) if stage.num_blocks else 0.0,
-        buffers=_bucket(config, number, kernels) + _buffers(config, layout, stage, number, micro_batch, in_flight),
+        buffers=_bucket(config, parameters.trained, kernels)
+        + _buffers(config, layout, stage, parameters.total, micro_batch, in_flight),
         host=host,
     )
 
 
-def _states(config: RunConfig, layout: Layout, number: int) -> tuple[dict[str, float], float]:
-    """(bytes by kind, bytes on the host) of this many parameters on a tensor-parallel rank."""
+def _states(config: RunConfig, layout: Layout, parameters: Held) -> tuple[dict[str, float], float]:
+    """(bytes by kind, bytes on the host) of a tensor-parallel rank's parameters. What is frozen is weights only."""
+    number = parameters.trained
     size, zero, data = ELEMENT_BYTES[config.precision.dtype], config.parallel.zero, layout.data
     accumulated = 4 if config.precision.gradients == "fp32" else size
     if zero == 0:  # in fp32 torch's own optimizer updates the model's weights
         master = 0 if config.precision.dtype == "fp32" else MASTER
         copies = master * number
-        states = {"weights": size * number, "gradients": size * number, "optimizer": (master + MOMENTS) * number}
+        weights = size * parameters.total
+        states = {"weights": weights, "gradients": size * number, "optimizer": (master + MOMENTS) * number}
         return {**states, "step": copies}, 0.0
-    weights = size * number / (data if zero == 3 else 1)
+    weights = size * parameters.total / (data if zero == 3 else 1)
     # ZeRO 1 sums whole gradients over the micro-batches; in fp32 beside those of the current one.
     gradients = accumulated * number / (data if zero > 1 else 1)
     if zero == 1 and accumulated > size:

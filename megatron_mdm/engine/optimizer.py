@@ -11,19 +11,22 @@ import torch.distributed as dist
 from deepspeed.runtime.utils import is_model_parallel_parameter
 from torch import Tensor
 
-from megatron_mdm.config.schema import OptimizerConfig
+from megatron_mdm.config.schema import RunConfig
+from megatron_mdm.models.naming import rows_of
 from megatron_mdm.parallel.groups import ParallelContext
 
 
-def adamw(model: torch.nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
-    """AdamW with decay on matrices only. The fused kernel exists on CPU and CUDA."""
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    groups = [
-        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+def adamw(model: torch.nn.Module, config: RunConfig) -> torch.optim.AdamW:
+    """AdamW of what is trained here, with decay where the table of parameters says so. The fused kernel exists on CPU
+    and CUDA."""
+    settings = config.optimizer
+    trained = [(row.decay, tensor) for row, tensor in rows_of(model, config.model) if row.trained]
+    groups: list[dict[str, Any]] = [
+        {"params": [tensor for decay, tensor in trained if decay], "weight_decay": settings.weight_decay},
+        {"params": [tensor for decay, tensor in trained if not decay], "weight_decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]  # a pipeline stage may have no norms
-    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
+    return torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas, eps=settings.eps, fused=True)
 
 
 def scaled_unless_faulty(total: Tensor, factor: float) -> Tensor:

@@ -1,4 +1,4 @@
-"""Master weights and Adam moments by parameter name, whatever DeepSpeed has made of them.
+"""Master weights and Adam moments by the names of the table of parameters, whatever DeepSpeed has made of them.
 
 Read where they lie, without communication: the part of this tensor-parallel rank's shard that this data-parallel rank
 holds; written from the whole shard.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -16,30 +16,26 @@ from deepspeed.utils import lazy_init_hp_params_optimizer_state, safe_set_full_f
 from torch import Tensor
 
 from megatron_mdm.config.schema import ModelConfig
-from megatron_mdm.models.spec import NORM_NAMES
+from megatron_mdm.models.naming import rows_of
+from megatron_mdm.models.parameters import Parameter
 
 WEIGHT, MOMENTS = "weight", ("exp_avg", "exp_avg_sq")
 KINDS = (WEIGHT, *MOMENTS)
 
 
-def canonical_name(name: str, model: ModelConfig) -> str:
-    """The name under which a checkpoint holds a parameter, whatever the layout and the kernels.
-
-    Tied embeddings are held once, also where two stages have a copy.
-    """
-    for theirs, ours in NORM_NAMES.items():
-        name = name.removesuffix(theirs) + ours if name.endswith(theirs) else name
-    return "0.word_embeddings.weight" if model.tie_embeddings and name.endswith(".vocabulary_weight") else name
+def kinds_of(row: Parameter) -> tuple[str, ...]:
+    """What there is of a parameter: what is frozen has a weight alone."""
+    return KINDS if row.trained else (WEIGHT,)
 
 
 class Fragment(NamedTuple):
     """Adjacent elements of a tensor-parallel rank's shard of a weight or moment."""
 
-    name: str  # canonical
+    name: str
     kind: str
     shape: torch.Size  # of the shard
     start: int  # of the fragment in the shard, counted in elements
-    values: Tensor  # [n] fp32, the optimizer's own memory
+    values: Tensor  # [n] the optimizer's own memory, fp32; of what is frozen the model's, in its type
     is_replicated: bool  # every data-parallel rank holds the same
 
 
@@ -48,8 +44,10 @@ class OptimizerState:
 
     def __init__(self, module: torch.nn.Module, optimizer: object, model: ModelConfig) -> None:
         """optimizer: engine.optimizer, DeepSpeed's wrapper or torch's own."""
-        self.model, self.optimizer = model, optimizer
-        self.parameters = dict(module.named_parameters())
+        self.optimizer = optimizer
+        rows = list(rows_of(module, model))
+        self.rows = {row.name: row for row, _ in rows}
+        self.parameters = {row.name: tensor for row, tensor in rows}
         # FP16_UnfusedOptimizer (ZeRO 0 in bf16 and fp16) keeps fp32 copies in lists of the same order.
         self.copies: dict[Tensor, Tensor] = {}
         for low, high in zip(getattr(optimizer, "fp16_groups", []), getattr(optimizer, "fp32_groups", [])):
@@ -61,24 +59,15 @@ class OptimizerState:
         for name, parameter in self.parameters.items():
             if getattr(parameter, "ds_pipe_replicated", False):
                 continue  # a tied copy; another stage holds the same
-            for kind in KINDS:
+            for kind in kinds_of(self.rows[name]):
                 start, values = self._here(parameter, kind)
                 if len(values):
                     replicated = not self._is_partitioned(parameter)
-                    yield Fragment(
-                        canonical_name(name, self.model), kind, _shape(parameter), start, values.detach(), replicated
-                    )
-
-    def shapes(self) -> dict[str, torch.Size]:
-        """Of this tensor-parallel rank's shards, by the parameters' own names."""
-        return {name: _shape(parameter) for name, parameter in self.parameters.items()}
+                    yield Fragment(name, kind, _shape(parameter), start, values.detach(), replicated)
 
     @torch.no_grad()
     def load(self, name: str, kind: str, value: Tensor) -> None:
-        """Set a parameter's state, and for a weight the model's own copy, by its own (not canonical) name.
-
-        value: the whole shard. No communication.
-        """
+        """Set a parameter's state, and for a weight the model's own copy. value: the whole shard. No communication."""
         self._link_states()
         parameter = self.parameters[name]
         if hasattr(parameter, "ds_id"):
@@ -102,7 +91,8 @@ class OptimizerState:
     def moments_kept(self) -> Iterator[None]:
         """Adam's moments and its count of steps are afterwards what they were before. Holds a copy of them."""
         self._link_states()
-        moments = [self._here(parameter, kind)[1] for parameter in self.parameters.values() for kind in MOMENTS]
+        trained = [parameter for name, parameter in self.parameters.items() if self.rows[name].trained]
+        moments = [self._here(parameter, kind)[1] for parameter in trained for kind in MOMENTS]
         steps = [state["step"] for state in self._torch_optimizer().state.values()]
         kept = [values.clone() for values in (*moments, *steps)]
         try:
@@ -112,7 +102,7 @@ class OptimizerState:
                 for values, before in zip((*moments, *steps), kept):
                     values.copy_(before)
 
-    def _here(self, parameter: torch.nn.Parameter, kind: str) -> tuple[int, Tensor]:
+    def _here(self, parameter: Any, kind: str) -> tuple[int, Tensor]:
         """(start, elements) of the shard that this data-parallel rank holds; none where it holds no part of it."""
         if hasattr(parameter, "ds_id"):
             partition = self._partition(parameter, kind)
@@ -125,15 +115,17 @@ class OptimizerState:
         fragment = parameter._hp_mapping.get_hp_fragment(None if kind == WEIGHT else kind)
         return parameter._hp_mapping.lp_fragment_address.start, fragment
 
-    def _partition(self, parameter: torch.nn.Parameter, kind: str) -> Tensor:
+    def _partition(self, parameter: Any, kind: str) -> Tensor:
         """ZeRO 3's part of a parameter, padded to equal parts, where it lies: DeepSpeed's public accessors copy it to
-        the device."""
+        the device. What is frozen has no fp32 copy."""
+        if not parameter.requires_grad:
+            return parameter.ds_tensor.data
         values, _ = parameter._z3_optimizer._get_fp32_opt_state_partition(
             parameter, release_swap_buffers=True, optim_state_key=None if kind == WEIGHT else kind
         )
         return values
 
-    def _load_partition(self, parameter: torch.nn.Parameter, kind: str, shard: Tensor) -> None:
+    def _load_partition(self, parameter: Any, kind: str, shard: Tensor) -> None:
         start, here = self._here(parameter, kind)
         here.copy_(shard.flatten()[start : start + len(here)])
         if kind == WEIGHT:
@@ -142,10 +134,10 @@ class OptimizerState:
                 parameter.data.copy_(shard)
 
     @staticmethod
-    def _is_partitioned(parameter: torch.nn.Parameter) -> bool:
+    def _is_partitioned(parameter: Any) -> bool:
         return hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping")
 
-    def _plain(self, parameter: torch.nn.Parameter, kind: str) -> Tensor:
+    def _plain(self, parameter: Any, kind: str) -> Tensor:
         master = self.copies.get(parameter, parameter)
         if kind == WEIGHT:
             return master.data
@@ -182,6 +174,6 @@ class OptimizerState:
         return optimizer
 
 
-def _shape(parameter: torch.nn.Parameter) -> torch.Size:
+def _shape(parameter: Any) -> torch.Size:
     """Also where ZeRO 3 has left no element here."""
     return getattr(parameter, "ds_shape", parameter.shape)

@@ -15,15 +15,15 @@ from torch import Tensor, nn
 
 from megatron_mdm.batch import ModelInputs, RowStatistics
 from megatron_mdm.config.schema import ModelConfig, RunConfig
-from megatron_mdm.engine.base import TrainOutput
+from megatron_mdm.engine.base import Load, TrainOutput
 from megatron_mdm.engine.clock import PhaseClock
 from megatron_mdm.engine.deepspeed_config import deepspeed_config
 from megatron_mdm.engine.inputs import prepared
 from megatron_mdm.engine.optimizer import PlainClipping, adamw, norm_of_step, scaled_unless_faulty
 from megatron_mdm.engine.optimizer_state import OptimizerState
 from megatron_mdm.models.attention import Visibility
+from megatron_mdm.models.costs import layer_costs
 from megatron_mdm.models.layers import Head, layer_builders, prepare_parameters
-from megatron_mdm.models.parameters import layer_costs
 from megatron_mdm.parallel import platform
 from megatron_mdm.parallel.groups import ParallelContext
 from megatron_mdm.parallel.heartbeat import beat
@@ -38,16 +38,18 @@ _PHASES = {  # by DeepSpeed's instructions; the others are messages to and from 
 class PipeEngine:
     """engine.base.Engine over a pipeline. Every pipeline rank is given the same inputs and gets the same answers."""
 
-    def __init__(self, config: RunConfig, context: ParallelContext, load: Callable[[nn.Module], None]) -> None:
-        """load: called with this rank's layers before the optimizer takes its master weights from them."""
+    def __init__(self, config: RunConfig, context: ParallelContext, load: Load | None = None) -> None:
+        """load: fills this rank's layers, before the optimizer takes its master weights from them."""
         self.context, self.layout, self.model = context, context.layout, config.model
         self.sequence_multiple = config.parallel.tensor if config.parallel.sequence else 1
         self.pack = config.batch.mode == "packed"
-        module = _Stage(config, context, self._score)
-        load(module)
+        seed = None if load else config.seed
+        module = _Stage(config, context, self._score, seed)
+        if load:
+            load(module)
         self.engine, *_ = deepspeed.initialize(
             model=module,
-            optimizer=adamw(module, config.optimizer),
+            optimizer=adamw(module, config),
             config=deepspeed_config(config, context.layout.world_size),
         )
         assert self.engine.grid.get_data_parallel_rank() == context.data_rank
@@ -145,7 +147,9 @@ class _Stage(PipelineModule):
     Every pipeline rank has the micro-batches of the step, so that only hidden states travel between stages.
     """
 
-    def __init__(self, config: RunConfig, context: ParallelContext, loss_fn: Callable[..., Tensor]) -> None:
+    def __init__(
+        self, config: RunConfig, context: ParallelContext, loss_fn: Callable[..., Tensor], seed: int | None
+    ) -> None:
         self._costs = layer_costs(config.model, config.data.max_length)
         builders = layer_builders(config.model, config.parallel, context.tensor_group)
         layout = context.layout
@@ -159,7 +163,7 @@ class _Stage(PipelineModule):
                 dynamic_shape=True,
             )
         self._tie(config.model, context)
-        prepare_parameters(self, config.model, context, config.seed)
+        prepare_parameters(self, config.model, config.parallel, context, seed)
 
         self.inputs: ModelInputs  # the micro-batch of the last forward pass
         self._micro_batches: Iterator[ModelInputs] = iter(())

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import deepspeed
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from megatron_mdm.batch import ModelInputs, RowStatistics
 from megatron_mdm.config.schema import RunConfig
-from megatron_mdm.engine.base import TrainOutput
+from megatron_mdm.engine.base import Load, TrainOutput
 from megatron_mdm.engine.clock import PhaseClock
 from megatron_mdm.engine.deepspeed_config import deepspeed_config
 from megatron_mdm.engine.inputs import prepared
@@ -25,16 +25,17 @@ from megatron_mdm.parallel.heartbeat import beat
 class ZeroEngine:
     """engine.base.Engine without pipeline stages."""
 
-    def __init__(self, config: RunConfig, context: ParallelContext, load: Callable[[nn.Module], None]) -> None:
-        """load: called with the model before the optimizer takes its master weights from it."""
+    def __init__(self, config: RunConfig, context: ParallelContext, load: Load | None = None) -> None:
+        """load: fills the model, before the optimizer takes its master weights from it."""
         self.context, self.clock = context, PhaseClock()
         self.sequence_multiple = config.parallel.tensor if config.parallel.sequence else 1
         self.pack = config.batch.mode == "packed"
-        model = build_model(config.model, config.parallel, context, config.seed)
-        load(model)
+        model = build_model(config.model, config.parallel, context, None if load else config.seed)
+        if load:
+            load(model)
         self.engine, *_ = deepspeed.initialize(
             model=model,
-            optimizer=adamw(model, config.optimizer),
+            optimizer=adamw(model, config),
             mpu=ModelParallelUnit(context),
             config=deepspeed_config(config, context.layout.world_size),
         )

@@ -24,16 +24,18 @@ from megatron_mdm.config.schema import ModelConfig, ParallelConfig
 from megatron_mdm.models.attention import AttentionInputs, Visibility
 from megatron_mdm.models.cache import Window
 from megatron_mdm.models.cross_entropy import weighted_cross_entropy
+from megatron_mdm.models.extensions import extensions_of
 from megatron_mdm.models.initialize import initialize_weights
+from megatron_mdm.models.naming import Layer, rows_of
 from megatron_mdm.models.norms import RMSNorm
-from megatron_mdm.models.parameters import padded_vocab_size
+from megatron_mdm.models.parameters import EMBEDDING, FINAL_NORM, OUTPUT, layer_prefix, padded_vocab_size
 from megatron_mdm.models.rotary import Rotation, angles_at
-from megatron_mdm.models.sharding import HEAD_NORMS, mark_shards
-from megatron_mdm.models.spec import LAYER_SPECS, resolve_kernels, transformer_config
+from megatron_mdm.models.sharding import mark_shards
+from megatron_mdm.models.spec import FUSED_NORMS, LAYER_SPECS, resolve_kernels, transformer_config
 from megatron_mdm.parallel.groups import ParallelContext
 
 
-class Embed(nn.Module):
+class Embed(Layer):
     def __init__(self, model: ModelConfig, config: TransformerConfig) -> None:
         super().__init__()
         self.word_embeddings = VocabParallelEmbedding(
@@ -44,6 +46,10 @@ class Embed(nn.Module):
             reduce_scatter_embeddings=config.sequence_parallel,
         )
         self.sequence_parallel = config.sequence_parallel
+        _attach_extensions(self, 0, model, config)
+
+    def table_name(self, own: str) -> str:
+        return {"word_embeddings.weight": EMBEDDING}.get(own, f"embedding.{own}")
 
     def forward(self, tokens: Tensor, _: Visibility) -> Tensor:
         """tokens [R, S] → hidden [S, R, H]; packed, [1, T] → [T, 1, H]. Under sequence parallelism a rank holds
@@ -52,7 +58,7 @@ class Embed(nn.Module):
         return hidden if self.sequence_parallel else hidden.transpose(0, 1).contiguous()
 
 
-class Block(nn.Module):
+class Block(Layer):
     """One transformer layer. With recompute it keeps only its input and runs again in the backward pass."""
 
     def __init__(self, model: ModelConfig, config: TransformerConfig, index: int, parallel: ParallelConfig) -> None:
@@ -65,8 +71,13 @@ class Block(nn.Module):
             rotary_base=model.rope_theta,
             use_cpu_initialization=config.use_cpu_initialization,
         )
-        self.config = config
+        self.config, self.index = config, index
         self.recompute = parallel.recompute == "full" and index % parallel.recompute_interval == 0
+        _attach_extensions(self, index + 1, model, config)
+
+    def table_name(self, own: str) -> str:
+        own = own.removeprefix("layer.")  # megatron-core's, which this one holds
+        return layer_prefix(self.index) + FUSED_NORMS.get(own, own)
 
     def forward(self, hidden: Tensor, visible: Visibility) -> Tensor:
         """hidden as Embed gives it → the same."""
@@ -85,7 +96,7 @@ class Block(nn.Module):
             return self.layer(hidden, attention_mask=inputs)[0]
 
 
-class Head(nn.Module):
+class Head(Layer):
     """Final norm and vocabulary projection, of the selected positions only: [R, S, V] never exists."""
 
     def __init__(self, model: ModelConfig, config: TransformerConfig, group: torch.distributed.ProcessGroup) -> None:
@@ -96,9 +107,16 @@ class Head(nn.Module):
         self.logit_shift = model.logit_shift
         self.sequence_parallel = config.sequence_parallel
         self.final_norm = RMSNorm(config, model.hidden_size, eps=model.norm_eps)
-        self.final_norm.weight.sequence_parallel = False  # it sees whole, gathered rows
         rows = padded_vocab_size(model, degree) // degree
         self.vocabulary_weight = nn.Parameter(torch.empty(rows, model.hidden_size))
+        self.table_names = {
+            "final_norm.weight": FINAL_NORM,
+            "vocabulary_weight": EMBEDDING if model.tie_embeddings else OUTPUT,
+        }
+        _attach_extensions(self, model.num_layers + 1, model, config)
+
+    def table_name(self, own: str) -> str:
+        return self.table_names.get(own, f"output_layer.{own}")
 
     def forward(
         self, hidden: Tensor, inputs: ModelInputs, want_logits: bool = False
@@ -162,7 +180,7 @@ class Head(nn.Module):
 
 
 class MaskedDiffusionModel(nn.Sequential):
-    """All layers in one process; parameters are named by layer index, as in a pipeline."""
+    """All layers in one process."""
 
     def forward(
         self, inputs: ModelInputs, want_logits: bool = False, window: Window | None = None
@@ -188,27 +206,37 @@ def layer_builders(
 
 
 def build_model(
-    model: ModelConfig, parallel: ParallelConfig, context: ParallelContext, seed: int
+    model: ModelConfig, parallel: ParallelConfig, context: ParallelContext, seed: int | None
 ) -> MaskedDiffusionModel:
-    """The whole model in this process, with initial weights that are the same on every layout."""
+    """The whole model in this process. seed: of initial weights, which are the same on every layout; None: they are
+    left unset, to be read."""
     layers = MaskedDiffusionModel(*(build() for build in layer_builders(model, parallel, context.tensor_group)))
     if model.tie_embeddings:
         layers[-1].vocabulary_weight = layers[0].word_embeddings.weight
-    prepare_parameters(layers, model, context, seed)
+    prepare_parameters(layers, model, parallel, context, seed)
     return layers
 
 
-def prepare_parameters(layers: nn.Module, model: ModelConfig, context: ParallelContext, seed: int) -> None:
-    """Initial weights, sharding attributes, and the sum of sequence-parallel gradients, for any part of the layers."""
-    if not model.init_from:  # else every parameter is read
-        initialize_weights(layers, model, seed, context.tensor_rank, context.layout.tensor)
-    mark_shards(layers)
-    for name, parameter in layers.named_parameters():
-        sees_a_part = getattr(parameter, "sequence_parallel", False)  # of the positions
-        if name.endswith(HEAD_NORMS):  # of the heads
-            sees_a_part = context.layout.tensor > 1
-        if sees_a_part:
-            parameter.register_hook(partial(_sum_over_group, group=context.tensor_group))
+def prepare_parameters(
+    layers: nn.Module, model: ModelConfig, parallel: ParallelConfig, context: ParallelContext, seed: int | None
+) -> None:
+    """What the table of parameters says, for any part of the layers: initial weights (seed None: they are left unset,
+    to be read), sharding attributes, what is frozen, the sum of gradients of which tensor-parallel ranks have parts."""
+    rows = list(rows_of(layers, model))
+    if seed is not None:
+        initialize_weights(rows, model, seed, context.tensor_rank, context.layout.tensor)
+    mark_shards(rows)
+    in_parts = {"never": False, "sequence": parallel.sequence, "always": context.layout.tensor > 1}
+    for row, tensor in rows:
+        if not row.is_buffer:
+            tensor.requires_grad_(row.trained)
+        if row.trained and in_parts[row.gradient_in_parts]:
+            tensor.register_hook(partial(_sum_over_group, group=context.tensor_group))
+
+
+def _attach_extensions(layer: Layer, index: int, model: ModelConfig, config: TransformerConfig) -> None:
+    for extension in extensions_of(model):
+        extension.attach(layer, index, model, config)
 
 
 def _sum_over_group(gradient: Tensor, group: torch.distributed.ProcessGroup) -> Tensor:

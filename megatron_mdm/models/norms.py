@@ -13,7 +13,6 @@ class RMSNorm(torch.nn.RMSNorm):
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
         super().__init__(hidden_size, eps=eps)
-        self.weight.sequence_parallel = config.sequence_parallel  # its gradient is then summed over the TP group
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., H]; the sums are in float32 or, where x is, in float64."""

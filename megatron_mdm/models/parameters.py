@@ -1,91 +1,223 @@
-"""Names, shapes and costs of the model's parts, from its configuration alone: no module is built."""
+"""THE table of the model's parameters, from its configuration alone: no module is built.
+
+Names, shapes, splits, initial values, decay, what is trained: initialisation, sharding, gradient norms, plans of memory
+and communication, checkpoints and key maps of other formats read their part of a row, and nothing is told by a name.
+"""
 
 from __future__ import annotations
 
+import functools
 import math
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
+from typing import NamedTuple
 
 from megatron_mdm.config.schema import ModelConfig
+from megatron_mdm.models.extensions import Extension, extensions_of
+from megatron_mdm.models.sharding import Shape, Split
 
-Shape = tuple[int, ...]
-
-EMBEDDING = "0.word_embeddings.weight"
-
-
-def final_norm_name(model: ModelConfig) -> str:
-    return f"{model.num_layers + 1}.final_norm.weight"
-
-
-def head_name(model: ModelConfig) -> str:
-    return f"{model.num_layers + 1}.vocabulary_weight"
+# Names are megatron-core's.
+EMBEDDING = "embedding.word_embeddings.weight"
+FINAL_NORM = "decoder.final_layernorm.weight"
+OUTPUT = "output_layer.weight"
 
 
-def layer_prefix(layer: int) -> str:
-    """Of a layer's parameters; layer counts from 0, in names from the embedding."""
-    return f"{layer + 1}.layer."
+@dataclass(frozen=True)
+class Initial:
+    """Initial values: one of initialize.LAWS, and the standard deviation where the law has one."""
+
+    law: str
+    std: float = 0.0
 
 
-def parameter_shapes(model: ModelConfig) -> dict[str, Shape]:
-    """Canonical name → shape without tensor parallelism and without padding of the vocabulary, in the layers' order."""
-    assert isinstance(model.vocab_size, int)
-    hidden, table = model.hidden_size, (model.vocab_size, model.hidden_size)
-    shapes: dict[str, Shape] = {EMBEDDING: table}
-    for layer in range(model.num_layers):
-        prefix = layer_prefix(layer)
-        shapes.update({prefix + name: shape for name, shape in _layer_shapes(model).items()})
-    shapes[final_norm_name(model)] = (hidden,)
-    if not model.tie_embeddings:
-        shapes[head_name(model)] = table
-    return shapes
+ONES, ZEROS = Initial("ones"), Initial("zeros")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parameter:
+    """One row of the table."""
+
+    name: str  # in checkpoints, whatever the layout, the kernels and the modules around it
+    shape: Shape  # whole: of all ranks, without padding
+    layers: tuple[int, ...]  # that hold it, 0 being the embedding; tied embeddings are held by the first and the last
+    initial: Initial
+    split: Mapping[str, Split] = field(default_factory=dict)  # axis of the layout → how its ranks divide the tensor
+    vocab_divisor: int = 0  # a vocabulary table's rows are padded to a multiple of this × degree; 0: it is none
+    # Split or not, each tensor-parallel rank's gradient is a part of the sum: never, with sequence parallelism (it sees
+    # some positions), or always (it sees some heads).
+    gradient_in_parts: str = "never"
+    decay: bool = True
+    trained: bool = True  # else it is frozen: no gradient, no optimizer state
+    is_buffer: bool = False  # a module's buffer, which is kept with the weights and never trained
+    seed_name: str = ""  # initial values are drawn by this name; empty: by `name`
+
+    @property
+    def is_vocabulary(self) -> bool:
+        return self.vocab_divisor > 0
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def drawn_by(self) -> str:
+        return self.seed_name or self.name
+
+    def padded_shape(self, degree: int) -> Shape:
+        """Of the whole tensor at this tensor-parallel degree."""
+        if not self.is_vocabulary:
+            return self.shape
+        return (padded_rows(self.shape[0], self.vocab_divisor, degree), *self.shape[1:])
+
+    def local_shape(self, degree: int) -> Shape:
+        """Of the shard that one tensor-parallel rank holds."""
+        split = self.split.get("tensor")
+        shape = self.padded_shape(degree)
+        return split.local_shape(shape, degree) if split else shape
+
+
+Table = Mapping[str, Parameter]
+
+
+class Held(NamedTuple):
+    """Elements that a rank holds."""
+
+    trained: int
+    frozen: int
+    # Of the trained: those whose gradients are summed over the tensor-parallel ranks, by gradient_in_parts
+    in_parts: Mapping[str, int]
+
+    @property
+    def total(self) -> int:
+        return self.trained + self.frozen
+
+
+def parameter_table(model: ModelConfig) -> Table:
+    """Name → row, in the layers' order. Kept: asking again costs microseconds. Raises UserError naming an extension
+    that no code has registered."""
+    return _table(model.model_dump_json(), extensions_of(model))
 
 
 def num_parameters(model: ModelConfig) -> int:
-    return sum(math.prod(shape) for shape in parameter_shapes(model).values())
+    return sum(row.size for row in parameter_table(model).values())
 
 
 def checkpoint_bytes(model: ModelConfig) -> int:
-    """Of a run's checkpoint: fp32 weights and two moments."""
-    return 12 * num_parameters(model)
+    """Of a run's checkpoint, at most: fp32 weights, and two moments of what is trained."""
+    return sum((12 if row.trained else 4) * row.size for row in parameter_table(model).values())
+
+
+def held(model: ModelConfig, layers: range, degree: int) -> Held:
+    """What a pipeline stage of these layers holds on one tensor-parallel rank of this degree. Layers count from 0, the
+    embedding."""
+    return _held(model.model_dump_json(), extensions_of(model), layers, degree)
+
+
+def layer_prefix(layer: int) -> str:
+    """Of a transformer layer's parameters; layer counts from 0."""
+    return f"decoder.layers.{layer}."
 
 
 def padded_vocab_size(model: ModelConfig, degree: int) -> int:
     """Rows of the vocabulary tables: a multiple of vocab_divisor × tensor-parallel degree."""
-    multiple = model.vocab_divisor * degree
-    return (model.vocab_size + multiple - 1) // multiple * multiple
-
-
-def layer_costs(model: ModelConfig, length: float) -> list[float]:
-    """Forward FLOPs per position of embedding, blocks and head: what partitioning balances. Half of the positions reach
-    the head."""
-    width = model.kv_channels * model.num_heads
-    attention = model.hidden_size * 2 * (width + model.kv_channels * model.num_kv_heads)
-    matrices = attention + 3 * model.hidden_size * model.ffn_hidden_size
-    block = 2.0 * matrices + 4.0 * length * width
-    head = 0.5 * 2.0 * model.hidden_size * model.vocab_size
-    return [0.0, *[block] * model.num_layers, head]
-
-
-def training_flops(model: ModelConfig, num_tokens: int, length: float, num_selected: int) -> float:
-    """Of a step's forward and backward passes, without what is computed again: what MFU counts.
-
-    num_tokens: of all rows, without padding; length: of a row, on average (attention grows with it; lengths that vary
-    make it a little too small); num_selected: positions whose logits are computed.
-    """
     assert isinstance(model.vocab_size, int)
-    blocks = sum(layer_costs(model, length)[1:-1])
-    return 3.0 * (num_tokens * blocks + 2.0 * model.hidden_size * model.vocab_size * num_selected)
+    return padded_rows(model.vocab_size, model.vocab_divisor, degree)
 
 
-def _layer_shapes(model: ModelConfig) -> dict[str, Shape]:
-    hidden, head_dim = model.hidden_size, model.kv_channels
+def padded_rows(rows: int, divisor: int, degree: int) -> int:
+    multiple = divisor * degree
+    return (rows + multiple - 1) // multiple * multiple
+
+
+@functools.lru_cache(maxsize=64)
+def _table(section: str, extensions: tuple[Extension, ...]) -> Table:
+    """section: the model section as JSON. extensions: those that it names."""
+    model = ModelConfig.model_validate_json(section)
+    rows = _base_rows(model)
+    for extension in extensions:
+        rows = extension.table(rows, model)
+    assert all(name == row.name for name, row in rows.items())
+    return MappingProxyType(rows)
+
+
+@functools.lru_cache(maxsize=4096)
+def _held(section: str, extensions: tuple[Extension, ...], layers: range, degree: int) -> Held:
+    sizes, in_parts = Counter[bool](), Counter[str]()
+    for row in _table(section, extensions).values():
+        if any(layer in layers for layer in row.layers):
+            size = math.prod(row.local_shape(degree))
+            sizes[row.trained] += size
+            in_parts[row.gradient_in_parts] += size * row.trained
+    return Held(sizes[True], sizes[False], in_parts)
+
+
+def _base_rows(model: ModelConfig) -> dict[str, Parameter]:
+    """Of the transformer itself. Initial weights are drawn by the names that parameters had in format 1: layer's index,
+    module, parameter."""
+    assert isinstance(model.vocab_size, int)
+    last = model.num_layers + 1
+    vocabulary = Parameter(
+        name=EMBEDDING,
+        shape=(model.vocab_size, model.hidden_size),
+        layers=(0, last) if model.tie_embeddings else (0,),
+        initial=Initial("normal", model.init_std),
+        split={"tensor": Split(0)},
+        vocab_divisor=model.vocab_divisor,
+        seed_name="0.word_embeddings.weight",
+    )
+    rows = {EMBEDDING: vocabulary}
+    of_a_layer = _layer_rows(model)
+    for layer in range(model.num_layers):
+        for row in of_a_layer:
+            name = layer_prefix(layer) + row.name
+            rows[name] = replace(row, name=name, layers=(layer + 1,), seed_name=f"{layer + 1}.layer.{row.name}")
+    rows[FINAL_NORM] = Parameter(
+        name=FINAL_NORM,
+        shape=(model.hidden_size,),
+        layers=(last,),
+        initial=ONES,  # its gradient is whole: it sees the gathered positions
+        decay=False,
+        seed_name=f"{last}.final_norm.weight",
+    )
+    if not model.tie_embeddings:
+        rows[OUTPUT] = replace(vocabulary, name=OUTPUT, layers=(last,), seed_name=f"{last}.vocabulary_weight")
+    return rows
+
+
+def _layer_rows(model: ModelConfig) -> list[Parameter]:
+    """Of one transformer layer, by their names in it. Megatron's scheme of initial values: N(0, σ²) matrices, with
+    σ / √(2 · layers) for projections into the residual stream."""
+    hidden, head_dim, ffn = model.hidden_size, model.kv_channels, model.ffn_hidden_size
     qkv = (model.num_heads + 2 * model.num_kv_heads) * head_dim
-    shapes: dict[str, Shape] = {"input_layernorm.weight": (hidden,), "self_attention.linear_qkv.weight": (qkv, hidden)}
+    matrix = Initial("normal", model.init_std)
+    into_residual = Initial("normal", model.init_std / (2 * model.num_layers) ** 0.5)
+    by_rows, by_columns = {"tensor": Split(0)}, {"tensor": Split(1)}
+
+    def norm(name: str, width: int, gradient_in_parts: str) -> Parameter:
+        return Parameter(
+            name=name, shape=(width,), layers=(), initial=ONES, gradient_in_parts=gradient_in_parts, decay=False
+        )
+
+    def weight(name: str, shape: Shape, initial: Initial, split: Mapping[str, Split]) -> Parameter:
+        return Parameter(name=name, shape=shape, layers=(), initial=initial, split=split, decay=len(shape) > 1)
+
+    rows = [
+        norm("input_layernorm.weight", hidden, "sequence"),
+        # for each group of queries that share a key and a value, [q…, k, v]: it splits by group
+        weight("self_attention.linear_qkv.weight", (qkv, hidden), matrix, by_rows),
+    ]
     if model.qkv_bias:
-        shapes["self_attention.linear_qkv.bias"] = (qkv,)
+        rows.append(weight("self_attention.linear_qkv.bias", (qkv,), ZEROS, by_rows))
     if model.qk_norm:
-        shapes["self_attention.q_layernorm.weight"] = (head_dim,)
-        shapes["self_attention.k_layernorm.weight"] = (head_dim,)
-    shapes["self_attention.linear_proj.weight"] = (hidden, model.num_heads * head_dim)
-    shapes["pre_mlp_layernorm.weight"] = (hidden,)
-    shapes["mlp.linear_fc1.weight"] = (2 * model.ffn_hidden_size, hidden)
-    shapes["mlp.linear_fc2.weight"] = (hidden, model.ffn_hidden_size)
-    return shapes
+        rows.append(norm("self_attention.q_layernorm.weight", head_dim, "always"))
+        rows.append(norm("self_attention.k_layernorm.weight", head_dim, "always"))
+    return [
+        *rows,
+        weight("self_attention.linear_proj.weight", (hidden, model.num_heads * head_dim), into_residual, by_columns),
+        norm("pre_mlp_layernorm.weight", hidden, "sequence"),
+        # [gate; up], each split for itself
+        weight("mlp.linear_fc1.weight", (2 * ffn, hidden), matrix, {"tensor": Split(0, interleave=2)}),
+        weight("mlp.linear_fc2.weight", (hidden, ffn), into_residual, by_columns),
+    ]

@@ -65,7 +65,7 @@ def torch_layers(model: ModelConfig, recompute_attention: bool) -> TransformerLa
 def transformer_engine_layers(model: ModelConfig, recompute_attention: bool) -> TransformerLayerSubmodules:
     """Transformer Engine's fused norm + linear modules. Not run by the authors: it needs CUDA.
 
-    Parameter names differ from the torch layers' in the norms; NORM_NAMES translates them for checkpoints.
+    Parameter names differ from the torch layers' in the norms: FUSED_NORMS.
     """
     spec = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=model.qk_norm).submodules
     return _with_our_kernels(spec, recompute_attention)
@@ -82,9 +82,9 @@ LAYER_SPECS: dict[str, Callable[[ModelConfig, bool], TransformerLayerSubmodules]
     "torch": torch_layers,
     "transformer_engine": transformer_engine_layers,
 }
-NORM_NAMES = {  # Transformer Engine's → the torch layers', which checkpoints use
-    ".self_attention.linear_qkv.layer_norm_weight": ".input_layernorm.weight",
-    ".mlp.linear_fc1.layer_norm_weight": ".pre_mlp_layernorm.weight",
+FUSED_NORMS = {  # of a layer's norms: Transformer Engine's names, in the linear maps they are fused with → the table's
+    "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
+    "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
 }
 
 

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from megatron_mdm.config.schema import ModelConfig
 from megatron_mdm.engine.clock import PHASES
-from megatron_mdm.models.parameters import training_flops
+from megatron_mdm.models.costs import training_flops
 from megatron_mdm.parallel import platform
 from megatron_mdm.parallel.collectives import gather_objects
 from megatron_mdm.parallel.cores import CoreUse, core_use, own_seconds, unfit_hosts

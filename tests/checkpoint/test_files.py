@@ -1,4 +1,4 @@
-"""Our safetensors files against the library's own, and views of tensors against torch."""
+"""Our safetensors files against the library's own, and lazy tensors against torch."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from megatron_mdm.checkpoint.safetensors_file import METADATA, SafetensorsFile, 
 from megatron_mdm.checkpoint.stream import Output, OutputFile, split, write_files
 from megatron_mdm.checkpoint.tensors import TensorReader, file_name
 from megatron_mdm.config.errors import UserError
-from megatron_mdm.models.sharding import Sharding
+from megatron_mdm.models.sharding import Split
 from tests.small import small_model
 
 TENSORS = {
@@ -105,8 +105,8 @@ def test_a_header_that_does_not_fit_its_file_is_named(
 
 def write_shard(folder: Path, rank: int, part: int, start: int, values: torch.Tensor, degree: int = 2) -> None:
     """A part of a tensor-parallel rank's shard, [2, 4], of the final norm's weight."""
-    metadata = {**METADATA, "fragments": json.dumps({"1.final_norm.weight/weight": [start, 8]})}
-    content = save({"1.final_norm.weight/weight": values}, metadata)
+    metadata = {**METADATA, "fragments": json.dumps({"decoder.final_layernorm.weight/weight": [start, 8]})}
+    content = save({"decoder.final_layernorm.weight/weight": values}, metadata)
     (folder / file_name(0, rank, degree, part)).write_bytes(content)
 
 
@@ -115,7 +115,9 @@ def test_tensors_of_which_a_part_is_missing_are_named(tmp_path: Path) -> None:
     values = torch.arange(8.0)
     for part, (start, stop) in enumerate(((0, 3), (3, 5), (5, 8))):
         write_shard(tmp_path, 0, part, start, values[start:stop], 1)
-    assert torch.equal(read(TensorReader(tmp_path, small_model()).view("1.final_norm.weight", "weight")), values)
+    assert torch.equal(
+        read(TensorReader(tmp_path, small_model()).tensor("decoder.final_layernorm.weight", "weight")), values
+    )
     (tmp_path / file_name(0, 0, 1, 2)).rename(tmp_path / "kept")
     with pytest.raises(UserError, match="is incomplete: no file has its element 5"):
         TensorReader(tmp_path, small_model())
@@ -127,7 +129,7 @@ def test_tensors_of_which_a_part_is_missing_are_named(tmp_path: Path) -> None:
         path.unlink()
     write_shard(tmp_path, 1, 0, 0, values)
     with pytest.raises(UserError, match="has 1 of 2 tensor-parallel shards"):
-        TensorReader(tmp_path, small_model()).view("1.final_norm.weight", "weight")
+        TensorReader(tmp_path, small_model()).tensor("decoder.final_layernorm.weight", "weight")
 
 
 @pytest.mark.parametrize("size", [0, 1, 4096, 16 * 2**20, 16 * 2**20 + 5, 40 * 2**20 + 4097])
@@ -146,18 +148,20 @@ def test_direct_writes(size: int, tmp_path: Path) -> None:
     assert (tmp_path / "memory").read_bytes() == data
 
 
-@pytest.mark.parametrize("sharding", [Sharding(0), Sharding(0, interleave=2), Sharding(1), Sharding(-1)], ids=str)
-def test_cut_and_merge_as_torch_does(sharding: Sharding, tmp_path: Path) -> None:
+@pytest.mark.parametrize("over", [Split(0), Split(0, interleave=2), Split(1), None], ids=str)
+def test_cut_and_merge_as_torch_does(over: Split | None, tmp_path: Path) -> None:
     whole = torch.randn(8, 12)
     path = tmp_path / "whole.safetensors"
     path.write_bytes(save({"whole": whole}))
-    view = SafetensorsFile(path).tensors["whole"]
-    shards = [cut(view, sharding, rank, 4) for rank in range(4)]
+    stored = SafetensorsFile(path).tensors["whole"]
+    shards = [cut(stored, over, rank, 4) for rank in range(4)]
     for rank, shard in enumerate(shards):
-        torch.testing.assert_close(read(shard), sharding.shard(whole, rank, 4), rtol=0, atol=0)
-    torch.testing.assert_close(read(merge(shards, sharding)), whole, rtol=0, atol=0)
-    half = cut(merge(shards, sharding), sharding, 1, 2)  # another degree, through both views
-    torch.testing.assert_close(read(half, torch.float64), sharding.shard(whole, 1, 2).double(), rtol=0, atol=0)
+        torch.testing.assert_close(read(shard), over.shard(whole, rank, 4) if over else whole, rtol=0, atol=0)
+    torch.testing.assert_close(read(merge(shards, over)), whole, rtol=0, atol=0)
+    half = cut(merge(shards, over), over, 1, 2)  # another degree, through both
+    torch.testing.assert_close(
+        read(half, torch.float64), (over.shard(whole, 1, 2) if over else whole).double(), rtol=0, atol=0
+    )
 
 
 def test_parts_of_parts(stored: SafetensorsFile) -> None:

@@ -11,6 +11,7 @@ import torch
 
 from megatron_mdm.config.schema import RunConfig
 from megatron_mdm.engine.deepspeed_config import deepspeed_config
+from megatron_mdm.models.parameters import FINAL_NORM
 from tests.ranks import run_ranks
 from tests.small import MASK, PAD, VOCAB, small_config, small_model, write_ids
 
@@ -78,8 +79,7 @@ def logits_of_a_zeroed_norm(config: RunConfig) -> np.ndarray:
     engine.train_batch([scored] * 2, 1e-3)  # which leaves parameters gathered
     inputs = logits_inputs(tokens, Full(), tokens > 0)
     assert engine.logits(inputs).any()
-    (name,) = (name for name in engine.optimizer_state.parameters if name.endswith("final_norm.weight"))
-    engine.optimizer_state.load(name, "weight", torch.zeros(config.model.hidden_size))
+    engine.optimizer_state.load(FINAL_NORM, "weight", torch.zeros(config.model.hidden_size))
     return engine.logits(inputs).numpy()
 
 

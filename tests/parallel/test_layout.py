@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from megatron_mdm.config.schema import ParallelConfig
-from megatron_mdm.models.parameters import layer_costs
+from megatron_mdm.models.costs import layer_costs
 from megatron_mdm.parallel.layout import AXES, Layout, partition
 from tests.small import small_model
 

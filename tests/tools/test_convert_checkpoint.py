@@ -74,7 +74,7 @@ def test_inspect(llada: Path, tmp_path: Path) -> None:
     succeed("import", llada, "--output", tmp_path / "run", "--tensor", "2")
     run = json.loads(succeed("inspect", tmp_path / "run", "--json"))
     # Neither the layout nor the form changes a tensor's bits.
-    theirs, ours = "model.transformer.blocks.2.ff_out.weight", "3.layer.mlp.linear_fc2.weight/weight"
+    theirs, ours = "model.transformer.blocks.2.ff_out.weight", "decoder.layers.2.mlp.linear_fc2.weight/weight"
     assert described["tensors"][theirs] == run["tensors"][ours]
     assert described["tensors"][theirs]["sha256"][:16] in text
     assert described["model"] == run["model"]

@@ -116,10 +116,10 @@ def counted_flops(config: RunConfig, rows: int, length: int) -> int:
     from torch.utils.flop_counter import FlopCounterMode
 
     from megatron_mdm.batch import Full, ModelInputs
-    from megatron_mdm.engine.build import build_engine, from_scratch
+    from megatron_mdm.engine.build import build_engine
     from megatron_mdm.parallel.groups import initialize
 
-    engine = build_engine(config, initialize(), from_scratch)
+    engine = build_engine(config, initialize())
     tokens, ones = torch.randint(0, 50, (rows, length)), torch.ones(rows, length)
     inputs = ModelInputs(tokens, Full(), ones.bool(), tokens, ones, torch.ones(rows))
     with FlopCounterMode(display=False) as counter:

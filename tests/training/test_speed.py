@@ -14,7 +14,8 @@ import pytest
 
 from megatron_mdm.config.load import dump_config
 from megatron_mdm.engine.clock import PHASES, PhaseClock, covered
-from megatron_mdm.models.parameters import parameter_shapes, training_flops
+from megatron_mdm.models.costs import training_flops
+from megatron_mdm.models.parameters import EMBEDDING, parameter_table
 from megatron_mdm.parallel.cores import CoreUse, core_wait, unfit_hosts
 from megatron_mdm.training.metrics import is_measured
 from megatron_mdm.training.speed import RankTimes, stragglers
@@ -191,9 +192,9 @@ def test_overlapping_spans_count_once() -> None:
 def test_flops_are_six_per_weight_and_token() -> None:
     """Without attention's own products, which grow with the length."""
     model = small_model()
-    shapes = parameter_shapes(model)
-    blocks = sum(math.prod(shape) for name, shape in shapes.items() if ".layer." in name and len(shape) == 2)
-    head = math.prod(shapes["0.word_embeddings.weight"])
+    table = parameter_table(model)
+    blocks = sum(row.size for name, row in table.items() if ".layers." in name and len(row.shape) == 2)
+    head = table[EMBEDDING].size
     assert training_flops(model, 100, 0.0, 40) == 6 * (100 * blocks + 40 * head)
     longer = training_flops(model, 100, 10.0, 40) - training_flops(model, 100, 0.0, 40)
     assert longer == 3 * 100 * model.num_layers * 4 * 10 * model.hidden_size

@@ -6,14 +6,8 @@ from typing import NamedTuple
 
 from megatron_mdm.config.schema import ModelConfig
 from megatron_mdm.models.families.family import Family, Keys
-from megatron_mdm.models.parameters import (
-    EMBEDDING,
-    Shape,
-    final_norm_name,
-    head_name,
-    layer_prefix,
-    parameter_shapes,
-)
+from megatron_mdm.models.parameters import EMBEDDING, FINAL_NORM, OUTPUT, layer_prefix, parameter_table
+from megatron_mdm.models.sharding import Shape
 
 
 class RowRange(NamedTuple):
@@ -25,13 +19,14 @@ class RowRange(NamedTuple):
 
 
 def our_parameters(family: Family, model: ModelConfig) -> dict[str, list[RowRange]]:
-    """Our parameter (whole, canonical name) → the rows of the family's tensors that it consists of, in order."""
-    keys, shapes = family.keys, parameter_shapes(model)
-    sources = {EMBEDDING: keys.embedding, final_norm_name(model): keys.final_norm, head_name(model): keys.head}
+    """Our parameter (whole) → the rows of the family's tensors that it consists of, in order. Those that an extension
+    adds are none of the family's."""
+    keys, table = family.keys, parameter_table(model)
+    sources = {EMBEDDING: keys.embedding, FINAL_NORM: keys.final_norm, OUTPUT: keys.head}
     for layer in range(model.num_layers):
         theirs = keys.layer.format(layer)
         sources |= {layer_prefix(layer) + ours: theirs + name for ours, name in _plain(keys).items()}
-    ranges = {ours: [RowRange(sources[ours], 0, shape[0])] for ours, shape in shapes.items() if ours in sources}
+    ranges = {name: [RowRange(sources[name], 0, row.shape[0])] for name, row in table.items() if name in sources}
     for layer in range(model.num_layers):
         ours, theirs = layer_prefix(layer), keys.layer.format(layer)
         for kind in ("weight", "bias"):
@@ -40,7 +35,7 @@ def our_parameters(family: Family, model: ModelConfig) -> dict[str, list[RowRang
         ranges[ours + "mlp.linear_fc1.weight"] = [
             RowRange(f"{theirs}{name}.weight", 0, width) for name in (keys.gate, keys.up)
         ]
-    return {name: ranges[name] for name in shapes}
+    return {name: ranges[name] for name in table if name in ranges}
 
 
 def family_tensors(family: Family, model: ModelConfig) -> dict[str, list[RowRange]]:
@@ -56,9 +51,9 @@ def family_tensors(family: Family, model: ModelConfig) -> dict[str, list[RowRang
 
 def family_shapes(family: Family, model: ModelConfig) -> dict[str, Shape]:
     """The shape that each of the family's tensors has."""
-    ours = parameter_shapes(model)
+    ours = parameter_table(model)
     return {
-        name: (sum(part.stop - part.start for part in parts), *ours[parts[0].name][1:])
+        name: (sum(part.stop - part.start for part in parts), *ours[parts[0].name].shape[1:])
         for name, parts in family_tensors(family, model).items()
     }
 

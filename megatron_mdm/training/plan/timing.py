@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from megatron_mdm.config.schema import RunConfig
 from megatron_mdm.engine.communication import MicroBatchShape, Stage, Volume, stages, step_communication
-from megatron_mdm.models.parameters import layer_costs
+from megatron_mdm.models.costs import layer_costs
 from megatron_mdm.parallel.layout import Layout
 from megatron_mdm.training.plan.cluster import Cluster
 
