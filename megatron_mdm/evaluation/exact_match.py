@@ -36,8 +36,8 @@ def read_questions(
     bad: BadRecords,
     room: Room = UNLIMITED,
 ) -> list[Question]:
-    """The first `limit` records (0: all). A record whose reference has no final answer is a bad one, as is one whose
-    prompt leaves the response no room."""
+    """The questions of the first `limit` records (0: all). A record whose reference has no final answer is a bad one,
+    as is one whose prompt leaves the response no room."""
     questions = list[Question]()
     for where, record in read_records(path, bad):
         with bad.of(where):
@@ -94,7 +94,8 @@ def evaluate_exact_match(
 
 def wilson_interval(right: int, total: int) -> tuple[float, float]:
     """95 % interval of a proportion (Wilson 1927)."""
-    share, z2 = right / total, WILSON_Z**2
+    share = right / total
+    z2 = WILSON_Z**2
     centre = (share + z2 / (2 * total)) / (1 + z2 / total)
     half = WILSON_Z / (1 + z2 / total) * (share * (1 - share) / total + z2 / (4 * total**2)) ** 0.5
     return max(0.0, centre - half), min(1.0, centre + half)

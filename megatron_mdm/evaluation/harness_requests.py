@@ -1,7 +1,7 @@
 """The three kinds of requests that lm-eval makes of a model, answered by this stack's ranks. Knows nothing of lm-eval.
 
-Text goes to the model as it is, without a prompt template. Every rank is given all requests; they are shared out among
-the data-parallel ranks inside each call, and every rank returns all results.
+Text goes to the model as it is, without a prompt template. Every rank is given all requests; they are distributed
+across the data-parallel ranks inside each call, and every rank returns all results.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class Wish(NamedTuple):
 
 
 def wish(keywords: Mapping[str, Any], settings: HarnessConfig) -> Wish:
-    """From a task's generation_kwargs. gen_length goes before the task's own length."""
+    """The wish that a task's generation_kwargs state. settings.gen_length goes before the task's own length."""
     named = [int(keywords[name]) for name in MAX_TOKENS if keywords.get(name) is not None]
     until = keywords.get("until") or []
     temperature = float(keywords.get("temperature") or 0.0)
@@ -77,8 +77,8 @@ def wish(keywords: Mapping[str, Any], settings: HarnessConfig) -> Wish:
 
 
 def generation_for(asked: Wish, settings: HarnessConfig, max_length: int) -> GenerationConfig:
-    """Whole blocks of at least the tokens that are asked for. Raises UserError where they leave a model of max_length
-    tokens no room for a prompt, or the steps cannot be shared out."""
+    """Generation in whole blocks of at least the tokens that are asked for. Raises UserError where they leave a model
+    of max_length tokens no room for a prompt, or the blocks cannot share the steps evenly."""
     block = min(settings.block_length, asked.max_tokens)
     blocks = -(-asked.max_tokens // block)
     if blocks * block >= max_length:
@@ -104,15 +104,19 @@ class Requests:
         objective: TrainedFor,
         context: ParallelContext,
     ) -> None:
-        self.engine, self.tokenizer, self.settings, self.context = engine, tokenizer, settings, context
-        self.objective, self.max_length = objective, config.model.max_sequence_length
+        self.engine = engine
+        self.tokenizer = tokenizer
+        self.settings = settings
+        self.context = context
+        self.objective = objective
+        self.max_length = config.model.max_sequence_length
         self.longest = Room.of(config.model, settings.extrapolate).longest  # prompt and what is behind it
         self.special = SpecialIds.of(tokenizer)
         self.num_cut = 0  # prompts, since it was said last
 
     def log_likelihoods(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[float, bool]]:
-        """Of each (context, continuation): the log-likelihood, or its lower bound; and whether greedy decoding gives
-        it. Collective."""
+        """The log-likelihood, or its lower bound, of each (context, continuation), and whether greedy decoding gives
+        the continuation. Collective."""
         encoded = [self._encoded(*pair) for pair in pairs]
         self._say_what_was_cut(len(pairs))
         found = self._nats([continuation(before, target) for before, target in encoded])
@@ -120,8 +124,10 @@ class Requests:
         return [(-float(nats), same) for nats, same in zip(found.nats, greedy)]
 
     def document_log_likelihoods(self, texts: Sequence[str]) -> list[float]:
-        """Of whole documents behind an eos, cut into pieces that fit the model; each piece by itself. Collective."""
-        pieces, owner = [], []
+        """Log-likelihoods of whole documents behind an eos, cut into pieces that fit the model and are scored by
+        themselves. Collective."""
+        pieces = []
+        owner = []
         for index, text in enumerate(texts):
             ids = self.tokenizer.encode(text)
             size = self.max_length - 1
@@ -135,7 +141,7 @@ class Requests:
         return totals
 
     def responses(self, prompts: Sequence[tuple[str, Mapping[str, Any]]]) -> list[str]:
-        """To each (prompt, generation_kwargs). Collective."""
+        """The response to each (prompt, generation_kwargs). Collective."""
         wishes = [wish(keywords, self.settings) for _, keywords in prompts]
         if unknown := {name for _, keywords in prompts for name in keywords} - KNOWN:
             self._say(f"the tasks' generation settings {', '.join(sorted(unknown))} have no meaning here")
@@ -150,7 +156,8 @@ class Requests:
         return texts
 
     def _nats(self, samples: list[Any]) -> Likelihoods:
-        settings, scoring = self.settings.likelihood(), self.objective.scoring
+        settings = self.settings.likelihood()
+        scoring = self.objective.scoring
         return negative_log_likelihoods(self.engine, samples, settings, self.special, self.context, scoring)
 
     def _generated(self, prompts: list[list[int]], config: GenerationConfig) -> list[list[int]]:
@@ -171,15 +178,17 @@ class Requests:
     def _encoded(self, before: str, target: str) -> tuple[list[int], list[int]]:
         """Token ids; spaces at the context's end go to the target, and the pair is encoded as one text."""
         kept = before.rstrip()
-        target, before = before[len(kept) :] + target, kept
-        whole, first = self.tokenizer.encode(before + target), self._context(before)
+        target = before[len(kept) :] + target
+        before = kept
+        whole = self.tokenizer.encode(before + target)
+        first = self._context(before)
         target_ids = whole[len(first) :] if before else whole
         if not target_ids:  # the last token of the context has swallowed it
             target_ids = self.tokenizer.encode(target)
         return self._fitting(first, len(target_ids)), target_ids
 
     def _context(self, text: str) -> list[int]:
-        """Never empty: without a text, an eos, as the harness's own models begin."""
+        """Ids of a context; without a text, an eos, as the harness's own models begin."""
         return self.tokenizer.encode(text) or [self.special.eos]
 
     def _fitting(self, ids: list[int], behind: int) -> list[int]:

@@ -116,7 +116,8 @@ def measure(
 
     As many at a time as fill a pipeline. Ranks without work repeat the last micro-batch, to keep step.
     """
-    ranks, together = context.layout.data, 2 * context.layout.pipeline
+    ranks = context.layout.data
+    together = 2 * context.layout.pipeline
     num_turns = -(-len(parts) // ranks)
     starts = range(0, num_turns, together)
     for first in progress_bar(starts, desc=progress, unit="batch", enabled=context.is_main and bool(progress)):

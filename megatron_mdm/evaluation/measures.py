@@ -97,7 +97,7 @@ def _perplexity(
 
 
 def _longest(source: Source, settings: LikelihoodConfig, config: RunConfig) -> int:
-    """Tokens of a sample; of a corpus, which is cut into sequences, as the run cuts its own."""
+    """The most tokens that a sample may have; a corpus is cut into sequences as the run cuts its own."""
     if not settings.extrapolate:
         return min(config.data.max_length, config.model.max_sequence_length)
     return sys.maxsize if Path(source.path).is_file() else config.data.max_length
@@ -146,7 +146,7 @@ MEASURES: dict[str, Measure] = {
 
 
 def write_result(folder: Path, measure: Measure, result: Result) -> dict[str, Path]:
-    """A result in the run's folder, and its samples, a line each, in a file of their own. Returns what was written."""
+    """Write a result to the run's folder, and its samples, a line each, to a file of their own. Returns the files."""
     samples = result.pop("samples", [])
     write_json(folder / measure.file, result)
     written = {"result": folder / measure.file}

@@ -79,7 +79,7 @@ class Question(NamedTuple):
 def read_choices(
     path: str, limit: int, tokenizer: Tokenizer, data: DataConfig, bad: BadRecords, room: Room = UNLIMITED
 ) -> list[Question]:
-    """Records of a prompt (or messages), "choices": […] and "answer": index; the first `limit`, 0: all."""
+    """The first `limit` (0: all) records of a prompt (or messages), "choices": […] and "answer": index."""
     questions = list[Question]()
     for where, record in read_records(path, bad):
         with bad.of(where):
@@ -94,7 +94,8 @@ def read_choices(
 
 
 def _question(record: Record, tokenizer: Tokenizer, data: DataConfig) -> Question:
-    choices, answer = record.get("choices"), record.get("answer")
+    choices = record.get("choices")
+    answer = record.get("answer")
     if not isinstance(choices, list) or not all(isinstance(choice, str) for choice in choices):
         raise ValueError("expected a list of strings in the column 'choices', beside a prompt and an 'answer'")
     if type(answer) is not int or not 0 <= answer < len(choices):
@@ -117,10 +118,12 @@ def evaluate_choices(
     """The most likely choice, in all and per token. Collective; JSON-able."""
     samples = [continuation(question.prompt.ids, choice) for question in questions for choice in question.choices]
     found = negative_log_likelihoods(engine, samples, config, special, context, scoring)
-    records, first = [], 0
+    records = []
+    first = 0
     for question in questions:
         mine = slice(first, first + len(question.choices))
-        nats, per_token = found.nats[mine], found.nats[mine] / found.num_eligible[mine]
+        nats = found.nats[mine]
+        per_token = found.nats[mine] / found.num_eligible[mine]
         records.append(
             {
                 **question.prompt.as_record(),

@@ -34,7 +34,7 @@ class Validation(Protocol):
 
 
 class FixedGridValidation:
-    """The bound −log p(x0)/P per sample (method, Section 1), averaged over uniform t and over the samples."""
+    """The bound on −log p(x0)/P of a sample (paper, Eq. 1), averaged over uniform t and over the samples."""
 
     def __init__(
         self,
@@ -47,7 +47,8 @@ class FixedGridValidation:
         inputs: Inputs = loss_inputs,
     ) -> None:
         """micro_size: rows of a forward pass. inputs: what the model takes of a noised micro-batch."""
-        self.schedule, self.design = schedule, MaskDesign(MASKING_RULES["bernoulli"], schedule)
+        self.schedule = schedule
+        self.design = MaskDesign(MASKING_RULES["bernoulli"], schedule)
         self.normalization = NORMALIZATIONS["sample"]
         self.measure = LossMeasurement(data, self.design, self.normalization, special, micro_size, context, inputs)
         samples = np.tile(np.arange(min(config.num_samples, len(data))), config.num_times)
@@ -65,11 +66,11 @@ class FixedGridValidation:
 
     @property
     def losses(self) -> Floats:
-        """Of the last validation, at self.t."""
+        """Losses of the last validation, at self.t."""
         return self.rows.loss[:, 0]
 
     def moments(self) -> tuple[Floats, Exposures]:
-        """Of the last validation's losses (uniform t, one Bernoulli mask), for judging a density of t."""
+        """Moments of the last validation's losses (uniform t, one Bernoulli mask), for judging a density of t."""
         shapes = SampleShapes.of(self.measure.data.num_eligible(), np.zeros(len(self.measure.data), dtype=np.int64))
         q = self.schedule.mask_probability(self.t)
         return group_moments(self.t, q, self.rows), exposures(self.design, shapes, self.normalization)

@@ -1,4 +1,4 @@
-"""A file of responses that an interrupted job can go on with."""
+"""A file of responses that an interrupted job resumes with."""
 
 from __future__ import annotations
 
@@ -29,8 +29,10 @@ class AnswerFile:
         self, path: Path, prompts: Sequence[EncodedPrompt], settings: dict[str, Any], context: ParallelContext
     ) -> None:
         """settings: JSON-able, all that the responses depend on besides the prompts. Collective."""
-        self.path, self.partial = path, path.with_name(path.name + ".partial")
-        self.prompts, self.is_main = prompts, context.is_main
+        self.path = path
+        self.partial = path.with_name(path.name + ".partial")
+        self.prompts = prompts
+        self.is_main = context.is_main
         digest = hashlib.sha256()
         for prompt in prompts:  # their tokens depend on tokenizer and template, and on the day that a template names
             digest.update(_line({**prompt.as_record(), "ids": prompt.ids}).encode())
@@ -135,7 +137,7 @@ def _line(record: dict[str, Any]) -> str:
 
 
 def _parsed(line: bytes) -> dict[str, Any] | None:
-    """None for what is no object, such as a line that was cut off."""
+    """A line's object; None where it is none, such as a line that was cut off."""
     try:
         record = json.loads(line.decode("utf-8"))
     except ValueError:

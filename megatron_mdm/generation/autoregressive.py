@@ -24,7 +24,7 @@ def decode_greedily(
     special: SpecialIds,
     watch: Callable[[Tensor], None] | None = None,
 ) -> list[Response]:
-    """One batch: each response ends with its first end token or after gen_length tokens.
+    """The responses to one batch of prompts; each ends with its first end token or after gen_length tokens.
 
     The prompts are read in one forward pass; then each pass computes one position of every row, whose place differs
     from row to row, and the cache holds what stands before it. At a temperature above 0, tokens are drawn instead; the
@@ -33,7 +33,8 @@ def decode_greedily(
     if not all(prompts):
         raise UserError("an autoregressive model needs at least one token to begin with; a prompt is empty")
     lengths = torch.tensor([len(prompt) for prompt in prompts])
-    num_rows, width = len(prompts), int(lengths.max())
+    num_rows = len(prompts)
+    width = int(lengths.max())
     tokens = torch.full((num_rows, width), special.pad)
     for row, prompt in enumerate(prompts):
         tokens[row, : len(prompt)] = torch.tensor(prompt, dtype=torch.int64)
@@ -54,7 +55,8 @@ def decode_greedily(
         running &= ~special.ends(chosen)
         if not running.any():
             break
-        tokens, last = responses[:, step, None], torch.ones(num_rows, 1, dtype=torch.bool)
+        tokens = responses[:, step, None]
+        last = torch.ones(num_rows, 1, dtype=torch.bool)
         positions = (lengths + step)[:, None]
     ended = special.ends(responses)
     kept = torch.where(ended.any(1), ended.int().argmax(1) + 1, config.gen_length).tolist()
@@ -62,7 +64,7 @@ def decode_greedily(
 
 
 def _uniforms(prompt_ids: Sequence[int], step: int, vocab_size: int, config: GenerationConfig) -> Tensor:
-    """[R, V]; empty where nothing is drawn."""
+    """Uniform numbers that draw the next tokens, [R, V]; empty where nothing is drawn."""
     if config.temperature == 0.0:
         return torch.empty(0)
     generators = (stream(config.seed, Purpose.GENERATION, step, prompt) for prompt in prompt_ids)

@@ -9,14 +9,15 @@ from torch import Tensor
 
 
 class Candidates(NamedTuple):
-    """Of N masked positions. The mask is a token like others in both tables of logits, but never a candidate."""
+    """Candidates for N masked positions. In both tables of logits the mask is a token like others, but never a
+    candidate."""
 
     tokens: Tensor  # [N] int64
     logits: Tensor  # [N, V] float32: the model's, after guidance
     drawn_from: Tensor  # [N, V]: logits / temperature of the tokens that top_p and top_k keep, −inf elsewhere
 
     def without(self, *token_ids: int) -> Candidates:
-        """As if the model gave these tokens no probability; the candidates stay."""
+        """The same candidates, as if the model gave these tokens no probability."""
         return Candidates(self.tokens, without(self.logits, *token_ids), without(self.drawn_from, *token_ids))
 
 

@@ -32,7 +32,7 @@ def converse(
 ) -> None:
     """Answer each line that the main rank reads until they end. Collective: the other ranks follow it.
 
-    On a terminal the response is drawn anew after every step; elsewhere only its end is written. A line that cannot be
+    On a terminal the response is redrawn after every step; elsewhere only its end is written. A line that cannot be
     answered costs itself only.
     """
     special = SpecialIds.of(tokenizer)
@@ -68,10 +68,12 @@ class _Screen:
     """The lines below the prompt."""
 
     def __init__(self, tokenizer: Tokenizer, output: TextIO) -> None:
-        self.tokenizer, self.output, self.num_lines = tokenizer, output, 0
+        self.tokenizer = tokenizer
+        self.output = output
+        self.num_lines = 0
 
     def draw(self, responses: Tensor) -> None:
-        """responses [1, gen_length]."""
+        """Redraw the lines. responses [1, gen_length]."""
         text = partly_masked_text(responses[0].tolist(), self.tokenizer)
         self.clear()
         self.output.write(text + "\n")

@@ -24,7 +24,7 @@ class Step(NamedTuple):
 
 
 class Ranking(NamedTuple):
-    """Of R rows with B positions each."""
+    """The order in which candidates of R rows with B positions each may be committed."""
 
     scores: Tensor  # [R, B] float64; −inf where nothing is masked
     masked: Tensor  # [R, B] bool
@@ -64,7 +64,7 @@ def _probability(tokens: Tensor, logits: Tensor) -> Tensor:
 
 
 def most_confident(ranking: Ranking, count: float) -> Tensor:
-    """[R, B] bool: so many of the best scores in each row, as far as it has masks; of equal ones, the first."""
+    """The `count` best scores of each row, as far as it has masks, [R, B] bool; of equal ones, the first."""
     order = ranking.scores.argsort(dim=1, descending=True, stable=True)
     last = (ranking.held_back | ~ranking.masked).gather(1, order).byte()
     order = order.gather(1, last.argsort(dim=1, stable=True))
@@ -72,12 +72,12 @@ def most_confident(ranking: Ranking, count: float) -> Tensor:
 
 
 def by_chance(ranking: Ranking, share: float) -> Tensor:
-    """[R, B] bool: each mask by itself, with this probability."""
+    """Each mask by itself with probability `share`, [R, B] bool."""
     return ranking.masked & (ranking.scores < share)
 
 
 def confident_enough(ranking: Ranking, count: float, threshold: float) -> Tensor:
-    """[R, B] bool: all whose confidence is at least the threshold, and count at least (Fast-dLLM)."""
+    """All whose confidence is at least the threshold, and at least `count`, [R, B] bool (Fast-dLLM)."""
     return most_confident(ranking, count) | (ranking.scores >= threshold)
 
 
@@ -111,7 +111,8 @@ def linear(num_masked: int, num_steps: int, _: float) -> list[Step]:
 def cosine(num_masked: int, num_steps: int, _: float) -> list[Step]:
     """MaskGIT's, which MMaDA uses for images: ⌊masked · cos(π/2 · s/steps)⌋ stay masked after step s, but each step
     that can commits at least one: few at first, most at the end."""
-    counts, left = [], num_masked
+    counts = []
+    left = num_masked
     for step in range(1, num_steps + 1):
         still = math.floor(num_masked * math.cos(math.pi / 2 * step / num_steps) + 1e-9) if step < num_steps else 0
         counts.append(left - max(0, min(still, left - 1)))
@@ -123,7 +124,8 @@ def epsilon(num_masked: int, num_steps: int, eps: float) -> list[Step]:
     """Dream's: times t fall evenly from 1 to eps; the step from t to s commits the share 1 − s/t of the masks left,
     cut off to a whole number, and the last step all. In float32, as there, where rounding decides some counts."""
     times = torch.linspace(1.0, eps, num_steps + 1)
-    steps, left = [], num_masked
+    steps = []
+    left = num_masked
     for share in 1 - times[1:-1] / times[:-2]:
         steps.append(Step(int(left * share), float(share)))
         left -= steps[-1].count
@@ -131,7 +133,7 @@ def epsilon(num_masked: int, num_steps: int, eps: float) -> list[Step]:
 
 
 def _steps(counts: list[int]) -> list[Step]:
-    """With each count's share of what is left."""
+    """Steps of these counts, each with its share of the masks that are left."""
     left = [sum(counts[index:]) for index in range(len(counts))]
     return [Step(count, count / masked if masked else 0.0) for count, masked in zip(counts, left)]
 

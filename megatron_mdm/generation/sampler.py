@@ -27,7 +27,8 @@ def denoise(
     special: SpecialIds,
     watch: Watch | None = None,
 ) -> list[Response]:
-    """One batch: responses of gen_length ids. Randomness is a function of (seed, prompt id, block, step)."""
+    """The responses to one batch of prompts, gen_length ids each. Randomness is a function of (seed, prompt id, block,
+    step)."""
     canvas = _Canvas(prompts, config, special)
     amounts, select = _plan(config)
     for block in range(config.num_blocks):
@@ -64,7 +65,8 @@ class _Canvas:
     does not depend on its batch. Under guidance, R more rows hold the same responses behind a masked prompt."""
 
     def __init__(self, prompts: Sequence[Sequence[int]], config: GenerationConfig, special: SpecialIds) -> None:
-        self.config, self.special = config, special
+        self.config = config
+        self.special = special
         self.starts = torch.tensor([len(prompt) for prompt in prompts])
         self.lengths = self.starts + config.gen_length
         self.tokens = torch.full((len(prompts), int(self.lengths.max())), special.pad)  # [R, W]
@@ -78,14 +80,14 @@ class _Canvas:
         self.cached_block = -1  # the block whose first pass filled the cache; −1: none yet
 
     def block(self, index: int) -> Tensor:
-        """[R, block]: places of a block's positions."""
+        """Places of a block's positions, [R, block]."""
         return self.starts[:, None] + index * self.config.block_length + torch.arange(self.config.block_length)
 
     def responses(self) -> Tensor:
         return self.tokens.gather(1, self.starts[:, None] + torch.arange(self.config.gen_length))
 
     def commit(self, places: Tensor, chosen: Tensor, candidates: Tensor) -> None:
-        """All [R, block]."""
+        """Write the chosen candidates. All [R, block]."""
         self.tokens.scatter_(1, places, torch.where(chosen, candidates, self.tokens.gather(1, places)))
 
     def close_ended_rows(self, places: Tensor) -> bool:
@@ -95,13 +97,13 @@ class _Canvas:
         return not bool((self.responses() == self.special.mask).any())
 
     def rows(self) -> Tensor:
-        """[copies · R, W]: what the model sees."""
+        """What the model sees, [copies · R, W]."""
         if self.copies == 1:
             return self.tokens
         return torch.cat([self.tokens, self.tokens.masked_fill(self.is_prompt, self.special.mask)])
 
     def window(self, block: int) -> Window:
-        """The first pass of a block computes every position, later ones only what the setting does not re-use. The
+        """The positions that a block's next pass computes: all at first, later what the setting does not re-use. The
         place before the block is among them: a model with shifted logits predicts from it."""
         if self.cached_block != block:
             self.cached_block = block
@@ -115,13 +117,15 @@ class _Canvas:
 
 def _guided_logits(engine: LogitsEngine, canvas: _Canvas, block: int, places: Tensor, masked: Tensor) -> Tensor:
     """Logits [N, V] float32 of the block's masked positions, row by row, after guidance."""
-    tokens, lengths = canvas.rows(), canvas.lengths.repeat(canvas.copies)
+    tokens = canvas.rows()
+    lengths = canvas.lengths.repeat(canvas.copies)
     selected = torch.zeros_like(canvas.tokens, dtype=torch.bool).scatter_(1, places, masked).repeat(canvas.copies, 1)
     if canvas.config.cache == "none":
         logits = engine.logits(logits_inputs(tokens, padded_rows(lengths, tokens.shape[1]), selected)).float()
     else:
         window = canvas.window(block)
-        seen, chosen = tokens.gather(1, window.positions), selected.gather(1, window.positions)
+        seen = tokens.gather(1, window.positions)
+        chosen = selected.gather(1, window.positions)
         chosen[:, 0] &= window.positions[:, 0] != window.positions[:, 1]  # an empty prompt has no place before it
         logits = engine.logits(logits_inputs(seen, Padded(lengths), chosen), window).float()
     if canvas.copies == 2:
@@ -140,7 +144,7 @@ def _ranked(
     config: GenerationConfig,
     special: SpecialIds,
 ) -> tuple[Tensor, Ranking]:
-    """(candidates [R, block], their ranking). logits [N, V] of the masked positions."""
+    """Candidates [R, block] and their ranking. logits [N, V] of the masked positions."""
     orders, gumbels = _uniforms(prompt_ids, counter, masked, logits.shape[1], config)
     found = draw(logits, config.temperature, config.top_p, config.top_k, special.mask, gumbels)
     ends = torch.zeros(len(logits), dtype=torch.bool)
@@ -165,7 +169,8 @@ def _uniforms(
     """(order [N], Gumbel [N, V]) uniforms of the masked positions; what the settings do not use is left empty."""
     if config.temperature == 0.0 and config.alg_temp == 0.0 and not REMASKING[config.remasking].is_chance:
         return torch.empty(0), torch.empty(0)
-    orders, gumbels = [], []
+    orders = []
+    gumbels = []
     for row, prompt in enumerate(prompt_ids):
         generator = stream(config.seed, Purpose.GENERATION, counter, prompt)
         num_masked = int(masked[row].sum())

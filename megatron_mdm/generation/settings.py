@@ -17,7 +17,8 @@ from megatron_mdm.models.cache import Window
 
 
 class LogitsEngine(Protocol):
-    """engine.base.Engine, or engine.inference.InferenceEngine, which alone takes windows of a cache."""
+    """What generation asks of an engine: engine.base.Engine, or engine.inference.InferenceEngine, which alone takes
+    windows of a cache."""
 
     def logits(self, inputs: ModelInputs, window: Window | None = None) -> Tensor: ...
 
@@ -99,7 +100,7 @@ class SpecialIds(NamedTuple):
         return sorted(self.other_ends | ({self.eos} if self.eos >= 0 else set()))
 
     def ends(self, tokens: Tensor) -> Tensor:
-        """Where a response ends, of token ids of any shape."""
+        """True at the token ids, of any shape, that end a response."""
         return torch.isin(tokens, torch.tensor(self.end_ids, dtype=tokens.dtype, device=tokens.device))
 
 

@@ -42,14 +42,14 @@ class Noise(Protocol):
         ...
 
     def mask_probability(self, t: Floats) -> Floats:
-        """Of an ordinary position at mask rates t, of any shape: what moments of the losses are kept by."""
+        """The mask probability of an ordinary position at mask rates t, of any shape, for the moments of losses."""
         ...
 
     def __call__(self, batch: CleanBatch, step: int) -> NoisedBatch: ...
 
 
 class Description(NamedTuple):
-    """For plan, dry run and reports."""
+    """What plan, dry run and reports say of an objective."""
 
     label: str  # tells runs apart that are compared, and is the same for those that differ in their seeds only
     text: str  # a line
@@ -57,7 +57,7 @@ class Description(NamedTuple):
 
 
 class Objective(Protocol):
-    """One is made of a configuration; it holds no state. What it draws is in its Noise."""
+    """What is trained. Made from a configuration; it holds no state, and what it draws is in its Noise."""
 
     Options: ClassVar[type[ObjectiveOptions]]  # the keys of the section `objective`
     options: ObjectiveOptions  # that section, defaults filled in
@@ -76,7 +76,7 @@ class Objective(Protocol):
 
     @property
     def attention(self) -> str:
-        """The model's: bidirectional or causal. It becomes model.attention."""
+        """The model's attention, bidirectional or causal: it becomes model.attention."""
         ...
 
     def check_data(self, train: Dataset) -> None:
@@ -86,7 +86,7 @@ class Objective(Protocol):
     # Training: clean → noised → weighted → the model's inputs
 
     def noise(self, cell_density: Floats, mask_id: int) -> Noise:
-        """cell_density: the calibration's, where the sampler of t needs one."""
+        """The noise of a run. cell_density: the calibration's, where the sampler of t needs one."""
         ...
 
     @property
@@ -96,7 +96,7 @@ class Objective(Protocol):
 
     @property
     def design(self) -> MaskDesign:
-        """How the masks are drawn that p(t) is calibrated for. Raises UserError where none are."""
+        """How the masks are drawn that p(t) is calibrated for. Raises UserError where no masks are drawn."""
         ...
 
     def inputs(self, noised: NoisedBatch, weights: LossWeights) -> ModelInputs:
@@ -120,5 +120,5 @@ class Objective(Protocol):
 
     @property
     def scored_share(self) -> float:
-        """Of the eligible positions, those that reach the vocabulary, on average: for plans."""
+        """The average share of the eligible positions that reach the vocabulary: for plans."""
         ...

@@ -40,10 +40,12 @@ class Masked:
     scored_share = 0.5  # the mean of t
 
     def __init__(self, config: RunConfig, options: ObjectiveOptions) -> None:
-        self.config, self.options = config, options
+        self.config = config
+        self.options = options
 
     def check(self) -> None:
-        config, diffusion = self.config, self.config.diffusion
+        config = self.config
+        diffusion = self.config.diffusion
         if config.model.attention != self.attention:
             raise UserError("'model.attention' causal is for 'objective.name' autoregressive; use bidirectional")
         strata = diffusion.strata
@@ -63,7 +65,8 @@ class Masked:
         _check_calibration(diffusion)
 
     def warnings(self) -> list[str]:
-        diffusion, found = self.config.diffusion, []
+        diffusion = self.config.diffusion
+        found = []
         if diffusion.ema.enabled and diffusion.strata != "none":
             found.append(
                 "'diffusion.ema' with 'diffusion.strata': the paper advises against the two together, since stratified "
@@ -82,7 +85,8 @@ class Masked:
             raise UserError(f"{self.config.data.train}: calibration needs at least 2 training samples")
 
     def noise(self, cell_density: Floats, mask_id: int) -> Noiser:
-        diffusion, global_size = self.config.diffusion, self.config.batch.global_size
+        diffusion = self.config.diffusion
+        global_size = self.config.batch.global_size
         bounds = diffusion.clipping.bounds
         inputs = SamplerInputs(cell_density, FULL_RANGE if bounds == "adaptive" else bounds)
         return Noiser(
@@ -106,7 +110,8 @@ class Masked:
         return loss_inputs(noised, weights)
 
     def validation(self, data: Dataset, special: SpecialIds, context: ParallelContext) -> FixedGridValidation:
-        config, diffusion = self.config, self.config.diffusion
+        config = self.config
+        diffusion = self.config.diffusion
         schedule = MASK_SCHEDULES[diffusion.mask_schedule](diffusion.epsilon)
         rows = config.batch.micro_size * diffusion.rows_per_sample
         return FixedGridValidation(data, config.evaluation, schedule, special, rows, context, self.inputs)
@@ -121,7 +126,8 @@ class Masked:
 
     @property
     def description(self) -> Description:
-        diffusion, default = self.config.diffusion, DiffusionConfig()
+        diffusion = self.config.diffusion
+        default = DiffusionConfig()
         changed = [
             f"{name} {getattr(diffusion, name)}"
             for name in DiffusionConfig.model_fields
@@ -134,7 +140,8 @@ class Masked:
 
 
 def _check_calibration(diffusion: DiffusionConfig) -> None:
-    calibration, rows = diffusion.calibration, diffusion.rows_per_sample
+    calibration = diffusion.calibration
+    rows = diffusion.rows_per_sample
     if calibration.refit_every and diffusion.t_sampler not in CALIBRATED_SAMPLERS:
         raise UserError("'diffusion.calibration.refit_every' needs 'diffusion.t_sampler' ppots")
     if calibration.estimator == "naive" and calibration.num_samples * calibration.num_masks < 4 * rows:

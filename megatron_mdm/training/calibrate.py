@@ -1,6 +1,6 @@
 """The P-POTS pre-pass: losses at chosen t, sharded over data-parallel ranks, and the density fitted to them.
 
-The result does not depend on the layout: micro-batches are cut once, dealt out to the ranks, their losses collected.
+The result does not depend on the layout: micro-batches are cut once, distributed across ranks, their losses collected.
 """
 
 from __future__ import annotations
@@ -45,7 +45,8 @@ def calibrate(engine: Engine, config: RunConfig, data: RunData, context: Paralle
     began = time.monotonic()
     data = replace(data, train=as_trained(config, data))
     calibrator = calibrator_of(config, data.train)
-    calibration, choice = calibration_of(engine, config, data, context, calibrator), None
+    calibration = calibration_of(engine, config, data, context, calibrator)
+    choice = None
     if calibrator.settings.is_judged_by_gradients:
         enter("the gradients that judge the calibration")
         choice = floor_by_gradients(calibration.fit, engine, config, data, context)
@@ -61,7 +62,7 @@ def calibrate(engine: Engine, config: RunConfig, data: RunData, context: Paralle
 
 
 def as_trained(config: RunConfig, data: RunData) -> SftDataset:
-    """The training samples with the eos padding that is learnt behind them, if any."""
+    """The training samples with the eos padding that is trained on behind them, if any."""
     if not config.data.eos_padding:
         return data.train
     padding = data.tokenizer.eos_id
@@ -81,7 +82,7 @@ def as_trained(config: RunConfig, data: RunData) -> SftDataset:
 def calibration_of(
     engine: Forward, config: RunConfig, data: RunData, context: ParallelContext, calibrator: Calibrator
 ) -> Calibration:
-    """Measured and fitted in the way that the configuration's estimator asks for. Collective."""
+    """A calibration that is measured and fitted as the configuration's estimator asks for. Collective."""
     design = DESIGNS[config.diffusion.calibration.estimator]
     prepass = Prepass(engine, config, data, context)
     return design(prepass.add, calibrator, len(data.train), config.diffusion.rows_per_sample)
@@ -108,7 +109,8 @@ class Prepass:
 
     def add(self, samples: np.ndarray, t: Floats) -> Floats:
         """Moments [n, …] of groups of sample samples[i] at t[i]. Collective."""
-        config, first = self.config, 1 + self.num_groups
+        config = self.config
+        first = 1 + self.num_groups
         self.num_groups += len(samples)
         self.num_rounds += 1
         enter(f"round {self.num_rounds} of the calibration")
@@ -134,7 +136,9 @@ class Prepass:
 
 
 def _artifact(calibration: Calibration, calibrator: Calibrator, config: RunConfig) -> dict[str, Any]:
-    settings, fit, last = calibrator.settings, calibration.fit, calibration.rounds[-1]
+    settings = calibrator.settings
+    fit = calibration.fit
+    last = calibration.rounds[-1]
     judged = calibration.efficiency
     t = (np.arange(settings.num_times) + 1.0) / settings.num_times
     optimum = fit.optimum(t)

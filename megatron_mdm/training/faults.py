@@ -21,7 +21,8 @@ from megatron_mdm.training.loop import StepResult, Trainer
 from megatron_mdm.training.metrics import MetricsLog
 from megatron_mdm.training.state import TrainState
 
-FAULTS, DUMPS = "faults.jsonl", "faults"
+FAULTS = "faults.jsonl"
+DUMPS = "faults"
 _LEAST_LOSSES = 20  # before a spike can be told
 _MAD_TO_SIGMA = 1.4826  # a normal distribution's standard deviation per median absolute deviation
 _SHOWN_IDS = 8
@@ -34,13 +35,17 @@ class Faults(Callback):
     order = Order.FAULTS
 
     def __init__(self, trainer: Trainer, metrics: MetricsLog, folder: Path) -> None:
-        self.trainer, self.metrics, self.folder = trainer, metrics, folder
-        self.settings, self.is_main = trainer.config.faults, trainer.context.is_main
+        self.trainer = trainer
+        self.metrics = metrics
+        self.folder = folder
+        self.settings = trainer.config.faults
+        self.is_main = trainer.context.is_main
         self.skipped_in_a_row = 0
         self.recent_losses: list[float] = []  # which a spike is judged by
 
     def state_dict(self) -> State:
-        """Without the steps skipped in a row: whoever resumes a run that stopped for them wants them tried again."""
+        """The recent losses, without the steps skipped in a row: whoever resumes a run that stopped for them wants them
+        tried again."""
         return {"recent_losses": self.recent_losses}
 
     def load_state_dict(self, saved: State) -> None:
@@ -108,7 +113,7 @@ _WORDS = {"skipped": "was skipped", "spike": "has an unusual loss"}
 
 
 def robust_score(loss: float, before: list[float]) -> float:
-    """How many robust standard deviations a loss is above the median of those before; 0 while they are few."""
+    """The robust standard deviations by which a loss is above the median of those before; 0 while they are few."""
     if len(before) < _LEAST_LOSSES:
         return 0.0
     median = float(np.median(before))
@@ -119,7 +124,7 @@ def robust_score(loss: float, before: list[float]) -> float:
 def write_batch(trainer: Trainer, result: StepResult, folder: Path) -> None:
     """The inputs of a step as the engine got them, a file for each data-parallel rank, and what they were made of.
 
-    Collective. A disk that refuses them costs a line only: batch.json's step and the configuration make them anew.
+    Collective. A disk that refuses them costs a line only: batch.json's step and the configuration make them again.
     """
     context = trainer.context
     _, noised, weights = trainer.noised_batch(result.step)  # collective: not where a disk may refuse

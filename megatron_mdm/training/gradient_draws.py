@@ -51,7 +51,8 @@ def draw_gradients(
     """One forward and backward pass for each of num_draws samples. Collective: one rank has the sample, the others of
     its data-parallel group an empty batch."""
     objective = objective_of(config)
-    design, normalization = objective.design, objective.normalization
+    design = objective.design
+    normalization = objective.normalization
     shapes = SampleShapes.of(data.train.num_eligible(), data.train.num_delimiters())
     batch_of = average_batch(design, shapes)
     order = stream(config.seed, Purpose.CALIBRATION, _STREAM).permutation(len(data.train))

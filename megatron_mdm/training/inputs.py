@@ -96,7 +96,7 @@ def tokenizer_contents(config: RunConfig, data: RunData) -> str:
 
 
 def versions() -> dict[str, str]:
-    """Of the code, the libraries and the device."""
+    """Versions of the code, the libraries and the device."""
     return {
         "version of megatron-mdm": megatron_mdm.__version__,
         "code of megatron-mdm (sha256)": code_fingerprint(package_folder()),
@@ -111,7 +111,7 @@ def package_folder() -> Path:
 
 
 def code_fingerprint(package: Path) -> str:
-    """A hash of its sources, so that changes without a commit count."""
+    """A hash of a package's sources, so that changes without a commit count."""
     digest = hashlib.sha256()
     for path in sorted(package.rglob("*.py")):
         digest.update(f"{path.relative_to(package)} {sha256(path)}\n".encode())
@@ -128,8 +128,10 @@ def total_steps(config: RunConfig, num_samples: int) -> int:
 
 def describe_data(data: RunData, config: RunConfig) -> str:
     """One line: what was read and what was left out; and lines on template and special tokens."""
-    lengths, sets = data.train.lengths(), [data.train, *([data.validation] if data.validation else [])]
-    left_out, bad = sum(part.num_too_long for part in sets), sum(part.num_bad for part in sets)
+    lengths = data.train.lengths()
+    sets = [data.train, *([data.validation] if data.validation else [])]
+    left_out = sum(part.num_too_long for part in sets)
+    bad = sum(part.num_bad for part in sets)
     validation = f", {len(data.validation):,} for validation" if data.validation else ""
     dropped = f"; {left_out:,} longer than {config.data.max_length} tokens left out" if left_out else ""
     if config.data.too_long == "truncate" and left_out:
@@ -146,6 +148,6 @@ def describe_data(data: RunData, config: RunConfig) -> str:
 
 
 def _num_split(data: Dataset) -> int:
-    """Records that gave more samples than one."""
+    """The number of records that gave more samples than one."""
     counts = Counter(data.records) if isinstance(data, SftDataset) else {}
     return sum(count > 1 for count in counts.values())

@@ -1,8 +1,8 @@
-"""Which launch has begun the run in a folder: whether another try of it goes on, or starts as it was told to.
+"""Which launch has begun the run in a folder: whether another try of it resumes, or starts as it was told to.
 
 A launcher that tries again starts the ranks with the arguments of the first try, `--overwrite` among them. A try that
-has begun the run has emptied its folder and left the launch's id in it. The next try finds that and goes on with the
-run; where the first failed before, it finds none, and does what the arguments say.
+has begun the run has emptied its folder and left the launch's id in it. The next try finds that and resumes the run;
+where the first failed before, it finds none, and does what the arguments say.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ LAUNCH = "launch.json"  # ids of the launch: of each node, where each was starte
 
 
 def launch_id() -> str:
-    """The same for all tries of a launch; empty where nobody tries again."""
+    """An id that all tries of a launch share; empty where nobody tries again."""
     return environment.variable(environment.LAUNCH_ID)
 
 
@@ -31,5 +31,5 @@ def has_begun(folder: Path) -> bool:
 
 
 def note_begin(folder: Path, launches: Iterable[object]) -> None:
-    """launches: the ids that all ranks have."""
+    """Leave the launch's ids in the folder. launches: those that all ranks have."""
     write_json(folder / LAUNCH, sorted({str(launch) for launch in launches if launch}))

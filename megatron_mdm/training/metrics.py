@@ -25,7 +25,10 @@ class MetricsLog:
     """Writes on the main rank only; elsewhere every call does nothing."""
 
     def __init__(self, folder: Path, tensorboard: bool, is_main: bool, first_step: int) -> None:
-        self.path, self.is_main, self.tensorboard, self.writer = folder / "metrics.jsonl", is_main, tensorboard, None
+        self.path = folder / "metrics.jsonl"
+        self.is_main = is_main
+        self.tensorboard = tensorboard
+        self.writer = None
         self.unwritten = b""
         if is_main:
             folder.mkdir(parents=True, exist_ok=True)
@@ -45,7 +48,7 @@ class MetricsLog:
             self.writer = SummaryWriter(str(self.path.with_name("tensorboard")), purge_step=step + 1)
 
     def write(self, step: int, values: dict[str, Any]) -> None:
-        """One record; not-a-number becomes null, so that every line is JSON."""
+        """Write one record; not-a-number becomes null, so that every line is JSON."""
         if not self.is_main:
             return
         values = {key: None if _is_nan(value) else value for key, value in values.items()}
@@ -55,7 +58,7 @@ class MetricsLog:
             tqdm.write(f"step {step:>6}  " + "  ".join(f"{key} {value:.6g}" for key, value in shown.items()))
         try:
             self._add_points(step, values)
-        except OSError as error:  # of its own thread, some time ago; it cannot go on from there
+        except OSError as error:  # of its own thread, some time ago; it cannot continue from there
             tqdm.write(f"error: tensorboard's file cannot be written ({error.strerror}); it ends here", file=sys.stderr)
             self.writer = None
 
@@ -71,7 +74,7 @@ class MetricsLog:
                     self.writer.add_scalar(key, value, step)
 
     def _append(self, line: str) -> None:
-        """What a full disk refuses is kept, and written as soon as there is room."""
+        """Append a line; one that a full disk refuses is kept, and written as soon as there is room."""
         self.unwritten += line.encode()
         try:
             with self.path.open("ab", buffering=0) as file:

@@ -38,7 +38,8 @@ def preflight(config: RunConfig, checkpoints: Path, context: ParallelContext) ->
     checkpoints: the folder that holds the run's. Raises UserError where not one checkpoint would fit on the disk, where
     a node has another disk, and where a group's results are wrong.
     """
-    began, folder = time.monotonic(), Path(config.checkpoint.directory)
+    began = time.monotonic()
+    folder = Path(config.checkpoint.directory)
     check_shared(folder, context)
     disk = check_room(config, folder, len(steps(checkpoints)), context)
     outcomes = self_test(context)
@@ -96,7 +97,8 @@ def check_room(config: RunConfig, folder: Path, num_checkpoints: int, context: P
     num_checkpoints: those that the disk holds already.
     """
     found: Any = gather_objects(shutil.disk_usage(folder).free if context.is_main else 0, context)[0]
-    size, kept = checkpoint_bytes(config.model), config.checkpoint.keep_last
+    size = checkpoint_bytes(config.model)
+    kept = config.checkpoint.keep_last
     room = f"{folder}: {found / _GIB:.3g} GiB are free, and a checkpoint takes {size / _GIB:.3g} GiB"
     if found < size:
         raise UserError(f"{room}; make room, or set 'checkpoint.directory'")
@@ -106,9 +108,10 @@ def check_room(config: RunConfig, folder: Path, num_checkpoints: int, context: P
 
 
 def describe(outcomes: list[Outcome], disk: dict[str, int], seconds: float) -> list[str]:
-    """Ranks and disk; each kind of group, at its slowest rank."""
+    """Lines on ranks and disk, and on each kind of group at its slowest rank."""
     hosts = {outcome.host for outcome in outcomes}
-    ranks, nodes = _count(len(outcomes), "rank"), _count(len(hosts), "host")
+    ranks = _count(len(outcomes), "rank")
+    nodes = _count(len(hosts), "host")
     free = disk["free_bytes"] // disk["checkpoint_bytes"]
     lines = [f"{ranks} on {nodes}; room for {free:,} checkpoints; {seconds:.2f} s"]
     groups = []
@@ -146,7 +149,7 @@ def describe_slow(outcomes: list[Outcome]) -> list[str]:
 
 
 def git_commit() -> str:
-    """Of the sources, where they are in a repository; "" elsewhere."""
+    """The commit of the sources, where they are in a repository; "" elsewhere."""
     try:
         command = ["git", "-C", str(package_folder()), "rev-parse", "HEAD"]
         return subprocess.run(command, capture_output=True, text=True, timeout=5, check=False).stdout.strip()

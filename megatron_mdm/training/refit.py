@@ -20,7 +20,7 @@ from megatron_mdm.training.state import TrainState
 
 
 class Refit(Callback):
-    """Every `calibration.refit_every` steps, fit p(t) anew and sample it from the next step on.
+    """Every `calibration.refit_every` steps, fit p(t) again and sample it from the next step on.
 
     The statistics come from every rank's rows of each global batch and are the same on all ranks; they and the density
     are part of the checkpoint. Moments are conditional on t, so the density that drew t needs no correction.
@@ -31,8 +31,11 @@ class Refit(Callback):
 
     def __init__(self, calibrator: Calibrator, noiser: Noiser, artifact: dict[str, Any], metrics: MetricsLog) -> None:
         settings = calibrator.settings
-        self.calibrator, self.noiser, self.metrics = calibrator, noiser, metrics
-        self.every, self.memory = settings.refit_every, 0.5 ** (1.0 / settings.refit_half_life)
+        self.calibrator = calibrator
+        self.noiser = noiser
+        self.metrics = metrics
+        self.every = settings.refit_every
+        self.memory = 0.5 ** (1.0 / settings.refit_half_life)
         self.first = TabulatedSampler(np.array(artifact["cell_density"]))
         # What the true gradients allowed at the start; training measures none of single samples.
         self.least_floor = artifact["uniform_floor"] if settings.is_judged_by_gradients else 0.0
@@ -105,8 +108,10 @@ class JudgeSampler(Callback):
         every: int,
         metrics: MetricsLog,
     ) -> None:
-        self.noiser, self.validation = noiser, validation
-        self.every, self.metrics = every, metrics
+        self.noiser = noiser
+        self.validation = validation
+        self.every = every
+        self.metrics = metrics
         self.first = TabulatedSampler(np.array(artifact["cell_density"]))
 
     def after_step(self, state: TrainState, _: StepResult) -> None:

@@ -31,9 +31,10 @@ _FROM_THE_START = ("mask_token", "pad_token", "eos_token", "end_tokens", "templa
 
 
 def as_the_run_began(config: RunConfig) -> RunConfig:
-    """With what the run in its folder took at its beginning where the configuration leaves it open: the day that its
-    chat template names, and the special tokens and the template of model.init_from, which may be gone by now."""
-    saved_path, data = Path(config.checkpoint.directory) / RUN_CONFIG, config.data
+    """The configuration with what the run in its folder took at its beginning where it leaves that open: the day that
+    its chat template names, and the special tokens and the template of model.init_from, which may be gone by now."""
+    saved_path = Path(config.checkpoint.directory) / RUN_CONFIG
+    data = config.data
     if not saved_path.exists():
         return config
     saved = load_config(saved_path).data
@@ -44,7 +45,7 @@ def as_the_run_began(config: RunConfig) -> RunConfig:
 
 
 def contents(config: RunConfig, data: RunData) -> dict[str, str]:
-    """What tells the data and the tokenizer of a run, wherever they lie, by the key that names them."""
+    """Fingerprints of a run's data and tokenizer, wherever they lie, by the key that names them."""
     return {
         "data.train": data.train.fingerprint,
         "data.validation": data.validation.fingerprint if data.validation else "",

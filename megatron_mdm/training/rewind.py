@@ -1,4 +1,4 @@
-"""After a loss spike: back to the newest checkpoint, and on from there without the batches since."""
+"""After a loss spike: back to the newest checkpoint, and training from there without the batches since."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from megatron_mdm.training.state import TrainState, restored_state
 def rewind(
     state: TrainState, callbacks: Callbacks, trainer: Trainer, store: CheckpointStore, metrics: MetricsLog
 ) -> tuple[TrainState, dict[str, State]]:
-    """The state to go on with, and the callbacks' states; the engine then has the checkpoint's weights and moments.
+    """The state to resume with, and the callbacks' states; the engine then has the checkpoint's weights and moments.
     Collective.
 
     The batches trained on since the checkpoint, the spike's the last of them, are left out for good. Where there is no
-    checkpoint yet, the run goes on as it is. A stop that was asked for still holds. No save is under way: the callback
-    Save has waited for it.
+    checkpoint yet, the run continues as it is. A stop that was asked for still holds. No save is under way: the
+    callback Save has waited for it.
     """
     enter("the way back to the newest checkpoint")
     state.rewinding = False
@@ -36,7 +36,8 @@ def rewind(
     before, saved = rewound(state, checkpoint)
     restore(trainer.engine, checkpoint, trainer.config.model, trainer.context, before.num_updates)
     metrics.go_back(before.step)
-    first, last = state.skipped_batches + before.step, state.skipped_batches + state.step - 1
+    first = state.skipped_batches + before.step
+    last = state.skipped_batches + state.step - 1
     _say(store, f"step {state.step}: back to {checkpoint.name}; batches {first} to {last} are left out")
     if store.context.is_main:
         record = {"step": state.step, "kind": "rewind", "to_step": before.step, "batches": [first, last]}
@@ -49,7 +50,8 @@ def rewound(state: TrainState, checkpoint: Path) -> tuple[TrainState, dict[str, 
     before, saved = restored_state(read_state(checkpoint))
     before.skipped_batches = state.skipped_batches + state.step - before.step
     before.num_rewinds = state.num_rewinds + 1
-    before.stop_reason, before.interrupted = state.stop_reason, state.interrupted
+    before.stop_reason = state.stop_reason
+    before.interrupted = state.interrupted
     return before, saved
 
 

@@ -14,7 +14,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # a preemption; what Slurm can be as
 
 
 class StopOnSignal(Callback):
-    """Launchers signal every rank, at slightly different times, or one: whichever got it, all stop together.
+    """Stops a run on a signal. Launchers signal every rank, at slightly different times, or one: all stop together.
 
     From its construction on, the signals no longer end this process at once: a second one must not spoil the last save.
     """
@@ -30,7 +30,8 @@ class StopOnSignal(Callback):
         received = largest(self.received)
         if received and not state.stop_reason:
             name = signal.Signals(received).name
-            state.stop_reason, state.interrupted = f"stopped by {name}; go on with --resume", True
+            state.stop_reason = f"stopped by {name}; go on with --resume"
+            state.interrupted = True
 
     def _note(self, number: int, _: FrameType | None) -> None:
         self.received = number

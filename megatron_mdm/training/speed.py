@@ -30,19 +30,24 @@ GIB = 2**30
 
 
 class Speed:
-    """Sums over steps. Times are this rank's."""
+    """How fast a run goes: sums over steps. Times are this rank's."""
 
     def __init__(self, model: ModelConfig, peak_flops: float) -> None:
         """peak_flops: of all ranks together, per second; 0: not known."""
-        self.model, self.peak_flops = model, peak_flops
+        self.model = model
+        self.peak_flops = peak_flops
         self.reset()
 
     def reset(self) -> None:
-        self.num_steps, self.num_tokens, self.flops, self.seconds = 0, 0, 0.0, 0.0
+        self.num_steps = 0
+        self.num_tokens = 0
+        self.flops = 0.0
+        self.seconds = 0.0
         self.phases = dict.fromkeys(PHASES, 0.0)
 
     def add(self, result: StepResult) -> None:
-        tokens, samples = result.num_tokens, len(result.sample_ids)
+        tokens = result.num_tokens
+        samples = len(result.sample_ids)
         self.num_steps += 1
         self.num_tokens += tokens
         self.flops += training_flops(self.model, tokens * result.num_views, tokens / samples, result.num_selected)
@@ -106,8 +111,11 @@ class CompareRanks(Callback):
     order = Order.RANKS
 
     def __init__(self, trainer: Trainer, metrics: MetricsLog, folder: Path) -> None:
-        self.trainer, self.metrics, self.folder = trainer, metrics, folder
-        self.context, self.ratio = trainer.context, trainer.config.logging.straggler_ratio
+        self.trainer = trainer
+        self.metrics = metrics
+        self.folder = folder
+        self.context = trainer.context
+        self.ratio = trainer.config.logging.straggler_ratio
         self.slow_in_a_row: Counter[int] = Counter()
         self.unfit_in_a_row: Counter[str] = Counter()
         self.told: set[str] = set()  # hosts whose ranks are not compared
@@ -138,7 +146,8 @@ class CompareRanks(Callback):
             self._name_stragglers(state.step, ranks)
 
     def _name_stragglers(self, step: int, ranks: list[RankTimes]) -> None:
-        unfit, slow = unfit_hosts([rank.cores for rank in ranks]), stragglers(ranks, self.ratio)
+        unfit = unfit_hosts([rank.cores for rank in ranks])
+        slow = stragglers(ranks, self.ratio)
         self.unfit_in_a_row = Counter({host: self.unfit_in_a_row[host] + 1 for host in unfit})
         self.slow_in_a_row = Counter({number: self.slow_in_a_row[number] + 1 for number in slow})
         for host, reason in unfit.items():
@@ -150,8 +159,10 @@ class CompareRanks(Callback):
                 self._report(step, number, ranks)
 
     def _report(self, step: int, number: int, ranks: list[RankTimes]) -> None:
-        rank, peers = ranks[number], peers_of(ranks, number)
-        busy, median = rank.cores.seconds, float(np.median([peer.cores.seconds for peer in peers]))
+        rank = ranks[number]
+        peers = peers_of(ranks, number)
+        busy = rank.cores.seconds
+        median = float(np.median([peer.cores.seconds for peer in peers]))
         excess = {
             phase: seconds - float(np.median([peer.phases[phase] for peer in peers]))
             for phase, seconds in rank.phases.items()
@@ -167,7 +178,7 @@ class CompareRanks(Callback):
 
 
 def job_peak_flops(dtype: str, context: ParallelContext) -> float:
-    """Of all ranks together, per second, in a type of precision.dtype; 0 where a device is not known. Collective."""
+    """Peak FLOP/s of all ranks together in a type of precision.dtype; 0 where a device is not known. Collective."""
     peak = platform.peak_flops(torch.float32 if dtype == "fp32" else torch.bfloat16)
     peaks: list[Any] = gather_objects(peak, context)
     return float(sum(peaks)) if all(peaks) else 0.0

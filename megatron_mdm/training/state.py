@@ -50,7 +50,7 @@ class TrainState:
 
 
 def saved_state(state: TrainState, callbacks: Callbacks) -> dict[str, Any]:
-    """What a checkpoint holds of both: a copy, as training goes on while it is written."""
+    """What a checkpoint holds of both: a copy, as training continues while it is written."""
     return {"train": asdict(state), "callbacks": copy.deepcopy(callbacks.state_dict())}
 
 

@@ -2,7 +2,7 @@
 
 The answer is what stands on the line behind the last `####` that has anything behind it: a number (numbers.py), and
 behind it at most words. "18 apples" and "18. The end" are 18, as in OpenAI's scorer and lm-eval's strict match. Unlike
-theirs, a line that goes on with what could change the number (digits, an operator, "and a half") is no answer.
+theirs, a line that continues with what could change the number (digits, an operator, "and a half") is no answer.
 """
 
 import argparse
@@ -31,7 +31,7 @@ def prepare(paths: Sequence[str], arguments: argparse.Namespace) -> Sets:
 
 
 def question(record: Record, where: str, folder: Path) -> None:
-    """The official records, question and answer, are as they are prepared."""
+    """None: the official records, question and answer, are as they are prepared."""
 
 
 def extract_answer(response: str) -> str | None:
@@ -39,13 +39,14 @@ def extract_answer(response: str) -> str | None:
     found = leading_number(_answer_line(response), slash=True)
     if found is None:
         return None
-    value, rest = found[0], _POWER_OF_A_UNIT.sub(r"\1", found[1])
+    value = found[0]
+    rest = _POWER_OF_A_UNIT.sub(r"\1", found[1])
     is_words = _BEHIND_A_NUMBER.fullmatch(rest) and not any(map(str.isnumeric, rest)) and not _CHANGES_IT.search(rest)
     return written(value) if is_words else None
 
 
 def reference_answer(answer: str) -> str:
-    """The same of a reference, which must be a number and nothing else."""
+    """The number of a reference, which must be a number and nothing else. Raises ValueError."""
     line = _answer_line(answer)
     value = parse_number(line, slash=True)
     if value is None:

@@ -61,7 +61,7 @@ def reference_answer(response: str) -> str:
 
 
 def same(predicted: str, answer: str) -> bool:
-    """As multisets of numbers and texts."""
+    """Whether the answers are equal as multisets of numbers and texts."""
     (numbers, texts), (wanted_numbers, wanted_texts) = map(_sorted, (predicted, answer))
     return (
         texts == wanted_texts
@@ -89,7 +89,7 @@ def _response(answers: Sequence[str]) -> str:
 
 
 def _answers(record: Record, where: str) -> list[str]:
-    """As texts: 29.0 is 29. Copies of the data set hold the list as text."""
+    """The record's answers as texts: 29.0 is 29. Copies of the data set hold the list as text."""
     answers = literal(record.get("answer"), where, "answer")
     if not isinstance(answers, list) or not answers:
         raise UserError(f"{where}: expected a list of answers in the field 'answer'")
@@ -115,13 +115,13 @@ def _parts(content: str) -> Iterator[Fraction | str]:
 
 
 def _cleaned(text: str) -> str:
-    """By the published rules (strip, drop backslashes and a trailing period), and in lower case, with single spaces,
-    without emphasis and quotes around it."""
+    """The text by the published rules (strip, drop backslashes and a trailing period), in lower case, with single
+    spaces, without emphasis and quotes around it."""
     return " ".join(text.replace("\\", "").strip(' *"`').removesuffix(".").lower().split())
 
 
 def _text_of(part: Fraction | str) -> str:
-    """A fraction keeps its own bar, so that it is read back as one."""
+    """An answer as text; a fraction keeps its own bar, so that it is read back as one."""
     return part if isinstance(part, str) else written(part).replace("/", "\u2044")
 
 

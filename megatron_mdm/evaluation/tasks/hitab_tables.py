@@ -19,10 +19,12 @@ def table_of(record: Record, where: str, tables: Path) -> tuple[str, str]:
     if isinstance(record.get("table"), str):
         return field(record, ("title",), where), record["table"]
     if "table_content" in record:
-        content, source = literal(record["table_content"], where, "table_content"), f"{where}: 'table_content'"
+        content = literal(record["table_content"], where, "table_content")
+        source = f"{where}: 'table_content'"
     else:
         path = _path(record.get("table_id"), where, tables)
-        content, source = _read(path), str(path)
+        content = _read(path)
+        source = str(path)
     if not isinstance(content, dict) or not _is_matrix(content.get("texts")):
         raise UserError(f"{source}: expected an object with 'texts', a list of rows (as in tables/raw, not tables/hmt)")
     return str(record.get("title") or content.get("title") or ""), linearised(content["texts"])

@@ -50,7 +50,8 @@ def boxed_content(response: str) -> str | None:
     boxes = list(_BOX.finditer(response))
     if not boxes:
         return None
-    first, depth = boxes[-1].end(), 1
+    first = boxes[-1].end()
+    depth = 1
     for place in range(first, len(response)):
         depth += {"{": 1, "}": -1}.get(response[place], 0)
         if depth == 0:
@@ -59,11 +60,11 @@ def boxed_content(response: str) -> str | None:
 
 
 def _unwrapped(text: str) -> str:
-    """Without the innermost wrappers and fractions."""
+    """The text without its innermost wrappers and fractions."""
     text = _WRAPPER.sub(r"\1", text)
     return _FRACTION.sub(lambda m: f"{_apart(m[1])}{m[2] or m[4]}\u2044{m[3] or m[5]}", text)
 
 
 def _apart(digit: str) -> str:
-    """3½ is three and a half, not 31⁄2."""
+    """A space behind a digit that stands before a fraction: 3½ is three and a half, not 31⁄2."""
     return f"{digit} " if digit else ""

@@ -58,7 +58,8 @@ def written(value: Fraction) -> str:
     while (value * 10**places).denominator != 1:
         places += 1
     digits = str(abs(value.numerator) * 10**places // value.denominator).zfill(places + 1)
-    sign, point = "-" if value < 0 else "", len(digits) - places
+    sign = "-" if value < 0 else ""
+    point = len(digits) - places
     return f"{sign}{digits[:point]}.{digits[point:]}" if places else f"{sign}{digits}"
 
 

@@ -11,7 +11,9 @@ from megatron_mdm.data.public_sets import Sets, check_number, field, nine_to_one
 from megatron_mdm.data.records import Record, read_records
 from megatron_mdm.evaluation.tasks.markup import boxed_content, plain
 
-NUM_TRAIN, NUM_TEST = 5000, 1000  # rows 1–5000, of which a tenth for validation; rows 5001–6000
+# rows 1–5000, of which a tenth for validation; rows 5001–6000
+NUM_TRAIN = 5000
+NUM_TEST = 1000
 
 _LETTER = r"(?:\([A-J]\)|[A-J](?![A-Za-z0-9]))"
 _LETTERS = rf"{_LETTER}(?:(?: ?[,;&/] ?| and |, and ){_LETTER})*"

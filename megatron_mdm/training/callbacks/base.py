@@ -16,7 +16,7 @@ State = dict[str, Any]  # what JSON holds
 class Order(IntEnum):
     """Callbacks run in ascending order; one from elsewhere may take any whole number."""
 
-    FAULTS = 0  # before those that change the sampler of t: a batch that is dumped is made anew with it
+    FAULTS = 0  # before those that change the sampler of t: a batch that is dumped is made again with it
     LOG = 10  # likewise: its control variate needs the density that drew the step's t
     RANKS = 20
     REFIT = 30
@@ -47,7 +47,7 @@ class Callback:
         return {}
 
     def load_state_dict(self, saved: State) -> None:
-        """saved: what state_dict gave."""
+        """Take back what state_dict gave."""
 
 
 class Callbacks:
@@ -57,7 +57,7 @@ class Callbacks:
         self._all: list[Callback] = []
 
     def add(self, callback: Callback) -> None:
-        """Callbacks of the same order run as they were added."""
+        """Add one; callbacks of the same order run as they were added."""
         assert not callback.name or callback.name not in {other.name for other in self._all}, callback.name
         self._all = sorted([*self._all, callback], key=lambda each: each.order)
 
@@ -65,11 +65,11 @@ class Callbacks:
         return iter(self._all)
 
     def state_dict(self) -> dict[str, State]:
-        """By name of the callback."""
+        """The callbacks' states by name."""
         return {callback.name: callback.state_dict() for callback in self._all if callback.name}
 
     def load_state_dict(self, saved: dict[str, State]) -> None:
-        """A callback that the run did not have before starts as it is."""
+        """Hand the callbacks their states; one that the run did not have before starts as it is."""
         for callback in self._all:
             if callback.name in saved:
                 callback.load_state_dict(saved[callback.name])

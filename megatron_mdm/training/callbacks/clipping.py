@@ -13,13 +13,16 @@ from megatron_mdm.training.state import TrainState
 
 
 class AdaptiveClipping(Callback):
-    """The clipped schedule's interval, chosen anew at every validation: that whose losses vary least."""
+    """The clipped schedule's interval, chosen again at every validation: that whose losses vary least."""
 
     name = "clipping"
     order = Order.CLIPPING
 
     def __init__(self, config: RunConfig, validation: FixedGridValidation, noiser: Noiser, metrics: MetricsLog) -> None:
-        self.every, self.validation, self.noiser, self.metrics = config.evaluation.every, validation, noiser, metrics
+        self.every = config.evaluation.every
+        self.validation = validation
+        self.noiser = noiser
+        self.metrics = metrics
         self.bounds: list[float] = []  # none before the first validation
 
     def state_dict(self) -> State:

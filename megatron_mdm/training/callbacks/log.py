@@ -32,7 +32,10 @@ class Log(Callback):
 
     def __init__(self, trainer: Trainer, metrics: MetricsLog, state: TrainState, speed: Speed) -> None:
         config = trainer.config
-        self.every, self.metrics, self.speed, self.noiser = config.logging.every, metrics, speed, trainer.noiser
+        self.every = config.logging.every
+        self.metrics = metrics
+        self.speed = speed
+        self.noiser = trainer.noiser
         self.ema = config.diffusion.ema
         self.control_variate = _new_variate(self.ema) if self.ema.enabled else None
         self.run_variance = OnlineVariance()  # over the whole run
@@ -60,7 +63,8 @@ class Log(Callback):
     def load_state_dict(self, saved: State) -> None:
         self.run_variance = OnlineVariance.of_state(saved["run_variance"])
         self.window_variance = OnlineVariance.of_state(saved["window_variance"])
-        self.window_bins, self.t_histogram = saved["window_bins"], saved["t_histogram"]
+        self.window_bins = saved["window_bins"]
+        self.t_histogram = saved["t_histogram"]
         self.adjusted_means = BatchMeans(**saved["adjusted_means"])
         self.run_adjusted_means = BatchMeans(**saved["run_adjusted_means"])
         variate = dict(saved["control_variate"])
@@ -86,7 +90,7 @@ class Log(Callback):
         self.bar.close()
 
     def _count(self, result: StepResult) -> None:
-        """What is averaged over steps."""
+        """Add a step to what is averaged over steps."""
         if self.control_variate:
             self._adjust(self.control_variate, result)
         for variance in (self.run_variance, self.window_variance):
@@ -109,7 +113,9 @@ class Log(Callback):
         variate.update(batch)
 
     def _record(self, state: TrainState, result: StepResult) -> dict[str, Any]:
-        window, run, num_samples = self.window_variance, self.run_variance, len(result.term)
+        window = self.window_variance
+        run = self.run_variance
+        num_samples = len(result.term)
         ema = {
             "adjusted_loss": self.adjusted_means.mean(),
             "variance_of_adjusted_loss": num_samples * self.adjusted_means.variance(),

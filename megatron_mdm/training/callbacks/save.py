@@ -33,9 +33,13 @@ class Save(Callback):
     ) -> None:
         """fingerprint: of the training data, which a resumed run's must equal. callbacks: whose state is saved."""
         self.callbacks = callbacks
-        self.store, self.engine, self.metrics, self.fingerprint = store, trainer.engine, metrics, fingerprint
+        self.store = store
+        self.engine = trainer.engine
+        self.metrics = metrics
+        self.fingerprint = fingerprint
         config = trainer.config
-        self.every, self.asynchronous = config.checkpoint.save_every, config.checkpoint.asynchronous
+        self.every = config.checkpoint.save_every
+        self.asynchronous = config.checkpoint.asynchronous
         self.keeps_best = config.checkpoint.keep_best is True
         self.last_step = -1  # of the last checkpoint that was begun and has not failed
         self.seconds = checkpoint_bytes(config.model) / _SLOWEST_DISK

@@ -18,8 +18,11 @@ class Validate(Callback):
     order = Order.VALIDATE
 
     def __init__(self, config: RunConfig, validation: Validation, trainer: Trainer, metrics: MetricsLog) -> None:
-        self.every, self.patience = config.evaluation.every, config.evaluation.patience
-        self.validation, self.trainer, self.metrics = validation, trainer, metrics
+        self.every = config.evaluation.every
+        self.patience = config.evaluation.patience
+        self.validation = validation
+        self.trainer = trainer
+        self.metrics = metrics
         self.last_step = -1
         self.validations_without_best = 0
 
@@ -41,9 +44,11 @@ class Validate(Callback):
         enter(f"the validation after step {state.step}")
         loss = self.validation(self.trainer.engine)
         self.last_step = state.step
-        state.validated_step, state.validation_loss = state.step, loss
+        state.validated_step = state.step
+        state.validation_loss = loss
         if loss < state.best_validation:
-            state.best_validation, state.best_step = loss, state.step
+            state.best_validation = loss
+            state.best_step = state.step
             self.validations_without_best = 0
         else:
             self.validations_without_best += 1

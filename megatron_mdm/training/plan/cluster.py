@@ -43,11 +43,11 @@ class Cluster(Section):
         return (self.memory_gib * (1 - self.fragmentation) - self.reserve_gib) * GIB
 
     def flops_per_s(self) -> float:
-        """Of one GPU, sustained."""
+        """FLOP/s that one GPU sustains."""
         return self.peak_tflops * 1e12 * self.efficiency
 
     def link_bytes_per_s(self, span: int) -> float:
-        """Of a group whose first and last rank are span − 1 apart: within a node, or over the slower links."""
+        """The rate of a group whose first and last rank are span − 1 apart: within a node, or over the slower links."""
         within = span <= self.gpus_per_node
         rate = self.intra_node_gbytes_per_s if within else self.inter_node_gbytes_per_s
         return rate * 1e9 * self.link_efficiency

@@ -28,7 +28,7 @@ class Samples:
 
     number: int = 0  # of the training set; 0: unknown
     mean_length: float = 0.0  # tokens; 0: data.max_length
-    eligible: float = 1.0  # share of the tokens that is learnt
+    eligible: float = 1.0  # share of the tokens that are targets
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Plan:
 
     @property
     def host_bytes(self) -> float:
-        """Of one node: offloaded states, and the copies that checkpoints are written from."""
+        """Host memory of one node: offloaded states, and the copies that checkpoints are written from."""
         copies = checkpoint_bytes(self.config.model) / self.cluster.nodes
         return max(memory.host for memory in self.memory) * self.cluster.gpus_per_node + copies
 
@@ -71,7 +71,8 @@ class Plan:
         """Why it does not fit; empty: it does."""
         if self.fullest.total > self.cluster.usable_bytes:
             number = self.memory.index(self.fullest)
-            need, have = self.fullest.total / GIB, self.cluster.usable_bytes / GIB
+            need = self.fullest.total / GIB
+            have = self.cluster.usable_bytes / GIB
             return f"stage {number} needs {need:.1f} GiB of the {have:.1f} GiB that a rank may fill"
         if self.host_bytes > self.cluster.host_memory_gib * GIB:
             need = self.host_bytes / GIB
@@ -90,7 +91,7 @@ class Plan:
 
     @property
     def days(self) -> float:
-        """Of the whole run; NaN where the number of steps is unknown."""
+        """Days of the whole run; NaN where the number of steps is unknown."""
         if not self.num_steps:
             return math.nan
         extra = self.calibration[1] + self.validation + self.saving
@@ -115,11 +116,12 @@ class Plan:
 
 
 def make_plan(config: RunConfig, cluster: Cluster, samples: Samples) -> Plan:
-    """Raises UserError where the configuration does not fit the number of ranks, or is not complete."""
+    """The plan of a run. Raises UserError where the configuration does not fit the ranks, or is not complete."""
     config = prepared(config)
     check_run(config, cluster.world_size)
     layout = Layout.of(cluster.world_size, config.parallel)
-    longest, number = longest_micro_batch(config), accumulation_steps(config, cluster.world_size)
+    longest = longest_micro_batch(config)
+    number = accumulation_steps(config, cluster.world_size)
     memory = [rank_memory(config, layout, rank, longest, number, "cuda") for rank in range(layout.pipeline)]
     fullest = max(range(layout.pipeline), key=lambda rank: memory[rank].total)
     usual, usual_number = _usual(config, layout, samples)
@@ -168,7 +170,8 @@ def _recomputing(config: RunConfig, choice: str) -> RunConfig:
 def _usual(config: RunConfig, layout: Layout, samples: Samples) -> tuple[MicroBatchShape, int]:
     """(a micro-batch of mean length, how many of them a data-parallel rank works on per step)."""
     length = round(min(samples.mean_length or config.data.max_length, config.data.max_length))
-    views, share = config.diffusion.rows_per_sample, math.ceil(config.batch.global_size / layout.data)
+    views = config.diffusion.rows_per_sample
+    share = math.ceil(config.batch.global_size / layout.data)
     per_batch = config.batch.micro_size
     if config.batch.micro_tokens:
         per_batch = min(share, max(1, config.batch.micro_tokens // (views * length)))
@@ -182,7 +185,7 @@ def _whole(shape: MicroBatchShape) -> MicroBatchShape:
 
 
 def _views_factor(config: RunConfig, layout: Layout, cluster: Cluster, samples: Samples, step: StepTime) -> float:
-    """Against one row per sample."""
+    """The time of a step relative to one with a single row per sample."""
     diffusion = config.diffusion.model_copy(update={"views": 1, "multisample": 1})
     single = config.model_copy(update={"diffusion": diffusion})
     return step.total / step_time(single, layout, cluster, *_usual(single, layout, samples)).total
@@ -195,7 +198,7 @@ def _num_steps(config: RunConfig, samples: Samples) -> int:
 
 
 def _forward_seconds(config: RunConfig, layout: Layout, cluster: Cluster, shape: MicroBatchShape) -> float:
-    """Of one row without gradients, all ranks sharing the rows."""
+    """Seconds of one row without gradients, all ranks sharing the rows."""
     row = MicroBatchShape(1, shape.length, math.ceil(shape.selected / shape.rows))
     flops = sum(forward_flops(config, stage, row) for stage in stages(config))
     return flops / (cluster.flops_per_s() * layout.world_size)
@@ -224,9 +227,10 @@ def _validation_seconds(
 
 
 def _saving_seconds(config: RunConfig, cluster: Cluster, num_steps: int, step_seconds: float) -> float:
-    """How long training waits for checkpoints: for their writing; or, where that is done in the background, for a copy
-    and for what is left of the writing when the next one is due."""
-    every, size = config.checkpoint.save_every or max(1, num_steps), checkpoint_bytes(config.model)
+    """Seconds that training waits for checkpoints: for their writing; or, where that is done in the background, for a
+    copy and for what is left of the writing when the next one is due."""
+    every = config.checkpoint.save_every or max(1, num_steps)
+    size = checkpoint_bytes(config.model)
     wait = writing = size / (cluster.storage_gbytes_per_s * 1e9)
     if config.checkpoint.asynchronous:
         copy = size / cluster.world_size / (cluster.host_gbytes_per_s * 1e9)

@@ -16,7 +16,8 @@ def search(config: RunConfig, cluster: Cluster, samples: Samples, limit: int) ->
 
     Raises UserError where nothing fits, saying what comes nearest.
     """
-    feasible, nearest = [], None
+    feasible = []
+    nearest = None
     for candidate in candidates(config, cluster):
         try:
             plan = make_plan(candidate, cluster, samples)
@@ -35,7 +36,8 @@ def search(config: RunConfig, cluster: Cluster, samples: Samples, limit: int) ->
 
 
 def candidates(config: RunConfig, cluster: Cluster) -> Iterator[RunConfig]:
-    """Tensor parallelism stays inside a node. Offload, precision and the global batch stay as they are."""
+    """The configuration with every layout. Tensor parallelism stays inside a node; offload, precision and the global
+    batch stay as they are."""
     ranks = cluster.world_size
     tensors = [degree for degree in _divisors(ranks) if degree <= cluster.gpus_per_node]
     for tensor, pipeline in itertools.product(tensors, _divisors(ranks)):
@@ -61,7 +63,7 @@ def candidates(config: RunConfig, cluster: Cluster) -> Iterator[RunConfig]:
 
 
 def describe_layout(plan: Plan) -> str:
-    """As overrides on the command line."""
+    """A plan's layout as overrides on the command line."""
     parallel = plan.config.parallel
     parts = [f"parallel.tensor={parallel.tensor}", f"parallel.sequence={str(parallel.sequence).lower()}"]
     parts += [f"parallel.pipeline={parallel.pipeline}", f"parallel.zero={parallel.zero}"]

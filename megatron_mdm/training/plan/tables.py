@@ -14,7 +14,8 @@ from megatron_mdm.training.plan.timing import ASSUMPTIONS
 
 def plan_text(plan: Plan) -> str:
     """One plan in full."""
-    cluster, step = plan.cluster, plan.step
+    cluster = plan.cluster
+    step = plan.step
     shares = ", ".join(f"{name} {seconds:.2f}" for name, seconds in dataclasses.asdict(step).items() if seconds)
     lines = [
         f"model: {plan.num_parameters / 1e9:.3f} B parameters; {plan.layout}, ZeRO {plan.config.parallel.zero}, "
@@ -84,7 +85,7 @@ def _memory_lines(plan: Plan) -> list[str]:
 
 
 def _communication(plan: Plan) -> str:
-    """Of the stage that communicates most."""
+    """What the stage that communicates most sends, as text."""
     volume = max(plan.communication, key=lambda volume: sum(volume.values()))
     return ", ".join(f"{name} {size / 1e9:.2f}" for name, size in volume.items()) or "none"
 
@@ -92,7 +93,8 @@ def _communication(plan: Plan) -> str:
 def _duration(plan: Plan) -> str:
     if math.isnan(plan.days):
         return "total: unknown; give the number of samples or 'schedule.steps'"
-    steps, hours = f"{plan.num_steps:,} steps", plan.days * 24
+    steps = f"{plan.num_steps:,} steps"
+    hours = plan.days * 24
     gpu_hours = hours * plan.cluster.world_size
     price = plan.cluster.price_per_gpu_hour * gpu_hours
     cost = f", {price:,.0f} at {plan.cluster.price_per_gpu_hour:g} per GPU hour" if price else ""

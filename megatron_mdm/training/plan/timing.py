@@ -48,20 +48,20 @@ class StepTime:
 
 
 def forward_flops(config: RunConfig, stage: Stage, micro_batch: MicroBatchShape) -> float:
-    """Of a stage, all tensor-parallel ranks together."""
+    """Forward FLOPs of a stage, all tensor-parallel ranks together."""
     _, block, *_ = layer_costs(config.model, micro_batch.length)
     head = 2.0 * config.model.hidden_size * int(config.model.vocab_size) * micro_batch.selected
     return stage.num_blocks * block * micro_batch.rows * micro_batch.length + stage.head * head
 
 
 def step_flops(config: RunConfig, micro_batch: MicroBatchShape, num_micro_batches: int, layout: Layout) -> float:
-    """Of the whole job in one step, without what is computed again: what MFU counts."""
+    """FLOPs of the whole job in one step, without what is computed again: what MFU counts."""
     forward = sum(forward_flops(config, stage, micro_batch) for stage in stages(config))
     return 3.0 * forward * num_micro_batches * layout.data
 
 
 def recomputed_flops(config: RunConfig, stage: Stage, micro_batch: MicroBatchShape) -> float:
-    """Of one micro-batch."""
+    """FLOPs of a stage's recomputation for one micro-batch."""
     recompute = config.parallel.recompute
     if recompute == "full":
         return forward_flops(config, Stage(stage.num_recomputed(config), False, False), micro_batch)
@@ -76,7 +76,11 @@ def step_time(
 ) -> StepTime:
     rate = cluster.flops_per_s() * layout.tensor * (0.5 if config.precision.dtype == "fp32" else 1.0)
     shapes = [micro_batch] * num_micro_batches
-    compute, tensor, pipeline, data, optimizer = 0.0, 0.0, 0.0, 0.0, 0.0
+    compute = 0.0
+    tensor = 0.0
+    pipeline = 0.0
+    data = 0.0
+    optimizer = 0.0
     for rank, stage in enumerate(stages(config)):
         passes = 3 * forward_flops(config, stage, micro_batch) + recomputed_flops(config, stage, micro_batch)
         volume = step_communication(config, layout, rank, shapes)
@@ -85,8 +89,10 @@ def step_time(
         }
         busy = num_micro_batches * max(passes / rate, stage.num_blocks * cluster.layer_ms / 1e3)
         if busy + seconds["tensor"] > compute + tensor:
-            compute, tensor = busy, seconds["tensor"]
-        pipeline, data = max(pipeline, seconds["pipeline"]), max(data, seconds["data"])
+            compute = busy
+            tensor = seconds["tensor"]
+        pipeline = max(pipeline, seconds["pipeline"])
+        data = max(data, seconds["data"])
         optimizer = max(optimizer, _optimizer_seconds(config, stage, layout, cluster))
     waits = (layout.pipeline - 1) / num_micro_batches
     return StepTime(compute, tensor, pipeline, (compute + tensor + pipeline) * waits, data, optimizer)
@@ -102,7 +108,7 @@ def communication_seconds(volume: Volume, axis: str, layout: Layout, cluster: Cl
 
 
 def _optimizer_seconds(config: RunConfig, stage: Stage, layout: Layout, cluster: Cluster) -> float:
-    """Reads weights, gradients and moments and writes them, all in fp32: 28 bytes per parameter."""
+    """Seconds to read weights, gradients and moments and write them, all in fp32: 28 bytes per parameter."""
     number = stage.num_parameters(config.model, layout.tensor) / (layout.data if config.parallel.zero else 1)
     rate = cluster.memory_gbytes_per_s * 1e9
     if config.parallel.offload != "none":
