@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ class CleanBatch:
     """A micro-batch of clean samples, on the host."""
 
     tokens: Tensor  # [B, S] int64, right-padded
-    eligible: Tensor  # [B, S] bool: positions that may be masked and are learnt
+    eligible: Tensor  # [B, S] bool: target tokens, which may be masked
     delimiters: Tensor  # [B, S] bool: marks of an answer, which ISAD masks more often
     lengths: Tensor  # [B] int64, without padding
     positions: Tensor  # [B] int64: places in the global batch, 0 … n−1
@@ -91,7 +91,7 @@ class AttentionPattern:
         """The same rows with so much more padding on their right."""
         return _Widened(self, width)
 
-    def to(self, device: torch.device, non_blocking: bool = True) -> Self:
+    def to(self, device: torch.device, non_blocking: bool = True) -> AttentionPattern:
         movable = (Tensor, AttentionPattern)
         return replace(
             self,
@@ -203,7 +203,8 @@ class _Widened(AttentionPattern):
     width: int
 
     def mask(self, length: int) -> Tensor:
-        extra, mask = length - self.width, self.inner.mask(self.width)
+        extra = length - self.width
+        mask = self.inner.mask(self.width)
         if mask is None:
             mask = torch.ones(1, 1, 1, self.width, dtype=torch.bool)
         mask = pad(mask, (0, extra))

@@ -1,1 +1,1 @@
-"""What a run keeps on disk so that it can go on."""
+"""What a run keeps on disk so that it can resume, and Hugging Face checkpoints in and out."""

@@ -13,7 +13,9 @@ from megatron_mdm.config.load import load_config
 from megatron_mdm.parallel.collectives import gather_objects
 from megatron_mdm.parallel.groups import ParallelContext
 
-AUTO, BEST, NEWEST = "auto", "best", "newest"
+AUTO = "auto"
+BEST = "best"
+NEWEST = "newest"
 CHOICES = "best (validation loss), newest, or a step's number; auto: best where the run keeps it, else newest"
 
 
@@ -53,7 +55,8 @@ def choose(run_folder: Path, wish: str = AUTO) -> Choice:
 
 def choose_together(run_folder: Path, wish: str, context: ParallelContext) -> Choice:
     """What the main rank, which alone reads and checks the files, has chosen, on every rank. Collective."""
-    choice, fault = None, ""
+    choice = None
+    fault = ""
     if context.is_main:
         try:
             choice = choose(run_folder, wish)
@@ -87,7 +90,7 @@ def _intact(run_folder: Path, candidates: Sequence[Path]) -> Path:
 
 
 def _why_best(loss: float, newest: Path) -> str:
-    """With a word where a better validation was never saved."""
+    """Why the best checkpoint was chosen, with a word where a better validation was never saved."""
     text = f"the best by validation loss ({loss:.6g}; newest: {newest.name})"
     try:
         train = read_state(newest).get("train", {})

@@ -14,12 +14,13 @@ from megatron_mdm.parallel.progress import progress_bar
 
 
 def differences(one: Path, other: Path, ignore_fields: Sequence[str] = ()) -> Iterator[str]:
-    """For each tensor of either checkpoint, '' where both hold the same bits, else a line that says what differs.
+    """A text for each tensor of either checkpoint: '' where both hold the same bits, else what differs.
 
     Two Hugging Face checkpoints of one family are compared under their own names, others under ours. ignore_fields: of
     a config.json, to be read as if they were absent.
     """
-    ours, theirs = _opened(one, ignore_fields), _opened(other, ignore_fields)
+    ours = _opened(one, ignore_fields)
+    theirs = _opened(other, ignore_fields)
     if isinstance(ours, HuggingFaceCheckpoint) and isinstance(theirs, HuggingFaceCheckpoint):
         same = ours.family.keys == theirs.family.keys
     else:

@@ -124,7 +124,8 @@ def _native_files(
 ) -> list[OutputFile]:
     """The files that a run of this layout would have written."""
     bounds = partition(layer_costs(model, min(_LENGTH, model.max_sequence_length)), options.pipeline)
-    files, table = [], parameter_table(model)
+    files = []
+    table = parameter_table(model)
     for stage in range(options.pipeline):
         layers = range(bounds[stage], bounds[stage + 1])
         mine = [(name, output) for name, output in outputs.items() if table[name].layers[0] in layers]
@@ -173,7 +174,8 @@ def _run_config(model: ModelConfig, special: SpecialTokens, output: Path, dtype:
 
 
 def _with_template(run: RunConfig, special: SpecialTokens, source: Path) -> tuple[RunConfig, str]:
-    """With the folder's chat template, if it has one that can be used; and a line that says which template it is."""
+    """The configuration with the folder's chat template, if it has one that can be used; and a line that says which
+    template it is."""
     if not has_chat_template(source):
         return run, f"template {run.data.template}: the folder has no chat template"
     template = run.data.model_copy(update={"template": "tokenizer", "tokenizer": str(special.tokenizer or "")})
@@ -186,7 +188,7 @@ def _with_template(run: RunConfig, special: SpecialTokens, source: Path) -> tupl
 
 
 def _huggingface_config(config: Json, base: Json, run: NativeCheckpoint) -> Json:
-    """With the special tokens' ids where the file does not come from the checkpoint that was imported unchanged."""
+    """A config.json with the special tokens' ids, unless it comes unchanged from the checkpoint that was imported."""
     if config == base and run.weights_only:
         return config
     tokenizer = load_tokenizer(run.config.data)
@@ -200,7 +202,7 @@ def _names(stated: Any, token_id: int) -> bool:
 
 
 def _with_dtype(config: Json, dtypes: set[torch.dtype]) -> Json:
-    """With the weights' type, if they have one alone."""
+    """A config.json with the weights' type, if they all have the same."""
     if len(dtypes) > 1:
         return config
     key = "dtype" if "dtype" in config else "torch_dtype"
@@ -208,8 +210,9 @@ def _with_dtype(config: Json, dtypes: set[torch.dtype]) -> Json:
 
 
 def _write_companions(run: NativeCheckpoint, folder: Path, config: Json) -> None:
-    """The files that the run keeps; but of tokenizers, that with which it was trained."""
-    kept, tokenizer = run.folder / HUGGINGFACE, run.config.data.tokenizer
+    """Write the files that the run keeps; but of tokenizers, that with which it was trained."""
+    kept = run.folder / HUGGINGFACE
+    tokenizer = run.config.data.tokenizer
     others = True
     if is_checkpoint(kept):
         for path in kept.iterdir():
@@ -231,7 +234,7 @@ def _differ(one: Path, other: Path) -> bool:
 
 
 def _write_tokenizer(file: Path, folder: Path) -> None:
-    """In place of the one in a folder: the file and, if it has one of the usual names, what belongs to it."""
+    """Replace the tokenizer in a folder: the file and, if it has one of the usual names, what belongs to it."""
     for name in (name for name in COMPANIONS if name not in (CONFIG, GENERATION_CONFIG)):
         (folder / name).unlink(missing_ok=True)
         if file.name in TOKENIZER_FILES and (file.parent / name).is_file():
@@ -245,13 +248,13 @@ def shard_name(number: int, count: int) -> str:
 
 
 def _fingerprint(tensors: dict[str, object]) -> dict[str, object]:
-    """What tells whether input files are those of the interrupted conversion."""
+    """Values by which the input files of an interrupted conversion are recognised."""
     paths = sorted({tensor.path for tensor in tensors.values()})  # type: ignore[attr-defined]
     return {str(path): [path.stat().st_size, path.stat().st_mtime_ns] for path in paths}
 
 
 def _temporary(output: Path) -> Path:
-    """Where the output grows; a later call with the same output goes on there."""
+    """The folder where the output grows; a later call with the same output resumes there."""
     if output.exists():
         raise UserError(f"{output}: exists already; remove it or choose another --output")
     temporary = output.with_name(f".{output.name}.tmp")

@@ -31,10 +31,13 @@ def description(folder: Path, checksums: bool, ignore_fields: Sequence[str] = ()
         family = family_of(config, str(folder / CONFIG))
         model = model_section(family, config, str(folder / CONFIG), ignore_fields)
         architecture = family.architecture
-        tensors, path = open_tensors(folder), folder
+        tensors = open_tensors(folder)
+        path = folder
     else:
         run = NativeCheckpoint.open(folder)
-        model, architecture, path = run.config.model, "megatron-mdm run", run.path
+        model = run.config.model
+        architecture = "megatron-mdm run"
+        path = run.path
         tensors = {
             f"{name}/{kind}": tensor
             for kind in sorted(run.reader.kinds())
@@ -44,7 +47,8 @@ def description(folder: Path, checksums: bool, ignore_fields: Sequence[str] = ()
     entries: dict[str, Json] = {}
     with progress_bar(total=total, enabled=checksums, unit="B", unit_scale=True, unit_divisor=1024, desc="read") as bar:
         for name, tensor in tensors.items():
-            size, dtype = num_bytes(tensor, tensor.dtype), NAMES[tensor.dtype]
+            size = num_bytes(tensor, tensor.dtype)
+            dtype = NAMES[tensor.dtype]
             entry: Json = {"shape": list(tensor.shape), "dtype": dtype, "bytes": size}
             if checksums:
                 entry["sha256"] = _sha256(tensor)

@@ -64,7 +64,7 @@ class DirectWriter:
 
 
 def _open(path: Path) -> int:
-    """Where the file system takes no direct writes, they go through the cache."""
+    """Open a new file for direct writes, or, where the file system takes none, for writes through the cache."""
     flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
     try:
         return os.open(path, flags | _DIRECT, 0o644)

@@ -20,12 +20,23 @@ from megatron_mdm.models.families import family_of
 from megatron_mdm.models.families.family import Family, Json
 from megatron_mdm.models.families.keymap import RowRange, family_shapes, our_parameters
 
-CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
-INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+CONFIG = "config.json"
+GENERATION_CONFIG = "generation_config.json"
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
 # Files beside the weights that are handed on as they are. Code is not: it is never run, and so never needed.
 COMPANIONS = (
-    *(CONFIG, GENERATION_CONFIG, "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
-    *("added_tokens.json", "vocab.json", "merges.txt", "tokenizer.model", "chat_template.jinja", "chat_template.json"),
+    CONFIG,
+    GENERATION_CONFIG,
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "chat_template.jinja",
+    "chat_template.json",
 )
 _ADAPTER = "adapter_model"  # peft's, beside a model or without one
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")

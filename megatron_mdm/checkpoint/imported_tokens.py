@@ -36,7 +36,8 @@ def special_tokens(checkpoint: HuggingFaceCheckpoint, asked: Mapping[str, str]) 
     Raises UserError where the tokenizer has more ids than the table rows, files name two mask tokens, or an id is
     missing, malformed or out of range.
     """
-    folder, rows = checkpoint.folder, checkpoint.model.vocab_size
+    folder = checkpoint.folder
+    rows = checkpoint.model.vocab_size
     assert isinstance(rows, int)
     backend, file, fault = folder_tokenizer(folder)
     if backend.num_ids > rows:
@@ -69,8 +70,13 @@ def special_tokens(checkpoint: HuggingFaceCheckpoint, asked: Mapping[str, str]) 
         if token >= rows:
             raise UserError(f"{folder}: {name} token {token} is outside the table of {rows} rows (--{name}-token)")
     notes += [f"eos token {token} is outside the table of {rows} rows and left out" for token in ends if token >= rows]
-    origin = "as was asked for" if "mask" in wanted else f"by {stated.by['mask'][0].where}" if chosen["mask"] else ""
-    mask, rows, note = _mask_row(chosen["mask"][0] if chosen["mask"] else None, rows, backend, origin)
+    stated_mask = chosen["mask"][0] if chosen["mask"] else None
+    origin = ""
+    if "mask" in wanted:
+        origin = "as was asked for"
+    elif stated_mask is not None:
+        origin = f"by {stated.by['mask'][0].where}"
+    mask, rows, note = _mask_row(stated_mask, rows, backend, origin)
     notes += other_masks(mask, backend, file)
     if mask in (eos, pad):
         raise UserError(f"{folder}: {mask} is both the mask token and the {'eos' if mask == eos else 'pad'} token")

@@ -27,17 +27,24 @@ class InitialWeights:
 
     def __init__(self, model: ModelConfig) -> None:
         """Raises UserError naming what is damaged, or the key by which the checkpoint's architecture differs."""
-        self.model, path = model, Path(model.init_from)
+        self.model = model
+        path = Path(model.init_from)
         if not path.is_dir():
             raise UserError(f"'model.init_from' {path}: no such folder")
         if is_checkpoint(path):
             source = HuggingFaceCheckpoint.open(path, model.ignore_fields)
-            tensors, theirs, where = source.lazy_tensors(), source.model, path / CONFIG
-            self.kind, self.notes = source.family.architecture, source.notes
+            tensors = source.lazy_tensors()
+            theirs = source.model
+            where = path / CONFIG
+            self.kind = source.family.architecture
+            self.notes = source.notes
         else:
             run = NativeCheckpoint.open(path)
-            tensors, theirs, where = run.lazy_tensors(), run.config.model, run.folder / RUN_CONFIG
-            self.kind, self.notes = f"run, {run.path.name}, {run.reason}", ()
+            tensors = run.lazy_tensors()
+            theirs = run.config.model
+            where = run.folder / RUN_CONFIG
+            self.kind = f"run, {run.path.name}, {run.reason}"
+            self.notes = ()
         check_same_architecture(model, theirs, where)
         self.rows = theirs.vocab_size
         check_places(model, tensors, path)
@@ -46,7 +53,8 @@ class InitialWeights:
     def load(self, module: nn.Module, context: ParallelContext, seed: int) -> None:
         """Fill the parameters that this rank holds. What the checkpoint lacks, since 'model.extensions' adds it, is
         drawn by the seed."""
-        degree, new = context.layout.tensor, []
+        degree = context.layout.tensor
+        new = []
         for row, parameter in rows_of(module, self.model):
             beat()
             if row.name not in self.tensors:
@@ -59,7 +67,8 @@ class InitialWeights:
 
     def describe(self, mask_id: int) -> str:
         """What was read and where the mask token's row comes from; and a line for each thing that was not read."""
-        rows, wanted = self.rows, self.model.vocab_size
+        rows = self.rows
+        wanted = self.model.vocab_size
         size = sum(math.prod(tensor.shape) for tensor in self.tensors.values())
         text = f"initial weights: {self.model.init_from} ({self.kind}, {size / 1e6:,.1f} M parameters)"
         new_size = sum(row.size for name, row in parameter_table(self.model).items() if name not in self.tensors)
@@ -75,7 +84,8 @@ def check_same_architecture(model: ModelConfig, theirs: ModelConfig, where: Path
     """Raise UserError where a run's model section does not describe the checkpoint. The table may grow."""
     for name in ARCHITECTURE:
         field = "kv_channels" if name == "head_dim" else name  # head_dim 0 may stand for the same width
-        mine, other = getattr(model, field), getattr(theirs, field)
+        mine = getattr(model, field)
+        other = getattr(theirs, field)
         fits = mine >= other if name == "vocab_size" else mine == other
         if not fits and name != "max_sequence_length":
             raise UserError(f"'model.{name}' is {mine}, but {other} by {where}; set 'model.{name}' to {other}")

@@ -38,14 +38,16 @@ def with_initial_tokens(config: RunConfig) -> tuple[RunConfig, list[str]]:
     """
     if not config.model.init_from:
         return config, []
-    folder, data = Path(config.model.init_from), config.data
+    folder = Path(config.model.init_from)
+    data = config.data
     if not folder.is_dir():
         if data.model_fields_set.issuperset(_KEYS):  # as they are when a run is resumed
             return config, []
         raise UserError(f"'model.init_from' {folder}: no such folder")
     start = _of_folder(folder, config) if is_checkpoint(folder) else _of_run(located(folder)[0])
     changes, told = _tokens(data, start.stated)
-    data, template = data.model_copy(update=changes), start.template
+    data = data.model_copy(update=changes)
+    template = start.template
     if template != data.template and "template" not in data.model_fields_set and data.format == "sft":
         data, line = _with_template(data, template, folder)
         told.append(line)
@@ -82,7 +84,8 @@ class _Start(NamedTuple):
 
 
 def _of_folder(folder: Path, config: RunConfig) -> _Start:
-    theirs, where = read_json(folder / CONFIG), str(folder / CONFIG)
+    theirs = read_json(folder / CONFIG)
+    where = str(folder / CONFIG)
     family = family_of(theirs, where)
     rows = model_section(family, theirs, where, config.model.ignore_fields).vocab_size
     assert isinstance(rows, int)
@@ -102,7 +105,9 @@ def _of_run(folder: Path) -> _Start:
     if not (folder / RUN_CONFIG).is_file():
         return _Start(Stated({}), "plain", 0, [])  # what is wrong with it is said where its weights are read
     config = load_config(folder / RUN_CONFIG)
-    data, rows, notes = config.data, config.model.vocab_size, list[str]()
+    data = config.data
+    rows = config.model.vocab_size
+    notes = list[str]()
     given: dict[str, Any] = {name: getattr(data, f"{name}_token") for name in ("mask", "pad", "eos")}
     try:
         tokenizer = load_tokenizer(data.model_copy(update={"template": "plain"}))
@@ -118,7 +123,7 @@ def _of_run(folder: Path) -> _Start:
 
 
 def _with_rows(model: ModelConfig, data: DataConfig, rows: int) -> ModelConfig:
-    """With the table's size where the model section leaves it open, and a tokenizer's ids, new ones included, fit."""
+    """The model section with the table's size, where it leaves that open and a tokenizer's ids, new ones too, fit."""
     if model.vocab_size != "tokenizer":
         return model
     backend = open_tokenizer(data.tokenizer)
@@ -138,16 +143,17 @@ def _tokens(data: DataConfig, stated: Stated) -> tuple[dict[str, Any], list[str]
         mine = backend.token_id(value) if isinstance(value, str) else value
         if key in data.model_fields_set:
             other = stated.contradicts(name, -1 if mine is None else mine)
-            token = f"{value} (a new id)" if mine is None else mine if mine == value else f"{mine} ({value})"
-            notes += [f"{name} token {token}, by 'data.{key}', though it is {other}"] if other else []
-            if name == "eos" and not other:
+            if other:
+                notes.append(f"{name} token {_token_text(value, mine)}, by 'data.{key}', though it is {other}")
+            elif name == "eos":
                 changes |= _ends([end for end in stated.choice(name, key).ids if end != mine], data)
             continue
         ids, told = stated.choice(name, f"'data.{key}'")
         notes += told
         where = stated.by[name][0].where if ids else ""
         if name == "pad" and not ids and "eos_token" in changes:
-            ids, where = (changes["eos_token"],), "the end token, since no file names one"
+            ids = (changes["eos_token"],)
+            where = "the end token, since no file names one"
         if ids and ids[0] != mine:
             changes[key] = ids[0]
             notes.append(f"{name} token {ids[0]}, by {where}, since 'data.{key}' is not set")
@@ -157,7 +163,7 @@ def _tokens(data: DataConfig, stated: Stated) -> tuple[dict[str, Any], list[str]
 
 
 def _ends(others: Sequence[int], data: DataConfig) -> dict[str, Any]:
-    """Where responses end besides eos, unless 'data' says so."""
+    """The key data.end_tokens, by which responses end besides eos, unless 'data' sets it."""
     return {"end_tokens": tuple(others)} if others and "end_tokens" not in data.model_fields_set else {}
 
 
@@ -171,3 +177,10 @@ def _with_template(data: DataConfig, template: str, folder: Path) -> tuple[DataC
             f"template {data.template}, though {folder} has {template}, since the latter cannot be used: {error}",
         )
     return taken, f"template {template}, that of {folder}, since 'data.template' is not set"
+
+
+def _token_text(value: int | str, token_id: int | None) -> str:
+    """A token as 'data' names it, with its id; None: the tokenizer lacks it."""
+    if token_id is None:
+        return f"{value} (a new id)"
+    return f"{token_id}" if token_id == value else f"{token_id} ({value})"

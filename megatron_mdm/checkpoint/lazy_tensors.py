@@ -69,7 +69,8 @@ class Flat:
 
     def __init__(self, parts: Sequence[LazyTensor], shape: Shape) -> None:
         self.parts = [Part(part, 0, math.prod(part.shape)) for part in parts]
-        self.dtype, self.shape = parts[0].dtype, shape
+        self.dtype = parts[0].dtype
+        self.shape = shape
 
     def read_into(self, out: Tensor, row: int, column: int) -> None:
         _, columns = matrix_shape(self.shape)
@@ -86,11 +87,13 @@ class Flat:
 
 
 class RepeatedRow:
-    """As many rows as wanted, all alike."""
+    """One row, repeated as often as wanted."""
 
     def __init__(self, row: Tensor, num_rows: int) -> None:
         """row [columns]"""
-        self.row, self.dtype, self.shape = row, row.dtype, (num_rows, len(row))
+        self.row = row
+        self.dtype = row.dtype
+        self.shape = (num_rows, len(row))
 
     def read_into(self, out: Tensor, row: int, column: int) -> None:
         out.copy_(self.row[column : column + out.shape[1]].expand(out.shape))
@@ -114,7 +117,7 @@ def merge(shards: Sequence[LazyTensor], split: Split | None) -> LazyTensor:
 
 
 def with_rows(tensor: LazyTensor, num_rows: int, fill: Tensor | None = None) -> LazyTensor:
-    """The tensor cut, or filled up with zeros (or a row, [columns]), to a number of rows."""
+    """The tensor, cut or zero-padded (or padded with a row, [columns]) to a number of rows."""
     rows, columns = tensor.shape
     if num_rows == rows:
         return tensor
@@ -133,7 +136,8 @@ def with_padding(tensor: LazyTensor, row: Parameter, degree: int) -> LazyTensor:
 def with_grown_tables(tensors: dict[str, LazyTensor], model: ModelConfig) -> dict[str, LazyTensor]:
     """A model's parameters by name, the vocabulary's tables with the rows that the model section asks for; a new row is
     the mean of the others."""
-    grown, table = dict(tensors), parameter_table(model)
+    grown = dict(tensors)
+    table = parameter_table(model)
     for name, tensor in tensors.items():
         if table[name].is_vocabulary and tensor.shape[0] < table[name].shape[0]:
             grown[name] = with_rows(tensor, table[name].shape[0], mean_row(tensor))
@@ -178,10 +182,11 @@ def num_bytes(tensor: LazyTensor, dtype: torch.dtype) -> int:
 
 
 def _overlaps(parts: Sequence[Part], first: int, count: int) -> Iterator[tuple[Part, int, int, int]]:
-    """Where [first, first + count) meets each part: (part, place in the result, start and stop within the part)."""
+    """The overlaps of [first, first + count) with the parts: (part, place in the result, start and stop within it)."""
     position = 0
     for part in parts:
-        start, stop = max(first - position, 0), min(first + count - position, part.length)
+        start = max(first - position, 0)
+        stop = min(first + count - position, part.length)
         if start < stop:
             yield part, position + start - first, start, stop
         position += part.length

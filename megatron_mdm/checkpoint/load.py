@@ -113,7 +113,8 @@ def load_for_inference(
     if context.is_main:
         print(f"weights: {choice}", flush=True)
     checkpoint = choice.path
-    reader, dtype = TensorReader.of(checkpoint, config.model), config.precision.dtype
+    reader = TensorReader.of(checkpoint, config.model)
+    dtype = config.precision.dtype
     if context.layout.pipeline > 1:
         stages = build_stage(config.model, config.parallel, context, None, config.data.max_length)
         read_weights(stages, reader, config.model, context)
@@ -129,7 +130,7 @@ def checkpoint_identity(folder: Path, name: str) -> dict[str, str]:
 
 
 def _read_afterwards(_: nn.Module) -> None:
-    """For an engine whose weights are read once it has been built, together with its moments."""
+    """Leave an engine's weights unset: they are read once it has been built, together with its moments."""
 
 
 def read_weights(module: nn.Module, reader: TensorReader, model: ModelConfig, context: ParallelContext) -> None:

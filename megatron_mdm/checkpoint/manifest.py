@@ -14,15 +14,16 @@ from megatron_mdm.config.errors import UserError
 from megatron_mdm.config.files import sha256, sync, write_atomically
 from megatron_mdm.parallel.heartbeat import beat
 
-MANIFEST, TENSORS = "manifest.json", "tensors"
-# Of a checkpoint. 1, which manifests do not name: parameters are named by their place in the list of layers. 2: by
+MANIFEST = "manifest.json"
+TENSORS = "tensors"
+# Of a checkpoint. 1, which manifests do not name: parameters are named by their index in the list of layers. 2: by
 # the table of parameters (models/parameters.py).
 FORMAT = 2
 _HASHING_THREADS = 8
 
 
 def write_manifest(folder: Path, entries: Mapping[str, dict[str, Any]]) -> None:
-    """entries: path below the folder → {"bytes": …, "sha256": …}."""
+    """Write a folder's manifest. entries: path below the folder → {"bytes": …, "sha256": …}."""
     write_atomically(folder / MANIFEST, _text(dict(sorted(entries.items())), FORMAT))
 
 

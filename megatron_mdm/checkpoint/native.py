@@ -18,7 +18,10 @@ from megatron_mdm.data.tokenizer_folder import tokenizer_file
 from megatron_mdm.models.families.family import Json
 from megatron_mdm.models.parameters import parameter_table
 
-RUN_CONFIG, CHECKPOINTS, HUGGINGFACE, TOKENIZER = "config.yaml", "checkpoints", "huggingface", "tokenizer"
+RUN_CONFIG = "config.yaml"
+CHECKPOINTS = "checkpoints"
+HUGGINGFACE = "huggingface"
+TOKENIZER = "tokenizer"
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,7 @@ class NativeCheckpoint:
 
     @property
     def weights_only(self) -> bool:
-        """Imported, not trained: the weights are in the types they came in."""
+        """Whether the checkpoint was imported, not trained: its weights are in the types they came in."""
         return self.reader.kinds() == {WEIGHT}
 
     def lazy_tensors(self, kind: str = WEIGHT) -> dict[str, LazyTensor]:
@@ -67,7 +70,8 @@ def keep_tokenizer(path: str, run_folder: Path) -> str:
     depend on where it came from. Returns its path there; one that is inside already, and none, stay as they are."""
     if not path or Path(path).resolve().is_relative_to(run_folder.resolve()):
         return path
-    file, kept = tokenizer_file(path), run_folder / TOKENIZER
+    file = tokenizer_file(path)
+    kept = run_folder / TOKENIZER
     kept.mkdir(parents=True, exist_ok=True)
     for name in {file.name, *COMPANIONS}:
         if (file.parent / name).is_file():

@@ -81,7 +81,11 @@ class StoredTensor:
     """A tensor on disk. As a matrix, it has shape[0] rows; see checkpoint/lazy_tensors.py for the interface."""
 
     def __init__(self, path: Path, name: str, dtype: torch.dtype, shape: tuple[int, ...], offset: int) -> None:
-        self.path, self.name, self.dtype, self.shape, self.offset = path, name, dtype, shape, offset
+        self.path = path
+        self.name = name
+        self.dtype = dtype
+        self.shape = shape
+        self.offset = offset
         self.window = -1  # the last part of the file that was asked for ahead
 
     def read_into(self, out: Tensor, row: int, column: int) -> None:
@@ -116,7 +120,8 @@ class StoredTensor:
         """Let the disk work on what comes next: rows of several tensors are read in turns, which it cannot foresee."""
         window = (offset - self.offset) // _AHEAD_BYTES
         if window != self.window and hasattr(os, "posix_fadvise"):
-            self.window, start = window, self.offset + window * _AHEAD_BYTES
+            self.window = window
+            start = self.offset + window * _AHEAD_BYTES
             stop = min(start + 2 * _AHEAD_BYTES, self.offset + math.prod(self.shape) * self.dtype.itemsize)
             os.posix_fadvise(descriptor, start, stop - start, os.POSIX_FADV_WILLNEED)
 
@@ -138,7 +143,8 @@ class StoredTensor:
             count = os.preadv(descriptor, [view], offset)
             if not count:
                 raise UserError(f"{self.path}: '{self.name}' ends early: the file has shrunk while it was read")
-            view, offset = view[count:], offset + count
+            view = view[count:]
+            offset = offset + count
 
 
 def is_finite(values: Tensor) -> bool:

@@ -43,13 +43,13 @@ class Choice(NamedTuple):
 
 @dataclass(frozen=True)
 class Stated:
-    """Statements about each special token, that which counts first first."""
+    """Statements about each special token, in the order in which they count."""
 
     by: Mapping[str, Sequence[Statement]]
     notes: tuple[str, ...] = ()  # what was stated in vain, a line each
 
     def choice(self, name: str, key: str) -> Choice:
-        """Of the ids that are stated. Files may disagree about all but the mask token, and that is told.
+        """The choice among the ids that are stated. Files may disagree about all but the mask token, and that is told.
 
         key: how a user chooses. Raises UserError naming two files that state different mask tokens.
         """
@@ -96,7 +96,7 @@ def folder_tokenizer(folder: Path) -> tuple[Backend, Path | None, str]:
 
 
 def stated_by_folder(folder: Path, config: Json, backend: Backend, lenient: Sequence[str] = ()) -> Stated:
-    """By config.json, generation_config.json, tokenizer_config.json and special_tokens_map.json, in this order.
+    """What config.json, generation_config.json, tokenizer_config.json and special_tokens_map.json state, in this order.
 
     Raises UserError where an id is neither an integer nor a list of them, unless lenient names its token; −1, null and
     [] mean that there is none.
@@ -121,7 +121,7 @@ def stated_by_folder(folder: Path, config: Json, backend: Backend, lenient: Sequ
 
 
 def mask_of_family(family: Family, rows: int) -> list[Statement]:
-    """What is true of a family where no file speaks."""
+    """The mask token of a family whose files state none."""
     return [Statement(f"{family.architecture}'s own", (family.mask_id,))] if 0 <= family.mask_id < rows else []
 
 
@@ -159,7 +159,9 @@ def has_chat_template(folder: Path) -> bool:
 
 
 def _ids(value: Any, where: str, lenient: bool) -> tuple[int, ...]:
-    values = value if isinstance(value, list) else [] if value is None else [value]
+    values = value if isinstance(value, list) else [value]
+    if value is None:
+        values = []
     integers = [token for token in values if type(token) is int]
     if len(integers) < len(values) and not lenient:
         raise UserError(f"{where} must be an id or a list of ids, got {json_text(value)}")

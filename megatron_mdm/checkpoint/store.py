@@ -38,7 +38,9 @@ class CheckpointStore:
     """The folder RUN/checkpoints with one step-… folder per checkpoint."""
 
     def __init__(self, folder: Path, settings: CheckpointConfig, context: ParallelContext) -> None:
-        self.folder, self.settings, self.context = folder, settings, context
+        self.folder = folder
+        self.settings = settings
+        self.context = context
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
         self._snapshot = Snapshot(context)
@@ -60,16 +62,17 @@ class CheckpointStore:
 
     def finish(self) -> None:
         """Wait for what is being written. Raises SaveError where it could not be, on every rank alike."""
-        pending, self._pending = self._pending, None
+        pending = self._pending
+        self._pending = None
         if pending:
             pending.result()
 
     def _write(self, step: int, state: dict[str, Any]) -> None:
-        """On the writing thread of every rank."""
+        """Write this rank's part. Runs on the writing thread of every rank."""
         final = self.folder / f"step-{step:08d}"
         temporary = self.folder / f".{final.name}.tmp"
         try:
-            self._together(lambda: _make_anew(temporary), only_main=True)
+            self._together(lambda: _make_empty(temporary), only_main=True)
             entries = self._together(lambda: self._snapshot.write(temporary / TENSORS))
             self._together(lambda: self._complete(temporary, entries, state, final), only_main=True)
         except SaveError:
@@ -81,7 +84,7 @@ class CheckpointStore:
     def _complete(
         self, temporary: Path, entries: list[tuple[str, dict[str, Any]]], state: dict[str, Any], final: Path
     ) -> None:
-        """State and manifest, then the name, then what this makes superfluous away."""
+        """Write state and manifest, give the folder its name, remove what this makes superfluous."""
         write_json(temporary / STATE, state)
         files = {f"{TENSORS}/{name}": entry for name, entry in entries}
         write_manifest(temporary, {**files, STATE: entry_of(temporary / STATE)})
@@ -114,7 +117,8 @@ class CheckpointStore:
 
     def _together(self, action: Callable[[], Any], only_main: bool = False) -> list[Any]:
         """The action's result on every rank, by rank; SaveError everywhere where it failed on one."""
-        result, fault = None, ""
+        result = None
+        fault = ""
         try:
             if self.context.is_main or not only_main:
                 result = action()
@@ -145,14 +149,14 @@ def superfluous(folder: Path, newest: Path, retention: CheckpointConfig) -> list
 
 
 def validation_loss(checkpoint: Path) -> float:
-    """Infinity where there is none, or none that can be read."""
+    """A checkpoint's validation loss; infinity where there is none, or none that can be read."""
     try:
         return float(read_state(checkpoint).get(VALIDATION_LOSS, math.inf))
     except (OSError, ValueError):
         return math.inf
 
 
-def _make_anew(folder: Path) -> None:
+def _make_empty(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
 

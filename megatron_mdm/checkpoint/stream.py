@@ -93,7 +93,8 @@ def _write(file: OutputFile, folder: Path, workers: tuple[ThreadPoolExecutor, Th
     temporary = path.with_name(f".{path.name}.tmp")
     specifications = {name: (output.dtype, output.tensor.shape) for name, output in file.tensors.items()}
     order = file_order(specifications)
-    digest, pending = hashlib.sha256(), deque[Future[Any]]()
+    digest = hashlib.sha256()
+    pending = deque[Future[Any]]()
     with closing(DirectWriter(temporary)) as output:
         header = memoryview(header_bytes({name: specifications[name] for name in order}, METADATA))
         for data in itertools.chain([header], _blocks(file, order)):
@@ -116,7 +117,7 @@ def _blocks(file: OutputFile, order: list[str]) -> Iterator[memoryview]:
 
 
 def _wait(pending: deque[Future[Any]], path: Path, most: int) -> None:
-    """Until at most so many jobs are left, which bounds the blocks in memory."""
+    """Wait until at most so many jobs are left, which bounds the blocks in memory."""
     try:
         while len(pending) > most:
             pending.popleft().result()
@@ -131,10 +132,10 @@ def _finished(folder: Path, identity: str) -> dict[str, Entry]:
     except (OSError, ValueError):
         return {}
     if journal.get("identity") != identity:
-        print(f"{folder}: left by a conversion of other files or options; starting anew", flush=True)
+        print(f"{folder}: left by a conversion of other files or options; starting from scratch", flush=True)
         return {}
     intact = {name: entry for name, entry in journal["files"].items() if _is_intact(folder / name, entry)}
-    print(f"{folder}: goes on; {len(intact)} finished files are kept", flush=True)
+    print(f"{folder}: resumes; {len(intact)} finished files are kept", flush=True)
     return intact
 
 

@@ -42,13 +42,14 @@ STORED_NAMES: dict[int, Callable[[Parameter], str]] = {1: lambda row: row.drawn_
 
 
 class Snapshot:
-    """The file that this rank adds to a checkpoint, in memory: training goes on while it is written.
+    """The file that this rank adds to a checkpoint, in memory: training continues while it is written.
 
     The memory, 12 bytes for each parameter that this rank's optimizer holds, is kept for the next save.
     """
 
     def __init__(self, context: ParallelContext) -> None:
-        self.context, self.length = context, 0
+        self.context = context
+        self.length = 0
         self.memory = torch.empty(0, dtype=torch.uint8)
 
     def take(self, fragments: Iterable[Fragment]) -> None:
@@ -79,18 +80,20 @@ class Snapshot:
             return name, {"bytes": self.length, "sha256": digest.result()}
 
     def _share(self, fragments: Iterable[Fragment]) -> Iterable[Fragment]:
-        """Of what all data-parallel ranks hold alike, each takes an equal part."""
-        rank, ranks = self.context.data_rank, self.context.layout.data
+        """The fragments that this rank writes: an equal part of what all data-parallel ranks hold alike."""
+        rank = self.context.data_rank
+        ranks = self.context.layout.data
         for fragment in fragments:
             if fragment.is_replicated and ranks > 1:
                 size = fragment.values.numel()
-                start, stop = size * rank // ranks, size * (rank + 1) // ranks
+                start = size * rank // ranks
+                stop = size * (rank + 1) // ranks
                 fragment = fragment._replace(start=start, values=fragment.values[start:stop])
             if fragment.values.numel():
                 yield fragment
 
     def _hold(self, length: int) -> None:
-        """Memory that begins at a page, as direct writes want it; pinned on CUDA, so that copies into it are fast."""
+        """Make memory that begins at a page, as direct writes want it; pinned on CUDA, so that copies are fast."""
         self.length = length
         if length > len(self.memory):
             memory = torch.empty(length + PAGE, dtype=torch.uint8, pin_memory=platform.is_cuda())
@@ -110,7 +113,9 @@ class TensorReader:
 
     def __init__(self, folder: Path, model: ModelConfig, version: int = FORMAT) -> None:
         """version: the checkpoint's format."""
-        self.folder, self.table, self.stored_name = folder, parameter_table(model), STORED_NAMES[version]
+        self.folder = folder
+        self.table = parameter_table(model)
+        self.stored_name = STORED_NAMES[version]
         found: dict[tuple[str, int], list[tuple[int, tuple[int, ...], StoredTensor]]] = {}
         self.degree = 0
         for path in sorted(folder.glob("*.safetensors")):
@@ -131,11 +136,11 @@ class TensorReader:
 
     @classmethod
     def of(cls, checkpoint: Path, model: ModelConfig) -> TensorReader:
-        """Of a checkpoint in its own format."""
+        """The reader of a checkpoint in its own format."""
         return cls(checkpoint / TENSORS, model, format_of(checkpoint))
 
     def _put_together(self, key: str, parts: list[tuple[int, tuple[int, ...], StoredTensor]]) -> LazyTensor:
-        """parts: (start, shape of the whole, elements), by start."""
+        """The shard of these parts: (start, shape of the whole, elements), by start."""
         (_, shape, first), position = parts[0], 0
         for start, _, tensor in parts:
             if start != position:
@@ -146,7 +151,7 @@ class TensorReader:
         return first if len(parts) == 1 else Flat([tensor for _, _, tensor in parts], shape)
 
     def kinds(self) -> set[str]:
-        """Weights alone, or moments as well."""
+        """The kinds of tensors that the checkpoint holds: weights alone, or moments as well."""
         return {key.rpartition("/")[2] for key in self.places}
 
     def tensor(self, name: str, kind: str) -> LazyTensor:

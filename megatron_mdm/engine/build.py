@@ -8,7 +8,7 @@ from megatron_mdm.parallel.groups import ParallelContext
 
 
 def build_engine(config: RunConfig, context: ParallelContext, load: Load | None = None) -> Engine:
-    """load: fills this rank's part of the model before the optimizer takes its master weights from it; None: random
-    initial weights."""
+    """The engine of a run. load: fills this rank's part of the model before the optimizer takes its master weights from
+    it; None: random initial weights."""
     engine = PipeEngine if config.parallel.pipeline > 1 else ZeroEngine
     return engine(config, context, load)

@@ -23,7 +23,8 @@ class PhaseClock:
     """
 
     def __init__(self) -> None:
-        self.seconds, self.is_exact = dict.fromkeys(PHASES, 0.0), False
+        self.seconds = dict.fromkeys(PHASES, 0.0)
+        self.is_exact = False
         self._inner = 0.0  # of phases within the one that is being measured
 
     def reset(self) -> None:
@@ -31,7 +32,9 @@ class PhaseClock:
 
     @contextmanager
     def measure(self, phase: str) -> Iterator[None]:
-        began, outer, self._inner = time.perf_counter(), self._inner, 0.0
+        began = time.perf_counter()
+        outer = self._inner
+        self._inner = 0.0
         try:
             yield
         finally:
@@ -65,7 +68,8 @@ class CommunicationProfile:
     """
 
     def __init__(self, is_on: bool) -> None:
-        self.is_on, self.seconds = is_on, float("nan")
+        self.is_on = is_on
+        self.seconds = float("nan")
 
     def __enter__(self) -> CommunicationProfile:
         if self.is_on:
@@ -95,7 +99,8 @@ class CommunicationProfile:
 
 def covered(spans: Iterable[tuple[float, float]]) -> float:
     """Length of the union of intervals."""
-    total, end = 0.0, float("-inf")
+    total = 0.0
+    end = float("-inf")
     for start, stop in sorted(spans):
         total += max(0.0, stop - max(start, end))
         end = max(end, stop)

@@ -28,7 +28,7 @@ Volume = Counter[tuple[str, str]]  # (axis: data, tensor or pipeline; collective
 
 @dataclass(frozen=True)
 class MicroBatchShape:
-    """Of one data-parallel rank."""
+    """A micro-batch of one data-parallel rank."""
 
     rows: int
     length: int
@@ -52,7 +52,7 @@ class Stage:
         return sum(block % config.parallel.recompute_interval == 0 for block in blocks)
 
     def num_parameters(self, model: ModelConfig, tensor: int) -> int:
-        """On one tensor-parallel rank."""
+        """The number of parameters on one tensor-parallel rank."""
         return self.held(model, tensor).total
 
     def held(self, model: ModelConfig, tensor: int) -> Held:
@@ -75,7 +75,7 @@ def stages(config: RunConfig) -> list[Stage]:
 
 @functools.lru_cache(maxsize=256)
 def _bounds(costs: tuple[float, ...], num_stages: int) -> list[int]:
-    """Of the stages; kept, since planning asks for the same again and again."""
+    """The stages' bounds in the list of layers; kept, since planning asks for the same again and again."""
     return partition(costs, num_stages)
 
 
@@ -83,7 +83,8 @@ def step_communication(
     config: RunConfig, layout: Layout, pipeline_rank: int, micro_batches: Sequence[MicroBatchShape]
 ) -> Volume:
     """Bytes by (axis, collective) of one rank of a pipeline stage in one optimizer step."""
-    stage, volume = stages(config)[pipeline_rank], Counter[tuple[str, str]]()
+    stage = stages(config)[pipeline_rank]
+    volume = Counter[tuple[str, str]]()
     if layout.data > 1:
         volume.update(_data_parallel(config, stage, len(micro_batches)))
     if layout.tensor > 1:
@@ -123,7 +124,8 @@ def _data_parallel(config: RunConfig, stage: Stage, num_micro_batches: int) -> V
 
 def _tensor_parallel(config: RunConfig, stage: Stage, micro_batch: MicroBatchShape) -> Volume:
     """Activations over the tensor-parallel ranks: two pairs of operations per block and direction."""
-    hidden, blocks = _hidden_bytes(config, micro_batch), stage.num_blocks
+    hidden = _hidden_bytes(config, micro_batch)
+    blocks = stage.num_blocks
     in_parts = stage.held(config.model, config.parallel.tensor).in_parts  # whose gradients are summed
     recomputed = stage.num_recomputed(config)  # their forward operations once more, but for each block's last
     volume: Volume = Counter()
@@ -143,7 +145,7 @@ def _tensor_parallel(config: RunConfig, stage: Stage, micro_batch: MicroBatchSha
 
 
 def _hidden_bytes(config: RunConfig, micro_batch: MicroBatchShape) -> int:
-    """Of one [S, R, H] tensor; sequence parallelism pads S to a multiple of the tensor-parallel degree."""
+    """Bytes of one [S, R, H] tensor; sequence parallelism pads S to a multiple of the tensor-parallel degree."""
     length = micro_batch.length
     if config.parallel.sequence:
         length += -length % config.parallel.tensor

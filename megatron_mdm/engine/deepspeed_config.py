@@ -10,7 +10,8 @@ from megatron_mdm.config.validate import accumulation_steps
 
 
 def deepspeed_config(config: RunConfig, world_size: int) -> dict[str, Any]:
-    """Raw keys of the `deepspeed` section are added; validate.py has refused those that the stack owns."""
+    """DeepSpeed's configuration. Raw keys of the `deepspeed` section are added; validate.py has refused those that the
+    stack owns."""
     raw = {key: value for key, value in config.deepspeed.items() if key not in ("zero_optimization", "data_types")}
     zero = {
         "stage": config.parallel.zero,

@@ -65,7 +65,8 @@ def check_deepspeed_section(config: RunConfig) -> None:
         raise UserError(_describe(error, config.deepspeed, noted.order[-1])) from None
     except Exception as error:  # whatever a value of a wrong type leads to
         _check(config.deepspeed, noted, is_complete=False)
-        key, reason = noted.order[-1], " ".join(str(error).split())
+        key = noted.order[-1]
+        reason = " ".join(str(error).split())
         value = f".{key}': DeepSpeed cannot read {config.deepspeed[key]!r}" if key in config.deepspeed else "'"
         raise UserError(f"'deepspeed{value} ({reason})") from None
     _check(config.deepspeed, noted, is_complete=True)

@@ -9,7 +9,7 @@ from megatron_mdm.engine.base import Engine
 
 
 def gradient_norms(engine: Engine, batches: Iterable[Sequence[ModelInputs]]) -> list[float]:
-    """Of each global batch, before clipping; not finite where a loss or gradient is not. Collective.
+    """The gradient norm of each global batch, before clipping; not finite where a loss or gradient is not. Collective.
 
     batches: the micro-batches of this data-parallel rank, as many on each. They are steps with a learning rate of 0,
     so that weights stay as they are, and Adam's moments are put back afterwards.

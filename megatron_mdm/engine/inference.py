@@ -53,9 +53,12 @@ class PipelinedInferenceEngine:
     ) -> None:
         self.source = source
         self.layers = layers.to(device=platform.device(), dtype=DTYPES[dtype]).eval()
-        self.model, self.dtype, self.context = model, DTYPES[dtype], context
+        self.model = model
+        self.dtype = DTYPES[dtype]
+        self.context = context
         stride = context.layout.stride("pipeline")
-        self.previous, self.next = context.rank - stride, context.rank + stride
+        self.previous = context.rank - stride
+        self.next = context.rank + stride
         self.is_first = context.pipeline_rank == 0
         self.is_last = context.pipeline_rank == context.layout.pipeline - 1
 
@@ -75,14 +78,16 @@ class PipelinedInferenceEngine:
     @torch.no_grad()
     def logits(self, inputs: ModelInputs, window: Window | None = None) -> Tensor:
         """InferenceEngine.logits."""
-        inputs, window = _on_device(inputs), window and window.to_device()
+        inputs = _on_device(inputs)
+        window = window and window.to_device()
         shape = torch.Size((int(inputs.selected.sum()), self.model.vocab_size))
         return self._from_last_stage(self._run(inputs, True, window), shape, self.dtype)
 
     def _run(self, inputs: ModelInputs, want_logits: bool, window: Window | None) -> Tensor | None:
-        """This rank's layers; the last stage's answer, there."""
+        """Run this rank's layers. Returns the answer on the last stage, None elsewhere."""
         rows, length = inputs.tokens.shape
-        hidden, visible = inputs.tokens, Visibility(inputs, window)
+        hidden = inputs.tokens
+        visible = Visibility(inputs, window)
         if not self.is_first:
             hidden = torch.empty(length, rows, self.model.hidden_size, dtype=self.dtype, device=platform.device())
             dist.recv(hidden, self.previous)

@@ -38,13 +38,15 @@ def packed(inputs: ModelInputs) -> ModelInputs:
     """The same rows one after another, without padding. Scores, weights and statistics stay by row."""
     num_rows, width = inputs.selected.shape
     rows = inputs.pattern.row_lengths(num_rows, width)
-    pattern, positions = inputs.pattern.packed(num_rows, width), inputs.positions
+    pattern = inputs.pattern.packed(num_rows, width)
+    positions = inputs.positions
     inside = torch.arange(width)[None, :] < rows[:, None]
     tokens = inputs.tokens[inside]
     if positions is not None:
         positions = positions.expand(num_rows, -1)[inside][None]
-    if not len(tokens):  # no rank may sit a forward pass out: one token that nothing is asked of
-        tokens, pattern = inputs.tokens.new_zeros(1), Segments(torch.ones(1, 1, dtype=torch.int64))
+    if not len(tokens):  # no rank may skip a forward pass: one token, whose logits nobody asks for
+        tokens = inputs.tokens.new_zeros(1)
+        pattern = Segments(torch.ones(1, 1, dtype=torch.int64))
     starts = rows.cumsum(0) - rows
     return inputs._replace(tokens=tokens[None], pattern=pattern, positions=positions, row_starts=starts)
 

@@ -17,7 +17,9 @@ from megatron_mdm.models.kernel_memory import ELEMENT_BYTES, SAVED, Kernels
 from megatron_mdm.models.parameters import Held, padded_vocab_size
 from megatron_mdm.parallel.layout import Layout
 
-MASTER, MOMENTS = 4, 8  # bytes of a parameter's fp32 copy and of Adam's two moments
+# bytes of a parameter's fp32 copy and of Adam's two moments
+MASTER = 4
+MOMENTS = 8
 # DeepSpeed's defaults, which the section `deepspeed.zero_optimization` may change.
 REDUCE_BUCKET = 500_000_000  # elements of the buffer that gradients are reduced in, whatever the model's size
 ZERO3_LIVE = 1_000_000_000  # parameters that stay gathered at a time
@@ -60,7 +62,8 @@ def longest_micro_batch(config: RunConfig) -> MicroBatchShape:
 
 def fullest_stage(config: RunConfig, layout: Layout, kernels: Kernels) -> RankMemory:
     """The memory of a rank of the pipeline stage that takes most, at the greatest micro-batches."""
-    shape, number = longest_micro_batch(config), accumulation_steps(config, layout.world_size)
+    shape = longest_micro_batch(config)
+    number = accumulation_steps(config, layout.world_size)
     ranks = range(layout.pipeline)
     return max(
         (rank_memory(config, layout, rank, shape, number, kernels) for rank in ranks), key=lambda memory: memory.total
@@ -103,7 +106,9 @@ def rank_memory(
 def _states(config: RunConfig, layout: Layout, parameters: Held) -> tuple[dict[str, float], float]:
     """(bytes by kind, bytes on the host) of a tensor-parallel rank's parameters. What is frozen is weights only."""
     number = parameters.trained
-    size, zero, data = ELEMENT_BYTES[config.precision.dtype], config.parallel.zero, layout.data
+    size = ELEMENT_BYTES[config.precision.dtype]
+    zero = config.parallel.zero
+    data = layout.data
     accumulated = 4 if config.precision.gradients == "fp32" else size
     if zero == 0:  # in fp32 torch's own optimizer updates the model's weights
         master = 0 if config.precision.dtype == "fp32" else MASTER
@@ -121,15 +126,19 @@ def _states(config: RunConfig, layout: Layout, parameters: Held) -> tuple[dict[s
     host = 0.0
     if config.parallel.offload != "none":
         host = optimizer + (gradients if zero > 1 else 0.0)
-        optimizer, gradients, step = 0.0, (0.0 if zero > 1 else gradients), 0.0
+        optimizer = 0.0
+        gradients = 0.0 if zero > 1 else gradients
+        step = 0.0
     if config.parallel.offload == "all":
-        host, weights = host + weights, 0.0
+        host = host + weights
+        weights = 0.0
     return {"weights": weights, "gradients": gradients, "optimizer": optimizer, "step": step}, host
 
 
 def _head(config: RunConfig, layout: Layout, micro_batch: MicroBatchShape) -> tuple[float, float]:
     """(bytes that the norm of the selected rows keeps, bytes beside them while a chunk's logits exist)."""
-    size, hidden = ELEMENT_BYTES[config.precision.dtype], config.model.hidden_size
+    size = ELEMENT_BYTES[config.precision.dtype]
+    hidden = config.model.hidden_size
     vocabulary = padded_vocab_size(config.model, layout.tensor) // layout.tensor
     gradients = vocabulary * hidden * size + micro_batch.selected * hidden * size
     kept = micro_batch.selected * (8 + 4 + hidden * size)
@@ -139,7 +148,7 @@ def _head(config: RunConfig, layout: Layout, micro_batch: MicroBatchShape) -> tu
 
 
 def _bucket(config: RunConfig, number: int, kernels: Kernels) -> float:
-    """Of ZeRO: allocated whole, although on a CPU what is never written to takes no memory."""
+    """Bytes of ZeRO's buckets: allocated whole, although on a CPU what is never written to takes no memory."""
     if config.parallel.zero == 0:
         return 0.0
     elements = _zero_elements(config, "reduce_bucket_size", REDUCE_BUCKET)
@@ -158,7 +167,8 @@ def _zero_elements(config: RunConfig, key: str, default: int) -> int:
 def _buffers(
     config: RunConfig, layout: Layout, stage: Stage, number: int, micro_batch: MicroBatchShape, in_flight: int
 ) -> float:
-    size, buffers = ELEMENT_BYTES[config.precision.dtype], 0.0
+    size = ELEMENT_BYTES[config.precision.dtype]
+    buffers = 0.0
     if config.parallel.zero == 3:
         buffers += size * min(number, _zero_elements(config, "stage3_max_live_parameters", ZERO3_LIVE))
     hidden = micro_batch.rows * micro_batch.length * config.model.hidden_size * size

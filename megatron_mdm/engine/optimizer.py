@@ -51,11 +51,14 @@ class PlainClipping:
     """
 
     def __init__(self, model: torch.nn.Module, max_norm: float, context: ParallelContext) -> None:
-        self.model, self.max_norm, self.context = model, max_norm, context
+        self.model = model
+        self.max_norm = max_norm
+        self.context = context
         self.norm = float("nan")
 
     def __call__(self) -> None:
-        """Between the gradients' reduction and the optimizer's step. Collective over the model-parallel ranks."""
+        """Measure and clip, between the gradients' reduction and the optimizer's step. Collective over the
+        model-parallel ranks."""
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
         squares = torch.stack([p.grad.float().square().sum() for p in self._counted()] or [torch.zeros(())]).sum()
         squares = squares.to(gradients[0].device)

@@ -19,7 +19,8 @@ from megatron_mdm.config.schema import ModelConfig
 from megatron_mdm.models.naming import rows_of
 from megatron_mdm.models.parameters import Parameter
 
-WEIGHT, MOMENTS = "weight", ("exp_avg", "exp_avg_sq")
+WEIGHT = "weight"
+MOMENTS = ("exp_avg", "exp_avg_sq")
 KINDS = (WEIGHT, *MOMENTS)
 
 
@@ -175,5 +176,5 @@ class OptimizerState:
 
 
 def _shape(parameter: Any) -> torch.Size:
-    """Also where ZeRO 3 has left no element here."""
+    """A parameter's shape, also where ZeRO 3 has left no element of it here."""
     return getattr(parameter, "ds_shape", parameter.shape)

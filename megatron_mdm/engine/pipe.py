@@ -30,8 +30,12 @@ from megatron_mdm.parallel.heartbeat import beat
 from megatron_mdm.parallel.layout import partition
 
 _PHASES = {  # by DeepSpeed's instructions; the others are messages to and from other stages
-    **{"LoadMicroBatch": "data", "ForwardPass": "forward", "BackwardPass": "backward"},
-    **{"ReduceGrads": "backward", "ReduceTiedGrads": "backward", "OptimizerStep": "optimizer"},
+    "LoadMicroBatch": "data",
+    "ForwardPass": "forward",
+    "BackwardPass": "backward",
+    "ReduceGrads": "backward",
+    "ReduceTiedGrads": "backward",
+    "OptimizerStep": "optimizer",
 }
 
 
@@ -40,7 +44,9 @@ class PipeEngine:
 
     def __init__(self, config: RunConfig, context: ParallelContext, load: Load | None = None) -> None:
         """load: fills this rank's layers, before the optimizer takes its master weights from them."""
-        self.context, self.layout, self.model = context, context.layout, config.model
+        self.context = context
+        self.layout = context.layout
+        self.model = config.model
         self.sequence_multiple = config.parallel.tensor if config.parallel.sequence else 1
         self.pack = config.batch.mode == "packed"
         seed = None if load else config.seed

@@ -27,7 +27,8 @@ class ZeroEngine:
 
     def __init__(self, config: RunConfig, context: ParallelContext, load: Load | None = None) -> None:
         """load: fills the model, before the optimizer takes its master weights from it."""
-        self.context, self.clock = context, PhaseClock()
+        self.context = context
+        self.clock = PhaseClock()
         self.sequence_multiple = config.parallel.tensor if config.parallel.sequence else 1
         self.pack = config.batch.mode == "packed"
         model = build_model(config.model, config.parallel, context, None if load else config.seed)
@@ -46,7 +47,8 @@ class ZeroEngine:
         self.optimizer_state = OptimizerState(self.engine.module, self.engine.optimizer, config.model)
 
     def train_batch(self, micro_batches: Sequence[ModelInputs], lr: float) -> TrainOutput:
-        engine, statistics = self.engine, []
+        engine = self.engine
+        statistics = []
         engine.train()
         for group in engine.optimizer.param_groups:
             group["lr"] = lr

@@ -27,8 +27,10 @@ class Visibility:
 
     def __init__(self, inputs: ModelInputs, window: Window | None = None) -> None:
         """window: the inputs' tokens are those at its positions of longer rows, which the pattern is about."""
-        self.pattern, self.window = inputs.pattern, window
-        self.length, self.device = inputs.tokens.shape[1], inputs.tokens.device
+        self.pattern = inputs.pattern
+        self.window = window
+        self.length = inputs.tokens.shape[1]
+        self.device = inputs.tokens.device
 
         positions = inputs.positions
         if window is not None:
@@ -70,14 +72,16 @@ class CoreAttention(MegatronModule):
         **_: Any,
     ) -> None:
         super().__init__(config)
-        self.layer_number, self.softmax_scale = layer_number, softmax_scale
+        self.layer_number = layer_number
+        self.softmax_scale = softmax_scale
         self.recompute = recompute  # in the backward pass, instead of keeping scores
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: AttentionInputs, **_: Any) -> Tensor:
         """query [S, B, heads, D]; key, value [S, B, kv heads, D]. Returns [S, B, heads · D]."""
         visible, rotation = attention_mask
         heads_first = query.device.type == "cpu"
-        query, key = rotate(query, rotation, heads_first), rotate(key, rotation, heads_first)
+        query = rotate(query, rotation, heads_first)
+        key = rotate(key, rotation, heads_first)
         if visible.window is not None:
             key, value = visible.window.cache.write(self.layer_number, visible.window.positions, key, value)
         execute = executor(visible.kind, query.device.type, query.dtype)
@@ -153,7 +157,8 @@ def variable_length(query: Tensor, key: Tensor, value: Tensor, visible: Visibili
     bounds = F.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
     longest = int(lengths.max())
     query, key, value = (x.squeeze(1) for x in (query, key, value))
-    several, window = query.shape[1] != key.shape[1], (-1, 0) if pattern.causal else (-1, -1)
+    several = query.shape[1] != key.shape[1]
+    window = (-1, 0) if pattern.causal else (-1, -1)
     context = varlen_attn(
         query, key, value, bounds, bounds, longest, longest, scale=scale, window_size=window, enable_gqa=several
     )

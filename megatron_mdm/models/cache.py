@@ -11,10 +11,12 @@ from megatron_mdm.parallel import platform
 
 
 class KeyValueCache:
-    """Of every layer on this rank, at each of T positions of R rows. A layer's tensors are made as it first writes."""
+    """Keys and values of every layer on this rank, at each of T positions of R rows. A layer's tensors are made when it
+    first writes."""
 
     def __init__(self, num_rows: int, width: int) -> None:
-        self.num_rows, self.width = num_rows, width
+        self.num_rows = num_rows
+        self.width = width
         self._layers: dict[int, tuple[Tensor, Tensor]] = {}  # layer number → keys, values [T, R, kv heads, D]
 
     def write(self, layer: int, positions: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
@@ -25,7 +27,8 @@ class KeyValueCache:
             self._layers[layer] = (key.new_zeros(shape), value.new_zeros(shape))
         keys, values = self._layers[layer]
         where = (positions.t(), torch.arange(self.num_rows, device=positions.device))
-        keys[where], values[where] = key, value
+        keys[where] = key
+        values[where] = value
         return keys, values
 
 

@@ -17,7 +17,7 @@ def layer_costs(model: ModelConfig, length: float) -> list[float]:
 
 
 def training_flops(model: ModelConfig, num_tokens: int, length: float, num_selected: int) -> float:
-    """Of a step's forward and backward passes, without what is computed again: what MFU counts.
+    """FLOPs of a step's forward and backward passes, without what is computed again: what MFU counts.
 
     num_tokens: of all rows, without padding; length: of a row, on average (attention grows with it; lengths that vary
     make it a little too small); num_selected: positions whose logits are computed.

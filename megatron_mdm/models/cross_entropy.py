@@ -89,15 +89,19 @@ class _WeightedCrossEntropy(torch.autograd.Function):
             if shard.group is not None:
                 dist.all_reduce(grad_rows, group=shard.group)
             gradient_square = torch.linalg.vector_norm(grad_rows, dim=1, dtype=torch.float32).mul_(scale).square_()
-        ctx.grad_rows, ctx.grad_head, ctx.scale = grad_rows, grad_head, scale
+        ctx.grad_rows = grad_rows
+        ctx.grad_head = grad_head
+        ctx.scale = scale
         ctx.mark_non_differentiable(cross_entropy, gradient_square)
         total = (weights * (cross_entropy + z_loss * log_normalizer.square())).sum()
         return total, cross_entropy, gradient_square
 
     @staticmethod
     def backward(ctx, grad_total, *_):
-        grad_rows, grad_head = ctx.grad_rows, ctx.grad_head
-        ctx.grad_rows = ctx.grad_head = None
+        grad_rows = ctx.grad_rows
+        grad_head = ctx.grad_head
+        ctx.grad_rows = None
+        ctx.grad_head = None
         factor = grad_total * ctx.scale
         return grad_rows.mul_(factor), grad_head.mul_(factor), *[None] * 7
 

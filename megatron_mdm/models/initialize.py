@@ -24,7 +24,8 @@ def initialize_weights(
     """
     for row, tensor in rows:
         beat()
-        law, split = LAWS[row.initial.law], row.split.get("tensor")
+        law = LAWS[row.initial.law]
+        split = row.split.get("tensor")
         with torch.no_grad():
             if config.initialization == "sharded":
                 name = f"{row.drawn_by}/{tensor_rank if split else 0}"

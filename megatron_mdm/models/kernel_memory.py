@@ -33,15 +33,17 @@ class SavedTensors:
     kernels: Kernels
 
     def kept(self, config: RunConfig, shape: Shape, index: int) -> float:
-        """Of the block with this index, with the recomputation that is configured."""
+        """Bytes that the block with this index keeps, with the recomputation that is configured."""
         parallel = config.parallel
         if parallel.recompute == "full" and index % parallel.recompute_interval == 0:
             return self._positions(config, shape, split=parallel.sequence) * config.model.hidden_size * _size(config)
         return self.block(config, shape, attention_again=parallel.recompute == "selective")
 
     def block(self, config: RunConfig, shape: Shape, attention_again: bool = False) -> float:
-        """Of one block without full recomputation; attention_again: scores and contexts are computed again."""
-        model, size = config.model, _size(config)
+        """Bytes that one block keeps without full recomputation; attention_again: scores and contexts are computed
+        again."""
+        model = config.model
+        size = _size(config)
         residual = self._positions(config, shape, split=config.parallel.sequence)
         shard = self._positions(config, shape) / config.parallel.tensor
         norms = 2 * (2 * model.hidden_size * size + 4)  # two: their inputs and outputs, the reciprocal roots in fp32
@@ -55,9 +57,11 @@ class SavedTensors:
         return self._positions(config, shape) * width * _size(config)
 
     def _attention(self, config: RunConfig, shape: Shape, again: bool) -> float:
-        """Per position, of all heads together."""
-        model, size = config.model, _size(config)
-        query, key = model.num_heads * model.kv_channels, model.num_kv_heads * model.kv_channels
+        """Bytes that attention keeps per position, all heads together."""
+        model = config.model
+        size = _size(config)
+        query = model.num_heads * model.kv_channels
+        key = model.num_kv_heads * model.kv_channels
         normed = 0.0
         if model.qk_norm:
             normed = (query + key) * size + 4 * (model.num_heads + model.num_kv_heads)
@@ -72,7 +76,7 @@ class SavedTensors:
 
     @staticmethod
     def _positions(config: RunConfig, shape: Shape, split: bool = False) -> float:
-        """On this rank; split: of which sequence parallelism gives each rank a part."""
+        """Positions on this rank; split: of which sequence parallelism gives each rank a part."""
         length = shape.length
         if config.parallel.sequence:
             length += -length % config.parallel.tensor

@@ -71,7 +71,8 @@ class Block(Layer):
             rotary_base=model.rope_theta,
             use_cpu_initialization=config.use_cpu_initialization,
         )
-        self.config, self.index = config, index
+        self.config = config
+        self.index = index
         self.recompute = parallel.recompute == "full" and index % parallel.recompute_interval == 0
         _attach_extensions(self, index + 1, model, config)
 
@@ -102,7 +103,9 @@ class Head(Layer):
     def __init__(self, model: ModelConfig, config: TransformerConfig, group: torch.distributed.ProcessGroup) -> None:
         super().__init__()
         degree = config.tensor_model_parallel_size
-        self.vocab_size, self.group, self.z_loss = model.vocab_size, group, model.z_loss
+        self.vocab_size = model.vocab_size
+        self.group = group
+        self.z_loss = model.z_loss
         self.row_gradients = False  # compute RowStatistics.gradient_square without autograd, too
         self.logit_shift = model.logit_shift
         self.sequence_parallel = config.sequence_parallel
@@ -145,8 +148,10 @@ class Head(Layer):
 
     def loss(self, hidden: Tensor, inputs: ModelInputs) -> tuple[Tensor, RowStatistics]:
         """hidden [S, R, H] or packed [T, 1, H]. The rest is [S, R], hidden's order where it is not packed."""
-        selected, token_weight = inputs.selected.t(), inputs.token_weight.t()
-        places, num_rows = selected.reshape(-1).nonzero().squeeze(1), len(inputs.selected)
+        selected = inputs.selected.t()
+        token_weight = inputs.token_weight.t()
+        places = selected.reshape(-1).nonzero().squeeze(1)
+        num_rows = len(inputs.selected)
         weights = (token_weight * inputs.row_weight).reshape(-1)[places]
         total, cross_entropy, gradient_square = weighted_cross_entropy(
             self._normed_rows(hidden, self._places_in_hidden(places % num_rows, places // num_rows, inputs)),
@@ -160,7 +165,8 @@ class Head(Layer):
         )
         # Dense grids and plain sums: deterministic on every device, unlike a scattered addition.
         grids = torch.zeros(2, selected.numel(), device=hidden.device)
-        grids[0, places], grids[1, places] = cross_entropy, gradient_square
+        grids[0, places] = cross_entropy
+        grids[1, places] = gradient_square
         grids = grids.view(2, *selected.shape)
         weighted = grids[0] * token_weight
         gradient = grids[1].sum(0) / inputs.row_weight.square().clamp_min(1e-30)  # without the rows' weights
@@ -240,7 +246,8 @@ def _attach_extensions(layer: Layer, index: int, model: ModelConfig, config: Tra
 
 
 def _sum_over_group(gradient: Tensor, group: torch.distributed.ProcessGroup) -> Tensor:
-    """A norm inside a sequence-parallel layer has seen this rank's positions only, a norm of heads its heads."""
+    """The gradient summed over the group: a norm inside a sequence-parallel layer has seen this rank's positions only,
+    a norm of heads its heads."""
     gradient = gradient.contiguous()
     torch.distributed.all_reduce(gradient, group=group)
     return gradient

@@ -21,7 +21,8 @@ class Layer(nn.Module):
 def rows_of(module: nn.Module, model: ModelConfig) -> Iterator[tuple[Parameter, Tensor]]:
     """(row, parameter or buffer) of everything in a module's layers that has a row, in the order of
     named_parameters(); tied ones once. Raises KeyError naming a parameter without a row."""
-    table, seen = parameter_table(model), set[int]()
+    table = parameter_table(model)
+    seen = set[int]()
     for layer in (part for part in module.modules() if isinstance(part, Layer)):
         for own, tensor in _tensors(layer, ""):
             row = table.get(layer.table_name(own))

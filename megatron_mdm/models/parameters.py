@@ -32,7 +32,8 @@ class Initial:
     std: float = 0.0
 
 
-ONES, ZEROS = Initial("ones"), Initial("zeros")
+ONES = Initial("ones")
+ZEROS = Initial("zeros")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,13 +67,13 @@ class Parameter:
         return self.seed_name or self.name
 
     def padded_shape(self, degree: int) -> Shape:
-        """Of the whole tensor at this tensor-parallel degree."""
+        """The shape of the whole tensor at this tensor-parallel degree, padding included."""
         if not self.is_vocabulary:
             return self.shape
         return (padded_rows(self.shape[0], self.vocab_divisor, degree), *self.shape[1:])
 
     def local_shape(self, degree: int) -> Shape:
-        """Of the shard that one tensor-parallel rank holds."""
+        """The shape of the shard that one tensor-parallel rank holds."""
         split = self.split.get("tensor")
         shape = self.padded_shape(degree)
         return split.local_shape(shape, degree) if split else shape
@@ -105,7 +106,7 @@ def num_parameters(model: ModelConfig) -> int:
 
 
 def checkpoint_bytes(model: ModelConfig) -> int:
-    """Of a run's checkpoint, at most: fp32 weights, and two moments of what is trained."""
+    """Bytes of a run's checkpoint at most: fp32 weights, and two moments of what is trained."""
     return sum((12 if row.trained else 4) * row.size for row in parameter_table(model).values())
 
 
@@ -116,7 +117,7 @@ def held(model: ModelConfig, layers: range, degree: int) -> Held:
 
 
 def layer_prefix(layer: int) -> str:
-    """Of a transformer layer's parameters; layer counts from 0."""
+    """The prefix of the names of a transformer layer's parameters; layer counts from 0."""
     return f"decoder.layers.{layer}."
 
 
@@ -133,7 +134,7 @@ def padded_rows(rows: int, divisor: int, degree: int) -> int:
 
 @functools.lru_cache(maxsize=64)
 def _table(section: str, extensions: tuple[Extension, ...]) -> Table:
-    """section: the model section as JSON. extensions: those that it names."""
+    """The table of a model section, given as JSON, with the extensions that it names."""
     model = ModelConfig.model_validate_json(section)
     rows = _base_rows(model)
     for extension in extensions:
@@ -144,7 +145,8 @@ def _table(section: str, extensions: tuple[Extension, ...]) -> Table:
 
 @functools.lru_cache(maxsize=4096)
 def _held(section: str, extensions: tuple[Extension, ...], layers: range, degree: int) -> Held:
-    sizes, in_parts = Counter[bool](), Counter[str]()
+    sizes = Counter[bool]()
+    in_parts = Counter[str]()
     for row in _table(section, extensions).values():
         if any(layer in layers for layer in row.layers):
             size = math.prod(row.local_shape(degree))
@@ -154,8 +156,8 @@ def _held(section: str, extensions: tuple[Extension, ...], layers: range, degree
 
 
 def _base_rows(model: ModelConfig) -> dict[str, Parameter]:
-    """Of the transformer itself. Initial weights are drawn by the names that parameters had in format 1: layer's index,
-    module, parameter."""
+    """Rows of the transformer itself. Initial weights are drawn by the names that parameters had in format 1: layer's
+    index, module, parameter."""
     assert isinstance(model.vocab_size, int)
     last = model.num_layers + 1
     vocabulary = Parameter(
@@ -187,13 +189,16 @@ def _base_rows(model: ModelConfig) -> dict[str, Parameter]:
 
 
 def _layer_rows(model: ModelConfig) -> list[Parameter]:
-    """Of one transformer layer, by their names in it. Megatron's scheme of initial values: N(0, σ²) matrices, with
+    """Rows of one transformer layer, by their names in it. Megatron's scheme of initial values: N(0, σ²) matrices, with
     σ / √(2 · layers) for projections into the residual stream."""
-    hidden, head_dim, ffn = model.hidden_size, model.kv_channels, model.ffn_hidden_size
+    hidden = model.hidden_size
+    head_dim = model.kv_channels
+    ffn = model.ffn_hidden_size
     qkv = (model.num_heads + 2 * model.num_kv_heads) * head_dim
     matrix = Initial("normal", model.init_std)
     into_residual = Initial("normal", model.init_std / (2 * model.num_layers) ** 0.5)
-    by_rows, by_columns = {"tensor": Split(0)}, {"tensor": Split(1)}
+    by_rows = {"tensor": Split(0)}
+    by_columns = {"tensor": Split(1)}
 
     def norm(name: str, width: int, gradient_in_parts: str) -> Parameter:
         return Parameter(

@@ -27,8 +27,8 @@ class Rotation(NamedTuple):
 
 
 def angles_at(positions: Tensor, frequencies: Tensor) -> Tensor:
-    """Of positions [R, S], [S, R, 1, D] float32: what megatron-core's RotaryEmbedding gives for 0 … S−1. frequencies
-    [D/2] float32: its inv_freq."""
+    """Angles [S, R, 1, D] float32 of positions [R, S], as megatron-core's RotaryEmbedding gives them for 0 … S−1.
+    frequencies [D/2] float32: its inv_freq."""
     half = positions.t()[..., None, None].to(frequencies.dtype) * frequencies.to(positions.device)
     return torch.cat([half, half], dim=-1)
 

@@ -24,11 +24,11 @@ class Split:
     interleave: int = 1
 
     def local_shape(self, full: Shape, degree: int) -> Shape:
-        """Of one rank's shard. The dimension is a multiple of the degree."""
+        """The shape of one rank's shard. The dimension is a multiple of the degree."""
         return (*full[: self.dim], full[self.dim] // degree, *full[self.dim + 1 :])
 
     def intervals(self, size: int, rank: int, degree: int) -> list[tuple[int, int]]:
-        """Where along dim, of this size in full, the slice of a rank lies: [start, stop) of each part, in order."""
+        """[start, stop) along dim of each part of a rank's slice, in order. size: of dim in full."""
         part = size // self.interleave
         length = part // degree
         return [(i * part + rank * length, i * part + (rank + 1) * length) for i in range(self.interleave)]

@@ -55,10 +55,12 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig) -> Transfor
 def torch_layers(model: ModelConfig, recompute_attention: bool) -> TransformerLayerSubmodules:
     """megatron-core's local pre-norm layer, torch's RMSNorm and attention kernels."""
     spec = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=model.qk_norm).submodules
-    spec.input_layernorm = spec.pre_mlp_layernorm = RMSNorm
+    spec.input_layernorm = RMSNorm
+    spec.pre_mlp_layernorm = RMSNorm
     if model.qk_norm:
         attention = spec.self_attention.submodules
-        attention.q_layernorm = attention.k_layernorm = RMSNorm
+        attention.q_layernorm = RMSNorm
+        attention.k_layernorm = RMSNorm
     return _with_our_kernels(spec, recompute_attention)
 
 
@@ -94,7 +96,9 @@ def resolve_kernels(model: ModelConfig) -> str:
     if model.kernels == "transformer_engine" and not available:
         missing = "it is not installed" if not HAVE_TE else "there is no CUDA device"
         raise UserError(f"'model.kernels' transformer_engine: {missing}; use auto or torch")
-    kernels = ("transformer_engine" if available else "torch") if model.kernels == "auto" else model.kernels
+    kernels = model.kernels
+    if kernels == "auto":
+        kernels = "transformer_engine" if available else "torch"
     if model.fp8 and kernels != "transformer_engine":
         raise UserError("'model.fp8' needs Transformer Engine on a CUDA device ('model.kernels')")
     return kernels

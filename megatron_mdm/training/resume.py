@@ -21,7 +21,11 @@ USED_AT_THE_START = ("model.init_from", "diffusion.calibration.artifact")
 # Sections that change what is watched and kept, or where it is computed, not what is trained.
 FREE_SECTIONS = ("logging", "checkpoint", "evaluation", "faults", "parallel", "deepspeed")
 FREE_KEYS = (
-    *("batch.micro_size", "batch.mode", "batch.micro_tokens", "precision.gradients", "model.kernels"),
+    "batch.micro_size",
+    "batch.mode",
+    "batch.micro_tokens",
+    "precision.gradients",
+    "model.kernels",
     "data.end_tokens",
 )
 

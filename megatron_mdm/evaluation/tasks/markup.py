@@ -13,7 +13,9 @@ _CHARACTERS = str.maketrans(
         **dict.fromkeys("“”", '"'),
         **dict.fromkeys("\u200b\u200e\u200f\u2060\ufeff"),
         **{chr(0xFEE0 + code): chr(code) for code in range(0x21, 0x7F)},  # full width
-        **{"\u2215": "\u2044", "￥": "¥", "￡": "£"},
+        "\u2215": "\u2044",
+        "￥": "¥",
+        "￡": "£",
     }
 )
 _TAG = re.compile(r"</?[A-Za-z][^<>]*>")

@@ -15,7 +15,8 @@ FAMILIES: dict[str, Family] = {family.name: family for family in (LLADA, MMADA, 
 
 
 def family_of(config: Json, where: str) -> Family:
-    """By `architectures`: two families share a model_type. Raises UserError naming what is not supported."""
+    """The family of a config.json by its `architectures`, since two families share a model_type. Raises UserError
+    naming what is not supported."""
     architectures = config.get("architectures") or []
     architectures = architectures if isinstance(architectures, list) else [architectures]
     for family in FAMILIES.values():

@@ -84,7 +84,8 @@ class CausalFamily(Family):
         return flat
 
     def unflatten(self, base: Json, changes: Json) -> Json:
-        result, changes = dict(base), dict(changes)
+        result = dict(base)
+        changes = dict(changes)
         if "rope_theta" in changes and "rope_theta" in (result.get("rope_parameters") or {}):
             result["rope_parameters"] = {**result["rope_parameters"], "rope_theta": changes.pop("rope_theta")}
         if "num_hidden_layers" in changes and result.get("layer_types"):

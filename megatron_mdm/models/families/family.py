@@ -15,8 +15,20 @@ Json = dict[str, Any]
 
 # Fields of our model section by which the weights are read. The others are a run's own choice.
 ARCHITECTURE = (
-    *("num_layers", "hidden_size", "num_heads", "num_kv_heads", "ffn_hidden_size", "head_dim", "vocab_size"),
-    *("max_sequence_length", "rope_theta", "norm_eps", "tie_embeddings", "qkv_bias", "qk_norm", "logit_shift"),
+    "num_layers",
+    "hidden_size",
+    "num_heads",
+    "num_kv_heads",
+    "ffn_hidden_size",
+    "head_dim",
+    "vocab_size",
+    "max_sequence_length",
+    "rope_theta",
+    "norm_eps",
+    "tie_embeddings",
+    "qkv_bias",
+    "qk_norm",
+    "logit_shift",
 )
 
 

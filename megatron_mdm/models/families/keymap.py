@@ -21,14 +21,16 @@ class RowRange(NamedTuple):
 def our_parameters(family: Family, model: ModelConfig) -> dict[str, list[RowRange]]:
     """Our parameter (whole) → the rows of the family's tensors that it consists of, in order. Those that an extension
     adds are none of the family's."""
-    keys, table = family.keys, parameter_table(model)
+    keys = family.keys
+    table = parameter_table(model)
     sources = {EMBEDDING: keys.embedding, FINAL_NORM: keys.final_norm, OUTPUT: keys.head}
     for layer in range(model.num_layers):
         theirs = keys.layer.format(layer)
         sources |= {layer_prefix(layer) + ours: theirs + name for ours, name in _plain(keys).items()}
     ranges = {name: [RowRange(sources[name], 0, row.shape[0])] for name, row in table.items() if name in sources}
     for layer in range(model.num_layers):
-        ours, theirs = layer_prefix(layer), keys.layer.format(layer)
+        ours = layer_prefix(layer)
+        theirs = keys.layer.format(layer)
         for kind in ("weight", "bias"):
             ranges[f"{ours}self_attention.linear_qkv.{kind}"] = _interleaved(keys, model, theirs, kind)
         width = model.ffn_hidden_size
@@ -72,7 +74,8 @@ def _plain(keys: Keys) -> dict[str, str]:
 
 def _interleaved(keys: Keys, model: ModelConfig, prefix: str, kind: str) -> list[RowRange]:
     """linear_qkv: for each group of queries that share a key and a value, [q…, k, v]."""
-    size, per_group = model.kv_channels, model.num_heads // model.num_kv_heads
+    size = model.kv_channels
+    per_group = model.num_heads // model.num_kv_heads
     widths = ((keys.query, per_group * size), (keys.key, size), (keys.value, size))
     return [
         RowRange(f"{prefix}{name}.{kind}", group * width, (group + 1) * width)

@@ -29,8 +29,13 @@ MMADA = MmadaFamily(
     fixed={**FIXED, "w_clip_vit": (False,)},
     silent=SILENT
     | {
-        *("codebook_size", "llm_model_path", "llm_vocab_size", "new_vocab_size", "num_new_special_tokens"),
-        *("num_vq_tokens", "pretrained_model_path"),
+        "codebook_size",
+        "llm_model_path",
+        "llm_vocab_size",
+        "new_vocab_size",
+        "num_new_special_tokens",
+        "num_vq_tokens",
+        "pretrained_model_path",
     },
     defaults=DEFAULTS,
     mask_id=126336,

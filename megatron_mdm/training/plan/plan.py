@@ -231,7 +231,8 @@ def _saving_seconds(config: RunConfig, cluster: Cluster, num_steps: int, step_se
     copy and for what is left of the writing when the next one is due."""
     every = config.checkpoint.save_every or max(1, num_steps)
     size = checkpoint_bytes(config.model)
-    wait = writing = size / (cluster.storage_gbytes_per_s * 1e9)
+    writing = size / (cluster.storage_gbytes_per_s * 1e9)
+    wait = writing
     if config.checkpoint.asynchronous:
         copy = size / cluster.world_size / (cluster.host_gbytes_per_s * 1e9)
         wait = copy + max(0.0, writing - every * step_seconds)
