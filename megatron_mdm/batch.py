@@ -34,7 +34,7 @@ class CleanBatch:
         return self.eligible.sum(1)
 
     def pattern(self, views: int = 1, causal: bool = False) -> AttentionPattern:
-        """Of the V·B rows of so many views: a token sees its sample or, where that has segments, its segment."""
+        """The pattern of the V·B rows of V views: a token sees its sample or, where that has segments, its segment."""
         if self.segments is not None:
             return Segments(self.segments.repeat(views, 1), causal=causal)
         return padded_rows(self.lengths.repeat(views), self.tokens.shape[1], causal)
@@ -219,7 +219,7 @@ class _Widened(AttentionPattern):
 
 
 def padded_rows(lengths: Tensor, width: int, causal: bool = False) -> AttentionPattern:
-    """Of rows of these lengths [R] in a micro-batch of this width: Full where none is padded, else Padded."""
+    """The pattern of rows of lengths [R] in a micro-batch of this width: Full where none is padded, else Padded."""
     if bool((lengths == width).all()):
         return Full(causal=causal)
     return Padded(lengths, causal=causal)
@@ -255,7 +255,7 @@ class ModelInputs(NamedTuple):
         return ModelInputs(*moved)._replace(pattern=self.pattern.to(device))
 
     def as_tensors(self) -> dict[str, Tensor]:
-        """To be written to a file: entries by name, those of the pattern as pattern/<class>/<name>."""
+        """The inputs as tensors for a file: entries by name, those of the pattern as pattern/<class>/<name>."""
         tensors = {name: value for name, value in self._asdict().items() if isinstance(value, Tensor)}
         of_pattern = f"pattern/{type(self.pattern).__name__}/"
         return tensors | {of_pattern + name: torch.as_tensor(value) for name, value in vars(self.pattern).items()}
@@ -272,7 +272,7 @@ class ModelInputs(NamedTuple):
 
 
 class RowStatistics(NamedTuple):
-    """Per row [R], float32, detached."""
+    """What a forward pass says of each row: [R] each, float32, detached."""
 
     loss: Tensor  # Σ token_weight · CE
     square: Tensor  # Σ (token_weight · CE)²

@@ -31,7 +31,8 @@ def damage(path: Path, generator: random.Random) -> str:
         length = generator.randrange(len(content))
         path.write_bytes(content[:length])
         return f"{path.name} cut to {length} of {len(content)} bytes"
-    place, bit = generator.randrange(len(content)), generator.randrange(8)
+    place = generator.randrange(len(content))
+    bit = generator.randrange(8)
     content[place] ^= 1 << bit
     path.write_bytes(content)
     return f"bit {bit} of byte {place} of {path.name} flipped"
@@ -39,7 +40,8 @@ def damage(path: Path, generator: random.Random) -> str:
 
 def corrupt(checkpoints: Path, cases: int, seed: int) -> list[Outcome]:
     """Each case damages one file of the newest checkpoint of a fresh copy; every file gets its turn."""
-    generator, outcomes = random.Random(seed), []
+    generator = random.Random(seed)
+    outcomes = []
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder, "checkpoints")
         shutil.copytree(checkpoints, copy)

@@ -14,14 +14,20 @@ class Disk:
         self.synced: dict[int, int] = {}  # size by inode
         self.named: list[str] = []
         self.too_early: list[str] = []
-        self._fsync, self._rename, self._replace = os.fsync, os.rename, os.replace
+        self._fsync = os.fsync
+        self._rename = os.rename
+        self._replace = os.replace
 
     def __enter__(self) -> Disk:
-        os.fsync, os.rename, os.replace = self.fsync, self.rename, self.replace
+        os.fsync = self.fsync
+        os.rename = self.rename
+        os.replace = self.replace
         return self
 
     def __exit__(self, *_: object) -> None:
-        os.fsync, os.rename, os.replace = self._fsync, self._rename, self._replace
+        os.fsync = self._fsync
+        os.rename = self._rename
+        os.replace = self._replace
 
     def fsync(self, descriptor: int) -> None:
         self._fsync(descriptor)

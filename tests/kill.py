@@ -30,7 +30,8 @@ LAYOUTS: dict[str, tuple[dict[str, Any], str]] = {
 }
 PHASES = ("training", "saving", "calibration", "validation")
 WHO = ((0,), (1,), (0, 1))
-SAVE_EVERY, WRAPPER = 3, "tests/kill_wrapper.py"
+SAVE_EVERY = 3
+WRAPPER = "tests/kill_wrapper.py"
 
 
 class Reference(NamedTuple):
@@ -61,9 +62,14 @@ class Outcome(NamedTuple):
 
 def arguments_of(config: Path, run: Path, asynchronous: bool) -> list[str]:
     return [
-        *("--config", str(config), f"checkpoint.directory={run}", f"checkpoint.save_every={SAVE_EVERY}"),
-        *(f"checkpoint.asynchronous={str(asynchronous).lower()}", "evaluation.every=2"),
-        *("model.hidden_size=192", "model.ffn_hidden_size=768"),  # so that a save takes a while
+        "--config",
+        str(config),
+        f"checkpoint.directory={run}",
+        f"checkpoint.save_every={SAVE_EVERY}",
+        f"checkpoint.asynchronous={str(asynchronous).lower()}",
+        "evaluation.every=2",
+        "model.hidden_size=192",  # so that a save takes a while
+        "model.ffn_hidden_size=768",
     ]
 
 
@@ -94,7 +100,8 @@ def draw(generator: random.Random, phase: str, reference: Reference, layout: str
 def kill(case: Case, reference: Reference, folder: Path) -> Outcome:
     """Run, die, resume, compare."""
     folder.mkdir()
-    run, arguments = folder / "run", arguments_of(reference.config, folder / "run", case.asynchronous)
+    run = folder / "run"
+    arguments = arguments_of(reference.config, folder / "run", case.asynchronous)
     plan = json.dumps({**case._asdict(), "log": str(folder)})
     killed = run_program_ranks(WRAPPER, [plan, *arguments], 2)  # a rank that hangs fails here
     codes = [result.exit_code for result in killed]
@@ -104,7 +111,8 @@ def kill(case: Case, reference: Reference, folder: Path) -> Outcome:
     found = sorted(path.name for path in (run / "checkpoints").glob("step-*"))
     resumed = run_program_ranks("launch/train.py", [*arguments, "--resume"], 2)
     at = re.search(r"resumed from .* at step (\d+)", resumed[0].stdout)
-    resumed_step, newest = int(at[1]) if at else 0, int(found[-1].removeprefix("step-")) if found else 0
+    resumed_step = int(at[1]) if at else 0
+    newest = int(found[-1].removeprefix("step-")) if found else 0
     done = max(death["steps_done"] for death in deaths)
     in_work = [death["active"]["saving"] for death in deaths if "saving" in death["active"]]
     allowed = SAVE_EVERY + (done - min(in_work) if in_work and case.asynchronous else 0)
@@ -130,7 +138,8 @@ def run_cases(cases: int, seed: int, layouts: list[str]) -> Iterator[Outcome]:
         references = {layout: undisturbed(Path(name, layout), layout) for layout in layouts}
         for number in range(cases):
             turn = number // len(PHASES)
-            layout, phase = layouts[turn % len(layouts)], PHASES[number % len(PHASES)]
+            layout = layouts[turn % len(layouts)]
+            phase = PHASES[number % len(PHASES)]
             asynchronous = (number + turn + turn // len(layouts)) % 2 == 1
             case = draw(generator, phase, references[layout], layout, asynchronous)
             yield kill(case, references[layout], Path(name, str(number)))
@@ -155,7 +164,8 @@ def main() -> int:
             flush=True,
         )
         outcomes.append(outcome)
-    good, most = sum(not outcome.fault for outcome in outcomes), max(outcome.lost for outcome in outcomes)
+    good = sum(not outcome.fault for outcome in outcomes)
+    most = max(outcome.lost for outcome in outcomes)
     killed = sum(outcome.was_killed for outcome in outcomes)
     print(f"seed {arguments.seed}: {killed} of {len(outcomes)} runs were killed, at most {most} steps were done again")
     print(f"{good} of {len(outcomes)} resumed and ended as undisturbed runs")

@@ -1,6 +1,6 @@
 """Real ranks for tests: processes forked from a server that has imported torch, DeepSpeed and megatron-core once.
 
-A forked rank starts in milliseconds with clean library state; importing anew would cost seconds of CPU for each.
+A forked rank starts in milliseconds with clean library state; importing again would cost seconds of CPU for each.
 """
 
 from __future__ import annotations

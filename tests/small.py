@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -14,7 +14,10 @@ from megatron_mdm.data.templates import TEMPLATES
 from megatron_mdm.data.tokenizer import Tokenizer
 from megatron_mdm.data.tokenizer_files import Special
 
-VOCAB, MASK, PAD, EOS = 61, 60, 0, 1
+VOCAB = 61
+MASK = 60
+PAD = 0
+EOS = 1
 
 
 def small_model(**changes: Any) -> ModelConfig:
@@ -50,7 +53,10 @@ def write_ids(
 class Words:
     """A tokenizer's back end: words by their length."""
 
-    num_ids, parses_special, special, unknown_id = MASK, False, dict[str, Special](), None
+    num_ids = MASK
+    parses_special = False
+    special: ClassVar[dict[str, Special]] = {}
+    unknown_id = None
 
     def token(self, token_id: int) -> str | None:
         return None

@@ -83,7 +83,7 @@ def test_every_module_says_what_it_is_for(path: Path) -> None:
 
 
 def test_tests_that_the_readme_names_exist() -> None:
-    """As in training's table of faults: `test_file.py::test_name`, further names of the same file without it."""
+    """They are named as in training's table of faults: `test_file.py::test_name`, more of a file without its name."""
     defined: dict[str, str] = {}
     for path in (ROOT / "tests").rglob("test_*.py"):  # two folders may have files of one name
         defined[path.name] = defined.get(path.name, "") + path.read_text(encoding="utf-8")
@@ -110,7 +110,7 @@ def test_links_of_readmes_lead_somewhere(path: Path) -> None:
 
 
 def anchors(path: Path) -> set[str]:
-    """Of a file's headings, as GitHub makes them."""
+    """The anchors of a file's headings, as GitHub makes them."""
     headings = re.findall(r"^#+ (.+)$", path.read_text(encoding="utf-8"), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 

@@ -1,6 +1,6 @@
 """What training, calibration and generation computed at a named commit: the set-ups, and how each is measured.
 
-    python -m tests.unchanged tests/unchanged.json    record anew, where results are meant to change
+    python -m tests.unchanged tests/unchanged.json    record again, where results are meant to change
 
 tests/test_unchanged.py compares with what is recorded. Random model and data, fp32, ten steps.
 """
@@ -117,7 +117,8 @@ def _trained_and_generated(config: RunConfig, decoding: tuple[dict[str, Any], ..
     engine = restored_engine(None, config, context, 0)
     artifact = calibrate(engine, config, data, context) if config.diffusion.t_sampler in CALIBRATED_SAMPLERS else None
     trainer = run.build_trainer(config, data, engine, artifact, context)
-    masks, steps = hashlib.sha256(), []
+    masks = hashlib.sha256()
+    steps = []
     for step in range(NUM_STEPS):
         for noised in trainer.noised_batch(step)[1]:
             masks.update(noised.masked.numpy().tobytes() + noised.noisy.numpy().tobytes())
@@ -136,7 +137,7 @@ def _trained_and_generated(config: RunConfig, decoding: tuple[dict[str, Any], ..
 
 
 def _generated(config: RunConfig, decoding: tuple[dict[str, Any], ...], context: Any) -> list[list[list[int]]]:
-    """Of each setting, the ids of every response."""
+    """The ids of every response, by setting."""
     from megatron_mdm.engine.inference import InferenceEngine, PipelinedInferenceEngine, build_stage
     from megatron_mdm.generation.generate import generate
     from megatron_mdm.generation.settings import GenerationConfig, SpecialIds
@@ -151,7 +152,8 @@ def _generated(config: RunConfig, decoding: tuple[dict[str, Any], ...], context:
         engine = PipelinedInferenceEngine(stages, model, "fp32", context)
     else:
         engine = InferenceEngine(build_model(model, parallel, context, 3), "fp32")
-    prompts, special = [[5, 6, 7], [8, 9], [10, 11, 12, 13, 14], [15]], SpecialIds(MASK, PAD, EOS)
+    prompts = [[5, 6, 7], [8, 9], [10, 11, 12, 13, 14], [15]]
+    special = SpecialIds(MASK, PAD, EOS)
     answers = []
     for changes in decoding:
         settings = GenerationConfig(**{"gen_length": 8, "block_length": 4, "steps": 8, "batch_size": 2, **changes})

@@ -8,7 +8,9 @@ from typing import Any
 
 import torch
 
-VOCAB, MASK, EOS = 60, 57, 1
+VOCAB = 60
+MASK = 57
+EOS = 1
 SIZES = {
     "vocab_size": VOCAB,
     "hidden_size": 32,

@@ -65,7 +65,8 @@ def test_a_value_too_great_for_its_new_type_is_named(tmp_path: Path) -> None:
 def test_what_an_earlier_call_wrote_is_kept_only_where_it_is_the_same(stored: SafetensorsFile, tmp_path: Path) -> None:
     """The same inputs, and the file as it was, by its bytes and not by its size alone."""
     outputs = {name: Output(tensor, tensor.dtype) for name, tensor in stored.tensors.items()}
-    files, path = [OutputFile("ours.safetensors", outputs)], tmp_path / "ours.safetensors"
+    files = [OutputFile("ours.safetensors", outputs)]
+    path = tmp_path / "ours.safetensors"
     write_files(files, tmp_path, {"source": 1})
     written = path.read_bytes()
     for content, source, is_kept in ((written, 1, True), (written[:-1] + b"x", 1, False), (written, 2, False)):
@@ -165,7 +166,8 @@ def test_cut_and_merge_as_torch_does(over: Split | None, tmp_path: Path) -> None
 
 
 def test_parts_of_parts(stored: SafetensorsFile) -> None:
-    wide, tensor = stored.tensors["wide.weight"], TENSORS["wide.weight"]
+    wide = stored.tensors["wide.weight"]
+    tensor = TENSORS["wide.weight"]
     rows = Rows([Part(wide, 3, 2), Part(wide, 0, 1)])
     expected = torch.cat([tensor[3:5], tensor[:1]])
     torch.testing.assert_close(read(Columns([Part(rows, 4, 3), Part(rows, 0, 1)])), expected[:, [4, 5, 6, 0]])

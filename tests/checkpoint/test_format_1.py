@@ -71,7 +71,8 @@ def test_a_later_format_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     entries = {str(path.relative_to(checkpoint)): entry_of(path) for path in files}
     write_manifest(checkpoint, entries)
     assert find_fault(checkpoint) is None
-    manifest, later = checkpoint / MANIFEST, FORMAT + 1
+    manifest = checkpoint / MANIFEST
+    later = FORMAT + 1
     text = manifest.read_text(encoding="utf-8")
     manifest.write_text(text.replace(f'"format": {FORMAT}', f'"format": {later}'), encoding="utf-8")
     assert find_fault(checkpoint) == f"{MANIFEST} is missing or unreadable"

@@ -312,7 +312,8 @@ def test_token_ids_alone_need_no_special_tokens_beside_a_start(llada: Path) -> N
 def test_an_export_has_the_tokenizer_that_the_run_was_trained_with(llada: Path) -> None:
     write_tokenizer(llada, chat_template=TEMPLATE)
     config, _ = imported(llada)
-    run, out = llada.parent / "imported", llada.parent / "out"
+    run = llada.parent / "imported"
+    out = llada.parent / "out"
     export_checkpoint(NativeCheckpoint.open(run), out, "auto", "auto", 10**9)
     assert (out / "tokenizer.json").read_bytes() == (llada / "tokenizer.json").read_bytes()
     assert (out / "tokenizer_config.json").exists()

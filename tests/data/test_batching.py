@@ -112,7 +112,7 @@ def global_batch(data: SftDataset, batching: dict[str, Any], ranks: int, step: i
 
 @pytest.mark.parametrize("batching", BATCHINGS, ids=str)
 def test_order_is_the_same_on_any_ranks_and_after_a_resume(batching: dict[str, Any], data: SftDataset) -> None:
-    """Loaders that are made anew at 20 random steps give what one gives that ran from the start, bit for bit."""
+    """Loaders that start at 20 random steps give what one gives that ran from step 0, bit for bit."""
     running = loader(data, batching, 0, 1)
     steps = np.random.default_rng(0).choice(60, 20, replace=False).tolist()
     for step in range(60):
@@ -196,7 +196,7 @@ def test_an_error_in_the_background_is_raised(data: SftDataset) -> None:
 
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_ranks_have_like_work_in_sum(ranks: int) -> None:
-    """Lengths of a heavy tail in buckets: dealt out in the order of their lengths, the last rank would have most."""
+    """Lengths of a heavy tail in buckets: distributed in the order of their lengths, the last rank would have most."""
     lengths = np.sort(np.random.default_rng(0).lognormal(4.0, 0.8, 64).astype(np.int64) + 1)
     parts = cut(lengths, BatchConfig(global_size=64, micro_size=4, mode="bucketed"), 1, ranks)
     costs = np.array([computed_tokens(lengths, part, "bucketed") for part in parts]).reshape(-1, ranks)

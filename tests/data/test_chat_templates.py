@@ -355,7 +355,7 @@ ODD = {
 @pytest.mark.parametrize("listens", [True, False])
 @pytest.mark.parametrize("name", ODD)
 def test_odd_endings(name: str, listens: bool, vocabulary: str, tmp_path: Path) -> None:
-    """Of templates that end a prompt with a header if they are asked to, and of those that never do."""
+    """Endings of templates that end a prompt with a header if they are asked to, and of those that never do."""
     answer, num_samples = ODD[name]
     header = "{% if add_generation_prompt %}<|assistant|>{% endif %}" if listens else ""
     template = template_of(

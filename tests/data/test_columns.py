@@ -65,7 +65,7 @@ def said(turns: Prompt) -> list[tuple[str, str]]:
 
 @pytest.mark.parametrize("name", FORMS)
 def test_known_columns(name: str) -> None:
-    """All turns are trained; the last is scored, or answered anew."""
+    """All turns are trained; the last is scored, or answered again."""
     record, turns = FORMS[name]
     assert said(conversation(record, PLAIN)) == turns
     prompt, response = prompt_and_response(record, PLAIN)

@@ -366,7 +366,7 @@ def test_one_bad_line_among_many(text: dict[str, Any], tmp_path: Path) -> None:
 
 
 def documents_of(prefix: Path, tokenizer: Any) -> list[str]:
-    """As text, without end tokens."""
+    """The documents as text, without end tokens."""
     found = []
     for shard in map(open_shard, find_shards(str(prefix))):
         for number, length in enumerate(shard.lengths):
@@ -384,7 +384,7 @@ BLANK = ["", " ", "\t ", "\u3000", "\u00a0\u2003", "\x0b\x0c"]  # of which WikiT
 def test_documents_of_a_text_end_at_blank_lines(
     line_end: str, chunk_bytes: int, text: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of white space of any kind, in any number, on any system; wherever a block of the file ends."""
+    """Blank lines are of white space of any kind, in any number, on any system; wherever a block of the file ends."""
     monkeypatch.setattr(documents, "CHUNK_BYTES", chunk_bytes)
     paragraphs = [f" = {number} = \nthe sea\u2028 of \n storms {'x' * (number % 29)}" for number in range(200)]
     content = BLANK[1] + "\n"  # WikiText begins with such a line
@@ -421,7 +421,7 @@ def test_lines_of_bad_documents_are_counted(text: dict[str, Any], tmp_path: Path
 def test_other_layouts_give_the_same_corpus(
     layout: str, text: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In several shards; stopped at a bad record and gone on with, too."""
+    """In several shards; stopped at a bad record and resumed, too."""
     import gzip
 
     monkeypatch.setattr(documents, "_ROWS", 50)

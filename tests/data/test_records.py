@@ -104,11 +104,11 @@ def test_a_bad_record_costs_itself_only(name: str, folder: Path, tmp_path: Path)
 
 
 class Panic(BaseException):
-    """As pyo3_runtime.PanicException, which is no Exception."""
+    """An error like pyo3_runtime.PanicException, which is no Exception."""
 
 
 def test_what_the_tokenizer_cannot_read_is_one_records_fault(folder: Path, tmp_path: Path) -> None:
-    """Of the many that are given to it at once."""
+    """One record among the many that the tokenizer is given at once."""
     path = tmp_path / "a.jsonl"
     lines = [json.dumps({"prompt": str(number), "response": "b"}) for number in range(50)]
     path.write_text("\n".join(lines), encoding="utf-8")

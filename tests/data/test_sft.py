@@ -80,7 +80,7 @@ def test_tokenizer_round_trip_and_special_tokens(folder: Path, name: str) -> Non
 
 
 def test_a_vocabulary_holds_every_id(folder: Path) -> None:
-    """Of special tokens, and of the tokenizer's others."""
+    """The ids of special tokens, and the tokenizer's others."""
     file = str(folder / "tokenizer.json")
     tokenizer = load_tokenizer(DataConfig(train="x", tokenizer=file, max_length=64, mask_token=2, pad_token=0))
     with pytest.raises(UserError, match=r"'model.vocab_size' 200 is smaller than the tokenizer's \d+ ids"):

@@ -19,8 +19,8 @@ NUM_DRAWS = 1200
 
 
 def drawn_sums(design: MaskDesign, t: float, sample: int, generator: np.random.Generator) -> list[list[float]]:
-    """By normalization: Σ w, Σ w², Σ_{i≠j} w w, each a mean over the rows, and Σ w w' over ordered pairs of different
-    rows."""
+    """For each normalisation Σ w, Σ w², Σ_{i≠j} w w, each a mean over the rows, and Σ w w' over ordered pairs of
+    different rows."""
     delimiters = np.arange(ELIGIBLE[sample]) < DELIMITERS[sample]
     masking = design.draw(generator, t, delimiters)
     eligible = np.full(len(delimiters), float(len(delimiters)))

@@ -96,7 +96,8 @@ def test_the_norm_is_measured_where_nothing_is_clipped(tmp_path: Path) -> None:
         ({"zero": 1}, "fp32", 0.0, 0.0),
         ({"zero": 0}, "bf16", 0.0, 0.0),
     ):
-        optimizer, precision = {"gradient_clipping": clipping}, {"dtype": dtype}
+        optimizer = {"gradient_clipping": clipping}
+        precision = {"dtype": dtype}
         config = small_config(tmp_path, parallel=parallel, precision=precision, optimizer=optimizer)
         assert deepspeed_config(config, 1)["gradient_clipping"] == expected
 

@@ -22,7 +22,9 @@ from megatron_mdm.parallel.layout import Layout
 from tests.ranks import run_ranks
 from tests.small import small_config, small_model, write_ids
 
-LENGTH, BUCKET = 64, 1000  # tokens of a sample; elements of DeepSpeed's buckets, negligible here
+# tokens of a sample; elements of DeepSpeed's buckets, negligible here
+LENGTH = 64
+BUCKET = 1000
 LAYOUTS: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {  # ranks, parallel, precision
     "dp2_zero0": (2, {"zero": 0}, {"dtype": "fp32"}),
     "dp2_zero1": (2, {"zero": 1}, {"dtype": "bf16"}),
@@ -41,6 +43,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {  # ranks, par
 }
 
 
+# of DeepSpeed's optimizers, beside the inner one's own
 STATES = ("all_grad_tensors", "averaged_gradients", "grad_partitions_flat_buffer", "fp32_partitioned_groups_flat")
 
 
@@ -77,7 +80,8 @@ class LiveBytes(TorchDispatchMode):
         return result
 
     def _follow(self, storage: torch.UntypedStorage) -> None:
-        key, size = storage._cdata, storage.nbytes()
+        key = storage._cdata
+        size = storage.nbytes()
         reference, before = self.sizes.get(key, (None, 0))
         if reference is None:
             reference = weakref.ref(storage, lambda _: self._forget(key))
@@ -102,7 +106,9 @@ class _Kept:
     def __init__(self, count: SavedBytes, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
         is_parameter = tensor.is_leaf and tensor.requires_grad
-        self.count, self.tensor, self.key = count, tensor, storage._cdata
+        self.count = count
+        self.tensor = tensor
+        self.key = storage._cdata
         self.size = 0 if is_parameter or count.owners[self.key] else storage.nbytes()
         count.owners[self.key] += 1
         count.now += self.size
@@ -154,7 +160,8 @@ def counted_step(config: RunConfig) -> Counted:
     with live:
         trainer = run.build_trainer(config, data, restored_engine(None, config, context, 0), None, context)
         trainer.train_step(0)
-        engine, states = trainer.engine.engine, [0]
+        engine = trainer.engine.engine
+        states = [0]
         block = next(module for name, module in engine.module.named_modules() if name.endswith("layer"))
         block.register_forward_pre_hook(lambda *_: states.append(state_bytes(engine)))
         step = engine._take_model_step
@@ -216,7 +223,8 @@ def test_predicted_memory_is_that_of_a_real_step(case: list[tuple[RunConfig, Cou
 def test_a_pipeline_holds_no_more_micro_batches_than_there_are(tmp_path: Path) -> None:
     """The first of four stages: at most four, also their messages."""
     config = small_config(tmp_path, model=small_model(num_layers=4).model_dump(), parallel={"pipeline": 4, "zero": 0})
-    shape, layout = MicroBatchShape(2, 64, 128), Layout(pipeline=4)
+    shape = MicroBatchShape(2, 64, 128)
+    layout = Layout(pipeline=4)
     one, three, four, nine = (rank_memory(config, layout, 0, shape, number, "cpu") for number in (1, 3, 4, 9))
     assert 3 * one.activations == three.activations < four.activations == nine.activations
     message = 2 * 64 * config.model.hidden_size * 4

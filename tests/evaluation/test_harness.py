@@ -96,7 +96,8 @@ def test_requests_are_answered_alike_on_every_layout(tmp_path: Path) -> None:
 
 
 def test_what_tasks_ask_is_honoured() -> None:
-    own, ours = HarnessConfig(), HarnessConfig(gen_length=64)
+    own = HarnessConfig()
+    ours = HarnessConfig(gen_length=64)
     greedy = {"until": ["\n\n", ""], "do_sample": False, "temperature": 0.0, "max_gen_toks": 100}
     assert wish(greedy, own) == Wish(100, (), ("\n\n",))
     assert wish(greedy, ours) == Wish(64, (), ("\n\n",))

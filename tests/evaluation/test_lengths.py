@@ -30,7 +30,8 @@ def file(tmp_path: Path) -> Path:
 
 def measured(name: str, file: Path, on_error: str = "stop", **changes: Any) -> Any:
     """What evaluates, once the data are read."""
-    measure, config = MEASURES[name], small_config(file.parent)
+    measure = MEASURES[name]
+    config = small_config(file.parent)
     return measure.prepare(
         Source(str(file), 0, on_error), measure.settings(**changes), config, word_tokenizer(), objective_of(config)
     )
@@ -63,7 +64,8 @@ def test_evaluation_names_the_record_and_both_lengths(
 
 
 def test_prompts_to_be_answered(file: Path) -> None:
-    data, room = small_config(file.parent).data, Room.of(MODEL, extrapolate=False, gen_length=8)
+    data = small_config(file.parent).data
+    room = Room.of(MODEL, extrapolate=False, gen_length=8)
     with pytest.raises(UserError, match=f"{file}, line 2: 60 tokens of prompt and 8 of gen_length are 68"):
         read_prompts(str(file), word_tokenizer(), data, BadRecords(), room)
     bad = BadRecords("skip")
@@ -74,7 +76,8 @@ def test_perplexity_of_samples_that_the_model_was_not_trained_for(tmp_path: Path
     """Even where data.max_length says otherwise."""
     path = tmp_path / "long.jsonl"
     path.write_text(json.dumps({"input_ids": [5] * 80, "prompt_length": 4}) + "\n", encoding="utf-8")
-    config, measure = small_config(tmp_path, data={"max_length": 100}), MEASURES["perplexity"]
+    config = small_config(tmp_path, data={"max_length": 100})
+    measure = MEASURES["perplexity"]
     with pytest.raises(UserError, match=r"no sample left; 1 longer than 'data.max_length' 64"):
         measure.prepare(Source(str(path), 0), measure.settings(), config, word_tokenizer(), objective_of(config))
     measure.prepare(

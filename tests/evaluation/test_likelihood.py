@@ -35,7 +35,8 @@ def built_engine(tensor: int, attention: str = "bidirectional"):
     from megatron_mdm.models.layers import build_model
     from megatron_mdm.parallel.groups import initialize
 
-    context, model = initialize(ParallelConfig(tensor=tensor)), small_model(init_std=0.3, attention=attention)
+    context = initialize(ParallelConfig(tensor=tensor))
+    model = small_model(init_std=0.3, attention=attention)
     return InferenceEngine(build_model(model, ParallelConfig(tensor=tensor), context, 3), "fp32"), context
 
 

@@ -50,7 +50,7 @@ def measured(samples: list[Sample], scoring: Scoring) -> dict[str, Any]:
 
 
 def test_every_token_counts_alike() -> None:
-    """In samples of any length: those of a prompt not at all, and the first of a sample without one as the others."""
+    """In samples of any length: a prompt's tokens do not count; without a prompt, the first token does."""
     samples = [sample([20] * 6), sample([7, 7, 2, 2], prompt_length=2)]
     (masked,) = run_ranks(measured, 1, samples, MASK_BOUND)
     mean = (6 * 2.0 + 2 * 0.2) / 8
@@ -67,7 +67,8 @@ def test_every_token_counts_alike() -> None:
 def choices_and_repeats() -> tuple[dict[str, Any], Any]:
     from megatron_mdm.parallel.groups import initialize
 
-    context, prompt = initialize(), EncodedPrompt([], [5, 6])
+    context = initialize()
+    prompt = EncodedPrompt([], [5, 6])
     questions = [Question(prompt, [[30], [20, 20, 20]], 1), Question(prompt, [[30, 20], [40]], 1)]
     chosen = evaluate_choices(KnownLosses(), questions, LikelihoodConfig(), SPECIAL, context, MASK_BOUND)
     config = LikelihoodConfig(num_times=1, num_repeats=2)

@@ -29,7 +29,9 @@ class Says:
     """An engine that answers with these ids."""
 
     def __init__(self, ids: list[int], start: int, vocab_size: int) -> None:
-        self.ids, self.start, self.vocab_size = torch.tensor(ids), start, vocab_size
+        self.ids = torch.tensor(ids)
+        self.start = start
+        self.vocab_size = vocab_size
 
     def logits(self, inputs: ModelInputs, window: Window | None = None) -> torch.Tensor:
         places = inputs.selected.nonzero()[:, 1] - self.start

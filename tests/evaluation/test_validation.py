@@ -18,7 +18,8 @@ def grids() -> list[tuple[np.ndarray, np.ndarray]]:
 
     generator = np.random.default_rng(0)
     samples = [Sample.of(np.arange(int(n), dtype=np.int32), 2) for n in generator.integers(4, 20, 11)]
-    settings, found = EvaluationConfig(num_samples=7, num_times=4), []
+    settings = EvaluationConfig(num_samples=7, num_times=4)
+    found = []
     for _ in range(2):
         validation = FixedGridValidation(
             SftDataset(samples, 0, ""), settings, LinearSchedule(1e-3), SpecialIds(60, 0, 1), 2, initialize()

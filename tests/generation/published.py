@@ -1,4 +1,4 @@
-"""The samplers of LLaDA and Dream, written anew from what their authors published: dense, rows of one length at a time.
+"""The samplers of LLaDA and Dream, rewritten from what their authors published: dense, rows of one length at a time.
 
 Each takes logits_of, tokens [R, S] → logits [R, S, V] (Dream's already shifted), and the prompts [R, L], and gives the
 responses [R, gen_length]. One thing is not theirs: the mask is never a candidate, though its probability counts; where
@@ -29,10 +29,12 @@ def llada(
 ) -> torch.Tensor:
     """generate.py of ML-GSAI/LLaDA, of which MMaDA's mmu_generate is a copy. logits_inf, confidence_inf: the ids of its
     options logits_eos_inf and confidence_eos_eot_inf. settings' threshold is Fast-dLLM's."""
-    gen_length, block_length = settings["gen_length"], settings["block_length"]
+    gen_length = settings["gen_length"]
+    block_length = settings["block_length"]
     num_blocks = gen_length // block_length
     steps = settings["steps"] // num_blocks
-    start, scale = prompts.shape[1], settings.get("cfg_scale", 0.0)
+    start = prompts.shape[1]
+    scale = settings.get("cfg_scale", 0.0)
     x = torch.cat([prompts, torch.full((len(prompts), gen_length), mask)], 1)
     for block in range(num_blocks):
         inside = slice(start + block * block_length, start + (block + 1) * block_length)
@@ -74,14 +76,18 @@ def dream(
     logits_of: LogitsOf, prompts: torch.Tensor, settings: dict[str, Any], mask: int, noise: Noise, eps: float = 1e-3
 ) -> torch.Tensor:
     """diffusion_generate of HKUNLP/Dream, generation_utils.py; settings' remasking is its alg."""
-    start, steps, alg = prompts.shape[1], settings["steps"], settings["remasking"]
-    temperature, alg_temp = settings.get("temperature", 0.0), settings.get("alg_temp", 0.0)
+    start = prompts.shape[1]
+    steps = settings["steps"]
+    alg = settings["remasking"]
+    temperature = settings.get("temperature", 0.0)
+    alg_temp = settings.get("alg_temp", 0.0)
     x = torch.cat([prompts, torch.full((len(prompts), settings["gen_length"]), mask)], 1)
     timesteps = torch.linspace(1, eps, steps + 1)
     for step in range(steps):
         masked = x == mask
         whole = logits = logits_of(x).double()
-        t, s = timesteps[step], timesteps[step + 1]
+        t = timesteps[step]
+        s = timesteps[step + 1]
         if temperature > 0:
             logits = logits / temperature
         if settings.get("top_p"):

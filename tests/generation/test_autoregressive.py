@@ -71,7 +71,8 @@ def test_cached_equals_uncached(num_ranks: int, batch_size: int, expected: list[
 
 
 def test_a_response_ends_with_its_first_end_token(expected: list[list[int]]) -> None:
-    eos, end_of_turn = expected[0][LENGTH // 2], expected[1][LENGTH // 4]
+    eos = expected[0][LENGTH // 2]
+    end_of_turn = expected[1][LENGTH // 4]
     responses = run_ranks(decoded, 1, SpecialIds(MASK, PAD, eos, frozenset({end_of_turn})), 5)[0]
     for response, whole in zip(responses, expected):
         ends = [place for place, token in enumerate(whole) if token in (eos, end_of_turn)]

@@ -40,9 +40,11 @@ def conversation() -> tuple[str, str]:
     """What is written to a terminal and to a file."""
     from megatron_mdm.parallel.groups import initialize
 
-    context, tokenizer = initialize(), words()
+    context = initialize()
+    tokenizer = words()
     config = GenerationConfig(gen_length=4, block_length=2, steps=4)
-    terminal, file = Terminal(), io.StringIO()
+    terminal = Terminal()
+    file = io.StringIO()
     for output in (terminal, file):
         lines = ["two words\n", "\n", "too many of them now\n", "one\n"]
         converse(FixedLogits(), tokenizer, config, Room(8, 4), denoise, context, lines, output)

@@ -19,7 +19,8 @@ from tests.small import EOS, MASK, PAD, VOCAB, small_model
 
 LLADA, DREAM = (small_model(init_std=0.3, logit_shift=shift) for shift in (False, True))
 EOT = 17
-LENGTHS, ROWS = (2, 7), 48
+LENGTHS = (2, 7)
+ROWS = 48
 LLADA_SETTINGS: list[dict[str, Any]] = [
     {"gen_length": 8, "block_length": 8, "steps": 8},
     {"gen_length": 16, "block_length": 4, "steps": 8},
@@ -56,7 +57,7 @@ def prompts() -> list[list[int]]:
 
 
 def ours(model: ModelConfig, settings: list[dict[str, Any]]) -> tuple[list[list[list[int]]], dict[str, Any]]:
-    """Of each setting, the responses to all prompts; the model's parameters."""
+    """The responses to all prompts by setting; the model's parameters."""
     from megatron_mdm.engine.inference import InferenceEngine
     from megatron_mdm.generation.generate import generate
     from megatron_mdm.models.layers import build_model
@@ -66,7 +67,8 @@ def ours(model: ModelConfig, settings: list[dict[str, Any]]) -> tuple[list[list[
     engine = InferenceEngine(build_model(model, ParallelConfig(), context, 5), "fp32")
     responses = []
     for changes in settings:
-        config, special = GenerationConfig(batch_size=20, **changes), SpecialIds(MASK, PAD, EOS, frozenset({EOT}))
+        config = GenerationConfig(batch_size=20, **changes)
+        special = SpecialIds(MASK, PAD, EOS, frozenset({EOT}))
         responses.append([response.tokens for response in generate(engine, prompts(), config, special, context)])
     return responses, {name: parameter.detach().numpy() for name, parameter in engine.model.named_parameters()}
 
@@ -81,7 +83,7 @@ def published(sampler: Any, logits_of: LogitsOf, settings: dict[str, Any]) -> li
 
 
 def noise(first: int, step: int, row: int, num_masked: int) -> tuple[np.ndarray, np.ndarray]:
-    """As the sampler draws it: a function of the prompt and the step."""
+    """Noise as the sampler draws it: a function of the prompt and the step."""
     generator = stream(0, Purpose.GENERATION, step, first + row)
     return generator.random(num_masked), generator.random((num_masked, VOCAB))
 

@@ -130,7 +130,7 @@ def test_dreams_schedule() -> None:
 
 
 def generated(configs: list[GenerationConfig], tensor: int = 1, pipeline: int = 1) -> list[list[Response]]:
-    """Of each setting, the responses to all prompts."""
+    """The responses to all prompts by setting."""
     from megatron_mdm.generation.generate import generate
 
     engine, context = built_engine(tensor, pipeline)
@@ -143,7 +143,8 @@ def built_engine(tensor: int, pipeline: int):
     from megatron_mdm.parallel.groups import initialize
 
     parallel = ParallelConfig(tensor=tensor, pipeline=pipeline)
-    context, model = initialize(parallel), small_model(init_std=0.3, num_layers=3)
+    context = initialize(parallel)
+    model = small_model(init_std=0.3, num_layers=3)
     if pipeline > 1:
         stages = build_stage(model, parallel, context, 3, 16)
         return PipelinedInferenceEngine(stages, model, "fp32", context), context

@@ -77,7 +77,7 @@ def test_pretraining_goes_the_same_way_on_other_ranks_and_batches(folder: Path) 
 
 
 def test_perplexity_of_the_corpus_that_a_run_was_trained_on(folder: Path) -> None:
-    """Of its own validation split without naming it, and of a prefix."""
+    """The run's own validation split without naming it, and a prefix."""
     config = load_config(write_config(folder, "run"), ["schedule.steps=2", "diffusion.t_sampler=uniform"])
     (folder / "run.yaml").write_text(dump_config(config))
     run("--config", str(folder / "run.yaml"), ranks=1)

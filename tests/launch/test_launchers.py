@@ -80,7 +80,7 @@ def test_overwrite_holds_until_the_run_has_begun(tmp_path: Path) -> None:
 
 
 def test_another_try_goes_on_with_what_its_launch_has_begun(tmp_path: Path) -> None:
-    """With the arguments of the first try, `--overwrite` among them; also where one of two nodes is started anew."""
+    """With the arguments of the first try, `--overwrite` among them; also where one of two nodes is restarted."""
     arguments = ["--config", str(write_config(tmp_path)), "schedule.steps=2", "--overwrite"]
     for launches, goes_on in ((["a", "b"], False), (["c", "b"], True), (["d", "e"], False)):
         wrapper = tmp_path / "wrapper.py"
@@ -193,7 +193,7 @@ def test_slurm_queues_again_what_another_start_may_cure(code: int, queued: bool,
 
 
 def test_what_pip_says_is_shown_where_it_fails(tmp_path: Path) -> None:
-    """Of an installation into a .venv that is there."""
+    """pip's words in an installation into a .venv that is there."""
     (tmp_path / "launch").mkdir()
     shutil.copy("launch/environment.sh", tmp_path / "launch")
     (tmp_path / "setup.py").touch()

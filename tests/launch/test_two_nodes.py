@@ -81,7 +81,7 @@ def start(name: str, node: int, arguments: list[str], log: Path) -> subprocess.P
 
 @pytest.mark.parametrize(("name", "killed"), [("tp2_dp2", False), ("pp2_dp2", True)])
 def test_two_nodes_train_as_one(name: str, killed: bool, nodes: list[str], tmp_path: Path) -> None:
-    """killed: all processes of the second node, in the middle, after which it is started anew."""
+    """killed: all processes of the second node, in the middle, after which it is restarted."""
     single = run_program_ranks(
         "launch/train.py",
         ["--config", str(write_config(tmp_path)), f"checkpoint.directory={tmp_path / 'single'}", *LAYOUTS[name]],

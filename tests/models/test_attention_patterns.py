@@ -28,7 +28,9 @@ from tests.models.test_layers import llama_of
 from tests.ranks import run_ranks
 from tests.small import VOCAB, small_config, small_model
 
-SHORT, LONG = 12, 150  # of which attention on CPUs keeps the scores, and does not
+# of which attention on CPUs keeps the scores, and does not
+SHORT = 12
+LONG = 150
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,7 +112,8 @@ def test_kernels_are_chosen_by_pattern_device_and_type() -> None:
 @pytest.mark.parametrize("name", PATTERNS)
 def test_what_some_queries_see_are_rows_of_the_mask(name: str) -> None:
     """In any order, as a window of a cache asks."""
-    pattern, queries = PATTERNS[name], torch.tensor([[5, 0, 8], [11, 3, 3]])
+    pattern = PATTERNS[name]
+    queries = torch.tensor([[5, 0, 8], [11, 3, 3]])
     mask = pattern.mask(SHORT)
     whole = torch.ones(2, 1, SHORT, SHORT, dtype=torch.bool) if mask is None else mask.expand(2, 1, SHORT, SHORT)
     expected = torch.stack([whole[row, :, queries[row]] for row in range(2)])
@@ -123,14 +126,16 @@ def test_padding_on_the_right_changes_nothing(name: str) -> None:
     inputs = inputs_of(pattern, 2, SHORT)._replace(positions=pattern.positions(SHORT))
     wider = padded_to_multiple(inputs, 5)
     assert wider.tokens.shape == wider.token_weight.shape == (2, 15)
-    mask, narrow = wider.pattern.mask(15), pattern.mask(SHORT)
+    mask = wider.pattern.mask(15)
+    narrow = pattern.mask(SHORT)
     before = torch.ones(1, 1, SHORT, SHORT, dtype=torch.bool) if narrow is None else narrow
     seen = mask.expand(2, 1, 15, 15)
     assert torch.equal(seen[:, :, :SHORT, :SHORT], before.expand(2, 1, SHORT, SHORT))
     inside = torch.arange(SHORT) < pattern.row_lengths(2, SHORT)[:, None]
     assert not seen[:, 0, :SHORT, SHORT:][inside].any()
     assert seen.any(-1).all()  # a query that sees nothing would give no number
-    positions, wanted = wider.pattern.positions(15), pattern.positions(SHORT)
+    positions = wider.pattern.positions(15)
+    wanted = pattern.positions(SHORT)
     assert wanted is None or torch.equal(positions[:, :SHORT], wanted)
     assert wanted is None or torch.equal(wider.positions[:, :SHORT], wanted)
 

@@ -12,7 +12,10 @@ from megatron_mdm.config.schema import ParallelConfig
 from megatron_mdm.models.cross_entropy import weighted_cross_entropy
 from tests.ranks import run_ranks
 
-ROWS, HIDDEN, VOCAB, PADDED = 37, 16, 50, 56
+ROWS = 37
+HIDDEN = 16
+VOCAB = 50
+PADDED = 56
 
 
 def inputs(dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, ...]:
@@ -74,7 +77,8 @@ def test_z_loss() -> None:
     logits = rows @ head[:VOCAB].t()
     expected = weights * (F.cross_entropy(logits, labels, reduction="none") + 0.1 * logits.logsumexp(1).square())
     expected.sum().backward()
-    grad_rows, grad_head = rows.grad, head.grad
+    grad_rows = rows.grad
+    grad_head = head.grad
     rows.grad = head.grad = None
     total, *_ = weighted_cross_entropy(rows, head, labels, weights, VOCAB, z_loss=0.1)
     total.backward()

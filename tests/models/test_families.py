@@ -76,7 +76,8 @@ def test_import_and_export_are_bit_identical(family: str, checkpoints: dict[str,
     for arguments in (reading, writing):
         (result,) = run_program_ranks("tools/convert_checkpoint.py", arguments)
         assert result.exit_code == 0, result.stderr
-    before, after = tensors(source), tensors(tmp_path / "out")
+    before = tensors(source)
+    after = tensors(tmp_path / "out")
     assert before.keys() == after.keys()
     for name in before:
         assert before[name].dtype == after[name].dtype

@@ -40,7 +40,8 @@ def llama_of(model: ModelConfig, parameters: dict[str, torch.Tensor]) -> Any:
     }
     group = model.num_heads // model.num_kv_heads
     for layer in range(model.num_layers):
-        ours, theirs = f"{layer + 1}.layer.", f"model.layers.{layer}."
+        ours = f"{layer + 1}.layer."
+        theirs = f"model.layers.{layer}."
         qkv = parameters[ours + "self_attention.linear_qkv.weight"].view(model.num_kv_heads, group + 2, head_dim, -1)
         for name, part in (("q", qkv[:, :group]), ("k", qkv[:, group]), ("v", qkv[:, group + 1])):
             state[f"{theirs}self_attn.{name}_proj.weight"] = part.reshape(-1, model.hidden_size)

@@ -33,7 +33,7 @@ def draws_on_a_grid(value: Floats, t: Floats) -> Draws:
 
 
 def exact_variance(sampler: TSampler, num_strata: int, bounds: tuple[float, float]) -> float:
-    """Of w · t² under strata of the quantile, by quadrature over the quantile."""
+    """The variance of w · t² under strata of the quantile, by quadrature over the quantile."""
     quantile = (np.arange(200_000) + 0.5) / 200_000
     t, weight = sampler.quantile(quantile)
     values = (t**2 * (weight if bounds == FULL else 1.0)).reshape(num_strata, -1)

@@ -124,8 +124,8 @@ def test_a_spike_before_the_first_checkpoint_is_logged(tmp_path: Path) -> None:
 
 
 def reproduce(folder: Path) -> dict[str, Any]:
-    """On a rank: the dumped batch against the one made anew from the configuration; the gradient norm it gives the last
-    weights."""
+    """On a rank: the dumped batch against the one made again from the configuration; the gradient norm that it gives
+    the last weights."""
     from megatron_mdm.batch import ModelInputs
     from megatron_mdm.checkpoint.load import restored_engine
     from megatron_mdm.checkpoint.store import read_state

@@ -190,7 +190,7 @@ def assert_close(ours: Any, theirs: Any, tolerance: float, name: str) -> None:
 
 
 def test_training_lowers_the_losses(folder: Path, reference: dict[str, Any]) -> None:
-    """Of the same samples, t and masks, compared with a run whose weights stay as they were."""
+    """Losses of the same samples, t and masks, compared with a run whose weights stay as they were."""
     config = config_of(folder, {"zero": 0}, 8)
     still = config.model_copy(update={"optimizer": config.optimizer.model_copy(update={"lr": 1e-12})})
     untrained = run_ranks(train_and_watch, 1, still, folder / "untrained")[0]

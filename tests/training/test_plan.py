@@ -111,7 +111,7 @@ def test_mirror_doubles_the_work_and_calibration_is_bounded() -> None:
 
 
 def counted_flops(config: RunConfig, rows: int, length: int) -> int:
-    """On a rank: of a forward pass, by torch's counter."""
+    """On a rank: FLOPs of a forward pass, by torch's counter."""
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 

@@ -98,7 +98,7 @@ def test_wrong_sums_name_the_group_and_its_ranks() -> None:
 
 
 def outcomes(compute: list[float], transfer: list[float], waited: Sequence[float] = (0.0,) * 4) -> list[Outcome]:
-    """Of ranks on hosts of their own, of which the last two are one."""
+    """Outcomes of ranks on hosts of their own, of which the last two are one."""
     hosts = ["host0", "host1", "host2", "host2"]
     cores = [CoreUse(host, [rank], True, 0.5, 1.0, waited[rank]) for rank, host in enumerate(hosts)]
     times = zip(hosts, compute, cores, transfer)

@@ -95,7 +95,7 @@ def times(
     cores: Sequence[list[int]] = ([0], [1], [2], [3]),
     load: float = 0.5,
 ) -> list[RankTimes]:
-    """Of four ranks, each on a core of its own that it never waits for."""
+    """Times of four ranks, each on a core of its own that it never waits for."""
     waited, tokens = waited or [0.0] * 4, tokens or [100] * 4
     uses = [CoreUse(hosts[rank], cores[rank], True, load, busy[rank], waited[rank]) for rank in range(4)]
     return [RankTimes(int(stages[rank]), tokens[rank], uses[rank], {"data": busy[rank]}, 0.1, 1.0) for rank in range(4)]
