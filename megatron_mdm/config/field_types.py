@@ -30,7 +30,7 @@ def takes_any_text(annotation: Any) -> bool:
 
 
 def takes_text(annotation: Any) -> bool:
-    """Any text, or some."""
+    """Whether it admits any text, or some."""
     return takes_any_text(annotation) or any(isinstance(value, str) for value in _choices(annotation))
 
 

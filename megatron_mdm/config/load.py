@@ -161,7 +161,7 @@ def _place(origins: Origins, key: Key, where: str) -> None:
 
 
 def _origin(key: Key, origins: Origins, default: str) -> str:
-    """Of a value, of the section around it, or of what was set last in a section."""
+    """The origin of a value, of the section around it, or of what was set last in a section."""
     around = [key[:length] for length in range(len(key), 0, -1)]
     below = [known for known in origins if known[: len(key)] == key]
     return next((origins[known] for known in [*around, *reversed(below)] if known in origins), default)
@@ -191,7 +191,8 @@ def _describe(error: ValidationError, root: type[BaseModel], tree: Tree, origins
 
 def _key(location: tuple[int | str, ...], tree: Tree) -> Key:
     """A problem's location without the names of a union's members, which stand in it, too."""
-    key, value = [], tree
+    key = []
+    value = tree
     for part in location:
         if isinstance(value, dict) and part in value:
             value = value[str(part)]

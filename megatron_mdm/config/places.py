@@ -71,7 +71,7 @@ def _escaped(name: str) -> str:
 
 
 def _changed(tree: Tree, change: Callable[[str], str]) -> Tree:
-    """With every path changed; a mapping has paths for keys (a blend of corpora)."""
+    """The tree with every path changed; a mapping has paths for keys (a blend of corpora)."""
     for section, *rest in PATH_KEYS:
         tree = _at(tree, (section, *rest), change)
     return tree

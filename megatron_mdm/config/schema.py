@@ -109,8 +109,8 @@ class DataConfig(Section):
     template: Literal["plain", "llada", "mmada", "tokenizer"] = "plain"
     # The day that a chat template may name (strftime_now), YYYY-MM-DD; today: the one on which the run began
     template_date: str = "today"
-    eligible_turns: Literal["all", "last"] = "all"  # of a conversation: which assistant turns are learnt
-    eos_padding: bool = False  # LLaDA: learnt eos tokens up to the longest sample of the global batch
+    eligible_turns: Literal["all", "last"] = "all"  # of a conversation: which assistant turns are targets
+    eos_padding: bool = False  # LLaDA: target eos tokens up to the longest sample of the global batch
     # corpus
     across_documents: bool = True  # a sequence's documents see each other
     random_length: float = Field(default=0.0, ge=0.0, le=1.0)  # share that is cut to U{1 … max_length}; LLaDA: 0.01
@@ -200,7 +200,7 @@ class FaultsConfig(Section):
     max_skipped_in_a_row: int = Field(default=5, gt=0)  # skipped steps after which the run stops
     spike_score: float = Field(default=8.0, ge=0)  # robust z-score from which a loss is logged as a spike; 0: never
     spike_window: int = Field(default=100, ge=20)  # steps whose losses it is judged by
-    # rewind: go back to the newest checkpoint, and on from there with the batches that follow the spike's
+    # rewind: go back to the newest checkpoint, and train from there with the batches that follow the spike's
     on_spike: Literal["log", "rewind"] = "log"
     max_rewinds: int = Field(default=3, ge=0)  # in a run; further spikes are logged
     # Without progress on any rank for so long, the job ends and names the rank and the place; 0: never.

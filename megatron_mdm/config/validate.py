@@ -45,7 +45,8 @@ def validate(config: RunConfig, world_size: int) -> None:
 
 def validate_layout(config: RunConfig, world_size: int) -> None:
     """The part of it that concerns forward passes, too: how the model is split over the ranks."""
-    model, parallel = config.model, config.parallel
+    model = config.model
+    parallel = config.parallel
     if parallel.pipeline > model.num_layers:
         raise UserError(f"'parallel.pipeline' {parallel.pipeline} exceeds the {model.num_layers} 'model.num_layers'")
     if world_size % (parallel.tensor * parallel.pipeline):
@@ -93,7 +94,8 @@ def _check_parallel(config: RunConfig) -> None:
 
 
 def _check_model(config: RunConfig) -> None:
-    model, tensor = config.model, config.parallel.tensor
+    model = config.model
+    tensor = config.parallel.tensor
     if not model.head_dim and model.hidden_size % model.num_heads:
         raise UserError(
             f"'model.hidden_size' {model.hidden_size} is not a multiple of 'model.num_heads' {model.num_heads}; change "
@@ -114,7 +116,8 @@ def _check_model(config: RunConfig) -> None:
 
 
 def _check_batch(config: RunConfig, world_size: int) -> None:
-    batch, ranks = config.batch, data_parallel_size(config, world_size)
+    batch = config.batch
+    ranks = data_parallel_size(config, world_size)
     longest = config.diffusion.rows_per_sample * config.data.max_length
     if batch.micro_tokens and batch.mode == "padded":
         raise UserError("'batch.micro_tokens' needs 'batch.mode' bucketed or packed")
@@ -131,7 +134,8 @@ def _check_batch(config: RunConfig, world_size: int) -> None:
 
 
 def _check_data(config: RunConfig) -> None:
-    data, model = config.data, config.model
+    data = config.data
+    model = config.model
     if data.format == "sft" and not isinstance(data.train, str):
         raise UserError("'data.train' is a blend, which only 'data.format' corpus can have")
     if data.eos_padding and data.format == "corpus":

@@ -63,11 +63,11 @@ def dump_yaml(value: Any) -> str:
 
 
 class _Loader(yaml.SafeLoader):
-    """Without PyYAML's own patterns, which are those of version 1.1."""
+    """PyYAML's safe loader, without its own patterns, which are those of version 1.1."""
 
 
 class _Dumper(yaml.SafeDumper):
-    """With them, too."""
+    """PyYAML's safe dumper, with the patterns of both versions."""
 
 
 _Loader.yaml_implicit_resolvers = {}
@@ -80,7 +80,8 @@ class _Document:
     """A text → PyYAML's nodes → values, with the schema's annotation beside each node."""
 
     def __init__(self, text: str, name: str) -> None:
-        self.text, self.name = text, name
+        self.text = text
+        self.name = name
         self.lines: dict[Key, int] = {}
         self._number = 0  # of the values so far
         self._open: set[int] = set()  # nodes that are being read
@@ -159,7 +160,8 @@ class _Document:
 
     def _scalar(self, node: yaml.ScalarNode, annotation: Any, key: Key) -> Any:
         """Plain values by the schema, quoted ones as text, tagged ones by their tag."""
-        tag, text = node.tag.removeprefix(_TAG), self.written(node.value)
+        tag = node.tag.removeprefix(_TAG)
+        text = self.written(node.value)
         if node.style is None and node.tag == _implicit(node.value):
             if tag == "null" and field_types.takes_text(annotation) and not field_types.takes_null(annotation):
                 raise self._error(node, _null_for_text(text, key))
@@ -178,10 +180,8 @@ class _Document:
         fits = field_types.takes_lists(annotation) if is_list else field_types.takes_mappings(annotation)
         if fits or not field_types.takes_any_text(annotation):
             return
-        kind, written = (
-            "list" if is_list else "mapping",
-            _one_line(self.text[node.start_mark.index : node.end_mark.index]),
-        )
+        kind = "list" if is_list else "mapping"
+        written = _one_line(self.text[node.start_mark.index : node.end_mark.index])
         raise self._error(
             node, f"'{'.'.join(key)}': a {kind} stands where a text is expected; put it in quotes: '{written}'"
         )
@@ -232,7 +232,8 @@ def _plain(text: str, annotation: Any, null_is_text: bool = False) -> Any:
         number = _CONVERSIONS[tag](text)
         is_exact = tag == "float" and "." not in text and abs(number) < 2**53 and number.is_integer()
         return int(number) if is_exact else number  # 5e8, where nothing says that it is no integer
-    whole, fractions = field_types.takes_whole_numbers(annotation), field_types.takes_fractions(annotation)
+    whole = field_types.takes_whole_numbers(annotation)
+    fractions = field_types.takes_fractions(annotation)
     if tag in ("int", "float") and (whole or fractions):
         if field_types.takes_any_text(annotation) and not (fractions or _CANONICAL.fullmatch(text)):
             return text

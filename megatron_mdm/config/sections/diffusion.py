@@ -10,7 +10,7 @@ from megatron_mdm.config.sections.section import Section
 
 
 class CalibrationConfig(Section):
-    """P-POTS calibration and re-fitting (method: Section 3 of the paper). See megatron_mdm/diffusion/README.md."""
+    """P-POTS calibration (paper, Section 4.1) and re-fitting. See megatron_mdm/diffusion/README.md."""
 
     artifact: str = ""  # empty: calibrate before training; else the JSON file of an earlier calibration
     num_samples: int = Field(default=15, ge=2)  # a: clean samples of the nested design
@@ -69,7 +69,7 @@ class IsadConfig(Section):
 
 
 class SyrmConfig(Section):
-    """Syntax tokens of the prompt are masked and learnt, too. Biased."""
+    """Syntax tokens of the prompt are masked targets, too. Biased."""
 
     preset: Literal["none", "html_table", "pipe_table"] = "none"  # data/syntax.py
     tokens: tuple[int | str, ...] = ()  # further texts or token ids

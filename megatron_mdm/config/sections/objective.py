@@ -24,7 +24,7 @@ class ObjectiveConfig(Section):
         return self._places
 
     def __eq__(self, other: object) -> bool:
-        """By its values: where they were written does not count."""
+        """Compare the values: where they were written does not count."""
         return isinstance(other, ObjectiveConfig) and self.model_dump() == other.model_dump()
 
 
