@@ -77,6 +77,15 @@ def test_models_do_not_noise_weight_or_log() -> None:
         assert used <= allowed, path
 
 
+def test_only_objectives_are_asked_by_name() -> None:
+    """Other packages are given what they need of an objective."""
+    for path in MODULES:
+        if package_of(path) in ("config", "objectives"):
+            continue
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            assert not (isinstance(node, ast.Constant) and node.value in ("masked", "autoregressive")), path
+
+
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_every_module_says_what_it_is_for(path: Path) -> None:
     assert ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
 
-from megatron_mdm.batch import ModelInputs, padded_rows
+from megatron_mdm.batch import AttentionPattern, ModelInputs, padded_rows
 from megatron_mdm.config.schema import Section
 from megatron_mdm.data.sft import Sample
 from megatron_mdm.diffusion.mask_schedule import Floats
@@ -34,6 +34,7 @@ from megatron_mdm.parallel.groups import ParallelContext
 from megatron_mdm.parallel.progress import progress_bar
 
 Counts = NDArray[np.int64]
+Patterns = Callable[[Tensor, int], AttentionPattern]  # (lengths [R], width) → which token sees which
 
 
 def stratified(num_eligible: int, num_times: int, generator: np.random.Generator) -> Counts:
@@ -107,7 +108,7 @@ class Rows(NamedTuple):
     lengths: NDArray[np.int64]
     num_repeats: int
     make: Callable[[int], Row]
-    causal: bool = False  # whether the model sees a row's tokens up to each position only
+    pattern_of: Patterns = padded_rows
 
 
 class Scoring(NamedTuple):
@@ -178,21 +179,21 @@ def _mean_losses(
     for turn in progress_bar(turns, desc="likelihood", unit="batch", enabled=context.is_main):
         index = turn * context.layout.data + context.data_rank
         batch = batches[min(index, len(batches) - 1)]  # ranks without work repeat the last batch, to keep step
-        measured = _losses([rows.make(row) for row in batch], engine, config.cfg_scale, special, rows.causal)
+        measured = _losses([rows.make(row) for row in batch], engine, config.cfg_scale, special, rows.pattern_of)
         if index < len(batches):
             losses[batch] = measured.double().cpu().numpy()
     return fill_from_data_ranks(losses, context)
 
 
-def _losses(rows: Sequence[Row], engine: Scorer, cfg_scale: float, special: SpecialIds, causal: bool) -> Tensor:
+def _losses(rows: Sequence[Row], engine: Scorer, cfg_scale: float, special: SpecialIds, pattern_of: Patterns) -> Tensor:
     """[R] float32."""
-    inputs = _inputs(rows, special.pad, causal)
+    inputs = _inputs(rows, special.pad, pattern_of)
     if not cfg_scale:
         return engine.evaluate([inputs])[0].loss
     blind = inputs.tokens.masked_fill(_padded([row.given for row in rows], False), special.mask)
     both = torch.cat([inputs.tokens, blind])
     lengths = inputs.pattern.row_lengths(*inputs.tokens.shape)
-    pattern = padded_rows(lengths.repeat(2), both.shape[1], causal)
+    pattern = pattern_of(lengths.repeat(2), both.shape[1])
     logits = engine.logits(logits_inputs(both, pattern, inputs.selected.repeat(2, 1))).float()
     conditional, unconditional = logits.chunk(2)
     guided = unconditional + (cfg_scale + 1.0) * (conditional - unconditional)
@@ -203,12 +204,12 @@ def _losses(rows: Sequence[Row], engine: Scorer, cfg_scale: float, special: Spec
     return (losses * inputs.token_weight).sum(1)
 
 
-def _inputs(rows: Sequence[Row], pad_id: int, causal: bool) -> ModelInputs:
+def _inputs(rows: Sequence[Row], pad_id: int, pattern_of: Patterns) -> ModelInputs:
     lengths = torch.tensor([len(row.tokens) for row in rows])
     tokens, labels = _padded([row.tokens for row in rows], pad_id), _padded([row.labels for row in rows], 0)
     scored = _padded([row.scored for row in rows], False)
     weight = scored.float() / scored.sum(1, keepdim=True)
-    pattern = padded_rows(lengths, tokens.shape[1], causal)
+    pattern = pattern_of(lengths, tokens.shape[1])
     return ModelInputs(tokens.long(), pattern, scored, labels.long(), weight, torch.ones(len(rows)))
 
 

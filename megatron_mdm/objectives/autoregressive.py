@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from megatron_mdm.batch import CleanBatch, LossWeights, ModelInputs
+from megatron_mdm.batch import CleanBatch, LossWeights, ModelInputs, padded_rows
 from megatron_mdm.config.errors import UserError
 from megatron_mdm.config.schema import DiffusionConfig, EvaluationConfig, RunConfig
 from megatron_mdm.config.sections.objective import ObjectiveOptions
@@ -197,7 +198,7 @@ def _rows(samples: Sequence[Sample], config: LikelihoodConfig, _: SpecialIds) ->
         scored = np.append(_targets(sample)[1:], False)
         return Row(sample.tokens, np.append(sample.tokens[1:], 0), scored, ~sample.eligible)
 
-    return Rows(np.array([len(sample.tokens) for sample in samples]), 1, make, causal=True)
+    return Rows(np.array([len(sample.tokens) for sample in samples]), 1, make, partial(padded_rows, causal=True))
 
 
 def _targets(sample: Sample) -> NDArray[np.bool_]:

@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import numpy as np
 import pytest
 
-from megatron_mdm.diffusion.mask_schedule import LinearSchedule
+from megatron_mdm.config.schema import DiffusionConfig
+from megatron_mdm.diffusion.mask_schedule import MASK_SCHEDULES, LinearSchedule
 from megatron_mdm.diffusion.masking import MASKING_RULES, MaskDesign
 
 SCHEDULE = LinearSchedule(1e-3)
 NOTHING = np.zeros(5, dtype=bool)
+
+
+@pytest.mark.parametrize("name", MASK_SCHEDULES)
+def test_schedules_grow_from_about_nothing_to_all(name: str) -> None:
+    """Every one of the table can be named; p_mask(0) > 0, by which losses are divided."""
+    assert name in get_args(DiffusionConfig.model_fields["mask_schedule"].annotation)
+    q = MASK_SCHEDULES[name](1e-3).mask_probability(np.linspace(0.0, 1.0, 1001))
+    assert 0.0 < q[0] < 0.01
+    assert q[-1] == pytest.approx(1.0, abs=1e-12)
+    assert (np.diff(q) > 0.0).all()
 
 
 @pytest.mark.parametrize("t", [0.0, 0.1, 0.45, 0.8, 1.0])
