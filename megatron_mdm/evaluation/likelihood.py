@@ -1,7 +1,7 @@
 """−log p(response | prompt), from the rows that a model's objective makes of a sample: MASK_BOUND's, or others.
 
-A masked model's bound on P eligible tokens (method, Section 1, for ε → 0) is ∫₀¹ E[Σ_{i masked} CE_i / t] dt, which is,
-with the noise of how many are masked integrated out,
+A masked model's bound on P eligible tokens (paper, Eq. 1, for ε → 0) is ∫₀¹ E[Σ_{i masked} CE_i / t] dt, which is, with
+the noise of how many are masked integrated out,
 
     P · E over M ~ U{1 … P} and a uniformly random set S of M positions of (1/M) Σ_{i ∈ S} CE_i.
 
@@ -82,7 +82,7 @@ class LikelihoodConfig(Section):
 
 
 class Likelihoods(NamedTuple):
-    """Of n samples, float64, the same on every rank."""
+    """Likelihoods of n samples, float64, the same on every rank."""
 
     nats: Floats  # [n]: the estimate of −log p, or of its bound
     standard_error: Floats  # [n]: of the estimate, from the masks' noise; not a number with one repeat
@@ -127,8 +127,8 @@ def negative_log_likelihoods(
     context: ParallelContext,
     scoring: Scoring,
 ) -> Likelihoods:
-    """Of each sample's target positions. Collective. scoring: what the model was trained for. Raises UserError where
-    it has no guidance and guidance is asked for."""
+    """−log p of each sample's target positions, or its bound. Collective. scoring: of the objective that the model was
+    trained for. Raises UserError where guidance is asked for and it has none."""
     rows = scoring.rows(samples, config, special)
     num_eligible = np.array([np.count_nonzero(scoring.targets(sample)) for sample in samples], dtype=np.int64)
     losses = _mean_losses(engine, rows, config, special, context)
@@ -186,7 +186,7 @@ def _mean_losses(
 
 
 def _losses(rows: Sequence[Row], engine: Scorer, cfg_scale: float, special: SpecialIds, pattern_of: Patterns) -> Tensor:
-    """[R] float32."""
+    """Mean cross-entropy of each row's scored positions, [R] float32."""
     inputs = _inputs(rows, special.pad, pattern_of)
     if not cfg_scale:
         return engine.evaluate([inputs])[0].loss
@@ -206,7 +206,8 @@ def _losses(rows: Sequence[Row], engine: Scorer, cfg_scale: float, special: Spec
 
 def _inputs(rows: Sequence[Row], pad_id: int, pattern_of: Patterns) -> ModelInputs:
     lengths = torch.tensor([len(row.tokens) for row in rows])
-    tokens, labels = _padded([row.tokens for row in rows], pad_id), _padded([row.labels for row in rows], 0)
+    tokens = _padded([row.tokens for row in rows], pad_id)
+    labels = _padded([row.labels for row in rows], 0)
     scored = _padded([row.scored for row in rows], False)
     weight = scored.float() / scored.sum(1, keepdim=True)
     pattern = pattern_of(lengths, tokens.shape[1])

@@ -47,7 +47,8 @@ class Autoregressive:
     scored_share = 1.0
 
     def __init__(self, config: RunConfig, options: ObjectiveOptions) -> None:
-        self.config, self.options = config, options
+        self.config = config
+        self.options = options
 
     def check(self) -> None:
         """There is no noise, so none of the settings of noise may be set."""
@@ -64,7 +65,7 @@ class Autoregressive:
 
     def check_data(self, train: Dataset) -> None:
         """A first token follows none and so is no target; a sample must have another."""
-        if self.config.data.format == "corpus":  # its sequences are learnt whole
+        if self.config.data.format == "corpus":  # its sequences are targets as a whole
             return
         for row, sample in enumerate(train.samples):
             if not sample.eligible[1:].any():
@@ -171,7 +172,10 @@ class NextTokenValidation:
         inputs: Inputs,
     ) -> None:
         """micro_size: rows of a forward pass. inputs: what the model takes of a micro-batch and its weights."""
-        self.data, self.special, self.context, self.inputs = data, special, context, inputs
+        self.data = data
+        self.special = special
+        self.context = context
+        self.inputs = inputs
         self.num_samples = min(config.num_samples, len(data))
         self.parts = parts_of_like_length(data.lengths()[: self.num_samples], micro_size)
 
@@ -202,7 +206,7 @@ def _rows(samples: Sequence[Sample], config: LikelihoodConfig, _: SpecialIds) ->
 
 
 def _targets(sample: Sample) -> NDArray[np.bool_]:
-    """[S]: the eligible positions, without a first token, which follows none."""
+    """The eligible positions, without a first token, which follows none, [S]."""
     return np.append(False, sample.eligible[1:])
 
 
