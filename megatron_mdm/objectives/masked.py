@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from megatron_mdm.batch import LossWeights, ModelInputs
 from megatron_mdm.config.errors import UserError
-from megatron_mdm.config.schema import DiffusionConfig, RunConfig
+from megatron_mdm.config.schema import DiffusionConfig, RunConfig, Section
 from megatron_mdm.config.sections.objective import ObjectiveOptions
 from megatron_mdm.diffusion.mask_schedule import MASK_SCHEDULES, Floats
 from megatron_mdm.diffusion.masking import MaskDesign
@@ -127,16 +127,23 @@ class Masked:
     @property
     def description(self) -> Description:
         diffusion = self.config.diffusion
-        default = DiffusionConfig()
-        changed = [
-            f"{name} {getattr(diffusion, name)}"
-            for name in DiffusionConfig.model_fields
-            if name != "calibration" and getattr(diffusion, name) != getattr(default, name)
-        ]
+        own = _changed(self.options)  # a subclass's name and keys
+        changed = [*own, *_changed(diffusion, but="calibration")]
         views = f"{diffusion.views} view{'s' * (diffusion.views > 1)}"
         repeats = f" × {diffusion.multisample}" * (diffusion.multisample > 1)
         text = f"{diffusion.t_sampler} t, {views}{repeats}, strata {diffusion.strata}, {diffusion.masking} masks"
+        text = ", ".join([*own, text])
         return Description(", ".join(changed) or "standard", text, has_rates=True)
+
+
+def _changed(section: Section, but: str = "") -> list[str]:
+    """The keys of a section that have not their default, with their values."""
+    fields = type(section).model_fields.items()
+    return [
+        f"{name} {getattr(section, name)}"
+        for name, field in fields
+        if name != but and getattr(section, name) != field.default
+    ]
 
 
 def _check_calibration(diffusion: DiffusionConfig) -> None:

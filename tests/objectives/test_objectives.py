@@ -91,7 +91,7 @@ def test_without_masks_there_is_no_density_to_calibrate(tmp_path: Path) -> None:
         _ = objective.design
 
 
-def test_descriptions(tmp_path: Path) -> None:
+def test_descriptions(tmp_path: Path, base: Path) -> None:
     """Labels tell apart what differs in more than its seed."""
     masked = objective_of(small_config(tmp_path)).description
     assert masked == ("standard", "uniform t, 1 view, strata none, bernoulli masks", True)
@@ -99,5 +99,8 @@ def test_descriptions(tmp_path: Path) -> None:
     both = objective_of(small_config(tmp_path, diffusion=diffusion)).description
     assert both.label == "t_sampler ppots, views 2, multisample 3, strata 4"
     assert both.text == "ppots t, 2 views × 3, strata 4, bernoulli masks"
+    own = objective_of(load_config(base, ["objective={name: dropping, dropout: 0.2}", "diffusion.views=2"])).description
+    assert own.label == "name dropping, dropout 0.2, views 2"
+    assert own.text == "name dropping, dropout 0.2, uniform t, 2 views, strata none, bernoulli masks"
     causal = objective_of(small_config(tmp_path, objective={"name": "autoregressive"})).description
     assert causal == ("autoregressive", "autoregressive", False)

@@ -6,13 +6,15 @@ from pydantic import ConfigDict, PrivateAttr
 
 from megatron_mdm.config.sections.section import Section
 
+DEFAULT = "masked"
+
 
 class ObjectiveConfig(Section):
     """A name, and further keys: those of the objective's own model, which checks them (objectives/base.py)."""
 
     model_config = ConfigDict(extra="allow")
 
-    name: str = "masked"  # of objectives/: masked, autoregressive, or one that code outside the package has added
+    name: str = DEFAULT  # of objectives/: masked, autoregressive, or one that code outside the package has added
     _places: dict[tuple[str, ...], str] = PrivateAttr(default_factory=dict)  # where each key was written
 
     def written_at(self, places: dict[tuple[str, ...], str]) -> None:
@@ -31,4 +33,4 @@ class ObjectiveConfig(Section):
 class ObjectiveOptions(Section):
     """What an objective's section may hold; an objective with keys of its own has a subclass with them."""
 
-    name: str
+    name: str = DEFAULT
