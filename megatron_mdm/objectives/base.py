@@ -34,7 +34,7 @@ class Noise(Protocol):
 
     @property
     def views(self) -> int:
-        """Rows of the model per sample."""
+        """Rows of the model per sample: diffusion.rows_per_sample."""
         ...
 
     def times(self, step: int) -> tuple[Floats, Floats]:

@@ -18,7 +18,8 @@ ASSUMPTIONS = (
     "a layer's forward and backward pass take no less than 'layer_ms', however few the tokens",
     "communication and computation do not overlap (DeepSpeed's overlap_comm is off unless set)",
     "collectives are rings; a group that leaves a node runs at the rate between nodes",
-    "a backward pass takes twice a forward pass; half of the eligible positions are masked",
+    "a backward pass takes twice a forward pass",
+    "half of the eligible positions are masked; of autoregressive runs, all are scored",
     "samples have the mean length given, and micro-batches are cut without waste",
     "data loading, validation's decoding and the host's own work cost nothing",
 )
