@@ -168,8 +168,8 @@ class _Stage(PipelineModule):
                 loss_fn=loss_fn,
                 dynamic_shape=True,
             )
-        self._tie(config.model, context)
         prepare_parameters(self, config.model, config.parallel, context, seed)
+        self._tie(config.model, context)
 
         self.inputs: ModelInputs  # the micro-batch of the last forward pass
         self._micro_batches: Iterator[ModelInputs] = iter(())
@@ -215,3 +215,4 @@ class _Stage(PipelineModule):
             if context.rank == ranks[1]:
                 self.head.vocabulary_weight.ds_pipe_replicated = True  # the first stage's copy counts in norms
                 self._tied.append((self.head.vocabulary_weight, group))
+        self._tied = [(weight, group) for weight, group in self._tied if weight.requires_grad]
