@@ -14,11 +14,12 @@ from megatron_mdm.parallel.groups import initialize, world_size_from_environment
 from megatron_mdm.parallel.program import run_program  # noqa: E402
 from megatron_mdm.parallel.watchdog import watch  # noqa: E402
 from megatron_mdm.training.dry_run import describe  # noqa: E402
+from megatron_mdm.training.folder import StartMode  # noqa: E402
 from megatron_mdm.training.inputs import agreement, describe_data, resolve, total_steps  # noqa: E402
 from megatron_mdm.training.launches import has_begun  # noqa: E402
 from megatron_mdm.training.layout_check import check_layout  # noqa: E402
 from megatron_mdm.training.resume import as_the_run_began  # noqa: E402
-from megatron_mdm.training.run import StartMode, train_run  # noqa: E402
+from megatron_mdm.training.run import train_run  # noqa: E402
 from megatron_mdm.training.summary import outcome  # noqa: E402
 
 

@@ -109,18 +109,18 @@ def _trained_and_generated(config: RunConfig, decoding: tuple[dict[str, Any], ..
     from megatron_mdm.checkpoint.load import restored_engine
     from megatron_mdm.diffusion.t_samplers import CALIBRATED_SAMPLERS
     from megatron_mdm.parallel.groups import initialize
-    from megatron_mdm.training import inputs, run
+    from megatron_mdm.training import build, inputs
     from megatron_mdm.training.calibrate import calibrate
 
     config, data = inputs.resolve(config)
     context = initialize(config.parallel)
     engine = restored_engine(None, config, context, 0)
     artifact = calibrate(engine, config, data, context) if config.diffusion.t_sampler in CALIBRATED_SAMPLERS else None
-    trainer = run.build_trainer(config, data, engine, artifact, context)
+    trainer = build.build_trainer(config, data, engine, artifact, context)
     masks = hashlib.sha256()
     steps = []
     for step in range(NUM_STEPS):
-        for noised in trainer.noised_batch(step)[1]:
+        for noised in trainer.source.noised_batch(step).noised:
             masks.update(noised.masked.numpy().tobytes() + noised.noisy.numpy().tobytes())
         steps.append(trainer.train_step(step))
     return {

@@ -62,9 +62,9 @@ class PlainLoop:
 
     def step(self, trainer: Trainer, views: int, step: int) -> StepOutput:
         """One optimizer step on the samples and mask rates of the trainer's step; the masks are drawn here."""
-        loader = trainer.loader
+        loader = trainer.source.loader
         ids = loader.sample_ids(step)
-        t = torch.from_numpy(trainer.noiser.times(step)[0]).float()
+        t = torch.from_numpy(trainer.source.noise.times(step)[0]).float()
         batches: list[PlainBatch] = []
         for start in range(0, len(ids), self.case.micro_size):
             samples = [loader.data.samples[row] for row in ids[start : start + self.case.micro_size]]
@@ -144,7 +144,7 @@ class PlainLoop:
 def as_plain(noised: NoisedBatch, trainer: Trainer) -> list[PlainBatch]:
     """A micro-batch with its masks as our noiser drew them, view by view."""
     clean = noised.clean
-    probability = torch.from_numpy(trainer.noiser.mask_probability(noised.t.numpy())).float()[:, None]
+    probability = torch.from_numpy(trainer.source.noise.mask_probability(noised.t.numpy())).float()[:, None]
     return [
         _plain_batch(clean.tokens, masked, probability, clean.num_eligible, clean.lengths)
         for masked in noised.masked.chunk(noised.views)

@@ -29,9 +29,9 @@ from megatron_mdm.data.batching import computed_tokens, cut  # noqa: E402
 from megatron_mdm.engine.build import build_engine  # noqa: E402
 from megatron_mdm.parallel.groups import initialize  # noqa: E402
 from megatron_mdm.parallel.program import run_program  # noqa: E402
+from megatron_mdm.training.build import build_trainer  # noqa: E402
 from megatron_mdm.training.inputs import resolve  # noqa: E402
 from megatron_mdm.training.loop import StepResult, Trainer  # noqa: E402
-from megatron_mdm.training.run import build_trainer  # noqa: E402
 
 CLOCKS = {"wall": time.monotonic, "cpu": time.process_time}  # cpu: with one thread, on a machine that others use, too
 TARGET = 1.4  # useful tokens per second, packed or bucketed / padded to the batch maximum
@@ -90,9 +90,9 @@ def check_losses(modes: dict[str, Trainer], tolerance: float) -> None:
     losses = {}
     for mode, trainer in modes.items():
         trainer.engine.pack = mode == "packed"
-        batch = trainer.loader.batch(0)
-        noised = [trainer.noiser(micro_batch, 0) for micro_batch in batch.micro_batches]
-        objective = trainer.objective
+        batch = trainer.source.loader.batch(0)
+        noised = [trainer.source.noise(micro_batch, 0) for micro_batch in batch.micro_batches]
+        objective = trainer.source.objective
         weights = [objective.normalization(micro, batch.global_batch) for micro in noised]
         rows = trainer.engine.evaluate([objective.inputs(*pair) for pair in zip(noised, weights)])
         losses[mode] = sum(float((row.loss * weight.row).sum()) for row, weight in zip(rows, weights))
@@ -102,7 +102,7 @@ def check_losses(modes: dict[str, Trainer], tolerance: float) -> None:
 
 def efficiency(trainer: Trainer, num_steps: int) -> float:
     """Useful tokens / tokens that the model sees, over the first steps."""
-    loader, batch = trainer.loader.loader, trainer.config.batch
+    loader, batch = trainer.source.loader.loader, trainer.config.batch
     useful = computed = 0
     for step in range(num_steps):
         lengths = loader.lengths[loader.sample_ids(step)]

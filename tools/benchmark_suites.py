@@ -157,8 +157,8 @@ def measure_memory(bench: Bench) -> None:
 def check_same_loss(case: Case, ours: Trainer, plain: PlainLoop) -> dict[str, float]:
     """Train step 0 of both on the same weights and masks; refuse to time two loops that compute different things."""
     micro_batches = ours.loader.batch(0).micro_batches
-    batches = [view for micro in micro_batches for view in as_plain(ours.noiser(micro, 0), ours)]
-    theirs, mine = plain.optimize(batches, ours.noiser.views), ours.train_step(0)
+    batches = [view for micro in micro_batches for view in as_plain(ours.source.noise(micro, 0), ours)]
+    theirs, mine = plain.optimize(batches, ours.source.noise.views), ours.train_step(0)
     loss = abs(mine.loss / theirs.loss - 1.0)
     norm = abs(mine.grad_norm / theirs.grad_norm - 1.0)
     print(

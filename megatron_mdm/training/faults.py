@@ -70,7 +70,7 @@ class Faults(Callback):
         self.metrics.write(state.step, {"skipped_steps": state.num_skipped})
         if self.skipped_in_a_row >= self.settings.max_skipped_in_a_row:
             dump = self.folder / DUMPS / f"step-{state.step:08d}"
-            write_batch(self.trainer, result, dump)
+            write_batch(self.trainer, result, state.skipped_batches, dump)
             state.stop_reason = f"{self.skipped_in_a_row} steps in a row were skipped"
             state.failure = (
                 f"step {state.step}: loss or gradient was infinite or not a number in {self.skipped_in_a_row} steps "
@@ -121,25 +121,25 @@ def robust_score(loss: float, before: list[float]) -> float:
     return (loss - median) / max(spread, np.finfo(np.float64).eps * max(1.0, abs(median)))
 
 
-def write_batch(trainer: Trainer, result: StepResult, folder: Path) -> None:
+def write_batch(trainer: Trainer, result: StepResult, skipped_batches: int, folder: Path) -> None:
     """The inputs of a step as the engine got them, a file for each data-parallel rank, and what they were made of.
 
     Collective. A disk that refuses them costs a line only: batch.json's step and the configuration make them again.
     """
     context = trainer.context
-    _, noised, weights = trainer.noised_batch(result.step)  # collective: not where a disk may refuse
+    micro_batches = trainer.source.prepare(result.step).micro_batches  # collective: not where a disk may refuse
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if context.tensor_rank == 0 and context.pipeline_rank == 0:
             tensors = {}
-            for index, pair in enumerate(zip(noised, weights)):
-                for name, tensor in trainer.objective.inputs(*pair).as_tensors().items():
+            for index, inputs in enumerate(micro_batches):
+                for name, tensor in inputs.as_tensors().items():
                     tensors[f"{index}/{name}"] = tensor.clone().contiguous()
             save_file(tensors, folder / f"data-rank-{context.data_rank:03d}.safetensors")
         if context.is_main:
             content = {
                 "step": result.step,  # counted from 0: the argument of the loader and of the noise
-                "skipped_batches": trainer.loader.first_batch,
+                "skipped_batches": skipped_batches,
                 "seed": trainer.config.seed,
                 "lr": result.lr,
                 "sample_ids": result.sample_ids.tolist(),

@@ -14,10 +14,10 @@ from megatron_mdm.objectives import check_run
 from megatron_mdm.parallel import platform
 from megatron_mdm.parallel.groups import ParallelContext, initialize
 from megatron_mdm.parallel.layout import Layout
+from megatron_mdm.training.build import build_trainer
 from megatron_mdm.training.calibrate import calibrate
 from megatron_mdm.training.dry_run import memory_estimate
 from megatron_mdm.training.inputs import RunData
-from megatron_mdm.training.run import build_trainer
 
 NUM_STEPS = 3
 TOLERANCES = {"fp32": 1e-5, "bf16": 2e-2, "fp16": 1e-2}  # relative, of losses

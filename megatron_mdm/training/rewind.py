@@ -10,17 +10,17 @@ from tqdm import tqdm
 from megatron_mdm.checkpoint.load import restore
 from megatron_mdm.checkpoint.store import CheckpointStore, read_state
 from megatron_mdm.parallel.heartbeat import enter
-from megatron_mdm.training.callbacks.base import Callbacks, State
+from megatron_mdm.training.callbacks.base import Callbacks
 from megatron_mdm.training.faults import append_fault
 from megatron_mdm.training.loop import Trainer
 from megatron_mdm.training.metrics import MetricsLog
-from megatron_mdm.training.state import TrainState, restored_state
+from megatron_mdm.training.state import SavedState, TrainState, restored_state
 
 
 def rewind(
     state: TrainState, callbacks: Callbacks, trainer: Trainer, store: CheckpointStore, metrics: MetricsLog
-) -> tuple[TrainState, dict[str, State]]:
-    """The state to resume with, and the callbacks' states; the engine then has the checkpoint's weights and moments.
+) -> tuple[TrainState, SavedState]:
+    """The state to resume with, and the parts' states; the engine then has the checkpoint's weights and moments.
     Collective.
 
     The batches trained on since the checkpoint, the spike's the last of them, are left out for good. Where there is no
@@ -32,7 +32,7 @@ def rewind(
     checkpoint = store.newest_intact()
     if checkpoint is None:
         _say(store, f"step {state.step}: no checkpoint yet to go back to; training goes on")
-        return state, callbacks.state_dict()
+        return state, SavedState.of(callbacks, trainer.source)
     before, saved = rewound(state, checkpoint)
     restore(trainer.engine, checkpoint, trainer.config.model, trainer.context, before.num_updates)
     metrics.go_back(before.step)
@@ -45,7 +45,7 @@ def rewind(
     return before, saved
 
 
-def rewound(state: TrainState, checkpoint: Path) -> tuple[TrainState, dict[str, State]]:
+def rewound(state: TrainState, checkpoint: Path) -> tuple[TrainState, SavedState]:
     """A checkpoint's states, less the batches that were trained on since."""
     before, saved = restored_state(read_state(checkpoint))
     before.skipped_batches = state.skipped_batches + state.step - before.step

@@ -5,9 +5,10 @@ from __future__ import annotations
 
 import copy
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from megatron_mdm.training.callbacks.base import Callbacks, State
+from megatron_mdm.training.source import BatchSource
 
 # Format 1 held the callbacks' state among all else: which keys are whose.
 _IN_FORMAT_1 = {
@@ -49,15 +50,28 @@ class TrainState:
         return self.step - self.num_skipped
 
 
-def saved_state(state: TrainState, callbacks: Callbacks) -> dict[str, Any]:
-    """What a checkpoint holds of both: a copy, as training continues while it is written."""
-    return {"train": asdict(state), "callbacks": copy.deepcopy(callbacks.state_dict())}
+class SavedState(NamedTuple):
+    """What a checkpoint holds of a run's parts."""
+
+    callbacks: dict[str, State]  # by name
+    source: State
+
+    @classmethod
+    def of(cls, callbacks: Callbacks, source: BatchSource) -> SavedState:
+        """A copy, as training continues while it is written."""
+        return cls(copy.deepcopy(callbacks.state_dict()), copy.deepcopy(source.state_dict()))
 
 
-def restored_state(saved: dict[str, Any]) -> tuple[TrainState, dict[str, State]]:
-    """The training state in a checkpoint's content, and its callbacks' states by name."""
+def saved_state(state: TrainState, parts: SavedState) -> dict[str, Any]:
+    """What a checkpoint holds of training."""
+    return {"train": asdict(state), **parts._asdict()}
+
+
+def restored_state(saved: dict[str, Any]) -> tuple[TrainState, SavedState]:
+    """The training state in a checkpoint's content, and its parts' states."""
     train = saved["train"]
     state = TrainState(**{key: value for key, value in train.items() if key in TrainState.__dataclass_fields__})
     if "callbacks" in saved:
-        return state, saved["callbacks"]
-    return state, {name: {key: train[key] for key in keys if key in train} for name, keys in _IN_FORMAT_1.items()}
+        return state, SavedState(saved["callbacks"], saved["source"])
+    of_callbacks = {name: {key: train[key] for key in keys if key in train} for name, keys in _IN_FORMAT_1.items()}
+    return state, SavedState(of_callbacks, {})

@@ -7,19 +7,17 @@ from typing import Any
 import numpy as np
 
 from megatron_mdm.config.schema import RunConfig
+from megatron_mdm.objectives.base import Noise
 from megatron_mdm.training.callbacks.log import Log
-from megatron_mdm.training.loop import Trainer
 from megatron_mdm.training.state import TrainState
 
 _CALIBRATION = ("efficiency", "efficiency_interval", "efficiency_of_uniform", "uniform_floor", "forwards", "seconds")
 
 
-def summarize(
-    config: RunConfig, state: TrainState, log: Log, artifact: dict[str, Any] | None, trainer: Trainer
-) -> dict[str, Any]:
+def summarize(state: TrainState, log: Log, artifact: dict[str, Any] | None, noise: Noise) -> dict[str, Any]:
     """Content of summary.json. log: of the whole run. artifact: the calibration, where there is one."""
     drawn = np.array(log.t_histogram) / max(1, sum(log.t_histogram))
-    t, _ = trainer.noiser.times(max(0, state.step - 1))
+    t, _ = noise.times(max(0, state.step - 1))
     variances = {
         "variance_of_loss": log.run_variance.of_loss(),
         "variance_of_loss_eq_23": log.run_variance.of_loss_eq_23(),

@@ -71,18 +71,18 @@ def counted_step(config: RunConfig) -> tuple[dict[Any, int], dict[str, tuple[int
     """On a rank: bytes of the second step, the groups by axis, this rank's micro-batches and stage."""
     from megatron_mdm.checkpoint.load import restored_engine
     from megatron_mdm.parallel.groups import initialize
-    from megatron_mdm.training import inputs, run
+    from megatron_mdm.training import build, inputs
 
     config, data = inputs.resolve(config)
     context = initialize(config.parallel)
-    trainer = run.build_trainer(config, data, restored_engine(None, config, context, 0), None, context)
+    trainer = build.build_trainer(config, data, restored_engine(None, config, context, 0), None, context)
     trainer.train_step(0)
     with CountBytes() as counter:
         trainer.train_step(1)
     groups = {"data": context.data_group, "tensor": context.tensor_group, "pipeline": context.pipeline_group}
     shapes = [
         MicroBatchShape(*noised.noisy.shape, int(noised.masked.sum()))
-        for noised in (trainer.noiser(batch, 1) for batch in trainer.loader.batch(1).micro_batches)
+        for noised in (trainer.source.noise(batch, 1) for batch in trainer.source.loader.batch(1).micro_batches)
     ]
     ranks = {axis: tuple(dist.get_process_group_ranks(group)) for axis, group in groups.items()}
     return dict(counter.bytes), ranks, shapes, context.pipeline_rank

@@ -105,11 +105,11 @@ def test_the_norm_is_measured_where_nothing_is_clipped(tmp_path: Path) -> None:
 def losses_of(config: RunConfig) -> list[float]:
     from megatron_mdm.checkpoint.load import restored_engine
     from megatron_mdm.parallel.groups import initialize
-    from megatron_mdm.training import inputs, run
+    from megatron_mdm.training import build, inputs
 
     config, data = inputs.resolve(config)
     context = initialize(config.parallel)
-    trainer = run.build_trainer(config, data, restored_engine(None, config, context, 0), None, context)
+    trainer = build.build_trainer(config, data, restored_engine(None, config, context, 0), None, context)
     return [trainer.train_step(step).loss for step in range(8)]
 
 

@@ -152,13 +152,13 @@ def counted_step(config: RunConfig) -> Counted:
     """On a rank: the second step."""
     from megatron_mdm.checkpoint.load import restored_engine
     from megatron_mdm.parallel.groups import initialize
-    from megatron_mdm.training import inputs, run
+    from megatron_mdm.training import build, inputs
 
     config, data = inputs.resolve(config)
     context = initialize(config.parallel)
     live = LiveBytes()
     with live:
-        trainer = run.build_trainer(config, data, restored_engine(None, config, context, 0), None, context)
+        trainer = build.build_trainer(config, data, restored_engine(None, config, context, 0), None, context)
         trainer.train_step(0)
         engine = trainer.engine.engine
         states = [0]
@@ -177,7 +177,7 @@ def counted_step(config: RunConfig) -> Counted:
 
 def shapes(trainer: Any) -> Iterator[MicroBatchShape]:
     for step in (1, 2):
-        for noised in (trainer.noiser(batch, step) for batch in trainer.loader.batch(step).micro_batches):
+        for noised in (trainer.source.noise(batch, step) for batch in trainer.source.loader.batch(step).micro_batches):
             rows, length = noised.noisy.shape
             if trainer.engine.pack:
                 rows, length = 1, rows * length

@@ -114,13 +114,13 @@ def train(config: RunConfig) -> dict[str, Any]:
     """On a rank: 10 steps; losses and per-sample losses, and how many micro-batches each step had."""
     from megatron_mdm.checkpoint.load import restored_engine
     from megatron_mdm.parallel.groups import initialize
-    from megatron_mdm.training import inputs, run
+    from megatron_mdm.training import build, inputs
 
     config, data = inputs.resolve(config)
     context = initialize(config.parallel)
-    trainer = run.build_trainer(config, data, restored_engine(None, config, context, 0), None, context)
+    trainer = build.build_trainer(config, data, restored_engine(None, config, context, 0), None, context)
     steps = [trainer.train_step(step) for step in range(10)]
-    batches = [trainer.loader.batch(step).micro_batches for step in range(10)]
+    batches = [trainer.source.loader.batch(step).micro_batches for step in range(10)]
     return {
         "losses": [step.loss for step in steps],
         "sample_losses": np.stack([step.sample_loss for step in steps]),

@@ -26,13 +26,13 @@ def trained(config: RunConfig) -> dict[str, Any]:
     """On a rank: 8 steps' losses and gradient norms, the last step's per-sample losses, the validation loss."""
     from megatron_mdm.checkpoint.load import restored_engine
     from megatron_mdm.parallel.groups import initialize
-    from megatron_mdm.training import inputs, run
+    from megatron_mdm.training import build, inputs
 
     config, data = inputs.resolve(config)
     assert config.model.attention == "causal"
     context = initialize(config.parallel)
     engine = restored_engine(None, config, context, 0)
-    trainer = run.build_trainer(config, data, engine, None, context)
+    trainer = build.build_trainer(config, data, engine, None, context)
     steps = [trainer.train_step(step) for step in range(8)]
     batch = config.batch.model_copy(update={"micro_size": 3})
     changed = config.model_copy(update={"evaluation": EvaluationConfig(num_samples=7), "batch": batch})

@@ -19,14 +19,14 @@ from tests.training.test_resume import losses, write_config
 # launch/train.py, in which a rank's first micro-batch of a step gets faulty weights.
 WRAPPER = """
 import runpy
-from megatron_mdm.training.loop import Trainer
-noised_batch = Trainer.noised_batch
+from megatron_mdm.training.source import SupervisedSource
+noised_batch = SupervisedSource.noised_batch
 def faulty(self, step):
-    batch, noised, weights = noised_batch(self, step)
+    batch = noised_batch(self, step)
     if step + self.loader.first_batch == {step} - 1 and self.context.data_rank == {rank}:
-        weights[0].row.mul_(float("{factor}"))
-    return batch, noised, weights
-Trainer.noised_batch = faulty
+        batch.weights[0].row.mul_(float("{factor}"))
+    return batch
+SupervisedSource.noised_batch = faulty
 runpy.run_path("launch/train.py", run_name="__main__")
 """
 
@@ -71,9 +71,9 @@ def after_the_spike(folder: Path, step: int, first_batch: int) -> list[float]:
     """On a rank: losses of the steps after a checkpoint, with the batches from first_batch + step on."""
     from megatron_mdm.checkpoint.load import restored_engine
     from megatron_mdm.parallel.groups import initialize
+    from megatron_mdm.training.build import build_trainer
     from megatron_mdm.training.calibrate import load_artifact
     from megatron_mdm.training.inputs import resolve
-    from megatron_mdm.training.run import build_trainer
 
     config, data = resolve(load_config(folder / "config.yaml"))
     context = initialize(config.parallel)
@@ -131,9 +131,9 @@ def reproduce(folder: Path) -> dict[str, Any]:
     from megatron_mdm.checkpoint.store import read_state
     from megatron_mdm.engine.inputs import loss_inputs
     from megatron_mdm.parallel.groups import initialize
+    from megatron_mdm.training.build import build_trainer
     from megatron_mdm.training.calibrate import load_artifact
     from megatron_mdm.training.inputs import resolve
-    from megatron_mdm.training.run import build_trainer
 
     config, data = resolve(load_config(folder / "config.yaml"))
     context = initialize()
@@ -143,7 +143,7 @@ def reproduce(folder: Path) -> dict[str, Any]:
     updates = read_state(checkpoint)["train"]["step"] - read_state(checkpoint)["train"]["num_skipped"]
     engine = restored_engine(checkpoint, config, context, updates)
     trainer = build_trainer(config, data, engine, load_artifact(folder / "calibration.json"), context)
-    _, noised, weights = trainer.noised_batch(batch["step"])
+    _, noised, weights = trainer.source.noised_batch(batch["step"])
     micro_batches = [loss_inputs(*pair) for pair in zip(noised, weights)]
     dumped = load_file(dump / f"data-rank-{context.data_rank:03d}.safetensors")
     again = [
@@ -156,7 +156,7 @@ def reproduce(folder: Path) -> dict[str, Any]:
         "same": all(same(x.as_tensors(), y.as_tensors()) for x, y in zip(micro_batches, again)),
         "norm": engine.train_batch(again, batch["lr"]).grad_norm,
         "ids": batch["sample_ids"],
-        "expected_ids": trainer.loader.loader.sample_ids(batch["step"]).tolist(),
+        "expected_ids": trainer.source.loader.loader.sample_ids(batch["step"]).tolist(),
     }
 
 

@@ -29,7 +29,7 @@ def drawn_between_steps(config: RunConfig) -> dict[str, Any]:
     drew none; and the squared norms by torch's own backward pass, where there is one process."""
     from megatron_mdm.checkpoint.load import restored_engine
     from megatron_mdm.parallel.groups import initialize
-    from megatron_mdm.training import inputs, run
+    from megatron_mdm.training import build, inputs
     from megatron_mdm.training.gradient_draws import draw_gradients
 
     config, data = inputs.resolve(config)
@@ -37,7 +37,7 @@ def drawn_between_steps(config: RunConfig) -> dict[str, Any]:
     losses, draws = [], None
     for wanted in (True, False):
         engine = restored_engine(None, config, context, 0)
-        trainer = run.build_trainer(config, data, engine, None, context)
+        trainer = build.build_trainer(config, data, engine, None, context)
         losses.append([trainer.train_step(step).loss for step in range(2)])
         if wanted:
             draws = draw_gradients(engine, config, data, context, UniformSampler(), NUM_DRAWS)

@@ -57,19 +57,19 @@ def train_and_watch(config: RunConfig, folder: Path) -> dict[str, Any]:
     from megatron_mdm.checkpoint.load import restored_engine
     from megatron_mdm.checkpoint.tensors import Snapshot
     from megatron_mdm.parallel.groups import initialize
-    from megatron_mdm.training import inputs, run
+    from megatron_mdm.training import build, inputs
     from megatron_mdm.training.calibrate import calibrate
 
     config, data = inputs.resolve(config)
     context = initialize(config.parallel)
     engine = restored_engine(None, config, context, 0)
     artifact = calibrate(engine, config, data, context)
-    trainer = run.build_trainer(config, data, engine, artifact, context)
+    trainer = build.build_trainer(config, data, engine, artifact, context)
     masks: dict[tuple[int, int], str] = {}
-    noiser = trainer.noiser
+    noise = trainer.source.noise
 
     def watched(batch, step):
-        noised = noiser(batch, step)
+        noised = noise(batch, step)
         for row in range(len(batch.positions)):
             place = (step, int(batch.positions[row]))
             views = noised.masked.view(noised.views, len(batch.positions), -1)[:, row]
@@ -77,8 +77,9 @@ def train_and_watch(config: RunConfig, folder: Path) -> dict[str, Any]:
             masks[place] = hashlib.sha256(shown).hexdigest()
         return noised
 
-    watched.times, watched.mask_probability = noiser.times, noiser.mask_probability  # type: ignore[attr-defined]
-    trainer = dataclasses.replace(trainer, noiser=watched)  # type: ignore[arg-type]
+    watched.times, watched.mask_probability = noise.times, noise.mask_probability  # type: ignore[attr-defined]
+    source = dataclasses.replace(trainer.source, noise=watched)
+    trainer = dataclasses.replace(trainer, source=source)
     steps = [trainer.train_step(step) for step in range(10)]
     snapshot = Snapshot(context)
     snapshot.take(trainer.engine.optimizer_state.fragments())

@@ -55,7 +55,7 @@ def trained(config: RunConfig, decayed: RunConfig) -> dict[str, Any]:
     """On a rank: a run's records and results; weights before and after a first step, and after one with decay."""
     from megatron_mdm.checkpoint.load import restored_engine
     from megatron_mdm.parallel.groups import initialize
-    from megatron_mdm.training import inputs, run
+    from megatron_mdm.training import build, inputs
     from megatron_mdm.training.callbacks.log import Log
     from megatron_mdm.training.metrics import MetricsLog
     from megatron_mdm.training.speed import Speed
@@ -65,24 +65,24 @@ def trained(config: RunConfig, decayed: RunConfig) -> dict[str, Any]:
     artifact = {"cell_density": DENSITY.cell_density.tolist()}
     for name, one in (("decayed", decayed), ("plain", config)):
         one, data = inputs.resolve(one)
-        trainer = run.build_trainer(one, data, restored_engine(None, one, context, 0), artifact, context)
+        trainer = build.build_trainer(one, data, restored_engine(None, one, context, 0), artifact, context)
         weights["before"] = weights_of(trainer.engine)
         micro_batches = _micro_batches(trainer)
         rows = trainer.engine.evaluate(micro_batches)
         result = trainer.train_step(0)
         weights[name] = weights_of(trainer.engine)
     state, recorder, folder = TrainState(step=1), Recorder(), Path(config.checkpoint.directory)
-    log = Log(trainer, MetricsLog(folder, False, True, 0), state, Speed(one.model, 1e12))
+    log = Log(trainer, trainer.source.noise, MetricsLog(folder, False, True, 0), state, Speed(one.model, 1e12))
     for callback in (log, recorder):
         callback.after_step(state, result)
     trainer.train(state, [log, recorder])
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    lines, loader = (folder / "metrics.jsonl").read_text().splitlines(), trainer.source.loader.loader
     return {
         "records": [json.loads(line) for line in lines],
         "results": [vars(result) for result in recorder.results],
         "first_rows": np.concatenate([row.loss.double().numpy().reshape(2, -1) for row in rows], axis=1),
-        "first_positions": np.concatenate([batch.positions.numpy() for batch in trainer.loader.batch(0).micro_batches]),
-        "eligible": [trainer.loader.loader.num_eligible[trainer.loader.loader.sample_ids(step)] for step in range(9)],
+        "first_positions": np.concatenate([batch.positions.numpy() for batch in loader.batch(0).micro_batches]),
+        "eligible": [loader.num_eligible[loader.sample_ids(step)] for step in range(9)],
         "weights": weights,
     }
 
@@ -90,7 +90,7 @@ def trained(config: RunConfig, decayed: RunConfig) -> dict[str, Any]:
 def _micro_batches(trainer: Any) -> list[Any]:
     from megatron_mdm.engine.inputs import loss_inputs
 
-    _, noised, weights = trainer.noised_batch(0)
+    _, noised, weights = trainer.source.noised_batch(0)
     return [loss_inputs(*pair) for pair in zip(noised, weights)]
 
 

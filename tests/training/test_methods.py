@@ -54,7 +54,8 @@ def trained(configs: dict[str, RunConfig]) -> dict[str, dict[str, Any]]:
     """On a rank: train every configuration; its records and a copy of one weight."""
     from megatron_mdm.parallel.groups import initialize
     from megatron_mdm.training import inputs
-    from megatron_mdm.training.run import StartMode, train_run
+    from megatron_mdm.training.folder import StartMode
+    from megatron_mdm.training.run import train_run
 
     results = {}
     for name, config in configs.items():

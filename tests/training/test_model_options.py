@@ -26,11 +26,11 @@ def one_step(config: RunConfig, folder: Path) -> float:
     from megatron_mdm.checkpoint.load import restored_engine
     from megatron_mdm.checkpoint.tensors import Snapshot
     from megatron_mdm.parallel.groups import initialize
-    from megatron_mdm.training import inputs, run
+    from megatron_mdm.training import build, inputs
 
     config, data = inputs.resolve(config)
     context = initialize(config.parallel)
-    trainer = run.build_trainer(config, data, restored_engine(None, config, context, 0), None, context)
+    trainer = build.build_trainer(config, data, restored_engine(None, config, context, 0), None, context)
     loss = trainer.train_step(0).loss
     snapshot = Snapshot(context)
     snapshot.take(trainer.engine.optimizer_state.fragments())

@@ -26,17 +26,19 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {  # normalisat
 def trained(config: RunConfig, names: list[str]) -> dict[str, list[float]]:
     """On a rank: 10 losses by normalisation, one after another with the same engine."""
     from megatron_mdm.checkpoint.load import restored_engine
+    from megatron_mdm.objectives import objective_of
     from megatron_mdm.parallel.groups import initialize
-    from megatron_mdm.training import inputs, run
+    from megatron_mdm.training import build, inputs
 
     config, data = inputs.resolve(config)
     context = initialize(config.parallel)
     artifact = {"cell_density": (2.0 - np.arange(4096) / 4096).tolist()}
-    trainer = run.build_trainer(config, data, restored_engine(None, config, context, 0), artifact, context)
+    trainer = build.build_trainer(config, data, restored_engine(None, config, context, 0), artifact, context)
     losses = {}
     for name in names:
         diffusion = config.diffusion.model_copy(update={"normalization": name})
-        trainer = dataclasses.replace(trainer, config=config.model_copy(update={"diffusion": diffusion}))
+        objective = objective_of(config.model_copy(update={"diffusion": diffusion}))
+        trainer = dataclasses.replace(trainer, source=dataclasses.replace(trainer.source, objective=objective))
         losses[name] = [trainer.train_step(step).loss for step in range(10)]
     return losses
 

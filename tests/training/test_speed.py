@@ -34,7 +34,7 @@ def slow(self, step):
     if self.context.rank == 1:
         time.sleep(0.15)
     return noised_batch(self, step)
-Trainer.noised_batch = slow
+SupervisedSource.noised_batch = slow
 runpy.run_path("launch/train.py", run_name="__main__")
 """
 LAYOUTS = {"dp2": {"zero": 1}, "zero3": {"zero": 3}, "tp2": {"tensor": 2}, "pp2": {"pipeline": 2}}

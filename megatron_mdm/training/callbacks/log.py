@@ -11,6 +11,7 @@ from megatron_mdm.config.schema import EmaConfig
 from megatron_mdm.diffusion.control_variate import CONTROL_VARIATES, ControlVariate, WeightedLosses, bins_of
 from megatron_mdm.diffusion.noiser import Noiser
 from megatron_mdm.diffusion.variance import BatchMeans, OnlineVariance
+from megatron_mdm.objectives.base import Noise
 from megatron_mdm.parallel.progress import progress_bar
 from megatron_mdm.training.callbacks.base import Callback, Order, State
 from megatron_mdm.training.loop import StepResult, Trainer
@@ -30,12 +31,12 @@ class Log(Callback):
     name = "log"
     order = Order.LOG
 
-    def __init__(self, trainer: Trainer, metrics: MetricsLog, state: TrainState, speed: Speed) -> None:
+    def __init__(self, trainer: Trainer, noise: Noise, metrics: MetricsLog, state: TrainState, speed: Speed) -> None:
         config = trainer.config
         self.every = config.logging.every
         self.metrics = metrics
         self.speed = speed
-        self.noiser = trainer.noiser
+        self.noise = noise
         self.ema = config.diffusion.ema
         self.control_variate = _new_variate(self.ema) if self.ema.enabled else None
         self.run_variance = OnlineVariance()  # over the whole run
@@ -104,8 +105,8 @@ class Log(Callback):
         self.window_bins = [losses.tolist(), counts.tolist()]
 
     def _adjust(self, variate: ControlVariate, result: StepResult) -> None:
-        assert isinstance(self.noiser, Noiser)
-        mass = self.noiser.sampler.weighted_mass(self.ema.num_bins)
+        assert isinstance(self.noise, Noiser)
+        mass = self.noise.sampler.weighted_mass(self.ema.num_bins)
         batch = WeightedLosses(result.t, result.weight, result.term / result.weight, mass)
         adjusted = float(variate.adjusted(batch).mean())
         for means in (self.adjusted_means, self.run_adjusted_means):
@@ -137,6 +138,7 @@ class Log(Callback):
             "run_variance_of_estimator": run.of_estimator(),
             "loss_by_t": by_t,
             **(ema if self.control_variate else {}),
+            **result.metrics,
         }
 
 

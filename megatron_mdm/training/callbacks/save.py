@@ -14,7 +14,7 @@ from megatron_mdm.parallel.heartbeat import enter
 from megatron_mdm.training.callbacks.base import Callback, Callbacks, Order
 from megatron_mdm.training.loop import StepResult, Trainer
 from megatron_mdm.training.metrics import MetricsLog
-from megatron_mdm.training.state import TrainState, saved_state
+from megatron_mdm.training.state import SavedState, TrainState, saved_state
 
 _SLOWEST_DISK = 2e8  # bytes per second that all ranks together write, at which a save does not pass for a hang
 
@@ -33,6 +33,7 @@ class Save(Callback):
     ) -> None:
         """fingerprint: of the training data, which a resumed run's must equal. callbacks: whose state is saved."""
         self.callbacks = callbacks
+        self.source = trainer.source
         self.store = store
         self.engine = trainer.engine
         self.metrics = metrics
@@ -71,7 +72,7 @@ class Save(Callback):
 
     def _begin(self, state: TrainState) -> None:
         enter(f"the checkpoint of step {state.step}", extra_seconds=self.seconds)
-        content = {"data": self.fingerprint, **saved_state(state, self.callbacks)}
+        content = {"data": self.fingerprint, **saved_state(state, SavedState.of(self.callbacks, self.source))}
         if state.validated_step == state.step:
             content[VALIDATION_LOSS] = state.validation_loss
         self.last_step = state.step

@@ -1,0 +1,93 @@
+"""A run's parts put together, each on its own: the source of its batches, the trainer, its callbacks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_mdm.checkpoint.store import CheckpointStore
+from megatron_mdm.config.schema import RunConfig
+from megatron_mdm.data.loader import NO_EOS_PADDING, PrefetchLoader, TrainLoader
+from megatron_mdm.engine.base import Engine
+from megatron_mdm.evaluation.validation import FixedGridValidation
+from megatron_mdm.objectives import objective_of
+from megatron_mdm.parallel.groups import ParallelContext
+from megatron_mdm.training.calibrate import as_trained, calibrator_of
+from megatron_mdm.training.callbacks.base import Callback, Callbacks
+from megatron_mdm.training.callbacks.clipping import AdaptiveClipping
+from megatron_mdm.training.callbacks.save import Save
+from megatron_mdm.training.callbacks.validate import Validate
+from megatron_mdm.training.faults import Faults
+from megatron_mdm.training.inputs import RunData, total_steps
+from megatron_mdm.training.loop import Trainer
+from megatron_mdm.training.metrics import MetricsLog
+from megatron_mdm.training.refit import JudgeSampler, Refit
+from megatron_mdm.training.source import SupervisedSource
+from megatron_mdm.training.speed import CompareRanks
+
+
+def build_source(
+    config: RunConfig, data: RunData, artifact: dict[str, Any] | None, context: ParallelContext, first_batch: int = 0
+) -> SupervisedSource:
+    """Training samples, noised as the configuration asks.
+
+    artifact: the calibration, where the sampler needs one. first_batch: the one that step 0 takes, in the data's order.
+    """
+    cell_density = np.array(artifact["cell_density"]) if artifact else np.empty(0)
+    objective = objective_of(config)
+    loader = TrainLoader(
+        data.train,
+        batch=config.batch,
+        views=config.diffusion.rows_per_sample,
+        data_rank=context.data_rank,
+        data_size=context.layout.data,
+        pad_id=data.tokenizer.pad_id,
+        seed=config.seed,
+        eos_padding=data.tokenizer.eos_id if config.data.eos_padding else NO_EOS_PADDING,
+        first=first_batch,
+    )
+    noise = objective.noise(cell_density, data.tokenizer.mask_id)
+    return SupervisedSource(context, PrefetchLoader(loader), objective, noise)
+
+
+def build_trainer(
+    config: RunConfig,
+    data: RunData,
+    engine: Engine,
+    artifact: dict[str, Any] | None,
+    context: ParallelContext,
+    first_batch: int = 0,
+) -> Trainer:
+    """With a source of its own: arguments as build_source's."""
+    source = build_source(config, data, artifact, context, first_batch)
+    return Trainer(config, context, source, engine, total_steps(config, len(data.train)))
+
+
+def build_callbacks(
+    trainer: Trainer,
+    source: SupervisedSource,
+    data: RunData,
+    store: CheckpointStore,
+    metrics: MetricsLog,
+    artifact: dict[str, Any] | None,
+    others: Sequence[Callback],
+) -> Callbacks:
+    """Those that the configuration asks for, and others."""
+    config, folder, callbacks = trainer.config, Path(trainer.config.checkpoint.directory), Callbacks()
+    for callback in (Faults(trainer, metrics, folder), CompareRanks(trainer, metrics, folder), *others):
+        callbacks.add(callback)
+    if artifact and config.diffusion.calibration.refit_every:
+        callbacks.add(Refit(calibrator_of(config, as_trained(config, data)), source.noise, artifact, metrics))
+    if config.evaluation.every and data.validation is not None:
+        validation = source.objective.validation(data.validation, data.special_ids, trainer.context)
+        callbacks.add(Validate(config, validation, trainer, metrics))
+        one_mask = config.diffusion.rows_per_sample == 1 and config.diffusion.masking == "bernoulli"
+        if artifact and one_mask and isinstance(validation, FixedGridValidation):
+            callbacks.add(JudgeSampler(source.noise, artifact, validation, config.evaluation.every, metrics))
+        if config.diffusion.t_sampler == "clipped" and config.diffusion.clipping.bounds == "adaptive":
+            callbacks.add(AdaptiveClipping(config, validation, source.noise, metrics))
+    callbacks.add(Save(trainer, store, metrics, data.train.fingerprint, callbacks))
+    return callbacks

@@ -1,0 +1,147 @@
+"""Where a step's micro-batches come from, and what is made of their losses: the loop knows neither data nor noise."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_mdm.batch import LossWeights, ModelInputs
+from megatron_mdm.data.loader import LocalBatch, PrefetchLoader, TrainLoader
+from megatron_mdm.diffusion.mask_schedule import Floats
+from megatron_mdm.diffusion.moments import Moments, group_moments
+from megatron_mdm.diffusion.noiser import NoisedBatch
+from megatron_mdm.diffusion.objective import GlobalBatch, weighted_masked
+from megatron_mdm.engine.base import TrainOutput
+from megatron_mdm.evaluation.losses import row_sums
+from megatron_mdm.objectives.base import Noise, Objective
+from megatron_mdm.parallel.collectives import fill_from_data_ranks
+from megatron_mdm.parallel.groups import ParallelContext
+
+Ints = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class StepFacts:
+    """What a source says of a step, the same on every rank; arrays are by position in the global batch [n]."""
+
+    loss: float  # the quantity that was minimised: the global batch's mean, weights included
+    t: Floats
+    weight: Floats  # 1/p(t)
+    sample_loss: Floats  # per-sample loss, mean over views, without the importance weight
+    term: Floats  # loss is their mean: the weighted loss times the sample's share by diffusion.normalization
+    moments: Floats  # [n, len(Moments._fields)], for re-fitting p(t): see diffusion/moments.py
+    num_tokens: int  # of the samples, one view of each
+    num_views: int
+    num_computed: int  # tokens of this rank's part, padding included
+    num_selected: int  # positions whose loss was taken, in all views
+    sample_ids: Ints  # [n] rows of the data set
+    metrics: dict[str, float] = field(default_factory=dict)  # more to log, by name
+
+
+class Prepared(NamedTuple):
+    """A step's work before its forward pass."""
+
+    micro_batches: list[ModelInputs]  # of this data-parallel rank, on the host
+    content: Any  # what collect() needs of them, the source's own
+
+
+class BatchSource(Protocol):
+    """One optimizer step takes what prepare() makes, and collect() is given what came out. All calls are collective."""
+
+    def prepare(self, step: int) -> Prepared:
+        """step: from 0."""
+        ...
+
+    def collect(self, step: int, prepared: Prepared, output: TrainOutput) -> StepFacts: ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """What JSON holds of the source's state after a step: it is part of every checkpoint."""
+        ...
+
+    def load_state_dict(self, saved: dict[str, Any]) -> None: ...
+
+
+class NoisedBatches(NamedTuple):
+    """This data-parallel rank's part of a step's batch."""
+
+    local: LocalBatch
+    noised: list[NoisedBatch]
+    weights: list[LossWeights]
+
+
+@dataclass(frozen=True)
+class SupervisedSource:
+    """Training samples in the loader's order, noised by the objective. Pure in the step and the sampler of t, so it has
+    no state."""
+
+    context: ParallelContext
+    loader: TrainLoader | PrefetchLoader
+    objective: Objective
+    noise: Noise  # clean micro-batches → what is scored where
+
+    def prepare(self, step: int) -> Prepared:
+        """clean → noised → weighted → the model's inputs."""
+        batch = self.noised_batch(step)
+        return Prepared([self.objective.inputs(*pair) for pair in zip(batch.noised, batch.weights)], batch)
+
+    def collect(self, step: int, prepared: Prepared, output: TrainOutput) -> StepFacts:
+        batch: NoisedBatches = prepared.content
+        values = self._values(batch, output)
+        t, weight = self.noise.times(step)
+        return StepFacts(
+            loss=float(values[:, 0].sum()),
+            t=t,
+            weight=weight,
+            sample_loss=values[:, 1],
+            term=values[:, 0] * len(values),
+            moments=values[:, 4:],
+            num_tokens=batch.local.num_tokens,
+            num_views=batch.noised[0].views,
+            num_computed=batch.local.num_computed,
+            num_selected=int(values[:, 3].sum()),
+            sample_ids=values[:, 2].astype(np.int64),
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
+        pass
+
+    def noised_batch(self, step: int) -> NoisedBatches:
+        """This data-parallel rank's part of a step's batch: a function of the step and the sampler of t alone.
+
+        Collective over the data-parallel ranks where the normalisation counts the masked tokens of the global batch.
+        """
+        batch = self.loader.batch(step)
+        noised = [self.noise(micro_batch, step) for micro_batch in batch.micro_batches]
+        normalize = self.objective.normalization
+        if normalize.counts_masked:
+            batch = batch._replace(global_batch=self._with_masked(batch.global_batch, noised))
+        return NoisedBatches(batch, noised, [normalize(micro, batch.global_batch) for micro in noised])
+
+    def _with_masked(self, batch: GlobalBatch, noised: Sequence[NoisedBatch]) -> GlobalBatch:
+        """The global batch with its number of masked tokens, summed by position: the same bits on every layout."""
+        masked = np.zeros(self.loader.global_size)
+        for micro in noised:
+            masked[micro.clean.positions.numpy()] = weighted_masked(micro).numpy()
+        return batch._replace(num_masked=float(fill_from_data_ranks(masked, self.context).sum()))
+
+    def _values(self, batch: NoisedBatches, output: TrainOutput) -> Floats:
+        """[n, 4 + …]: share of the global loss, sample's own loss, its row of the data, positions that were scored,
+        moments; of every rank's samples, by position."""
+        values = np.zeros((self.loader.global_size, 4 + len(Moments._fields)))
+        for micro, weight, rows in zip(batch.noised, batch.weights, output.statistics):
+            loss = rows.loss.double().cpu().view(micro.views, -1)  # [V, B]
+            positions, t = micro.clean.positions.numpy(), micro.t.numpy()
+            values[positions, 0] = (loss * weight.row.double().view(micro.views, -1)).sum(0).numpy()
+            values[positions, 1] = loss.mean(0).numpy()
+            values[positions, 2] = micro.clean.sample_ids.numpy()
+            values[positions, 3] = micro.masked.sum(1).view(micro.views, -1).sum(0).numpy()
+            q = self.noise.mask_probability(t)
+            values[positions, 4:] = group_moments(t, q, row_sums(micro, weight, batch.local.global_batch, rows))
+        return fill_from_data_ranks(values, self.context)
