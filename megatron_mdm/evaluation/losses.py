@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from megatron_mdm.batch import LossWeights, ModelInputs, RowStatistics
 from megatron_mdm.data.collate import collate
-from megatron_mdm.data.sft import SftDataset
 from megatron_mdm.diffusion.exposure import SampleShapes, average_batch
 from megatron_mdm.diffusion.mask_schedule import Floats
 from megatron_mdm.diffusion.masking import MaskDesign
@@ -23,6 +23,9 @@ from megatron_mdm.generation.settings import SpecialIds
 from megatron_mdm.parallel.collectives import fill_from_data_ranks
 from megatron_mdm.parallel.groups import ParallelContext
 from megatron_mdm.parallel.progress import progress_bar
+
+if TYPE_CHECKING:  # megatron-core, which reports do without
+    from megatron_mdm.data.splits import Dataset
 
 Places = NDArray[np.int64]  # in a list of what is to be measured
 Scored = tuple[NoisedBatch, LossWeights]
@@ -54,7 +57,7 @@ def row_sums(noised: NoisedBatch, weights: LossWeights, batch: GlobalBatch, rows
 class LossMeasurement:
     """Measures losses of one data set with one way of masking."""
 
-    data: SftDataset
+    data: Dataset
     design: MaskDesign
     normalization: Normalization
     special: SpecialIds

@@ -24,6 +24,7 @@ from megatron_mdm.generation.settings import GenerationConfig, SpecialIds
 from megatron_mdm.parallel.groups import ParallelContext
 
 Result = dict[str, Any]
+Evaluate = Callable[[Any, ParallelContext], Result]  # of an engine
 
 
 class Source(NamedTuple):
@@ -38,7 +39,7 @@ class Measure(NamedTuple):
     settings: type[Section]
     # (source, settings, run's configuration, tokenizer, its objective) → what evaluates an engine. Reading comes first,
     # so that mistakes in the data show before a model is loaded.
-    prepare: Callable[[Source, Any, RunConfig, Tokenizer, TrainedFor], Callable[[Any, ParallelContext], Result]]
+    prepare: Callable[[Source, Any, RunConfig, Tokenizer, TrainedFor], Evaluate]
     summary: Callable[[Result], list[str]]
     file: str  # the result's, in the run's folder
     samples_file: str  # of its "samples", a line each
@@ -56,7 +57,7 @@ def _exact_match(
     config: RunConfig,
     tokenizer: Tokenizer,
     objective: TrainedFor,
-):
+) -> Evaluate:
     task = TASKS[name]
     bad = BadRecords(source.on_error)
     room = settings.room(config.model)
@@ -80,7 +81,7 @@ def _exact_match_summary(result: Result) -> list[str]:
 
 def _perplexity(
     source: Source, settings: LikelihoodConfig, config: RunConfig, tokenizer: Tokenizer, objective: TrainedFor
-):
+) -> Evaluate:
     assert isinstance(config.model.vocab_size, int)
     section = config.data.model_copy(
         update={"on_error": source.on_error, "max_length": _longest(source, settings, config)}
@@ -115,7 +116,7 @@ def _perplexity_summary(result: Result) -> list[str]:
 
 def _choices(
     source: Source, settings: LikelihoodConfig, config: RunConfig, tokenizer: Tokenizer, objective: TrainedFor
-):
+) -> Evaluate:
     bad = BadRecords(source.on_error)
     room = Room.of(config.model, settings.extrapolate)
     questions = read_choices(source.path, source.limit, tokenizer, config.data, bad, room)

@@ -6,12 +6,11 @@ samplers can be compared, and the noise of t and of the masks cancels from their
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
 from megatron_mdm.config.schema import EvaluationConfig
-from megatron_mdm.data.sft import SftDataset
 from megatron_mdm.diffusion.exposure import Exposures, SampleShapes, exposures
 from megatron_mdm.diffusion.mask_schedule import Floats, MaskSchedule
 from megatron_mdm.diffusion.masking import MASKING_RULES, MaskDesign
@@ -23,6 +22,9 @@ from megatron_mdm.engine.inputs import loss_inputs
 from megatron_mdm.evaluation.losses import Inputs, LossMeasurement
 from megatron_mdm.generation.settings import SpecialIds
 from megatron_mdm.parallel.groups import ParallelContext
+
+if TYPE_CHECKING:  # megatron-core, which reports do without
+    from megatron_mdm.data.splits import Dataset
 
 _VALIDATION_SEED = 0  # of masks and grid: not the run's seed, so that runs can be compared
 
@@ -38,7 +40,7 @@ class FixedGridValidation:
 
     def __init__(
         self,
-        data: SftDataset,
+        data: Dataset,
         config: EvaluationConfig,
         schedule: MaskSchedule,
         special: SpecialIds,

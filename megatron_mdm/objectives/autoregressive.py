@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 import torch
@@ -42,7 +42,7 @@ _APPLIES = ("normalization", "calibration")  # of the section `diffusion`; the l
 class Autoregressive:
     """An Objective (base.py)."""
 
-    Options = ObjectiveOptions
+    Options: ClassVar[type[ObjectiveOptions]] = ObjectiveOptions
     attention = "causal"
     scored_share = 1.0
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from megatron_mdm.batch import LossWeights, ModelInputs
 from megatron_mdm.config.errors import UserError
@@ -35,7 +35,7 @@ if TYPE_CHECKING:  # megatron-core, which reports do without
 class Masked:
     """An Objective (base.py), whose settings are those of the section `diffusion`."""
 
-    Options = ObjectiveOptions
+    Options: ClassVar[type[ObjectiveOptions]] = ObjectiveOptions
     attention = "bidirectional"
     scored_share = 0.5  # the mean of t
 
