@@ -1,59 +1,7 @@
-"""Score a run: torchrun … launch/evaluate.py --run-dir DIR --data test.jsonl --task gsm8k [gen_length=128 …]
-Tasks: answers that are exactly right (gsm8k, hitab, openscience), perplexity, multiple_choice; or --harness with names
-of tasks of EleutherAI's lm-eval."""
+"""Score a run on the ranks that a launcher has started: the program is megatron_mdm/cli/evaluate.py."""
 
-import argparse
-
-from megatron_mdm.parallel import platform
-
-platform.quiet_libraries()
-
-from megatron_mdm.checkpoint import load  # noqa: E402
-from megatron_mdm.config.errors import UserError  # noqa: E402
-from megatron_mdm.config.load import load_section  # noqa: E402
-from megatron_mdm.data.records import ON_ERROR, bad_lines  # noqa: E402
-from megatron_mdm.evaluation.measures import MEASURES, Source, write_result  # noqa: E402
-from megatron_mdm.objectives import objective_of  # noqa: E402
-from megatron_mdm.parallel.groups import initialize  # noqa: E402
-from megatron_mdm.parallel.program import run_program  # noqa: E402
-from megatron_mdm.parallel.watchdog import watch  # noqa: E402
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    load.add_run_arguments(parser)
-    parser.add_argument("--data", default="", help="see megatron_mdm/evaluation/README.md; perplexity: the run's own")
-    parser.add_argument("--task", choices=sorted(MEASURES), default="gsm8k")
-    parser.add_argument("--harness", default="", metavar="TASK,…", help="tasks of lm-eval, which is asked for the data")
-    parser.add_argument("--limit", type=int, default=0, help="questions to ask; 0: all")
-    parser.add_argument("--on-error", choices=ON_ERROR, default="", help="bad records; else the run's data.on_error")
-    parser.add_argument(
-        "settings", nargs="*", metavar="key=value", help="of generation, or of likelihoods; data.template …"
-    )
-    arguments = parser.parse_intermixed_args()
-    measure = MEASURES[arguments.task]
-    if not arguments.harness and not arguments.data and measure.needs_data:
-        raise UserError("give --data, or --harness")
-    if arguments.harness:
-        from megatron_mdm.evaluation.harness import HARNESS as measure
-
-    data, others = load.data_overrides(arguments.settings)
-    config = load.run_config(arguments.run_dir, arguments.tensor, arguments.pipeline, data)
-    source = Source(arguments.harness or arguments.data, arguments.limit, arguments.on_error or config.data.on_error)
-    settings = load_section(measure.settings, others)
-    tokenizer = load.run_tokenizer(arguments.run_dir, config)
-    evaluate = measure.prepare(source, settings, config, tokenizer, objective_of(config))
-    context = initialize(config.parallel, hang_minutes=config.faults.hang_minutes)
-    watch(arguments.run_dir, config.faults.hang_minutes, context)
-    engine = load.load_for_inference(arguments.run_dir, config, context, arguments.checkpoint)
-    result = evaluate(engine, context)
-    if context.is_main:
-        print("\n".join([*measure.summary(result), *bad_lines(result.get("num_bad", 0), result.get("first_bad", ()))]))
-        about = {"task": "harness" if arguments.harness else arguments.task, "data": source.path}
-        about["checkpoint"] = engine.source
-        for name, path in write_result(arguments.run_dir, measure, {**about, **result}).items():
-            print(f"{name}: {path}", flush=True)
-
+from megatron_mdm.cli.evaluate import main
+from megatron_mdm.parallel.program import run_program
 
 if __name__ == "__main__":
     run_program(main)

@@ -1,61 +1,7 @@
-"""Train a masked diffusion model: torchrun --nproc-per-node N launch/train.py --config FILE [section.key=value …]"""
+"""Train a model on the ranks that a launcher has started: the program is megatron_mdm/cli/train.py."""
 
-import argparse
-import sys
-from pathlib import Path
-
-from megatron_mdm.parallel import platform
-
-platform.quiet_libraries()
-
-from megatron_mdm.config.load import load_config  # noqa: E402
-from megatron_mdm.objectives import check_run  # noqa: E402
-from megatron_mdm.parallel.groups import initialize, world_size_from_environment  # noqa: E402
-from megatron_mdm.parallel.program import run_program  # noqa: E402
-from megatron_mdm.parallel.watchdog import watch  # noqa: E402
-from megatron_mdm.training.dry_run import describe  # noqa: E402
-from megatron_mdm.training.folder import StartMode  # noqa: E402
-from megatron_mdm.training.inputs import agreement, describe_data, resolve, total_steps  # noqa: E402
-from megatron_mdm.training.launches import has_begun  # noqa: E402
-from megatron_mdm.training.layout_check import check_layout  # noqa: E402
-from megatron_mdm.training.resume import as_the_run_began  # noqa: E402
-from megatron_mdm.training.run import train_run  # noqa: E402
-from megatron_mdm.training.summary import outcome  # noqa: E402
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--config", required=True, help="YAML file; see configs/")
-    parser.add_argument("--resume", action="store_true", help="go on where the run in checkpoint.directory stopped")
-    parser.add_argument("--overwrite", action="store_true", help="remove the run in checkpoint.directory first")
-    parser.add_argument("--dry-run", action="store_true", help="print layout, batches and memory, and exit")
-    parser.add_argument("--layout-check", action="store_true", help="compare 3 steps with the smallest layout; exit")
-    parser.add_argument("--world-size", type=int, default=world_size_from_environment(), help="ranks, for --dry-run")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
-    arguments = parser.parse_intermixed_args()
-
-    config = load_config(arguments.config, arguments.overrides)
-    objective = check_run(config, arguments.world_size)
-    resume = arguments.resume or has_begun(Path(config.checkpoint.directory))
-    config, data = resolve(as_the_run_began(config) if resume else config)
-    description = describe(config, arguments.world_size, total_steps(config, len(data.train)))
-    if arguments.dry_run:
-        print(f"{description}\n{describe_data(data, config)}")
-        return
-    parallel, hang_minutes = config.parallel, config.faults.hang_minutes
-    context = initialize(parallel, agreement(config, data), hang_minutes)
-    if arguments.layout_check:
-        check_layout(config, data, context)
-        return
-    if context.is_main:
-        for line in objective.warnings():
-            print(f"warning: {line}", file=sys.stderr)
-        print(f"{description}\n{describe_data(data, config)}", flush=True)
-    watch(Path(config.checkpoint.directory), hang_minutes, context)
-    summary = train_run(config, data, context, StartMode.agreed(resume, arguments.overwrite))
-    if context.is_main:
-        print("\n".join(outcome(config, summary)), flush=True)
-
+from megatron_mdm.cli.train import main
+from megatron_mdm.parallel.program import run_program
 
 if __name__ == "__main__":
     run_program(main)

@@ -21,23 +21,46 @@ def memory_estimate(config: RunConfig, layout: Layout) -> RankMemory:
 
 def describe(config: RunConfig, world_size: int, num_steps: int) -> str:
     layout = Layout.of(world_size, config.parallel)
-    batch, rows = config.batch, config.diffusion.rows_per_sample
-    accumulation = accumulation_steps(config, world_size)
     memory, model = memory_estimate(config, layout), config.model
     number = Stage(model.num_layers, embedding=True, head=True).num_parameters(model, 1)
     parts = ", ".join(f"{kind} {getattr(memory, kind) / GIB:.2f}" for kind in KINDS)
-    cut = f"{batch.micro_size} × {layout.data} ranks × {accumulation} micro-batches"
-    if batch.micro_tokens:
-        cut = f"{layout.data} ranks × at most {accumulation} micro-batches of {batch.micro_tokens} tokens"
     return "\n".join(
         [
-            f"layout: {layout}, ZeRO {config.parallel.zero}, {config.precision.dtype}",
+            _layout_line(config, layout),
             f"model: {number / 1e6:.2f} M parameters, vocabulary {config.model.vocab_size}",
-            f"batch: {batch.global_size} samples a step = {cut}, "
-            f"{rows} row{'s' * (rows > 1)} each; {num_steps} steps, {batch.mode}",
+            _batch_line(config, layout, f"{num_steps} steps"),
             f"method: {objective_of(config).description.text}",
             f"memory per rank, GiB (estimate): {memory.total / GIB:.2f} = {parts}{_too_much(memory)}",
         ]
+    )
+
+
+def describe_without_data(config: RunConfig, world_size: int) -> str:
+    """What can be said of a run whose tokenizer and data are not there yet, before any 'auto' has its value."""
+    layout, schedule, model = Layout.of(world_size, config.parallel), config.schedule, config.model
+    length = f"{schedule.steps} steps" if schedule.steps else f"{schedule.epochs} epochs"
+    return "\n".join(
+        [
+            _layout_line(config, layout),
+            f"model: {model.num_layers} layers × {model.hidden_size}, vocabulary {model.vocab_size}",
+            _batch_line(config, layout, length),
+            f"method: {objective_of(config).description.text}",
+        ]
+    )
+
+
+def _layout_line(config: RunConfig, layout: Layout) -> str:
+    return f"layout: {layout}, ZeRO {config.parallel.zero}, {config.precision.dtype}"
+
+
+def _batch_line(config: RunConfig, layout: Layout, length: str) -> str:
+    batch, rows = config.batch, config.diffusion.rows_per_sample
+    accumulation = accumulation_steps(config, layout.world_size)
+    cut = f"{batch.micro_size} × {layout.data} ranks × {accumulation} micro-batches"
+    if batch.micro_tokens:
+        cut = f"{layout.data} ranks × at most {accumulation} micro-batches of {batch.micro_tokens} tokens"
+    return (
+        f"batch: {batch.global_size} samples a step = {cut}, {rows} row{'s' * (rows > 1)} each; {length}, {batch.mode}"
     )
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import runpy
 from pathlib import Path
 
 import pytest
 
+from megatron_mdm.cli.launcher import exit_code
 from tests.ranks import ProgramResult, run_program_ranks
 
 PROGRAM = """
@@ -79,5 +79,4 @@ def test_an_internal_validation_error_keeps_its_traceback(tmp_path: Path) -> Non
 
 def test_the_launchers_code() -> None:
     """Unknown arguments (2) are no reason to try again; ranks that were ended by others' end (-15) are none, either."""
-    exit_code = runpy.run_path("launch/torchrun.py", run_name="launcher")["exit_code"]
     assert [exit_code(codes) for codes in ([1], [2, -15], [70, 1], [-9, -15], [70])] == [1, 1, 1, 75, 75]

@@ -1,4 +1,4 @@
-"""The report behind `tools/report.py variance`: A, B, C of a checkpoint, and every method's variance on it."""
+"""The report behind `mdm report variance`: A, B, C of a checkpoint, and every method's variance on it."""
 
 from __future__ import annotations
 

@@ -1,15 +1,14 @@
-"""prepare_data.py inspect: what training will see, for a person's eyes."""
+"""`mdm prepare inspect`: what training will see, for a person's eyes."""
 
 from __future__ import annotations
 
 import argparse
-import sys
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
 
+from megatron_mdm.cli.configs import config_path
 from megatron_mdm.config.files import write_json
 from megatron_mdm.config.load import load_config
 from megatron_mdm.config.schema import BatchConfig, RunConfig
@@ -26,7 +25,7 @@ NUM_STEPS = 50  # whose efficiency is measured
 
 def inspect_data(arguments: argparse.Namespace) -> None:
     """Print samples and figures; write inspect.json and lengths.png."""
-    config, data = resolve(load_config(arguments.config, arguments.overrides))
+    config, data = resolve(load_config(config_path(arguments.config), arguments.overrides))
     print(describe_data(data, config))
     for message in getattr(data.train, "first_bad", ()):
         print(f"skipped: {message}")
@@ -106,7 +105,3 @@ def length_figure(data: Dataset) -> Figure:
     axes.set(xlabel="tokens of a sample", ylabel="samples")
     axes.legend()
     return figure
-
-
-if __name__ == "__main__":
-    sys.exit(f"run {Path(__file__).with_name('prepare_data.py')} inspect")

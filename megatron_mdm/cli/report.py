@@ -1,0 +1,115 @@
+"""Look at runs.
+
+mdm report run FOLDER        a page of a run, finished or not: run.png, and its content in run.json
+mdm report runs FOLDER…      many runs: mean, range, standard deviation over seeds per method, and a picture
+mdm report variance FOLDER   where its model's training noise comes from, and what each method leaves of it
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from megatron_mdm.config.errors import UserError
+from megatron_mdm.config.files import write_json
+from megatron_mdm.objectives import objective_of
+from megatron_mdm.reports.plots import VARIANCES, save_figure
+from megatron_mdm.reports.run_facts import fact_lines
+from megatron_mdm.reports.run_page import page_figure
+from megatron_mdm.reports.run_summary import read_run_folder, run_page
+from megatron_mdm.reports.runs import as_json, read_runs, spread_figure, spreads, table, unequal_settings
+
+
+def report_run(folder: Path, output: Path) -> None:
+    """Page and JSON; on the screen what a run is, and what a finished one reached."""
+    run = read_run_folder(folder)
+    page = run_page(run, objective_of(run.config).description)
+    try:
+        write_json(output.with_suffix(".json"), page)
+        save_figure(page_figure(page), output.with_suffix(".png"))
+    except OSError as error:
+        raise UserError(f"{output}: cannot be written ({error.strerror}); name another place by --output") from None
+    for label, text in fact_lines(page["facts"]):
+        print(f"{label}: {text}")
+    if run.has_current_summary:
+        _print_summary(run.summary)
+    for name in ("calibration.png", "curves.png", "metrics.jsonl", "tensorboard", "samples.jsonl"):
+        if (folder / name).exists():
+            print(f"{name.partition('.')[0]}: {folder / name}")
+    if (folder / "evaluation.json").exists():
+        _print_answers(json.loads((folder / "evaluation.json").read_text(encoding="utf-8")))
+    print(f"page: {output.with_suffix('.png')}")
+
+
+def _print_summary(summary: dict[str, Any]) -> None:
+    last, spread = summary["t_last_step"], summary["t_share_by_decile"]
+    print(
+        f"spread of t: {last['min']:.3f} to {last['max']:.3f} in one global batch (mean {last['mean']:.3f}, standard "
+        f"deviation {last['std']:.3f}); share of all draws by decile {' '.join(f'{share:.3f}' for share in spread)}"
+    )
+    measured = ((label, summary.get(key)) for key, label in VARIANCES.items())
+    print("variance: " + ", ".join(f"{label} {value:.3f}" for label, value in measured if value is not None))
+    calibration = summary["calibration"]
+    if calibration:
+        uniform = calibration["efficiency_of_uniform"]
+        print(
+            f"calibration efficiency: {calibration['efficiency']:.3f} (uniform: {uniform:.3f}) "
+            f"from {calibration['forwards']:,} forwards in {calibration['seconds']:.1f} s"
+        )
+
+
+def _print_answers(result: dict[str, Any]) -> None:
+    low, high = result["interval"]
+    print(f"answers: {result['num_right']} of {result['num_questions']} right, 95 % interval {low:.3f} to {high:.3f}")
+    print(f"exact match: {result['exact_match']:.2f}")
+
+
+def report_runs(folders: list[Path], output: Path) -> None:
+    """Table on the screen; output.png and output.json."""
+    found = read_runs(folders, lambda config: objective_of(config).description.label)
+    over_seeds = spreads(found)
+    print(table(over_seeds))
+    for line in unequal_settings(found):
+        print(f"not in seeds alone: {line}")
+    write_json(output.with_suffix(".json"), as_json(found, over_seeds))
+    save_figure(spread_figure(over_seeds), output.with_suffix(".png"))
+    print(f"picture: {output.with_suffix('.png')}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    command = commands.add_parser("run", help="a page of one run, finished or not")
+    command.add_argument("folder", type=Path)
+    command.add_argument("--output", type=Path, help="name of the PNG and JSON to write; FOLDER/run.png if not given")
+    command.set_defaults(report=_run)
+    command = commands.add_parser("variance", help="A, B, C and every method's variance in loss and gradient")
+    command.add_argument("folder", type=Path)
+    command.add_argument(
+        "--draws", type=int, default=1000, help="samples whose gradients are drawn, per way of masking"
+    )
+    command.add_argument("--groups", type=int, default=200, help="samples for A, B and C, 24 rows each")
+    command.add_argument("--output", type=Path, help="folder for variance.json and its picture; the run's if not given")
+    command.add_argument("--overrides", nargs="*", default=[], metavar="section.key=value")
+    command.set_defaults(report=_variance)
+    command = commands.add_parser("runs", help="many runs, by method")
+    command.add_argument("folders", type=Path, nargs="+", help="runs' folders, or folders that hold them")
+    command.add_argument("--output", type=Path, default=Path("runs_report"), help="name of the PNG and JSON to write")
+    command.set_defaults(report=lambda arguments: report_runs(arguments.folders, arguments.output))
+    arguments = parser.parse_args()
+    arguments.report(arguments)
+
+
+def _run(arguments: argparse.Namespace) -> None:
+    report_run(arguments.folder, arguments.output or arguments.folder / "run.png")
+
+
+def _variance(arguments: argparse.Namespace) -> None:
+    from megatron_mdm.parallel import platform
+
+    platform.quiet_libraries()
+    from megatron_mdm.cli.report_variance import (
+        report_variance,  # DeepSpeed and megatron-core are needed by this report only
+    )
+
+    report_variance(arguments)
