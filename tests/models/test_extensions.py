@@ -109,7 +109,7 @@ def trained(configs: dict[str, RunConfig], resume_from: Path | None = None) -> d
     from megatron_mdm.checkpoint.load import restored_engine
     from megatron_mdm.checkpoint.store import CheckpointStore
     from megatron_mdm.parallel.groups import initialize
-    from megatron_mdm.training import inputs, run
+    from megatron_mdm.training import build, inputs
 
     context = initialize(next(iter(configs.values())).parallel)
     results = {}
@@ -117,7 +117,7 @@ def trained(configs: dict[str, RunConfig], resume_from: Path | None = None) -> d
         config, data = inputs.resolve(config)
         first = 0 if resume_from is None else 2
         engine = restored_engine(resume_from, config, context, first)
-        trainer = run.build_trainer(config, data, engine, None, context)
+        trainer = build.build_trainer(config, data, engine, None, context)
         steps = [trainer.train_step(step) for step in range(first, first + 2)]
         store = CheckpointStore(Path(config.checkpoint.directory) / "checkpoints", config.checkpoint, context)
         store.save(first + 2, engine, {})
