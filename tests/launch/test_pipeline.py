@@ -170,7 +170,9 @@ def test_evaluate_likelihoods(folder: Path, trained: Path) -> None:
 
 def test_ways_of_decoding_side_by_side(folder: Path, trained: Path) -> None:
     arguments = ["--run-dir", str(trained), "--data", str(folder / "test.jsonl"), "--limit", "4", "--repeats", "1"]
-    lines = run("tools/benchmark_generation.py", *arguments, "gen_length=8", "block_length=4", "steps=8").splitlines()
+    lines = run(
+        "tools/benchmarks/__main__.py", "generation", *arguments, "gen_length=8", "block_length=4", "steps=8"
+    ).splitlines()
     exact = next(line for line in lines if line.startswith("exact "))
     assert exact.split()[2:5] == ["1.000", "1.000", "8.00"]  # the same text as itself, in 8 passes
     assert any(line.startswith("prefix cache ") for line in lines)

@@ -1,4 +1,4 @@
-"""The suites of tools/benchmark.py: what is compared with what."""
+"""The suites of the benchmark `steps`: what is compared with what."""
 
 from __future__ import annotations
 
@@ -6,14 +6,9 @@ import argparse
 import gc
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
-from benchmark_baseline import PlainLoop, as_plain
-from benchmark_cases import Case, LengthSource, Method, dataset, num_parameters, trainer
-from benchmark_head import head_suite
-from benchmark_measure import compare, interleaved, peak_memory, report_memory, resident_mib
 
 from megatron_mdm.config.errors import UserError
 from megatron_mdm.diffusion.control_variate import CentredVariate, WeightedLosses
@@ -23,6 +18,10 @@ from megatron_mdm.engine.build import build_engine
 from megatron_mdm.parallel import platform
 from megatron_mdm.parallel.groups import ParallelContext
 from megatron_mdm.training.loop import StepResult, Trainer
+from tools.benchmarks.baseline import PlainLoop, as_plain
+from tools.benchmarks.cases import Case, LengthSource, Method, dataset, num_parameters, source_of, trainer
+from tools.benchmarks.head import head_suite
+from tools.benchmarks.measure import compare, interleaved, peak_memory, report_memory, resident_mib
 
 LOSS_TOLERANCE = 1e-5  # relative, fp32
 NUM_MEMORY_STEPS = 3
@@ -68,7 +67,7 @@ class Bench:
 
     def __init__(self, arguments: argparse.Namespace, context: ParallelContext) -> None:
         self.arguments, self.context = arguments, context
-        self.source = LengthSource(Path(arguments.gsm8k), Path(arguments.tokenizer))
+        self.source = LengthSource(arguments.gsm8k, arguments.tokenizer)
 
     def repeats(self, default: int) -> int:
         return self.arguments.repeats or (3 if self.arguments.quick else default)
@@ -122,7 +121,9 @@ def vocab(bench: Bench) -> Iterator[dict[str, Any]]:
 def _memory(bench: Bench, case: Case, views: int, result: dict[str, Any], target: float | None) -> dict[str, Any]:
     """Peak memory of both, each in a process of its own."""
     arguments = bench.arguments
-    common = ["--threads", arguments.threads, "--gsm8k", arguments.gsm8k, "--tokenizer", arguments.tokenizer]
+    common = ["--threads", arguments.threads]
+    if arguments.gsm8k:
+        common += ["--gsm8k", arguments.gsm8k, "--tokenizer", arguments.tokenizer]
     common += ["--zero", arguments.zero, "--memory-case", case.name, "--memory-views", views]
     common += ["--quick"] if arguments.quick else []
     peaks = {}
@@ -156,9 +157,9 @@ def measure_memory(bench: Bench) -> None:
 
 def check_same_loss(case: Case, ours: Trainer, plain: PlainLoop) -> dict[str, float]:
     """Train step 0 of both on the same weights and masks; refuse to time two loops that compute different things."""
-    micro_batches = ours.loader.batch(0).micro_batches
-    batches = [view for micro in micro_batches for view in as_plain(ours.source.noise(micro, 0), ours)]
-    theirs, mine = plain.optimize(batches, ours.source.noise.views), ours.train_step(0)
+    micro_batches = source_of(ours).loader.batch(0).micro_batches
+    batches = [view for micro in micro_batches for view in as_plain(source_of(ours).noise(micro, 0), ours)]
+    theirs, mine = plain.optimize(batches, source_of(ours).noise.views), ours.train_step(0)
     loss = abs(mine.loss / theirs.loss - 1.0)
     norm = abs(mine.grad_norm / theirs.grad_norm - 1.0)
     print(

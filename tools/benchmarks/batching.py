@@ -1,6 +1,6 @@
 """Padded, bucketed and packed training of one model on one data file: useful tokens per second, interleaved in one run.
 
-python tools/benchmark_batching.py --data gsm8k/train.jsonl --tokenizer gpt2.json --eos "<|endoftext|>"
+python -m tools.benchmarks batching --data gsm8k/train.jsonl --tokenizer gpt2.json --eos "<|endoftext|>"
 
 Useful tokens are those of the samples; padding does not count. The step is the real one: collation, noising, forward,
 backward, clipping, AdamW. Every mode trains on the same global batches. Runs on CPU.
@@ -21,17 +21,17 @@ platform.quiet_libraries()
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
-from benchmark_measure import compare, interleaved, machine_info  # noqa: E402
 
 from megatron_mdm.config.files import write_json  # noqa: E402
 from megatron_mdm.config.schema import RunConfig  # noqa: E402
 from megatron_mdm.data.batching import computed_tokens, cut  # noqa: E402
 from megatron_mdm.engine.build import build_engine  # noqa: E402
 from megatron_mdm.parallel.groups import initialize  # noqa: E402
-from megatron_mdm.parallel.program import run_program  # noqa: E402
 from megatron_mdm.training.build import build_trainer  # noqa: E402
 from megatron_mdm.training.inputs import resolve  # noqa: E402
 from megatron_mdm.training.loop import StepResult, Trainer  # noqa: E402
+from tools.benchmarks.cases import source_of  # noqa: E402
+from tools.benchmarks.measure import compare, interleaved, machine_info  # noqa: E402
 
 CLOCKS = {"wall": time.monotonic, "cpu": time.process_time}  # cpu: with one thread, on a machine that others use, too
 TARGET = 1.4  # useful tokens per second, packed or bucketed / padded to the batch maximum
@@ -90,9 +90,9 @@ def check_losses(modes: dict[str, Trainer], tolerance: float) -> None:
     losses = {}
     for mode, trainer in modes.items():
         trainer.engine.pack = mode == "packed"
-        batch = trainer.source.loader.batch(0)
-        noised = [trainer.source.noise(micro_batch, 0) for micro_batch in batch.micro_batches]
-        objective = trainer.source.objective
+        batch = source_of(trainer).loader.batch(0)
+        noised = [source_of(trainer).noise(micro_batch, 0) for micro_batch in batch.micro_batches]
+        objective = source_of(trainer).objective
         weights = [objective.normalization(micro, batch.global_batch) for micro in noised]
         rows = trainer.engine.evaluate([objective.inputs(*pair) for pair in zip(noised, weights)])
         losses[mode] = sum(float((row.loss * weight.row).sum()) for row, weight in zip(rows, weights))
@@ -102,7 +102,7 @@ def check_losses(modes: dict[str, Trainer], tolerance: float) -> None:
 
 def efficiency(trainer: Trainer, num_steps: int) -> float:
     """Useful tokens / tokens that the model sees, over the first steps."""
-    loader, batch = trainer.source.loader.loader, trainer.config.batch
+    loader, batch = source_of(trainer).loader.loader, trainer.config.batch
     useful = computed = 0
     for step in range(num_steps):
         lengths = loader.lengths[loader.sample_ids(step)]
@@ -130,7 +130,7 @@ def main() -> None:
     check_losses(modes, SAME_LOSS[arguments.dtype])
     steps = {mode: step_of(trainer) for mode, trainer in modes.items()}
     seconds = interleaved(steps, arguments.repeats, "batching", CLOCKS[arguments.clock])
-    tokens = [modes["padded"].loader.batch(2 + step).num_tokens for step in range(arguments.repeats)]
+    tokens = [source_of(modes["padded"]).loader.batch(2 + step).num_tokens for step in range(arguments.repeats)]
     rows: dict[str, Any] = {}
     ratio = partial(compare, slow=seconds["padded"], bound=">=")
     for mode in modes:
@@ -147,7 +147,3 @@ def main() -> None:
     if arguments.output:
         settings = {name: value for name, value in vars(arguments).items() if name != "output"}
         write_json(Path(arguments.output), {"machine": machine_info(), "settings": settings, "modes": rows})
-
-
-if __name__ == "__main__":
-    run_program(main)

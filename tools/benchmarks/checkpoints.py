@@ -1,6 +1,6 @@
 """Import and export at full size against a plain copy: seconds, peak memory, bytes. Needs about 4 checkpoints' space.
 
-python tools/benchmark_checkpoints.py --folder /large/disk --layers 32
+python -m tools.benchmarks checkpoints --folder /large/disk --layers 32
 """
 
 import argparse
@@ -23,7 +23,6 @@ from megatron_mdm.config.files import sha256, write_json
 from megatron_mdm.config.schema import ModelConfig
 from megatron_mdm.models.families import FAMILIES
 from megatron_mdm.models.families.keymap import family_shapes
-from megatron_mdm.parallel.program import run_program
 
 LLADA_8B = {
     "hidden_size": 4096,
@@ -35,7 +34,7 @@ LLADA_8B = {
     "rope_theta": 500000.0,
 }
 SHARD_BYTES = 5 * 10**9
-TOOL = str(Path(__file__).with_name("convert_checkpoint.py"))
+TOOL = str(Path(__file__).parents[1] / "convert_checkpoint.py")
 
 
 class RandomTensor:
@@ -135,7 +134,3 @@ def main() -> None:
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
         print(json.dumps(measure(Path(folder), arguments.layers), indent=1))
-
-
-if __name__ == "__main__":
-    run_program(main)

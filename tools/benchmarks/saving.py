@@ -1,6 +1,6 @@
 """How long training waits for a checkpoint, and what writing it in the background costs the steps meanwhile.
 
-torchrun --nproc-per-node 2 tools/benchmark_saving.py --folder DISK (or plain python: one rank)
+torchrun --nproc-per-node 2 -m tools.benchmarks saving --folder DISK (or plain python -m: one rank)
 """
 
 import argparse
@@ -24,7 +24,6 @@ from megatron_mdm.engine.base import Engine  # noqa: E402
 from megatron_mdm.models.parameters import num_parameters  # noqa: E402
 from megatron_mdm.parallel.collectives import barrier, gather_objects  # noqa: E402
 from megatron_mdm.parallel.groups import ParallelContext, initialize, world_size_from_environment  # noqa: E402
-from megatron_mdm.parallel.program import run_program  # noqa: E402
 
 MODEL = {  # 100 million parameters
     **{"num_layers": 12, "hidden_size": 768, "num_heads": 12, "num_kv_heads": 12, "ffn_hidden_size": 2048},
@@ -133,7 +132,3 @@ def main() -> None:
     measure(Path(name), arguments, context)
     if folder:
         folder.cleanup()
-
-
-if __name__ == "__main__":
-    run_program(main)

@@ -1,4 +1,4 @@
-"""How tools/benchmark.py measures: interleaved timings, ratios of medians, peak memory of a process, the machine."""
+"""How the benchmark `steps` measures: interleaved timings, ratios of medians, peak memory of a process, the machine."""
 
 from __future__ import annotations
 
@@ -65,8 +65,8 @@ def compare(
 
 
 def peak_memory(arguments: Sequence[str]) -> dict[str, float]:
-    """Run this program anew with arguments that make it call report_memory, and return what it reported."""
-    command = [sys.executable, str(Path(sys.argv[0]).resolve()), *arguments]
+    """What the benchmark `steps` reports from a process of its own, with arguments that make it call report_memory."""
+    command = [sys.executable, "-m", "tools.benchmarks", "steps", *arguments]
     environment = {name: value for name, value in os.environ.items() if name not in _OF_THE_JOB}  # it is its own job
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     for line in result.stdout.splitlines():

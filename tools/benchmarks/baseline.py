@@ -1,4 +1,4 @@
-"""The plain loop that tools/benchmark.py compares with: Hugging Face's Llama, full logits, padding, a pass per view.
+"""The plain loop that the benchmark `steps` compares with: Hugging Face's Llama, full logits, padding, a pass per view.
 
 It follows LLaDA's published guideline for fine-tuning: logits of all positions, of which the masked ones are scored.
 """
@@ -10,11 +10,11 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from benchmark_cases import MASK_ID, PAD_ID, Case
 from torch import Tensor
 
 from megatron_mdm.diffusion.noiser import NoisedBatch
 from megatron_mdm.training.loop import Trainer
+from tools.benchmarks.cases import MASK_ID, PAD_ID, Case, source_of
 
 
 class PlainBatch(NamedTuple):
@@ -62,9 +62,9 @@ class PlainLoop:
 
     def step(self, trainer: Trainer, views: int, step: int) -> StepOutput:
         """One optimizer step on the samples and mask rates of the trainer's step; the masks are drawn here."""
-        loader = trainer.source.loader
+        loader = source_of(trainer).loader
         ids = loader.sample_ids(step)
-        t = torch.from_numpy(trainer.source.noise.times(step)[0]).float()
+        t = torch.from_numpy(source_of(trainer).noise.times(step)[0]).float()
         batches: list[PlainBatch] = []
         for start in range(0, len(ids), self.case.micro_size):
             samples = [loader.data.samples[row] for row in ids[start : start + self.case.micro_size]]
@@ -144,7 +144,7 @@ class PlainLoop:
 def as_plain(noised: NoisedBatch, trainer: Trainer) -> list[PlainBatch]:
     """A micro-batch with its masks as our noiser drew them, view by view."""
     clean = noised.clean
-    probability = torch.from_numpy(trainer.source.noise.mask_probability(noised.t.numpy())).float()[:, None]
+    probability = torch.from_numpy(source_of(trainer).noise.mask_probability(noised.t.numpy())).float()[:, None]
     return [
         _plain_batch(clean.tokens, masked, probability, clean.num_eligible, clean.lengths)
         for masked in noised.masked.chunk(noised.views)

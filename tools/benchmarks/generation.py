@@ -1,6 +1,6 @@
 """Ways of decoding, side by side: a run's answers to the same questions with each, timed in interleaved repeats.
 
-python tools/benchmark_generation.py --run-dir runs/quickstart --data runs/quickstart_data/test.jsonl \\
+python -m tools.benchmarks generation --run-dir runs/quickstart --data runs/quickstart_data/test.jsonl \\
     gen_length=16 block_length=8 steps=16 batch_size=64
 
 Prints for each way the exact-match score, the shares of texts and of tokens equal to exact decoding's, forward passes
@@ -26,7 +26,6 @@ from megatron_mdm.evaluation.tasks import TASKS  # noqa: E402
 from megatron_mdm.generation.generate import generate  # noqa: E402
 from megatron_mdm.generation.settings import GenerationConfig, Response, SpecialIds  # noqa: E402
 from megatron_mdm.parallel.groups import initialize  # noqa: E402
-from megatron_mdm.parallel.program import run_program  # noqa: E402
 
 WAYS = {  # changes of the settings on the command line
     "exact": {},
@@ -94,7 +93,3 @@ def _equal_tokens(ours: list[Response], theirs: list[Response]) -> float:
     """The share of all response positions that hold the same token."""
     pairs = [pair for a, b in zip(ours, theirs) for pair in zip(a.tokens, b.tokens)]
     return sum(a == b for a, b in pairs) / len(pairs)
-
-
-if __name__ == "__main__":
-    run_program(main)

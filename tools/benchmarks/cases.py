@@ -1,4 +1,4 @@
-"""What tools/benchmark.py trains: models, sample lengths, batches, and this stack's trainer for them."""
+"""What the benchmark `steps` trains: models, sample lengths, batches, and this stack's trainer for them."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from megatron_mdm.engine.zero import ZeroEngine
 from megatron_mdm.objectives import objective_of
 from megatron_mdm.parallel.groups import ParallelContext
 from megatron_mdm.training.loop import Trainer
+from megatron_mdm.training.source import SupervisedSource
 
 NUM_SAMPLES = 1024  # in a benchmark's data set
 NUM_SPECIAL = 5  # ids 0 (padding) … 4 (mask) never occur in clean samples
@@ -105,20 +106,20 @@ class Method:
 
 @dataclass(frozen=True)
 class LengthSource:
-    """Where GSM8K's lengths come from; `used` says what was found."""
+    """Where GSM8K's lengths come from; `used` says which."""
 
-    data: Path
-    tokenizer: Path
+    data: Path | None
+    tokenizer: Path | None
 
     @property
     def used(self) -> str:
-        if self.data.is_file() and self.tokenizer.is_file():
+        if self.data and self.tokenizer:
             return f"the first {NUM_SAMPLES} samples of {self.data}, tokens of {self.tokenizer}"
-        return f"a log-normal with median 140 and 99th percentile 315, as {self.data} or {self.tokenizer} is missing"
+        return "a log-normal with median 140 and 99th percentile 315, like GSM8K's (or give --gsm8k, --tokenizer)"
 
     def gsm8k(self) -> NDArray[np.int64]:
         """[N, 2]: tokens of prompt and response (eos included)."""
-        if not (self.data.is_file() and self.tokenizer.is_file()):
+        if not (self.data and self.tokenizer):
             total = np.random.default_rng(SEED).lognormal(np.log(140.0), np.log(315 / 140) / 2.326, NUM_SAMPLES)
             total = total.clip(16, 433).astype(np.int64)
             prompt = (0.45 * total).astype(np.int64)
@@ -169,7 +170,14 @@ def trainer(
     density = _symmetric_density() if diffusion.t_sampler in CALIBRATED_SAMPLERS else np.empty(0)
     objective = objective_of(config.model_copy(update={"diffusion": diffusion}))
     noise = objective.noise(density, MASK_ID)
-    return Trainer(config, context, loader, objective, noise, engine, config.schedule.steps)
+    source = SupervisedSource(context, loader, objective, noise)
+    return Trainer(config, context, source, engine, config.schedule.steps)
+
+
+def source_of(trainer: Trainer) -> SupervisedSource:
+    """Where the benchmarks' trainers, which are all supervised, take their batches from."""
+    assert isinstance(trainer.source, SupervisedSource)
+    return trainer.source
 
 
 def _symmetric_density() -> NDArray[np.float64]:

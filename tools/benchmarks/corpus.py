@@ -1,6 +1,6 @@
 """Corpus preparation against the tokenizer library's own batch encoding of the same text, and its memory.
 
-python tools/benchmark_corpus.py a.txt b.txt --tokenizer gpt2.json --eos-token "<|endoftext|>" --workers 2
+python -m tools.benchmarks corpus a.txt b.txt --tokenizer gpt2.json --eos-token "<|endoftext|>" --workers 2
 
 The library encodes batches of 10,000 documents that are in memory already, with as many threads as there are workers;
 preparation starts its processes, reads, encodes and writes. Memory is the sum of the peaks of all its processes.
@@ -20,7 +20,6 @@ import time
 from pathlib import Path
 
 from megatron_mdm.data.documents import SEPARATORS
-from megatron_mdm.parallel.program import run_program
 
 _BATCH = 10_000
 _ENCODE = """
@@ -47,7 +46,7 @@ def library(path: str, arguments: argparse.Namespace) -> tuple[float, float]:
 
 def preparation(path: str, arguments: argparse.Namespace) -> tuple[float, float, float]:
     """(seconds from start to end, processor seconds, MiB of all processes at their peaks)"""
-    program = Path(__file__).with_name("prepare_data.py")
+    program = Path(__file__).parents[1] / "prepare_data.py"
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, str(program), "corpus", path, "--output", f"{folder}/c"]
         command += ["--tokenizer", arguments.tokenizer, "--eos-token", arguments.eos_token]
@@ -106,7 +105,3 @@ def main() -> None:
             "peak_mib": round(memory),
         }
         print(json.dumps(result), flush=True)
-
-
-if __name__ == "__main__":
-    run_program(main)

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from benchmark_measure import compare, interleaved, peak_memory, report_memory, resident_mib
 
 from megatron_mdm.models.cross_entropy import weighted_cross_entropy
+from tools.benchmarks.measure import compare, interleaved, peak_memory, report_memory, resident_mib
 
 ROWS, HIDDEN, VOCAB = 2048, 512, 126_464
 TIME_TARGET, MEMORY_TARGET = 1.1, 0.15

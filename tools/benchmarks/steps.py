@@ -1,7 +1,7 @@
 """This stack's training step against a plain PyTorch loop, bf16 against fp32, each method against the standard,
 and the head alone against full logits.
 
-python tools/benchmark.py vocab precision method head --output benchmark.json
+python -m tools.benchmarks steps vocab precision method head --output benchmark.json
 
 Every ratio is one of medians of interleaved steps in one process; peak memory is that of a process of its own. The
 step is the real one: collation, noising, forward, backward, clipping, AdamW. Runs on CPU.
@@ -18,13 +18,12 @@ from megatron_mdm.parallel import platform
 platform.quiet_libraries()
 
 import torch  # noqa: E402
-from benchmark_head import measure_head_memory  # noqa: E402
-from benchmark_measure import NUM_WARM_UPS, machine_info  # noqa: E402
-from benchmark_suites import SUITES, Bench, measure_memory  # noqa: E402
 
 from megatron_mdm.config.files import write_json  # noqa: E402
 from megatron_mdm.parallel.groups import initialize  # noqa: E402
-from megatron_mdm.parallel.program import run_program  # noqa: E402
+from tools.benchmarks.head import measure_head_memory  # noqa: E402
+from tools.benchmarks.measure import NUM_WARM_UPS, machine_info  # noqa: E402
+from tools.benchmarks.suites import SUITES, Bench, measure_memory  # noqa: E402
 
 
 def show(result: dict[str, Any]) -> None:
@@ -52,8 +51,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=0, help="timed rounds; 0: 7 for vocab, 15 for the others")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--zero", type=int, default=0, choices=range(4), help="ZeRO stage of our engine")
-    parser.add_argument("--gsm8k", default="../shared/data/gsm8k/train.jsonl", help="JSONL whose lengths are taken")
-    parser.add_argument("--tokenizer", default="../shared/data/tokenizers/gpt2.json", help="tokenizer for --gsm8k")
+    parser.add_argument("--gsm8k", type=Path, help="JSONL whose lengths are taken; else a distribution like GSM8K's")
+    parser.add_argument("--tokenizer", type=Path, help="tokenizer for --gsm8k")
     parser.add_argument("--case", default="", help="only cases whose name holds this text, such as 126464-fp32")
     parser.add_argument("--quick", action="store_true", help="a smoke test; its ratios mean little")
     parser.add_argument("--memory-of", choices=["ours", "plain"], default="", help=argparse.SUPPRESS)
@@ -65,6 +64,11 @@ def parse() -> argparse.Namespace:
     unknown = [suite for suite in arguments.suites if suite not in SUITES]
     if unknown:
         parser.error(f"no such suite: {', '.join(unknown)} (known: {', '.join(SUITES)})")
+    if bool(arguments.gsm8k) != bool(arguments.tokenizer):
+        parser.error("--gsm8k and --tokenizer go together")
+    for path in (arguments.gsm8k, arguments.tokenizer):
+        if path and not path.is_file():
+            parser.error(f"{path}: no such file")
     return arguments
 
 
@@ -93,7 +97,3 @@ def main() -> None:
         settings["gsm8k_lengths"] = bench.source.used
         write_json(Path(arguments.output), {"machine": info, "settings": settings, "suites": results})
         print(f"written: {arguments.output}")
-
-
-if __name__ == "__main__":
-    run_program(main)
