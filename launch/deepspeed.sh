@@ -3,7 +3,7 @@
 #   HOSTFILE=hosts MASTER_ADDR=node0 bash launch/deepspeed.sh --config my.yaml parallel.tensor=8
 # HOSTFILE: lines "name slots=8"; without it, this node. RANKS_PER_NODE (the GPUs, or each host's slots), MASTER_ADDR,
 # MASTER_PORT (29400; without HOSTFILE any that is free), INTERFACE. The nodes need the same paths. A rank that dies ends
-# the job; go on with --resume.
+# the job; resume with --resume.
 # SIGTERM and SIGUSR1 go to this node's ranks as SIGUSR1: all ranks save and end.
 set -uo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"

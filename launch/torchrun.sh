@@ -4,7 +4,7 @@
 # NODES (1), NODE_RANK (0; Slurm's, where it started this), RANKS_PER_NODE (the GPUs), MASTER_ADDR (127.0.0.1: node 0),
 # MASTER_PORT (29400; on one node any that is free), RUN_ID (mdm), LOCAL_ADDR (this node's address, where its name does
 # not tell), INTERFACE, MAX_RESTARTS (3) after a rank or a node has died. A user's mistake is not tried again.
-# Another try goes on with a run that the one before has begun; else it starts as the first was told to.
+# Another try resumes a run that the one before has begun; else it starts as the first was told to.
 # SIGTERM and SIGUSR1 go to the ranks as SIGUSR1: they save, and this ends with 0.
 set -uo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"

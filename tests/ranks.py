@@ -30,7 +30,8 @@ def run_ranks(function: Callable[..., Any], world_size: int, *arguments: Any) ->
     context = _server()
     port = _free_port()
     with tempfile.TemporaryDirectory() as folder:
-        connections, processes = [], []
+        connections = []
+        processes = []
         for rank in range(world_size):
             ours, theirs = context.Pipe()
             process = context.Process(
@@ -63,8 +64,10 @@ class ProgramRanks:
     """A program of launch/ or tools/ running as `python path arguments` on several ranks of one job."""
 
     def __init__(self, path: str, arguments: list[str], world_size: int = 1) -> None:
-        context, port = _server(), _free_port()
-        self.path, self.folder = path, tempfile.TemporaryDirectory()
+        context = _server()
+        port = _free_port()
+        self.path = path
+        self.folder = tempfile.TemporaryDirectory()
         self.processes = [
             context.Process(target=_program_main, args=(path, arguments, rank, world_size, port, self.folder.name))
             for rank in range(world_size)

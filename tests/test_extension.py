@@ -31,7 +31,8 @@ from tests.ranks import run_ranks
 from tests.small import small_config, small_model, write_ids
 
 PROJECTION = "self_attention.linear_proj."
-NUM_STEPS, SAVED_STEP = 8, 5
+NUM_STEPS = 8
+SAVED_STEP = 5
 
 
 @dataclass(frozen=True, eq=False)

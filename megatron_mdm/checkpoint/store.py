@@ -170,7 +170,7 @@ def search(folder: Path) -> tuple[str, str]:
     """(name of the newest intact checkpoint, '' where there is none; what is wrong where none of some is intact)"""
     path, fault = first_intact(steps(folder)[::-1])
     if fault:
-        return "", f"{folder}: no intact checkpoint ({fault}); start anew with --overwrite"
+        return "", f"{folder}: no intact checkpoint ({fault}); start from scratch with --overwrite"
     return (path.name if path else ""), ""
 
 

@@ -31,7 +31,8 @@ def main() -> None:
     config = load_config(config_path(arguments.config), arguments.overrides)
     check_run(config, world_size_from_environment())
     config, data = resolve(config)
-    parallel, hang_minutes = config.parallel, config.faults.hang_minutes
+    parallel = config.parallel
+    hang_minutes = config.faults.hang_minutes
     context = initialize(parallel, agreement(config, data), hang_minutes)
     watch(arguments.output.parent, hang_minutes, context)
     if arguments.run_dir and config.diffusion.calibration.is_judged_by_gradients:  # which takes backward passes

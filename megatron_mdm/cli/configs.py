@@ -40,12 +40,12 @@ def _exists(path: Path) -> bool:
 
 
 def names() -> list[str]:
-    """Of the packaged configurations of whole runs; those of configs/models and configs/methods are parts of such."""
+    """Names of the packaged configurations of whole runs; configs/models and configs/methods hold parts of such."""
     paths = sorted(path.relative_to(_folder()).with_suffix("") for path in _folder().rglob("*.yaml"))
     return [path.as_posix() for path in paths if path.parts[0] not in ("models", "methods")]
 
 
 def _folder() -> Path:
-    """In a wheel within the package; in a checkout beside it."""
+    """The folder of the packaged configurations: in a wheel within the package, in a checkout beside it."""
     inside = _PACKAGE / "configs"
     return inside if inside.is_dir() else _PACKAGE.parent / "configs"

@@ -24,7 +24,7 @@ _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**
 
 
 def size(text: str) -> int:
-    """Bytes of '5GB', '500MB', '2GiB'."""
+    """The number of bytes of '5GB', '500MB', '2GiB'."""
     match = re.fullmatch(r"(\d+)\s*([KMG]I?B)?", text.strip().upper())
     if match is None or not int(match[1]):
         raise argparse.ArgumentTypeError(f"'{text}' is not a size such as 5GB or 500MB")
@@ -54,7 +54,8 @@ def run_export(arguments: argparse.Namespace) -> None:
 
 
 def run_verify(arguments: argparse.Namespace) -> None:
-    found, compared = [], 0
+    found = []
+    compared = 0
     for line in differences(arguments.source, arguments.other, arguments.ignore_fields):
         compared += 1
         if line:

@@ -26,7 +26,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     load.add_run_arguments(parser)
     parser.add_argument("--prompts", help="JSONL or parquet: prompts, questions, instructions or messages")
-    parser.add_argument("--output", type=Path, help="JSONL to write; interrupted, the same command goes on with it")
+    parser.add_argument("--output", type=Path, help="JSONL to write; interrupted, the same command resumes it")
     parser.add_argument("--interactive", action="store_true", help="read prompts from the terminal, a line each")
     parser.add_argument("--on-error", choices=ON_ERROR, default="", help="bad records; else the run's data.on_error")
     settings = ", ".join(["data.template, data.tokenizer …", *GenerationConfig.model_fields])
@@ -37,7 +37,8 @@ def main() -> None:
     data, others = load.data_overrides(arguments.settings)
     generation = load_section(GenerationConfig, others)
     config = load.run_config(arguments.run_dir, arguments.tensor, arguments.pipeline, data)
-    tokenizer, decode = load.run_tokenizer(arguments.run_dir, config), objective_of(config).decoder
+    tokenizer = load.run_tokenizer(arguments.run_dir, config)
+    decode = objective_of(config).decoder
     bad = BadRecords(arguments.on_error or config.data.on_error)
     room = generation.room(config.model)
     prompts = [] if arguments.interactive else read_prompts(arguments.prompts, tokenizer, config.data, bad, room)

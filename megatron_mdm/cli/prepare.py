@@ -3,7 +3,7 @@
 mdm prepare arithmetic --output FOLDER [--train 60000 --validation 500 --test 500 --seed 0]
     generates word problems in GSM8K's format: train.jsonl, validation.jsonl and test.jsonl, no question twice
 mdm prepare corpus FILE … --output PREFIX --tokenizer FILE [--workers 2 --splits 0.98 0.01 0.01]
-    tokenises text, JSON lines, parquet or a `datasets` set into Megatron's .bin/.idx; interrupted, it goes on
+    tokenises text, JSON lines, parquet or a `datasets` set into Megatron's .bin/.idx; interrupted, it resumes
 mdm prepare task gsm8k|hitab|openscience|text-to-image FILE … --output FOLDER
     turns the public files, as they are downloaded, into samples for training and questions for tests, with the paper's
     splits; the shipped configurations expect them in data/TASK

@@ -19,7 +19,8 @@ from megatron_mdm.data.tokenizer import Tokenizer
 from megatron_mdm.reports.plots import save_figure
 from megatron_mdm.training.inputs import Dataset, describe_data, resolve
 
-GREEN, RESET = "\033[32m", "\033[0m"
+GREEN = "\033[32m"
+RESET = "\033[0m"
 NUM_STEPS = 50  # whose efficiency is measured
 
 
@@ -38,7 +39,8 @@ def inspect_data(arguments: argparse.Namespace) -> None:
     result = figures(config, data.train)
     print(f"\n{'mode':<10}{'padding efficiency':>20}{'micro-batches a step':>22}{'tokens at most':>16}")
     for name, mode in result["modes"].items():
-        count, most = mode["micro_batches_per_step"], mode["most_tokens"]
+        count = mode["micro_batches_per_step"]
+        most = mode["most_tokens"]
         print(f"{name:<10}{mode['padding_efficiency']:>20.3f}{count:>22.1f}{most:>16,}")
     write_json(arguments.output / "inspect.json", result)
     save_figure(length_figure(data.train), arguments.output / "lengths.png")
@@ -46,9 +48,11 @@ def inspect_data(arguments: argparse.Namespace) -> None:
 
 
 def shown(sample: Sample, tokenizer: Tokenizer, marks: tuple[str, str]) -> str:
-    """The sample's text, what is learnt between the marks; end tokens are shown, documents apart."""
+    """The sample's text, its targets between the marks; end tokens are shown, documents apart."""
     ends = set(np.cumsum(sample.segments).tolist())
-    text, run, learnt = "", [], False
+    text = ""
+    run = []
+    learnt = False
 
     def flush() -> str:
         begin, end = marks if learnt else ("", "")
@@ -56,7 +60,8 @@ def shown(sample: Sample, tokenizer: Tokenizer, marks: tuple[str, str]) -> str:
 
     for place, (token, eligible) in enumerate(zip(sample.tokens.tolist(), sample.eligible.tolist())):
         if eligible != learnt or place in ends:
-            text, run = text + flush() + ("\n--- another document ---\n" if place in ends else ""), []
+            text = text + flush() + ("\n--- another document ---\n" if place in ends else "")
+            run = []
         learnt = eligible
         run.append(token)
     return text + flush()
@@ -64,7 +69,8 @@ def shown(sample: Sample, tokenizer: Tokenizer, marks: tuple[str, str]) -> str:
 
 def figures(config: RunConfig, data: Dataset) -> dict[str, Any]:
     """Lengths, and for each way of batching: useful / computed tokens, micro-batches a step, tokens of the largest."""
-    lengths, eligible = data.lengths(), data.num_eligible()
+    lengths = data.lengths()
+    eligible = data.num_eligible()
     return {
         "samples": len(data),
         "tokens": int(lengths.sum()),
@@ -87,8 +93,10 @@ def _batching(config: RunConfig, data: Dataset, mode: str) -> dict[str, float]:
         lengths = loader.lengths[loader.sample_ids(step)]
         parts = cut(lengths, batch, views, 1)
         sizes = [computed_tokens(lengths, part, mode) for part in parts]
-        useful, computed = useful + int(lengths.sum()), computed + sum(sizes)
-        micro_batches, most = micro_batches + len(parts), max(most, views * max(sizes))
+        useful = useful + int(lengths.sum())
+        computed = computed + sum(sizes)
+        micro_batches = micro_batches + len(parts)
+        most = max(most, views * max(sizes))
     return {
         "padding_efficiency": useful / computed,
         "micro_batches_per_step": micro_batches / steps,

@@ -21,7 +21,7 @@ from megatron_mdm.reports.runs import as_json, read_runs, spread_figure, spreads
 
 
 def report_run(folder: Path, output: Path) -> None:
-    """Page and JSON; on the screen what a run is, and what a finished one reached."""
+    """Write page and JSON; print what a run is, and what a finished one reached."""
     run = read_run_folder(folder)
     page = run_page(run, objective_of(run.config).description)
     try:
@@ -42,7 +42,8 @@ def report_run(folder: Path, output: Path) -> None:
 
 
 def _print_summary(summary: dict[str, Any]) -> None:
-    last, spread = summary["t_last_step"], summary["t_share_by_decile"]
+    last = summary["t_last_step"]
+    spread = summary["t_share_by_decile"]
     print(
         f"spread of t: {last['min']:.3f} to {last['max']:.3f} in one global batch (mean {last['mean']:.3f}, standard "
         f"deviation {last['std']:.3f}); share of all draws by decile {' '.join(f'{share:.3f}' for share in spread)}"
@@ -65,7 +66,7 @@ def _print_answers(result: dict[str, Any]) -> None:
 
 
 def report_runs(folders: list[Path], output: Path) -> None:
-    """Table on the screen; output.png and output.json."""
+    """Print the table; write output.png and output.json."""
     found = read_runs(folders, lambda config: objective_of(config).description.label)
     over_seeds = spreads(found)
     print(table(over_seeds))

@@ -79,7 +79,9 @@ def decomposition(
     engine: InferenceEngine, config: RunConfig, data: RunData, context: ParallelContext, num_samples: int
 ) -> dict[str, list[float]]:
     """A, B, C and their sum, each [estimate, lower, upper] (90 %), from num_samples × 8 rates × 3 masks."""
-    num_samples, num_times, num_masks = min(num_samples, len(data.train)), 8, 3
+    num_samples = min(num_samples, len(data.train))
+    num_times = 8
+    num_masks = 3
     if num_samples < 2:
         raise UserError("--groups: at least 2 samples are needed")
     generator = stream(config.seed, Purpose.VARIANCE)
@@ -101,7 +103,8 @@ def decomposition(
         progress="A, B, C",
     )
     loss = rows.loss[:, 0].reshape(num_samples, num_times, num_masks)
-    estimates, resamples = decompose(loss), bootstrap_decomposition(loss)
+    estimates = decompose(loss)
+    resamples = bootstrap_decomposition(loss)
     low, high = np.quantile(resamples, [0.05, 0.95], axis=0)
     values = [*estimates, estimates.total]
     names = [*Decomposition._fields, "total"]
@@ -116,7 +119,8 @@ def comparison_table(
     if config.diffusion.isad.delimiters:
         designs["ISAD"] = {"isad": config.diffusion.isad}
     samples, t = spread_groups(len(data.train), range(num_draws), config.seed + 1)
-    draws, samplers = {}, {}
+    draws = {}
+    samplers = {}
     for name, fields in designs.items():
         diffusion = DiffusionConfig(
             epsilon=config.diffusion.epsilon, normalization=config.diffusion.normalization, t_sampler="ppots", **fields
@@ -153,7 +157,8 @@ def _samplers(
 
 def _methods(samplers: dict[str, dict[str, TSampler]], batch_size: int) -> list[Method]:
     """The table's rows, the standard method first."""
-    uniform, rows = UniformSampler(), []
+    uniform = UniformSampler()
+    rows = []
     for name in samplers:
         fitted = samplers[name]
         kinds = {"": uniform, "P-POTS": fitted["second_moment"], "P-POTS (gradient)": fitted["gradient"]}
@@ -169,8 +174,10 @@ def _methods(samplers: dict[str, dict[str, TSampler]], batch_size: int) -> list[
 
 def _ema_loss_ratio(draws: Draws, variate_name: str, batch_size: int = 32, passes: int = 10) -> float:
     """Variance of the adjusted loss over that of the loss, after one pass of warming up."""
-    variate, generator = CONTROL_VARIATES[variate_name].new(10, 0.01), np.random.default_rng(0)
-    mass, adjusted = UniformSampler().weighted_mass(10), []
+    variate = CONTROL_VARIATES[variate_name].new(10, 0.01)
+    generator = np.random.default_rng(0)
+    mass = UniformSampler().weighted_mass(10)
+    adjusted = []
     for number in range(passes):
         order = generator.permutation(len(draws.t))
         for start in range(0, len(order), batch_size):

@@ -39,7 +39,7 @@ def texts(path: str, field: str, bad: BadRecords) -> Iterator[str]:
 
 
 def train(arguments: argparse.Namespace) -> None:
-    """Ids: pad 0, unk 1, bos 2, eos 3, mask 4, line break 5, then the whole numbers, then learnt pieces."""
+    """Train a tokenizer with the ids pad 0, unk 1, bos 2, eos 3, mask 4, line break 5, whole numbers, learnt pieces."""
     # "▁" is sentencepiece's space: with it inside, a number is one token and "24." stays two.
     symbols = ["\n", *(f"▁{number}" for number in range(arguments.whole_numbers + 1))]
     bad = BadRecords(arguments.on_error)

@@ -27,7 +27,7 @@ from megatron_mdm.training.summary import outcome  # noqa: E402
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--config", required=True, help="YAML file, or the name of a packaged one")
-    parser.add_argument("--resume", action="store_true", help="go on where the run in checkpoint.directory stopped")
+    parser.add_argument("--resume", action="store_true", help="resume where the run in checkpoint.directory stopped")
     parser.add_argument("--overwrite", action="store_true", help="remove the run in checkpoint.directory first")
     parser.add_argument("--dry-run", action="store_true", help="print layout, batches and memory, and exit")
     parser.add_argument("--layout-check", action="store_true", help="compare 3 steps with the smallest layout; exit")
@@ -49,7 +49,8 @@ def main() -> None:
     if arguments.dry_run:
         _print_once(f"{description}\n{describe_data(data, config)}")
         return
-    parallel, hang_minutes = config.parallel, config.faults.hang_minutes
+    parallel = config.parallel
+    hang_minutes = config.faults.hang_minutes
     context = initialize(parallel, agreement(config, data), hang_minutes)
     if arguments.layout_check:
         check_layout(config, data, context)
@@ -65,6 +66,6 @@ def main() -> None:
 
 
 def _print_once(text: str) -> None:
-    """Before the ranks have joined: by the first of them."""
+    """Print on the first rank only, before the ranks have joined."""
     if not variable("RANK").strip("0"):
         print(text)

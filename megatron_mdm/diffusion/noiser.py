@@ -40,7 +40,8 @@ def noise(
     mask_id: int,
 ) -> NoisedBatch:
     """Mask each sample b at rate t[b], drawing its uniforms, one per eligible position, from generators[b]."""
-    eligible, delimiters = batch.eligible.numpy(), batch.delimiters.numpy()
+    eligible = batch.eligible.numpy()
+    delimiters = batch.delimiters.numpy()
     size, length = eligible.shape
     masked = np.zeros((design.views, size, length), dtype=bool)
     token_weight = np.zeros((design.views, size, length), dtype=np.float32)
@@ -68,10 +69,14 @@ class Noiser:
     def __init__(
         self, *, design: MaskDesign, sampler: TSampler, num_strata: int, global_size: int, mask_id: int, seed: int
     ) -> None:
-        self.design, self.sampler = design, sampler
-        self.num_strata, self.global_size = num_strata, global_size
-        self.mask_id, self.seed = mask_id, seed
-        self._step, self._times = -1, (np.empty(0), np.empty(0))
+        self.design = design
+        self.sampler = sampler
+        self.num_strata = num_strata
+        self.global_size = global_size
+        self.mask_id = mask_id
+        self.seed = seed
+        self._step = -1
+        self._times = (np.empty(0), np.empty(0))
 
     @property
     def views(self) -> int:
@@ -83,7 +88,8 @@ class Noiser:
 
     def use(self, sampler: TSampler) -> None:
         """Draw t from another density from the next step on."""
-        self.sampler, self._step = sampler, -1
+        self.sampler = sampler
+        self._step = -1
 
     def times(self, step: int) -> tuple[Floats, Floats]:
         """t [n] and importance weight 1/p(t) [n] of the whole global batch at a step, by position."""

@@ -61,7 +61,7 @@ def build_trainer(
     context: ParallelContext,
     first_batch: int = 0,
 ) -> Trainer:
-    """With a source of its own: arguments as build_source's."""
+    """A trainer with a source of its own; arguments as build_source's."""
     source = build_source(config, data, artifact, context, first_batch)
     return Trainer(config, context, source, engine, total_steps(config, len(data.train)))
 
@@ -75,8 +75,10 @@ def build_callbacks(
     artifact: dict[str, Any] | None,
     others: Sequence[Callback],
 ) -> Callbacks:
-    """Those that the configuration asks for, and others."""
-    config, folder, callbacks = trainer.config, Path(trainer.config.checkpoint.directory), Callbacks()
+    """The callbacks that the configuration asks for, and others."""
+    config = trainer.config
+    folder = Path(trainer.config.checkpoint.directory)
+    callbacks = Callbacks()
     for callback in (Faults(trainer, metrics, folder), CompareRanks(trainer, metrics, folder), *others):
         callbacks.add(callback)
     if artifact and config.diffusion.calibration.refit_every:

@@ -15,13 +15,14 @@ KINDS = ("weights", "gradients", "optimizer", "activations", "logits", "buffers"
 
 
 def memory_estimate(config: RunConfig, layout: Layout) -> RankMemory:
-    """Of a rank of the fullest stage, on the device of this process, at the longest micro-batches."""
+    """The memory of a rank of the fullest stage, on the device of this process, at the longest micro-batches."""
     return fullest_stage(config, layout, "cuda" if platform.is_cuda() else "cpu")
 
 
 def describe(config: RunConfig, world_size: int, num_steps: int) -> str:
     layout = Layout.of(world_size, config.parallel)
-    memory, model = memory_estimate(config, layout), config.model
+    memory = memory_estimate(config, layout)
+    model = config.model
     number = Stage(model.num_layers, embedding=True, head=True).num_parameters(model, 1)
     parts = ", ".join(f"{kind} {getattr(memory, kind) / GIB:.2f}" for kind in KINDS)
     return "\n".join(
@@ -37,7 +38,9 @@ def describe(config: RunConfig, world_size: int, num_steps: int) -> str:
 
 def describe_without_data(config: RunConfig, world_size: int) -> str:
     """What can be said of a run whose tokenizer and data are not there yet, before any 'auto' has its value."""
-    layout, schedule, model = Layout.of(world_size, config.parallel), config.schedule, config.model
+    layout = Layout.of(world_size, config.parallel)
+    schedule = config.schedule
+    model = config.model
     length = f"{schedule.steps} steps" if schedule.steps else f"{schedule.epochs} epochs"
     return "\n".join(
         [
@@ -54,7 +57,8 @@ def _layout_line(config: RunConfig, layout: Layout) -> str:
 
 
 def _batch_line(config: RunConfig, layout: Layout, length: str) -> str:
-    batch, rows = config.batch, config.diffusion.rows_per_sample
+    batch = config.batch
+    rows = config.diffusion.rows_per_sample
     accumulation = accumulation_steps(config, layout.world_size)
     cut = f"{batch.micro_size} × {layout.data} ranks × {accumulation} micro-batches"
     if batch.micro_tokens:

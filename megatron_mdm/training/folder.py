@@ -51,7 +51,8 @@ _ARTIFACTS = (  # what --overwrite removes, beside the checkpoints and tensorboa
 
 @dataclass(frozen=True)
 class StartMode:
-    """resume: where the folder's run stopped; overwrite: remove what it left and train from scratch."""
+    """How a run starts in its folder. resume: where the folder's run stopped; overwrite: remove what it left and train
+    from scratch."""
 
     resume: bool = False
     overwrite: bool = False
@@ -67,7 +68,9 @@ def prepare_folder(folder: Path, config: RunConfig, data: RunData, mode: StartMo
     """Refuse to mix two runs in one folder; write the resolved configuration."""
     used = (folder / "metrics.jsonl").exists() or (folder / CHECKPOINTS).exists()
     if used and not (mode.resume or mode.overwrite):
-        raise UserError(f"{folder}: holds a run already; go on with --resume, or start anew with --overwrite")
+        raise UserError(
+            f"{folder}: holds a run already; resume it with --resume, or start from scratch with --overwrite"
+        )
     if mode.resume and (folder / CONFIG).exists():
         check_same_run(folder, config, data)
     launches = gather_objects(launch_id(), context)  # a barrier, too
@@ -76,8 +79,12 @@ def prepare_folder(folder: Path, config: RunConfig, data: RunData, mode: StartMo
             tokenizer = Path(config.data.tokenizer).resolve()  # which may be the run's own
             for name in (*_ARTIFACTS, CHECKPOINTS, "tensorboard"):
                 path = folder / name
-                if not tokenizer.is_relative_to(path.resolve()):
-                    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+                if tokenizer.is_relative_to(path.resolve()):
+                    continue
+                if path.is_dir():
+                    shutil.rmtree(path)
+                else:
+                    path.unlink(missing_ok=True)
         try:
             note_begin(folder, launches)
             section = config.data.model_copy(update={"tokenizer": keep_tokenizer(config.data.tokenizer, folder)})
@@ -117,7 +124,9 @@ def newest(store: CheckpointStore, config: RunConfig, data: RunData, context: Pa
     if saved["data"] != data.train.fingerprint:
         raise UserError(f"{config.data.train}: the file has changed since {checkpoint} was written")
     state, parts = restored_state(saved)
-    state.stop_reason, state.failure, state.interrupted = "", "", False
+    state.stop_reason = ""
+    state.failure = ""
+    state.interrupted = False
     if context.is_main:
         print(f"resumed from {checkpoint} at step {state.step}", flush=True)
     return Start(checkpoint, state, parts)

@@ -62,7 +62,9 @@ class Trainer:
 
     def train_step(self, step: int) -> StepResult:
         """The source's micro-batches → one optimizer step → what the source makes of their losses."""
-        clock, began, waited = self.engine.clock, time.perf_counter(), core_wait()
+        clock = self.engine.clock
+        began = time.perf_counter()
+        waited = core_wait()
         clock.reset()
         clock.is_exact = self.is_sampled(step)
         with CommunicationProfile(self.is_sampled(step)) as profile:
@@ -71,7 +73,8 @@ class Trainer:
             lr = learning_rate(step, self.num_steps, self.config.optimizer.lr, self.config.schedule)
             output = self.engine.train_batch(prepared.micro_batches, lr)
             facts = self.source.collect(step, prepared, output)
-            seconds, waited = time.perf_counter() - began, core_wait() - waited
+            seconds = time.perf_counter() - began
+            waited = core_wait() - waited
         return StepResult(
             **vars(facts),
             step=step,

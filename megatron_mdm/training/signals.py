@@ -30,7 +30,7 @@ class StopOnSignal(Callback):
         received = largest(self.received)
         if received and not state.stop_reason:
             name = signal.Signals(received).name
-            state.stop_reason = f"stopped by {name}; go on with --resume"
+            state.stop_reason = f"stopped by {name}; resume with --resume"
             state.interrupted = True
 
     def _note(self, number: int, _: FrameType | None) -> None:

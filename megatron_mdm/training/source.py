@@ -50,16 +50,17 @@ class Prepared(NamedTuple):
 
 
 class BatchSource(Protocol):
-    """One optimizer step takes what prepare() makes, and collect() is given what came out. All calls are collective."""
+    """A source of batches: an optimizer step takes what prepare() makes, collect() is given what came out. All calls
+    are collective."""
 
     def prepare(self, step: int) -> Prepared:
-        """step: from 0."""
+        """The micro-batches of a step, which counts from 0."""
         ...
 
     def collect(self, step: int, prepared: Prepared, output: TrainOutput) -> StepFacts: ...
 
     def state_dict(self) -> dict[str, Any]:
-        """What JSON holds of the source's state after a step: it is part of every checkpoint."""
+        """The source's state after a step, JSON-able: it is part of every checkpoint."""
         ...
 
     def load_state_dict(self, saved: dict[str, Any]) -> None: ...
@@ -132,12 +133,13 @@ class SupervisedSource:
         return batch._replace(num_masked=float(fill_from_data_ranks(masked, self.context).sum()))
 
     def _values(self, batch: NoisedBatches, output: TrainOutput) -> Floats:
-        """[n, 4 + …]: share of the global loss, sample's own loss, its row of the data, positions that were scored,
-        moments; of every rank's samples, by position."""
+        """Values [n, 4 + …] of every rank's samples, by position: share of the global loss, the sample's own loss, its
+        row of the data, positions that were scored, moments."""
         values = np.zeros((self.loader.global_size, 4 + len(Moments._fields)))
         for micro, weight, rows in zip(batch.noised, batch.weights, output.statistics):
             loss = rows.loss.double().cpu().view(micro.views, -1)  # [V, B]
-            positions, t = micro.clean.positions.numpy(), micro.t.numpy()
+            positions = micro.clean.positions.numpy()
+            t = micro.t.numpy()
             values[positions, 0] = (loss * weight.row.double().view(micro.views, -1)).sum(0).numpy()
             values[positions, 1] = loss.mean(0).numpy()
             values[positions, 2] = micro.clean.sample_ids.numpy()

@@ -98,38 +98,13 @@ def test_gpus_are_counted_by_torchs_rule(tmp_path: Path, monkeypatch: pytest.Mon
     lines = [f"GPU {index}: H100 80GB (UUID: {uuid})" for index, uuid in enumerate(uuids)]
     lines += [f"  MIG 1g.10gb     Device  {index}: (UUID: MIG-{index})" for index in range(2)]
     write_programs(tmp_path, **{"nvidia-smi": "\n".join(["cat <<'X'", *lines, "X"])})
+    # fmt: off
     values = [
-        *(
-            "0",
-            "3",
-            "4",
-            "2,3",
-            "1, 0",
-            "",
-            " ",
-            "-1",
-            "0,-1,1",
-            "1,1",
-            "0,9,1",
-            "0,1,9,0",
-            "2gpu,3x",
-            "010",
-            "+2",
-            "x",
-            "0,x,1",
-        ),
-        *(
-            "GPU-c3",
-            "GPU-d,GPU-c3",
-            "GPU-ab",
-            "GPU-",
-            "GPU-ab1,GPU-ab",
-            "GPU-c3,GPU-c3",
-            "GPU-c3,GPU-c",
-            "GPU-c3,0",
-            "0,GPU-c3",
-        ),
+        "0", "3", "4", "2,3", "1, 0", "", " ", "-1", "0,-1,1", "1,1", "0,9,1", "0,1,9,0", "2gpu,3x", "010", "+2", "x",
+        "0,x,1", "GPU-c3", "GPU-d,GPU-c3", "GPU-ab", "GPU-", "GPU-ab1,GPU-ab", "GPU-c3,GPU-c3", "GPU-c3,GPU-c",
+        "GPU-c3,0", "0,GPU-c3",
     ]
+    # fmt: on
     expected = []
     for value in values:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", value)
@@ -236,7 +211,9 @@ def test_deepspeed_launcher(undisturbed: Path, tmp_path: Path) -> None:
 
 
 def test_slurm_saves_before_the_time_limit_and_goes_on_when_queued_again(undisturbed: Path, tmp_path: Path) -> None:
-    config, programs, calls = write_config(tmp_path), tmp_path / "bin", tmp_path / "calls"
+    config = write_config(tmp_path)
+    programs = tmp_path / "bin"
+    calls = tmp_path / "calls"
     write_programs(programs, srun=SRUN, scontrol=SCONTROL)
     variables = environment(
         PATH=f"{programs}:{os.environ['PATH']}",

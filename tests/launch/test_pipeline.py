@@ -98,7 +98,8 @@ def test_evaluate_and_report(folder: Path, trained: Path) -> None:
 
 
 def test_generate(folder: Path, trained: Path) -> None:
-    output, prompts = folder / "out.jsonl", folder / "prompts.jsonl"
+    output = folder / "out.jsonl"
+    prompts = folder / "prompts.jsonl"
     turns = [{"role": "user", "content": "2 + 3?"}, {"role": "assistant", "content": "5"}]
     conversation = json.dumps({"messages": [*turns, {"role": "user", "content": "And twice?"}]})
     broken = '{"question": "cut \\ud83d"}'
@@ -121,7 +122,8 @@ def test_generate(folder: Path, trained: Path) -> None:
 
 
 def test_generation_goes_on_where_it_was_interrupted(folder: Path, trained: Path) -> None:
-    whole, output = folder / "whole.jsonl", folder / "interrupted.jsonl"
+    whole = folder / "whole.jsonl"
+    output = folder / "interrupted.jsonl"
     arguments = ["--run-dir", str(trained), "--prompts", str(folder / "test.jsonl")]
     settings = ["gen_length=16", "steps=4", "block_length=8", "batch_size=2", "temperature=0.5"]
     run("launch/generate.py", *arguments, "--output", str(whole), *settings)

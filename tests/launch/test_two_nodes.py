@@ -105,6 +105,7 @@ def test_two_nodes_train_as_one(name: str, killed: bool, nodes: list[str], tmp_p
     output = log.read_text(encoding="utf-8")
     assert codes == [0, 0], output
     assert ("trying again" in output and "resumed from" in output) == killed
-    records, expected = losses(tmp_path / "run"), losses(tmp_path / "single")
+    records = losses(tmp_path / "run")
+    expected = losses(tmp_path / "single")
     assert [record["step"] for record in records] == list(range(1, STEPS + 1))
     assert records == expected

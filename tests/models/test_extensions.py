@@ -122,7 +122,8 @@ def trained(configs: dict[str, RunConfig], resume_from: Path | None = None) -> d
         store = CheckpointStore(Path(config.checkpoint.directory) / "checkpoints", config.checkpoint, context)
         store.save(first + 2, engine, {})
         store.finish()
-        module, inner = engine.engine.module, engine.optimizer_state._torch_optimizer()
+        module = engine.engine.module
+        inner = engine.optimizer_state._torch_optimizer()
         frozen = [parameter for parameter in module.parameters() if not parameter.requires_grad]
         moments = [state[key] for state in inner.state.values() for key in ("exp_avg", "exp_avg_sq")]
         weights = [getattr(parameter, "ds_tensor", parameter) for parameter in module.parameters()]
@@ -187,7 +188,8 @@ def test_scales_are_trained_around_frozen_weights(layout: str, folder: Path, ref
     configs = {name: config_of(folder, name, *variant) for name, variant in variants.items()}
     assert reference["norms"][0] > 0
     for ranks in zip(*(results.items() for results in run_ranks(trained, num_ranks, configs))):
-        name, config = ranks[0][0], configs[ranks[0][0]]
+        name = ranks[0][0]
+        config = configs[ranks[0][0]]
         exact = config.precision.dtype == "fp32"
         for _, result in ranks:
             tolerance = 1e-5 if exact else 0.02
@@ -209,7 +211,8 @@ def assert_stored(checkpoint: Path, config: RunConfig) -> None:
         with safe_open(path, "pt") as file:
             for key in file.keys():  # noqa: SIM118 (it is no mapping)
                 name, kind = key.split("/")
-                tensor, row = file.get_tensor(key), parameter_table(config.model)[name]
+                tensor = file.get_tensor(key)
+                row = parameter_table(config.model)[name]
                 assert row.trained or kind == "weight"
                 is_master = row.trained or config.precision.dtype == "fp32"
                 assert tensor.dtype == (torch.float32 if is_master else torch.bfloat16), key

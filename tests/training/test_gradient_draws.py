@@ -34,7 +34,8 @@ def drawn_between_steps(config: RunConfig) -> dict[str, Any]:
 
     config, data = inputs.resolve(config)
     context = initialize(config.parallel)
-    losses, draws = [], None
+    losses = []
+    draws = None
     for wanted in (True, False):
         engine = restored_engine(None, config, context, 0)
         trainer = build.build_trainer(config, data, engine, None, context)

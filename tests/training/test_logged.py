@@ -20,7 +20,9 @@ from tests.ranks import run_ranks
 from tests.small import small_config, small_model, write_ids
 
 README = Path(__file__).parents[2] / "megatron_mdm" / "training" / "README.md"
-NUM_STEPS, EVERY, DECAY = 9, 3, 0.5
+NUM_STEPS = 9
+EVERY = 3
+DECAY = 0.5
 DENSITY = TabulatedSampler.of(lambda t: 2.0 - t, 0.02)  # importance weights of 0.75 to 1.5
 DIFFUSION = {"t_sampler": "ppots", "views": 2, "normalization": "token", "ema": {"enabled": True, "num_bins": 4}}
 
@@ -61,7 +63,8 @@ def trained(config: RunConfig, decayed: RunConfig) -> dict[str, Any]:
     from megatron_mdm.training.speed import Speed
     from megatron_mdm.training.state import TrainState
 
-    context, weights = initialize(), {}
+    context = initialize()
+    weights = {}
     artifact = {"cell_density": DENSITY.cell_density.tolist()}
     for name, one in (("decayed", decayed), ("plain", config)):
         one, data = inputs.resolve(one)
@@ -71,12 +74,15 @@ def trained(config: RunConfig, decayed: RunConfig) -> dict[str, Any]:
         rows = trainer.engine.evaluate(micro_batches)
         result = trainer.train_step(0)
         weights[name] = weights_of(trainer.engine)
-    state, recorder, folder = TrainState(step=1), Recorder(), Path(config.checkpoint.directory)
+    state = TrainState(step=1)
+    recorder = Recorder()
+    folder = Path(config.checkpoint.directory)
     log = Log(trainer, trainer.source.noise, MetricsLog(folder, False, True, 0), state, Speed(one.model, 1e12))
     for callback in (log, recorder):
         callback.after_step(state, result)
     trainer.train(state, [log, recorder])
-    lines, loader = (folder / "metrics.jsonl").read_text().splitlines(), trainer.source.loader.loader
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    loader = trainer.source.loader.loader
     return {
         "records": [json.loads(line) for line in lines],
         "results": [vars(result) for result in recorder.results],
@@ -123,7 +129,8 @@ def test_the_loss_is_the_mean_of_its_terms(run: SimpleNamespace) -> None:
 
 
 def test_variances_are_those_of_the_weighted_losses(run: SimpleNamespace) -> None:
-    window, whole = OnlineVariance(), OnlineVariance()
+    window = OnlineVariance()
+    whole = OnlineVariance()
     assert [record["step"] for record in run.records] == [EVERY, 2 * EVERY, 3 * EVERY]
     for result in run.results:
         for online in (window, whole):
@@ -139,7 +146,9 @@ def test_variances_are_those_of_the_weighted_losses(run: SimpleNamespace) -> Non
 
 
 def test_the_adjusted_loss_knows_earlier_batches_only(run: SimpleNamespace) -> None:
-    variate, means, window = CONTROL_VARIATES["centred"].new(4, 0.01), BatchMeans(), BatchMeans()
+    variate = CONTROL_VARIATES["centred"].new(4, 0.01)
+    means = BatchMeans()
+    window = BatchMeans()
     for result in run.results:
         batch = WeightedLosses(result.t, result.weight, result.term / result.weight, DENSITY.weighted_mass(4))
         for online in (means, window):
@@ -167,7 +176,8 @@ def test_a_step_is_as_long_as_its_learning_rate(run: SimpleNamespace) -> None:
     rates = [learning_rate(step, NUM_STEPS, 1e-3, schedule) for step in range(NUM_STEPS)]
     assert [result.lr for result in run.results] == rates
     assert [record["lr"] for record in run.records] == rates[EVERY - 1 :: EVERY]
-    before, after = run.weights["before"], run.weights["plain"]
+    before = run.weights["before"]
+    after = run.weights["plain"]
     longest = max(float(np.abs(after[name] - before[name]).max()) for name in before)
     assert longest == pytest.approx(0.25e-3, rel=1e-3)
 

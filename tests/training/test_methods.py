@@ -89,7 +89,8 @@ def test_every_method_trains(name: str, results: dict[str, dict[str, Any]]) -> N
 
 def test_ema_changes_no_gradient(folder: Path, results: dict[str, dict[str, Any]]) -> None:
     """Losses, gradient norms and weights after training are the standard method's, bit for bit."""
-    standard, ema = results["standard"]["records"], results["ema"]["records"]
+    standard = results["standard"]["records"]
+    ema = results["ema"]["records"]
     for ours, theirs in zip(ema, standard):
         if "loss" in ours:
             assert (ours["loss"], ours["grad_norm"]) == (theirs["loss"], theirs["grad_norm"])

@@ -60,7 +60,8 @@ def test_gradients_equal_one_process(name: str, folder: Path, reference: float) 
     config = config_of(folder, parallel)
     losses = run_ranks(one_step, num_ranks, config, folder / name)
     assert losses == pytest.approx([reference] * num_ranks, rel=1e-5)
-    ours, expected = TensorReader(folder / name, config.model), TensorReader(folder / "reference", config.model)
+    ours = TensorReader(folder / name, config.model)
+    expected = TensorReader(folder / "reference", config.model)
     for parameter in parameter_table(config.model):
         gradient, whole = (reader.read(parameter, "exp_avg", 0, 1) for reader in (ours, expected))
         # Norms of heads divide by queries and keys far below 1, which enlarges rounding differences tenfold.

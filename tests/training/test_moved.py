@@ -54,7 +54,8 @@ def losses(run: Path) -> list[float]:
 
 def test_a_renamed_run_goes_on_with_data_that_were_moved(trained: Path, moved: Path, tmp_path: Path) -> None:
     expected = losses(moved)
-    data, words = tmp_path / "renamed.jsonl", tmp_path / "tokenizer"
+    data = tmp_path / "renamed.jsonl"
+    words = tmp_path / "tokenizer"
     shutil.copy(trained / "train.jsonl", data)
     shutil.copytree(trained / "words", words)
     places = [f"data.train={data}", f"data.tokenizer={words}", f"checkpoint.directory={moved}"]
@@ -70,7 +71,8 @@ def test_a_renamed_run_goes_on_with_data_that_were_moved(trained: Path, moved: P
 
 
 def test_other_contents_are_refused(trained: Path, moved: Path, tmp_path: Path) -> None:
-    data, words = tmp_path / "train.jsonl", tmp_path / "words"
+    data = tmp_path / "train.jsonl"
+    words = tmp_path / "words"
     data.write_text((trained / "train.jsonl").read_text() + '{"prompt": "a", "response": "b"}\n')
     shutil.copytree(trained / "words", words)
     (words / "tokenizer.json").write_text((words / "tokenizer.json").read_text() + "\n")

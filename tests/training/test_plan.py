@@ -41,12 +41,14 @@ def test_the_configurations_to_start_from_fit(path: Path, nodes: int, cluster: s
 @pytest.mark.parametrize("path", SFT, ids=lambda path: path.stem)
 def test_fine_tuning_has_the_settings_of_the_paper(path: Path) -> None:
     config = load_config(path)
-    optimizer, schedule = config.optimizer, config.schedule
+    optimizer = config.optimizer
+    schedule = config.schedule
     assert (optimizer.lr, optimizer.weight_decay, optimizer.gradient_clipping) == (5e-5, 0.1, 1.0)
     assert (schedule.name, schedule.epochs, schedule.warmup_steps, schedule.min_lr_ratio) == ("linear", 5, 0, 0.0)
     assert (config.batch.global_size, config.data.max_length, config.data.too_long) == (32, 4096, "drop")
     assert (config.precision.dtype, config.evaluation.patience, config.seed) == ("bf16", 3, 42)
-    diffusion, calibration = config.diffusion, config.diffusion.calibration
+    diffusion = config.diffusion
+    calibration = config.diffusion.calibration
     assert (diffusion.t_sampler, diffusion.views, diffusion.strata) == ("ppots", 2, "none")
     assert (diffusion.masking, diffusion.normalization) == ("bernoulli", "sample")
     assert (calibration.estimator, calibration.density, calibration.target) == ("naive", "epr", "paper")
@@ -120,7 +122,8 @@ def counted_flops(config: RunConfig, rows: int, length: int) -> int:
     from megatron_mdm.parallel.groups import initialize
 
     engine = build_engine(config, initialize())
-    tokens, ones = torch.randint(0, 50, (rows, length)), torch.ones(rows, length)
+    tokens = torch.randint(0, 50, (rows, length))
+    ones = torch.ones(rows, length)
     inputs = ModelInputs(tokens, Full(), ones.bool(), tokens, ones, torch.ones(rows))
     with FlopCounterMode(display=False) as counter:
         engine.evaluate([inputs])

@@ -120,7 +120,8 @@ def test_slow_ranks_are_named() -> None:
 
 def test_ranks_that_waited_for_a_core_are_not_compared() -> None:
     """Those of other hosts are, with each other."""
-    even, slow = [1.0, 1.1, 0.9, 1.0], [1.0, 1.0, 1.6, 1.0]
+    even = [1.0, 1.1, 0.9, 1.0]
+    slow = [1.0, 1.0, 1.6, 1.0]
     assert describe_slow(outcomes(slow, even, [0.0, 0.0, 0.0, 0.3])) == []
     assert describe_slow(outcomes([9.0, 1.0, 5.0, 5.0], even, [0.0, 0.0, 0.4, 0.3])) == [
         "rank 0 on host0 takes 1.8 times the median's time to compute"

@@ -46,7 +46,9 @@ def test_even_and_odd_steps_make_a_half_each_and_are_forgotten(tmp_path: Path) -
 
 
 def test_a_resumed_run_has_the_same_memory(tmp_path: Path) -> None:
-    whole, first, resumed = refit(tmp_path), refit(tmp_path), refit(tmp_path)
+    whole = refit(tmp_path)
+    first = refit(tmp_path)
+    resumed = refit(tmp_path)
     expected = after(whole, range(6))
     after(first, range(3))
     resumed.load_state_dict(first.state_dict())

@@ -61,7 +61,8 @@ def test_killed_and_resumed_run_equals_uninterrupted(name: str, tmp_path: Path) 
     whole = run_program_ranks("launch/train.py", arguments("whole"), 2)
     assert [rank.exit_code for rank in whole] == [0, 0], whole[0].stderr
     ranks = ProgramRanks("launch/train.py", arguments("killed"), 2)
-    metrics, saved = tmp_path / "killed" / "metrics.jsonl", tmp_path / "killed" / "checkpoints" / "step-00000004"
+    metrics = tmp_path / "killed" / "metrics.jsonl"
+    saved = tmp_path / "killed" / "checkpoints" / "step-00000004"
     while ranks.is_running() and not (
         saved.exists() and metrics.exists() and '"step": 6,' in metrics.read_text(encoding="utf-8")
     ):
@@ -144,7 +145,8 @@ def test_resumes_on_any_layout(name: str, saved_at_tp2_pp2: Path, tmp_path: Path
     results = run_program_ranks("launch/train.py", arguments, num_ranks)
     assert results[0].exit_code == 0, results[0].stderr
     assert "at step 5" in results[0].stdout
-    whole, resumed = losses(saved_at_tp2_pp2 / "run"), losses(tmp_path / "run")
+    whole = losses(saved_at_tp2_pp2 / "run")
+    resumed = losses(tmp_path / "run")
     assert [record["step"] for record in resumed] == list(range(1, 11))
     for record, expected in zip(resumed, whole):
         assert record["loss"] == pytest.approx(expected["loss"], rel=1e-5)

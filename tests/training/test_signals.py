@@ -36,7 +36,7 @@ def test_signalled_and_resumed_run_equals_undisturbed(name: str, number: signal.
     os.kill(ranks.processes[-1].pid, number)
     results = ranks.wait()
     assert [result.exit_code for result in results] == [0] * num_ranks, results[0].stderr
-    assert f"stopped by {number.name}; go on with --resume" in results[0].stdout
+    assert f"stopped by {number.name}; resume with --resume" in results[0].stdout
     (saved,) = os.listdir(tmp_path / "stopped" / "checkpoints")
     assert 4 <= int(saved.removeprefix("step-")) < 24, "stopped too late to show anything"
 

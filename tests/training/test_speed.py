@@ -96,12 +96,14 @@ def times(
     load: float = 0.5,
 ) -> list[RankTimes]:
     """Times of four ranks, each on a core of its own that it never waits for."""
-    waited, tokens = waited or [0.0] * 4, tokens or [100] * 4
+    waited = waited or [0.0] * 4
+    tokens = tokens or [100] * 4
     uses = [CoreUse(hosts[rank], cores[rank], True, load, busy[rank], waited[rank]) for rank in range(4)]
     return [RankTimes(int(stages[rank]), tokens[rank], uses[rank], {"data": busy[rank]}, 0.1, 1.0) for rank in range(4)]
 
 
-EVEN, SLOW = [1.0, 1.1, 1.0, 0.9], [1.0, 1.0, 2.0, 1.0]
+EVEN = [1.0, 1.1, 1.0, 0.9]
+SLOW = [1.0, 1.0, 2.0, 1.0]
 UNKNOWN = [math.nan] * 4
 
 
@@ -154,7 +156,8 @@ def test_why_ranks_are_not_compared() -> None:
 def computes_on_one_core(seconds: float) -> tuple[float, float]:
     """On a rank: (how long it waited for the core that it shares with the others, how long it took in all)."""
     os.sched_setaffinity(0, [min(os.sched_getaffinity(0))])
-    began, waited = time.perf_counter(), core_wait()
+    began = time.perf_counter()
+    waited = core_wait()
     while time.perf_counter() < began + seconds:
         pass
     waited = core_wait() - waited

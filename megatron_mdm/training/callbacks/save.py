@@ -66,7 +66,7 @@ class Save(Callback):
             self.store.finish()
         except SaveError as error:
             raise UserError(
-                f"{error}: the run has trained to step {state.step}, and --resume goes on from the newest checkpoint "
+                f"{error}: the run has trained to step {state.step}, and --resume resumes from the newest checkpoint "
                 "there is; make room, or give the right to write, before it"
             ) from None
 
