@@ -4,7 +4,7 @@ statistics of rows."""
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -92,15 +92,16 @@ class AttentionPattern:
         return _Widened(self, width)
 
     def to(self, device: torch.device, non_blocking: bool = True) -> AttentionPattern:
-        movable = (Tensor, AttentionPattern)
-        return replace(
-            self,
-            **{
-                name: x.to(device, non_blocking=non_blocking)
-                for name, x in vars(self).items()
-                if isinstance(x, movable)
-            },
-        )
+        moved: dict[str, Any] = {
+            name: value.to(device, non_blocking=non_blocking)
+            for name, value in self.values().items()
+            if isinstance(value, Tensor | AttentionPattern)
+        }
+        return replace(self, **moved)
+
+    def values(self) -> dict[str, Any]:
+        """What it was made of, by name."""
+        return {part.name: getattr(self, part.name) for part in fields(self)}
 
 
 @dataclass(frozen=True, eq=False)
@@ -207,7 +208,7 @@ class _Widened(AttentionPattern):
         mask = self.inner.mask(self.width)
         if mask is None:
             mask = torch.ones(1, 1, 1, self.width, dtype=torch.bool)
-        mask = pad(mask, (0, extra))
+        mask = pad(mask.expand(*mask.shape[:3], self.width), (0, extra))
         return mask if mask.shape[2] == 1 else pad(mask, (0, 0, 0, extra), value=True)
 
     def positions(self, length: int) -> Tensor | None:
@@ -251,14 +252,19 @@ class ModelInputs(NamedTuple):
         return self.row_starts is not None
 
     def to(self, device: torch.device) -> ModelInputs:
-        moved = (x.to(device, non_blocking=True) if isinstance(x, Tensor) else x for x in self)
-        return ModelInputs(*moved)._replace(pattern=self.pattern.to(device))
+        """Asynchronously, where a tensor's memory is pinned."""
+        moved: dict[str, Any] = {
+            name: value.to(device, non_blocking=True)
+            for name, value in self._asdict().items()
+            if isinstance(value, Tensor | AttentionPattern)
+        }
+        return self._replace(**moved)
 
     def as_tensors(self) -> dict[str, Tensor]:
         """The inputs as tensors for a file: entries by name, those of the pattern as pattern/<class>/<name>."""
         tensors = {name: value for name, value in self._asdict().items() if isinstance(value, Tensor)}
         of_pattern = f"pattern/{type(self.pattern).__name__}/"
-        return tensors | {of_pattern + name: torch.as_tensor(value) for name, value in vars(self.pattern).items()}
+        return tensors | {of_pattern + name: torch.as_tensor(value) for name, value in self.pattern.values().items()}
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> ModelInputs:

@@ -4,6 +4,7 @@ DotProductAttention."""
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple, cast
 
@@ -121,7 +122,8 @@ def explicit_while_short(
     return (explicit_attention if is_short else fused)(query, key, value, mask, scale, is_causal)
 
 
-class Rows(NamedTuple):
+@dataclass(frozen=True)
+class Rows:
     """An Executor: whole rows at once."""
 
     kernel: Kernel
@@ -134,7 +136,8 @@ class Rows(NamedTuple):
         return self.kernel(query, key, value, mask, scale, self.causal).permute(2, 0, 1, 3).flatten(2)
 
 
-class SegmentBySegment(NamedTuple):
+@dataclass(frozen=True)
+class SegmentBySegment:
     """An Executor for segments of one row: no product, no score and no rounding of one depends on another."""
 
     kernel: Kernel
@@ -143,7 +146,7 @@ class SegmentBySegment(NamedTuple):
         pattern = cast(Segments, visible.pattern)
         sizes = pattern.lengths[0].tolist()
         parts = zip(*(x.permute(1, 2, 0, 3).split(sizes, dim=2) for x in (query, key, value)))
-        context = torch.cat([self.kernel(*part, None, scale, pattern.causal) for part in parts], dim=2)
+        context = torch.cat([self.kernel(q, k, v, None, scale, pattern.causal) for q, k, v in parts], dim=2)
         return context.permute(2, 0, 1, 3).flatten(2)
 
 
@@ -162,7 +165,7 @@ def variable_length(query: Tensor, key: Tensor, value: Tensor, visible: Visibili
     context = varlen_attn(
         query, key, value, bounds, bounds, longest, longest, scale=scale, window_size=window, enable_gqa=several
     )
-    return context.flatten(1).unsqueeze(1)
+    return cast(Tensor, context).flatten(1).unsqueeze(1)
 
 
 ANY = "any"

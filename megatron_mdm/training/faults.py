@@ -122,7 +122,8 @@ def robust_score(loss: float, before: list[float]) -> float:
 
 
 def write_batch(trainer: Trainer, result: StepResult, skipped_batches: int, folder: Path) -> None:
-    """The inputs of a step as the engine got them, a file for each data-parallel rank, and what they were made of.
+    """The inputs of a step as the engine got them, a file for each data-parallel rank, and what they were made of. The
+    tensors of micro-batch i are named i/…; ModelInputs.from_tensors reads them.
 
     Collective. A disk that refuses them costs a line only: batch.json's step and the configuration make them again.
     """
