@@ -29,7 +29,8 @@ def main() -> None:
     arguments = parser.parse_intermixed_args()
 
     config = load_config(config_path(arguments.config), arguments.overrides)
-    check_run(config, world_size_from_environment())
+    objective = check_run(config, world_size_from_environment())
+    _ = objective.design  # one without masks says so, before ranks join
     config, data = resolve(config)
     parallel = config.parallel
     hang_minutes = config.faults.hang_minutes

@@ -154,3 +154,17 @@ def test_broken_calibration_artifact(folder: Path) -> None:
     artifact.write_text("{}", encoding="utf-8")
     overrides = ["diffusion.t_sampler=ppots", f"diffusion.calibration.artifact={artifact}"]
     assert_refused(["--config", str(config_file(folder)), *overrides], "calibration.json: not a calibration artifact")
+
+
+def test_calibration_of_what_draws_no_masks(tmp_path: Path) -> None:
+    """Told before ranks join and an engine is built."""
+    path = tmp_path / "config.yaml"
+    path.write_text(dump_config(small_config(tmp_path)), encoding="utf-8")
+    write_ids(tmp_path / "train.jsonl", 8)
+    arguments = ["--config", str(path), "--output", str(tmp_path / "c.json"), "objective.name=autoregressive"]
+    (result,) = run_program_ranks("launch/calibrate.py", arguments, 1)
+    assert result.exit_code == 1
+    assert result.stderr.strip().splitlines()[-1] == (
+        "error: 'objective.name' autoregressive draws no masks: there is no p(t) to calibrate"
+    )
+    assert not (tmp_path / "c.json").exists()
