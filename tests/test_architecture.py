@@ -119,6 +119,20 @@ def test_links_of_readmes_lead_somewhere(path: Path) -> None:
                 assert heading in anchors(linked), target
 
 
+@pytest.mark.parametrize(
+    "folder", sorted({path.parent for path in MODULES}), ids=lambda path: str(path.relative_to(ROOT))
+)
+def test_every_folder_has_a_readme_that_names_its_files(folder: Path) -> None:
+    """A folder without one is named as a whole by that of the folder above."""
+    readme = folder / "README.md"
+    if not readme.exists():
+        assert f"{folder.name}/" in (folder.parent / "README.md").read_text(encoding="utf-8")
+        return
+    text = readme.read_text(encoding="utf-8")
+    absent = [path.name for path in folder.glob("*.py") if path.name != "__init__.py" and path.name not in text]
+    assert not absent, f"{readme} does not name {absent}"
+
+
 def anchors(path: Path) -> set[str]:
     """The anchors of a file's headings, as GitHub makes them."""
     headings = re.findall(r"^#+ (.+)$", path.read_text(encoding="utf-8"), re.MULTILINE)
