@@ -77,7 +77,7 @@ def _read(path: Path) -> tuple[int, dict[str, dict[str, Any]]]:
     text = path.read_text(encoding="utf-8")
     content = json.loads(text)
     version, entries = (content.get("format", 1), content.get("files")) if isinstance(content, dict) else (1, None)
-    if not isinstance(version, int) or not isinstance(entries, dict) or _text(entries, version) != text:
+    if type(version) is not int or version < 1 or not isinstance(entries, dict) or _text(entries, version) != text:
         raise ValueError("damaged")
     return version, entries
 

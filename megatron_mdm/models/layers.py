@@ -49,7 +49,7 @@ class Embed(Layer):
         _attach_extensions(self, 0, model, config)
 
     def table_name(self, own: str) -> str:
-        return {"word_embeddings.weight": EMBEDDING}.get(own, f"embedding.{own}")
+        return f"embedding.{own}"
 
     def forward(self, tokens: Tensor, _: Visibility) -> Tensor:
         """tokens [R, S] → hidden [S, R, H]; packed, [1, T] → [T, 1, H]. Under sequence parallelism a rank holds

@@ -12,7 +12,9 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
+from megatron_mdm.checkpoint.convert import export_checkpoint
 from megatron_mdm.checkpoint.initial import InitialWeights
+from megatron_mdm.checkpoint.native import NativeCheckpoint
 from megatron_mdm.config.errors import UserError
 from megatron_mdm.config.load import dump_config
 from megatron_mdm.config.schema import ModelConfig, RunConfig
@@ -22,7 +24,7 @@ from megatron_mdm.engine.memory import rank_memory
 from megatron_mdm.models.extensions import EXTENSIONS, Extension
 from megatron_mdm.models.layers import Block
 from megatron_mdm.models.naming import Layer
-from megatron_mdm.models.parameters import ONES, Parameter, layer_prefix, num_parameters, parameter_table
+from megatron_mdm.models.parameters import ONES, Initial, Parameter, layer_prefix, num_parameters, parameter_table
 from megatron_mdm.models.sharding import Split
 from megatron_mdm.parallel.layout import Layout
 from tests.ranks import run_ranks
@@ -32,7 +34,7 @@ FC2 = "mlp.linear_fc2."
 
 
 class Scaled(nn.Module):
-    """A map with its inputs and outputs scaled."""
+    """A map with its inputs and outputs scaled, and its outputs shifted by a buffer."""
 
     wrapped = "base"
 
@@ -42,10 +44,11 @@ class Scaled(nn.Module):
         outputs, inputs = base.weight.shape
         self.input_scale = nn.Parameter(torch.empty(inputs))
         self.output_scale = nn.Parameter(torch.empty(outputs))
+        self.register_buffer("shift", torch.empty(outputs))
 
     def forward(self, hidden: torch.Tensor) -> Any:
         output, bias = self.base(hidden * self.input_scale)
-        return output * self.output_scale, bias
+        return output * self.output_scale + self.shift, bias
 
 
 def scaled_table(rows: dict[str, Parameter], model: ModelConfig) -> dict[str, Parameter]:
@@ -67,7 +70,15 @@ def scaled_table(rows: dict[str, Parameter], model: ModelConfig) -> dict[str, Pa
             split={},
             gradient_in_parts="sequence",
         )
-        rows |= {row.name: row for row in (inputs, outputs)}
+        shift = replace(
+            outputs,
+            name=prefix + "shift",
+            initial=Initial("normal", 0.1),
+            gradient_in_parts="never",
+            trained=False,
+            is_buffer=True,
+        )
+        rows |= {row.name: row for row in (inputs, outputs, shift)}
     return rows
 
 
@@ -77,15 +88,15 @@ def attach_scales(layer: Layer, *_: Any) -> None:
 
 
 EXTENSIONS["scaled"] = Extension(scaled_table, attach_scales)
-MODEL = small_model(num_layers=2, num_kv_heads=4, qkv_bias=True, extensions={"scaled": {}})
-SCALES = [row for name, row in parameter_table(MODEL).items() if name.endswith("_scale")]
-NUM_TRAINED = 2 * (64 + 32)
+MODEL = small_model(num_kv_heads=4, qkv_bias=True, tie_embeddings=True, extensions={"scaled": {}})
+SCALES = [row for name, row in parameter_table(MODEL).items() if name.endswith(("_scale", "shift"))]
+NUM_TRAINED, NUM_SHIFTS = 2 * (64 + 32), 2 * 32
 
 
 def test_the_table_has_its_rows() -> None:
     plain = parameter_table(MODEL.model_copy(update={"extensions": {}}))
     assert [name for name in parameter_table(MODEL) if name not in plain] == [row.name for row in SCALES]
-    assert num_parameters(MODEL) == sum(row.size for row in plain.values()) + NUM_TRAINED
+    assert num_parameters(MODEL) == sum(row.size for row in plain.values()) + NUM_TRAINED + NUM_SHIFTS
     assert sum(row.size for row in parameter_table(MODEL).values() if row.trained) == NUM_TRAINED
     with pytest.raises(UserError, match=r"'model.extensions.adapters': no code has registered it \(registered: "):
         parameter_table(small_model(extensions={"adapters": {}}))
@@ -104,7 +115,7 @@ def config_of(folder: Path, name: str, parallel: dict[str, Any], dtype: str = "f
     return small_config(folder, model=section, parallel=parallel, precision=precision, checkpoint=checkpoint)
 
 
-def trained(configs: dict[str, RunConfig], resume_from: Path | None = None) -> dict[str, dict[str, Any]]:
+def trained(configs: dict[str, RunConfig], resume_from: dict[str, Path] | None = None) -> dict[str, dict[str, Any]]:
     """On a rank, for each configuration of one layout: two steps, or those after a checkpoint, and what is held."""
     from megatron_mdm.checkpoint.load import restored_engine
     from megatron_mdm.checkpoint.store import CheckpointStore
@@ -115,8 +126,9 @@ def trained(configs: dict[str, RunConfig], resume_from: Path | None = None) -> d
     results = {}
     for name, config in configs.items():
         config, data = inputs.resolve(config)
-        first = 0 if resume_from is None else 2
-        engine = restored_engine(resume_from, config, context, first)
+        checkpoint = (resume_from or {}).get(name)
+        first = 2 if checkpoint else 0
+        engine = restored_engine(checkpoint, config, context, first)
         trainer = build.build_trainer(config, data, engine, None, context)
         steps = [trainer.train_step(step) for step in range(first, first + 2)]
         store = CheckpointStore(Path(config.checkpoint.directory) / "checkpoints", config.checkpoint, context)
@@ -142,7 +154,6 @@ LAYOUTS: dict[str, tuple[int, dict[str, tuple[dict[str, Any], str]]]] = {
     "dp2": (
         2,
         {
-            "zero1": ({"zero": 1}, "fp32"),
             "zero2": ({"zero": 2}, "fp32"),
             "zero3": ({"zero": 3}, "fp32"),
             "zero0_bf16": ({"zero": 0}, "bf16"),
@@ -153,7 +164,6 @@ LAYOUTS: dict[str, tuple[int, dict[str, tuple[dict[str, Any], str]]]] = {
     "tp2": (
         2,
         {
-            "tp2_zero0": ({"tensor": 2, "zero": 0}, "fp32"),
             "tp2_sequence": ({"tensor": 2, "sequence": True, "zero": 1}, "fp32"),
         },
     ),
@@ -161,7 +171,6 @@ LAYOUTS: dict[str, tuple[int, dict[str, tuple[dict[str, Any], str]]]] = {
         2,
         {
             "pp2_zero0": ({"pipeline": 2, "zero": 0}, "fp32"),
-            "pp2_zero1": ({"pipeline": 2, "zero": 1}, "fp32"),
             "pp2_bf16": ({"pipeline": 2, "zero": 1}, "bf16"),
         },
     ),
@@ -182,8 +191,8 @@ def reference(folder: Path) -> dict[str, Any]:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_scales_are_trained_around_frozen_weights(layout: str, folder: Path, reference: dict[str, Any]) -> None:
-    """On any layout: losses as in one process; no gradient, no optimizer state and no moments of what is frozen, whose
-    weights are stored once."""
+    """On any layout, with tied embeddings: losses as in one process; no gradient, no optimizer state and no moments of
+    what is frozen, whose weights are stored once."""
     num_ranks, variants = LAYOUTS[layout]
     configs = {name: config_of(folder, name, *variant) for name, variant in variants.items()}
     assert reference["norms"][0] > 0
@@ -232,18 +241,16 @@ def assert_stored(checkpoint: Path, config: RunConfig) -> None:
 
 def test_training_resumes(folder: Path, reference: dict[str, Any]) -> None:
     """From what other layouts wrote, the frozen weights' own included."""
-    whole = run_ranks(
-        trained, 1, {"four": config_of(folder, "four", {"zero": 0})}, folder / "one/checkpoints/step-00000002"
-    )
-    for source in ("zero3", "tp2_sequence", "pp2_zero1"):
-        checkpoint = folder / source / "checkpoints/step-00000002"
-        config = {source: config_of(folder, f"resumed_{source}", {"zero": 0})}
-        found = run_ranks(trained, 1, config, checkpoint)[0][source]
-        np.testing.assert_allclose(found["losses"], whole[0]["four"]["losses"], rtol=1e-5, err_msg=source)
+    sources = ("one", "zero3", "tp2_sequence", "pp2_zero0")
+    configs = {name: config_of(folder, f"resumed_{name}", {"zero": 0}) for name in sources}
+    checkpoints = {name: folder / name / "checkpoints/step-00000002" for name in sources}
+    (results,) = run_ranks(trained, 1, configs, checkpoints)
+    for name, result in results.items():
+        np.testing.assert_allclose(result["losses"], results["one"]["losses"], rtol=1e-5, err_msg=name)
 
 
 def test_a_run_without_it_is_a_start(folder: Path, reference: dict[str, Any]) -> None:
-    """The scales are drawn; the reverse is refused."""
+    """The scales are drawn; the reverse is refused, and so is an export, which would lose them."""
     plain = config_of(folder, "plain", {"zero": 0}, extensions={})
     run_ranks(trained, 1, {"plain": plain})
     (folder / "plain/config.yaml").write_text(dump_config(plain, folder / "plain"), encoding="utf-8")
@@ -253,6 +260,8 @@ def test_a_run_without_it_is_a_start(folder: Path, reference: dict[str, Any]) ->
     assert begun["losses"][0] != reference["losses"][0]  # other weights than the seed's
     config = config_of(folder, "one", {"zero": 0})
     (folder / "one/config.yaml").write_text(dump_config(config, folder / "one"), encoding="utf-8")
-    backwards = small_model(num_layers=2, num_kv_heads=4, qkv_bias=True, init_from=str(folder / "one"))
+    backwards = MODEL.model_copy(update={"extensions": {}, "init_from": str(folder / "one")})
     with pytest.raises(UserError, match=r"holds 'decoder.layers.0.mlp.linear_fc2.input_scale', which the model lacks"):
         InitialWeights(backwards)
+    with pytest.raises(UserError, match="scaled adds has no place in a Hugging Face checkpoint"):
+        export_checkpoint(NativeCheckpoint.open(folder / "one"), folder / "exported", "llama", "auto", 2**30)
