@@ -27,9 +27,9 @@ class Extension:
     """table: (rows so far, model section) → rows: further ones, others replaced, such as by `trained=False`.
 
     attach: (a layer that has just been constructed, its index (0: the embedding), model section, megatron-core's
-    configuration): adds the modules, parameters and buffers of the rows that the layer holds, uninitialised. A module
-    that it puts around another says so by its attribute `wrapped`, the name of that child, whose parameters then
-    keep their names.
+    configuration): adds the modules, parameters and buffers of the rows that the layer holds, uninitialised. A buffer
+    stays in fp32 where the model trains in another type. A module that stands around another says so by its attribute
+    `wrapped`, the name of that child, whose parameters then keep their names.
     """
 
     table: Callable[[dict[str, Parameter], ModelConfig], dict[str, Parameter]]

@@ -48,7 +48,7 @@ class Scaled(nn.Module):
 
     def forward(self, hidden: torch.Tensor) -> Any:
         output, bias = self.base(hidden * self.input_scale)
-        return output * self.output_scale + self.shift, bias
+        return output * self.output_scale + self.shift.to(output.dtype), bias
 
 
 def scaled_table(rows: dict[str, Parameter], model: ModelConfig) -> dict[str, Parameter]:
@@ -223,7 +223,7 @@ def assert_stored(checkpoint: Path, config: RunConfig) -> None:
                 tensor = file.get_tensor(key)
                 row = parameter_table(config.model)[name]
                 assert row.trained or kind == "weight"
-                is_master = row.trained or config.precision.dtype == "fp32"
+                is_master = row.trained or row.is_buffer or config.precision.dtype == "fp32"
                 assert tensor.dtype == (torch.float32 if is_master else torch.bfloat16), key
                 sizes[key] = sizes.get(key, 0) + tensor.numel()
     expected = {
