@@ -62,7 +62,7 @@ def choose_together(run_folder: Path, wish: str, context: ParallelContext) -> Ch
             choice = choose(run_folder, wish)
         except UserError as error:
             fault = str(error)
-    choice, fault = gather_objects((choice, fault), context)[0]  # type: ignore[misc]
+    choice, fault = gather_objects((choice, fault), context)[0]
     if choice is None:
         raise UserError(fault)
     return choice

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from megatron_mdm.checkpoint.imported_tokens import SpecialTokens, special_token
 from megatron_mdm.checkpoint.lazy_tensors import LazyTensor, cut, with_grown_tables, with_padding
 from megatron_mdm.checkpoint.manifest import MANIFEST, TENSORS, entry_of, write_manifest
 from megatron_mdm.checkpoint.native import CHECKPOINTS, HUGGINGFACE, RUN_CONFIG, NativeCheckpoint, keep_companions
+from megatron_mdm.checkpoint.safetensors_file import StoredTensor
 from megatron_mdm.checkpoint.special_tokens import has_chat_template
 from megatron_mdm.checkpoint.store import STATE
 from megatron_mdm.checkpoint.stream import JOURNAL, Output, OutputFile, split, write_files
@@ -98,7 +100,7 @@ def export_checkpoint(run: NativeCheckpoint, output: Path, family_name: str, dty
     tensors = mapped(run.lazy_tensors(), family_tensors(family, run.config.model))
     as_imported = dtype == "auto" and run.weights_only and bool(base)
     if dtype == "auto" and not run.weights_only:
-        dtype = _TYPE_NAMES.get(config.get("dtype", config.get("torch_dtype")), "fp32")
+        dtype = _TYPE_NAMES.get(str(config.get("dtype", config.get("torch_dtype"))), "fp32")
     outputs = {name: _output(tensor, dtype) for name, tensor in tensors.items()}
     if not as_imported:
         config = _with_dtype(config, {output.dtype for output in outputs.values()})
@@ -247,9 +249,9 @@ def shard_name(number: int, count: int) -> str:
     return SINGLE if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
 
 
-def _fingerprint(tensors: dict[str, object]) -> dict[str, object]:
+def _fingerprint(tensors: Mapping[str, StoredTensor]) -> dict[str, object]:
     """Values by which the input files of an interrupted conversion are recognised."""
-    paths = sorted({tensor.path for tensor in tensors.values()})  # type: ignore[attr-defined]
+    paths = sorted({tensor.path for tensor in tensors.values()})
     return {str(path): [path.stat().st_size, path.stat().st_mtime_ns] for path in paths}
 
 

@@ -106,7 +106,7 @@ def _section(model: ModelConfig) -> Json:
 def _sha256(tensor: LazyTensor) -> str:
     digest = hashlib.sha256()
     for block in blocks(tensor, tensor.dtype):
-        digest.update(block.view(-1).view(torch.uint8).numpy())
+        digest.update(block.view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

@@ -197,7 +197,9 @@ def _check_files(folder: Path, files: list[Path]) -> None:
         raise UserError(f"{folder}: holds no safetensors files")
     for path in files:
         match = _NUMBERED.fullmatch(path.name)
-        for number in range(1, int(match[3]) + 1) if match else ():
+        if not match:
+            continue
+        for number in range(1, int(match[3]) + 1):
             other = folder / f"{match[1]}-{number:05d}-of-{match[3]}.safetensors"
             if not other.is_file():
                 raise UserError(f"{folder}: the file '{other.name}' is missing")

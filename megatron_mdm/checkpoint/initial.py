@@ -68,7 +68,7 @@ class InitialWeights:
     def describe(self, mask_id: int) -> str:
         """What was read and where the mask token's row comes from; and a line for each thing that was not read."""
         rows = self.rows
-        wanted = self.model.vocab_size
+        wanted = int(self.model.vocab_size)
         size = sum(math.prod(tensor.shape) for tensor in self.tensors.values())
         text = f"initial weights: {self.model.init_from} ({self.kind}, {size / 1e6:,.1f} M parameters)"
         new_size = sum(row.size for name, row in parameter_table(self.model).items() if name not in self.tensors)
@@ -76,7 +76,7 @@ class InitialWeights:
             text += f"; {new_size / 1e6:,.1f} M that 'model.extensions' adds are drawn"
         if wanted != rows:
             text += f"; the table grew from {rows} to {wanted} rows, the new ones being the mean of the others"
-        new = "a new row" if mask_id >= rows else "a row of the checkpoint's table"
+        new = "a new row" if mask_id >= int(rows) else "a row of the checkpoint's table"
         return "\n".join([f"{text}; mask token {mask_id}: {new}", *self.notes])
 
 

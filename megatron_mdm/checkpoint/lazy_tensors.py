@@ -22,8 +22,11 @@ _BLOCK_BYTES = 16 * 1024 * 1024
 
 
 class LazyTensor(Protocol):
-    shape: Shape
-    dtype: torch.dtype
+    @property
+    def shape(self) -> Shape: ...
+
+    @property
+    def dtype(self) -> torch.dtype: ...
 
     def read_into(self, out: Tensor, row: int, column: int) -> None:
         """Fill out [r, c], on the CPU, its columns adjacent in memory, from this row and column on."""

@@ -130,7 +130,7 @@ class StoredTensor:
         between = bytearray(stride - len(lines[0]))
         for start in range(0, len(lines), _LINES):
             group = lines[start : start + _LINES]
-            buffers = [buffer for line in group for buffer in (line, between)][:-1]
+            buffers: list[Any] = [buffer for line in group for buffer in (line, between)][:-1]
             expected = (len(group) - 1) * stride + len(group[0])
             if os.preadv(descriptor, buffers, offset) != expected:
                 for number, line in enumerate(group):
@@ -138,7 +138,7 @@ class StoredTensor:
             offset += len(group) * stride
 
     def _fill(self, descriptor: int, buffer: np.ndarray[Any, np.dtype[np.uint8]], offset: int) -> None:
-        view = memoryview(buffer)
+        view = buffer.data
         while view:
             count = os.preadv(descriptor, [view], offset)
             if not count:

@@ -104,13 +104,13 @@ class CheckpointStore:
         The main rank reads and checks the files for all. Damaged ones are named and passed over. Raises UserError where
         none is intact.
         """
-        found = None
+        found: Any = None
         if self.context.is_main:
             try:
                 found = search(self.folder)
             except UserError as error:  # a checkpoint of later code
                 found = "", str(error)
-        name, fault = gather_objects(found, self.context)[0]  # type: ignore[misc]
+        name, fault = gather_objects(found, self.context)[0]
         if fault:
             raise UserError(fault)
         return self.folder / name if name else None

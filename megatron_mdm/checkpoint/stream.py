@@ -113,7 +113,7 @@ def _blocks(file: OutputFile, order: list[str]) -> Iterator[memoryview]:
         for block in blocks(tensor, dtype):
             if dtype != tensor.dtype and not is_finite(block):
                 raise UserError(f"'{name}' holds values that are too great for {NAMES[dtype]}; choose another --dtype")
-            yield memoryview(block.view(-1).view(torch.uint8).numpy())
+            yield block.view(-1).view(torch.uint8).numpy().data
 
 
 def _wait(pending: deque[Future[Any]], path: Path, most: int) -> None:

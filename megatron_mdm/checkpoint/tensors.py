@@ -73,7 +73,7 @@ class Snapshot:
         folder.mkdir(parents=True, exist_ok=True)
         context = self.context
         name = file_name(context.pipeline_rank, context.tensor_rank, context.layout.tensor, context.data_rank)
-        content = memoryview(self.memory[: self.length].numpy())
+        content = self.memory[: self.length].numpy().data
         with ThreadPoolExecutor(1) as hasher:
             digest = hasher.submit(lambda: hashlib.sha256(content).hexdigest())
             write_memory(folder / name, content)

@@ -3,6 +3,7 @@ diffusion.calibration.artifact=FILE: mdm calibrate [--nproc RANKS] --config FILE
 
 import argparse
 from pathlib import Path
+from typing import cast
 
 from megatron_mdm.parallel import platform
 
@@ -12,6 +13,7 @@ from megatron_mdm.checkpoint.choice import AUTO, CHOICES, choose_together  # noq
 from megatron_mdm.checkpoint.load import load_for_inference, restored_engine  # noqa: E402
 from megatron_mdm.cli.configs import config_path  # noqa: E402
 from megatron_mdm.config.load import load_config  # noqa: E402
+from megatron_mdm.engine.base import Engine  # noqa: E402
 from megatron_mdm.objectives import check_run  # noqa: E402
 from megatron_mdm.parallel.groups import initialize, world_size_from_environment  # noqa: E402
 from megatron_mdm.parallel.watchdog import watch  # noqa: E402
@@ -36,11 +38,12 @@ def main() -> None:
     hang_minutes = config.faults.hang_minutes
     context = initialize(parallel, agreement(config, data), hang_minutes)
     watch(arguments.output.parent, hang_minutes, context)
+    engine: Engine
     if arguments.run_dir and config.diffusion.calibration.is_judged_by_gradients:  # which takes backward passes
         chosen = choose_together(arguments.run_dir, arguments.checkpoint, context)
         engine = restored_engine(chosen.path, config, context, 0)
     elif arguments.run_dir:
-        engine = load_for_inference(arguments.run_dir, config, context, arguments.checkpoint)
+        engine = cast(Engine, load_for_inference(arguments.run_dir, config, context, arguments.checkpoint))
     else:
         engine = restored_engine(None, config, context, 0)
     artifact = calibrate(engine, config, data, context)

@@ -29,8 +29,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="JSONL to write; interrupted, the same command resumes it")
     parser.add_argument("--interactive", action="store_true", help="read prompts from the terminal, a line each")
     parser.add_argument("--on-error", choices=ON_ERROR, default="", help="bad records; else the run's data.on_error")
-    settings = ", ".join(["data.template, data.tokenizer …", *GenerationConfig.model_fields])
-    parser.add_argument("settings", nargs="*", metavar="key=value", help=settings)
+    keys = ", ".join(["data.template, data.tokenizer …", *GenerationConfig.model_fields])
+    parser.add_argument("settings", nargs="*", metavar="key=value", help=keys)
     arguments = parser.parse_intermixed_args()
     if not arguments.interactive and not (arguments.prompts and arguments.output):
         raise UserError("give --prompts and --output, or --interactive")
@@ -49,7 +49,8 @@ def main() -> None:
         return
     watch(arguments.run_dir, config.faults.hang_minutes, context)  # above, ranks may wait for a person for hours
     settings = {**load.checkpoint_identity(arguments.run_dir, engine.source), **generation.model_dump(mode="json")}
-    settings |= {"data": data} if data else {}
+    if data:
+        settings["data"] = data
     file = AnswerFile(arguments.output, prompts, settings, context)
     answer_prompts(file, engine, tokenizer, generation, decode, context)
     if context.is_main:

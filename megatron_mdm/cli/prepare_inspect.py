@@ -51,7 +51,7 @@ def shown(sample: Sample, tokenizer: Tokenizer, marks: tuple[str, str]) -> str:
     """The sample's text, its targets between the marks; end tokens are shown, documents apart."""
     ends = set(np.cumsum(sample.segments).tolist())
     text = ""
-    run = []
+    run: list[int] = []
     learnt = False
 
     def flush() -> str:
@@ -108,8 +108,8 @@ def length_figure(data: Dataset) -> Figure:
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     bins = np.histogram_bin_edges(np.concatenate([data.lengths(), data.num_eligible()]), bins=40)
-    axes.hist(data.lengths(), bins=bins, alpha=0.6, label="tokens")
-    axes.hist(data.num_eligible(), bins=bins, alpha=0.6, label="eligible tokens")
+    axes.hist(data.lengths(), bins=bins.tolist(), alpha=0.6, label="tokens")
+    axes.hist(data.num_eligible(), bins=bins.tolist(), alpha=0.6, label="eligible tokens")
     axes.set(xlabel="tokens of a sample", ylabel="samples")
     axes.legend()
     return figure

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -14,6 +14,7 @@ from megatron_mdm.config.errors import UserError
 from megatron_mdm.config.files import write_json
 from megatron_mdm.config.load import load_config
 from megatron_mdm.config.schema import DiffusionConfig, RunConfig
+from megatron_mdm.data.sft import SftDataset
 from megatron_mdm.diffusion.control_variate import CONTROL_VARIATES, WeightedLosses
 from megatron_mdm.diffusion.masking import MaskDesign
 from megatron_mdm.diffusion.objective import NORMALIZATIONS
@@ -53,7 +54,7 @@ def report_variance(options: argparse.Namespace) -> None:
     base = ["parallel.pipeline=1", "parallel.tensor=1", "parallel.sequence=false", *options.overrides]
     config, data = resolve(load_config(options.folder / "config.yaml", base))
     context = initialize()
-    engine = load_for_inference(options.folder, config, context)
+    engine = cast(InferenceEngine, load_for_inference(options.folder, config, context))  # of one pipeline stage
     output: Path = options.output or options.folder
     output.mkdir(parents=True, exist_ok=True)
     parts = decomposition(engine, config, data, context, options.groups)
@@ -129,7 +130,7 @@ def comparison_table(
         samplers[name] = _samplers(engine, changed, data, context)
         draws[name] = draw_gradients(
             engine.model.requires_grad_(True),
-            data.train,
+            cast(SftDataset, data.train),
             samples,
             t,
             lambda place: stream(config.seed, Purpose.VARIANCE, 2, place),

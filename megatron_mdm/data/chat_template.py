@@ -60,12 +60,13 @@ class ChatTemplate:
         from transformers.utils.chat_template_utils import render_jinja_template
 
         with self._told():
-            texts, spans = render_jinja_template(
+            rendered: Any = render_jinja_template(
                 conversations=[_turns(messages)],
                 chat_template=self.source,
                 return_assistant_tokens_mask=True,
                 **self.settings.special_tokens_map,
             )
+        texts, spans = rendered
         return texts[0], spans[0]
 
     @cached_property

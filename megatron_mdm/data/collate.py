@@ -2,13 +2,17 @@
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from megatron_mdm.batch import CleanBatch
 from megatron_mdm.data.sample import Sample
 
+Indices = Sequence[int] | NDArray[np.int64]
 
-def collate(samples: Sequence[Sample], positions: Sequence[int], sample_ids: Sequence[int], pad_id: int) -> CleanBatch:
+
+def collate(samples: Sequence[Sample], positions: Indices, sample_ids: Indices, pad_id: int) -> CleanBatch:
     """Pad to the longest of the samples. positions: places in the global batch; sample_ids: rows of the data set.
 
     Without samples it has no rows, and one column.

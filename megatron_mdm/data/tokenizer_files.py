@@ -42,7 +42,11 @@ class Special(NamedTuple):
 
 class Backend(Protocol):
     num_ids: int  # the highest id + 1, added tokens included
-    special: Mapping[str, Special]  # by text
+
+    @property
+    def special(self) -> Mapping[str, Special]:
+        """By text."""
+
     unknown_id: int | None  # of the token that stands for what the vocabulary lacks
     parses_special: bool  # whether it can find special tokens in a text by itself
 

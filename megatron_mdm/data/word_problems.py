@@ -63,7 +63,7 @@ def generate(num: int, seed: int, exclude: Collection[str] = ()) -> list[dict[st
     """num problems with distinct questions, none of them in exclude. A pure function of its arguments."""
     rng = random.Random(seed)
     seen = set(exclude)
-    problems = []
+    problems: list[dict[str, str]] = []
     while len(problems) < num:
         name, other, third = rng.sample(_HE + _SHE, 3)
         he = "He" if name in _HE else "She"

@@ -87,7 +87,9 @@ class CommunicationProfile:
         """Seconds; not a number where the profile was off."""
         if self.is_on:
             # As they were recorded: the library's own tables of them take longer to make than a step.
-            events = self._profiler.kineto_results.events()
+            recorded = self._profiler.kineto_results
+            assert recorded is not None
+            events = recorded.events()
             spans = [
                 (event.start_ns(), event.start_ns() + event.duration_ns())
                 for event in events

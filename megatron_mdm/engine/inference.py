@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
+from typing import cast
 
 import torch
 import torch.distributed as dist
@@ -34,7 +35,7 @@ class InferenceEngine:
 
     @torch.no_grad()
     def evaluate(self, micro_batches: Sequence[ModelInputs], row_gradients: bool = False) -> list[RowStatistics]:
-        with self.model[-1].with_row_gradients(row_gradients):
+        with cast(Head, self.model[-1]).with_row_gradients(row_gradients):
             return [self.model(_on_device(inputs))[1] for inputs in micro_batches]
 
     @torch.no_grad()
@@ -80,7 +81,7 @@ class PipelinedInferenceEngine:
         """InferenceEngine.logits."""
         inputs = _on_device(inputs)
         window = window and window.to_device()
-        shape = torch.Size((int(inputs.selected.sum()), self.model.vocab_size))
+        shape = torch.Size((int(inputs.selected.sum()), int(self.model.vocab_size)))
         return self._from_last_stage(self._run(inputs, True, window), shape, self.dtype)
 
     def _run(self, inputs: ModelInputs, want_logits: bool, window: Window | None) -> Tensor | None:

@@ -113,12 +113,15 @@ def _states(config: RunConfig, layout: Layout, parameters: Held) -> tuple[dict[s
     if zero == 0:  # in fp32 torch's own optimizer updates the model's weights
         master = 0 if config.precision.dtype == "fp32" else MASTER
         copies = master * number
-        weights = size * parameters.total
-        states = {"weights": weights, "gradients": size * number, "optimizer": (master + MOMENTS) * number}
+        states = {
+            "weights": size * parameters.total,
+            "gradients": size * number,
+            "optimizer": (master + MOMENTS) * number,
+        }
         return {**states, "step": copies}, 0.0
     weights = size * parameters.total / (data if zero == 3 else 1)
     # ZeRO 1 sums whole gradients over the micro-batches; in fp32 beside those of the current one.
-    gradients = accumulated * number / (data if zero > 1 else 1)
+    gradients = float(accumulated * number / (data if zero > 1 else 1))
     if zero == 1 and accumulated > size:
         gradients += size * number
     optimizer = (MASTER + MOMENTS) * number / data

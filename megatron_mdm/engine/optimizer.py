@@ -60,7 +60,8 @@ class PlainClipping:
         """Measure and clip, between the gradients' reduction and the optimizer's step. Collective over the
         model-parallel ranks."""
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-        squares = torch.stack([p.grad.float().square().sum() for p in self._counted()] or [torch.zeros(())]).sum()
+        counted = [p.grad for p in self._counted() if p.grad is not None]
+        squares = torch.stack([gradient.float().square().sum() for gradient in counted] or [torch.zeros(())]).sum()
         squares = squares.to(gradients[0].device)
         if self.context.layout.tensor > 1:
             dist.all_reduce(squares, group=self.context.tensor_group)

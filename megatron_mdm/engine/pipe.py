@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any, cast
 
 import deepspeed
 import torch
@@ -101,7 +102,7 @@ class PipeEngine:
             self._want_logits = False
         rows = int(inputs.selected.sum())
         dtype = next(self.engine.module.parameters()).dtype
-        return self._from_last_stage(torch.Size((rows, self.model.vocab_size)), dtype, dim=0)
+        return self._from_last_stage(torch.Size((rows, int(self.model.vocab_size))), dtype, dim=0)
 
     def _forward(self, micro_batches: Sequence[ModelInputs]) -> None:
         self.engine.eval_batch(
@@ -213,6 +214,7 @@ class _Stage(PipelineModule):
             if context.rank == ranks[0]:
                 self._tied.append((self._modules["0"].word_embeddings.weight, group))
             if context.rank == ranks[1]:
-                self.head.vocabulary_weight.ds_pipe_replicated = True  # the first stage's copy counts in norms
-                self._tied.append((self.head.vocabulary_weight, group))
+                weight = cast(Any, self.head.vocabulary_weight)
+                weight.ds_pipe_replicated = True  # the first stage's copy counts in norms
+                self._tied.append((weight, group))
         self._tied = [(weight, group) for weight, group in self._tied if weight.requires_grad]

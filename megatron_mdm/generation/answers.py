@@ -44,8 +44,9 @@ class AnswerFile:
                 self._open()
             except UserError as problem:
                 error = str(problem)
-        first = gather_objects((sorted(self.records), error), context)[0]
-        self.done, error = first  # type: ignore[misc]
+        first: Any = gather_objects((sorted(self.records), error), context)[0]
+        self.done: list[int] = first[0]
+        error = first[1]
         if error:
             raise UserError(error)
 

@@ -53,5 +53,5 @@ def generate_by_turns(
         responses = decode(engine, [prompts[row] for row in batch], batch, config, special)
         share: dict[int, Response] = {}
         for answered in gather_objects(dict(zip(batch, responses)), context):
-            share.update(answered)  # type: ignore[call-overload]
+            share.update(answered)
         yield share

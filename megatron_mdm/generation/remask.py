@@ -19,7 +19,7 @@ from megatron_mdm.generation.candidates import Candidates
 class Step(NamedTuple):
     """How much of a block one of its steps commits."""
 
-    count: int  # tokens of every row
+    count: int  # type: ignore[assignment]  # tokens of every row; hides tuple.count
     share: float  # of the masks that are left
 
 

@@ -162,7 +162,7 @@ def variable_length(query: Tensor, key: Tensor, value: Tensor, visible: Visibili
     query, key, value = (x.squeeze(1) for x in (query, key, value))
     several = query.shape[1] != key.shape[1]
     window = (-1, 0) if pattern.causal else (-1, -1)
-    context = varlen_attn(
+    context: Any = varlen_attn(
         query, key, value, bounds, bounds, longest, longest, scale=scale, window_size=window, enable_gqa=several
     )
     return cast(Tensor, context).flatten(1).unsqueeze(1)
@@ -234,7 +234,7 @@ class _ExplicitAttention(torch.autograd.Function):
         return torch.bmm(probabilities, value)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, probabilities = ctx.saved_tensors
         of_value = torch.bmm(probabilities.transpose(1, 2), gradient)
         of_scores = torch.bmm(gradient, value.transpose(1, 2))

@@ -12,7 +12,7 @@ def layer_costs(model: ModelConfig, length: float) -> list[float]:
     attention = model.hidden_size * 2 * (width + model.kv_channels * model.num_kv_heads)
     matrices = attention + 3 * model.hidden_size * model.ffn_hidden_size
     block = 2.0 * matrices + 4.0 * length * width
-    head = 0.5 * 2.0 * model.hidden_size * model.vocab_size
+    head = 0.5 * 2.0 * model.hidden_size * int(model.vocab_size)
     return [0.0, *[block] * model.num_layers, head]
 
 
@@ -24,4 +24,4 @@ def training_flops(model: ModelConfig, num_tokens: int, length: float, num_selec
     """
     assert isinstance(model.vocab_size, int)
     blocks = sum(layer_costs(model, length)[1:-1])
-    return 3.0 * (num_tokens * blocks + 2.0 * model.hidden_size * model.vocab_size * num_selected)
+    return 3.0 * (num_tokens * blocks + 2.0 * model.hidden_size * int(model.vocab_size) * num_selected)

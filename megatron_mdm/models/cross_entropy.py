@@ -5,7 +5,7 @@ gradient is taken while its logits are there, so nothing of size rows × vocabul
 nothing is computed twice.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -64,10 +64,21 @@ class _Shard(NamedTuple):
 
 class _WeightedCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, rows, head, labels, weights, shard, chunk_elements, z_loss, needs_grad, row_gradients):
+    def forward(
+        ctx: Any,
+        rows: Tensor,
+        head: Tensor,
+        labels: Tensor,
+        weights: Tensor,
+        shard: Any,
+        chunk_elements: int,
+        z_loss: float,
+        needs_grad: bool,
+        row_gradients: bool,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         cross_entropy, log_normalizer = torch.empty(2, len(rows), dtype=torch.float32, device=rows.device)
-        grad_rows = torch.empty_like(rows) if row_gradients else None
-        grad_head = torch.zeros_like(head) if needs_grad else None
+        grad_rows: Any = torch.empty_like(rows) if row_gradients else None
+        grad_head: Any = torch.zeros_like(head) if needs_grad else None
         # Gradients are kept for the greatest weight 1, so that they do not vanish in fp16, and scaled in backward.
         scale = weights.max().clamp_min(1e-30) if len(rows) else weights.new_ones(())
         relative = (weights / scale).to(rows.dtype)[:, None]
@@ -97,7 +108,7 @@ class _WeightedCrossEntropy(torch.autograd.Function):
         return total, cross_entropy, gradient_square
 
     @staticmethod
-    def backward(ctx, grad_total, *_):
+    def backward(ctx: Any, grad_total: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         grad_rows = ctx.grad_rows
         grad_head = ctx.grad_head
         ctx.grad_rows = None
@@ -106,7 +117,7 @@ class _WeightedCrossEntropy(torch.autograd.Function):
         return grad_rows.mul_(factor), grad_head.mul_(factor), *[None] * 7
 
 
-def _softmax(logits, labels, shard, z_loss, needs_grad):
+def _softmax(logits: Tensor, labels: Tensor, shard: Any, z_loss: float, needs_grad: bool) -> tuple[Tensor, Tensor, Any]:
     """Cross-entropy [r], log-normalizer [r], and the loss's gradient [r, V_local] of float32 logits, which are lost."""
     logits[:, shard.num_valid :] = float("-inf")
     local = labels - shard.first_id

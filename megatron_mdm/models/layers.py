@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from typing import Any, cast
 
 import torch
 from megatron.core.fp8_utils import get_fp8_context
@@ -158,7 +159,7 @@ class Head(Layer):
             self.vocabulary_weight,
             inputs.labels.t().reshape(-1)[places],
             weights,
-            self.vocab_size,
+            int(self.vocab_size),
             self.group,
             z_loss=self.z_loss,
             row_gradients=self.row_gradients,
@@ -201,7 +202,7 @@ class MaskedDiffusionModel(nn.Sequential):
 
 def layer_builders(
     model: ModelConfig, parallel: ParallelConfig, group: torch.distributed.ProcessGroup
-) -> list[partial[nn.Module]]:
+) -> list[partial[Any]]:
     """One constructor per layer, so that a pipeline rank builds only its own."""
     config = transformer_config(model, parallel)
     return [
@@ -218,7 +219,8 @@ def build_model(
     left unset, to be read."""
     layers = MaskedDiffusionModel(*(build() for build in layer_builders(model, parallel, context.tensor_group)))
     if model.tie_embeddings:
-        layers[-1].vocabulary_weight = layers[0].word_embeddings.weight
+        embedding, head = cast(Embed, layers[0]), cast(Head, layers[-1])
+        head.vocabulary_weight = embedding.word_embeddings.weight
     prepare_parameters(layers, model, parallel, context, seed)
     return layers
 

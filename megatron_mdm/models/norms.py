@@ -34,7 +34,7 @@ class _RMSNorm(torch.autograd.Function):
         return normed.mul_(weight).to(x.dtype)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
         x, weight, root = ctx.saved_tensors
         width = x.shape[-1]
         rows = x.to(root.dtype).reshape(-1, width)

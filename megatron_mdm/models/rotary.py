@@ -46,7 +46,7 @@ class _Rotate(torch.autograd.Function):
         return _turned(x, cosine, signed_sine, heads_first)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
         cosine, signed_sine = ctx.saved_tensors
         return _turned(gradient, cosine, signed_sine.neg(), heads_first=False), None, None, None
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -23,7 +25,7 @@ def fill_from_data_ranks(values: NDArray[np.float64], context: ParallelContext) 
     return tensor.cpu().numpy()
 
 
-def gather_objects(value: object, context: ParallelContext, group: dist.ProcessGroup | None = None) -> list[object]:
+def gather_objects(value: object, context: ParallelContext, group: dist.ProcessGroup | None = None) -> list[Any]:
     """One JSON-like object of every rank, in rank order, on every rank. group: of all ranks; None: the default one."""
     gathered: list[object] = [None] * context.layout.world_size
     dist.all_gather_object(gathered, value, group=group)

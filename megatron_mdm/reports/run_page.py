@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import textwrap
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -29,7 +30,7 @@ from megatron_mdm.reports.run_panels import (
 )
 
 _STATUS_COLOURS = {"finished": GREEN, "stopped early": RED, "unfinished": ORANGE}
-_STYLE = {
+_STYLE: Any = {
     "font.size": 9.5,
     "axes.titlesize": 11,
     "axes.titleweight": "bold",
@@ -54,14 +55,16 @@ def page_figure(page: Page) -> Figure:
         figure = Figure(figsize=(16, 11.5), layout="constrained")
         name = Path(page["facts"]["folder"]).resolve().name
         figure.suptitle(name, x=0.008, ha="left", fontsize=15, fontweight="bold")
-        top, *below = figure.subfigures(3, 1, height_ratios=(1.25, 1, 1))
+        subfigures: Any = figure.subfigures(3, 1, height_ratios=(1.25, 1, 1))
+        top, *below = subfigures
         left, right = top.subfigures(1, 2, width_ratios=(2.05, 1))
         _losses(left, page)
         _facts(right, page["facts"])
         for row, panels in zip(below, (TRAINING_PANELS, SPEED_PANELS)):
             for axes, draw in zip(row.subplots(1, len(panels)), panels):
                 draw(axes, page)
-        figure.get_layout_engine().set(w_pad=0.1, h_pad=0.08, wspace=0.02)  # type: ignore[union-attr]
+        layout: Any = figure.get_layout_engine()
+        layout.set(w_pad=0.1, h_pad=0.08, wspace=0.02)
     return figure
 
 
@@ -109,7 +112,7 @@ def _losses(figure: SubFigure, page: Page) -> None:
         axes.set_xlabel("")
 
 
-def _event_rows(axes: Axes, rows: list[tuple[str, list[int], dict[str, str]]], rewinds: list[Page]) -> None:
+def _event_rows(axes: Axes, rows: list[tuple[str, list[int], dict[str, Any]]], rewinds: list[Page]) -> None:
     for place, (_, steps, style) in enumerate(rows):
         axes.plot(steps, [place] * len(steps), linestyle="", markersize=5, clip_on=False, **style)
         for mark in rewinds if style["marker"] == "<" else []:

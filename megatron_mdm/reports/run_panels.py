@@ -84,7 +84,7 @@ def _loss_by_t(axes: Axes, page: Page) -> None:
     axes.grid(visible=False)
     bar = axes.figure.colorbar(image, ax=axes, pad=0.02, label="mean loss, nats")
     _plain_ticks(bar.ax.yaxis, high / low if low > 0 else 1.0, isinstance(norm, LogNorm))
-    bar.outline.set_visible(False)  # type: ignore[operator]
+    bar.outline.set_visible(False)
     return None
 
 
@@ -187,7 +187,7 @@ def _noisy(axes: Axes, curve: Page, key: str, colour: str, label: str = "") -> N
 
 def line(axes: Axes, steps: list[int], values: list[float | None], **style: Any) -> None:
     """A line; its points are marked where they are few, since a single one makes no line."""
-    marks = {"marker": "o", "markersize": 4, "clip_on": False} if len(steps) <= _FEW_POINTS else {}
+    marks: dict[str, Any] = {"marker": "o", "markersize": 4, "clip_on": False} if len(steps) <= _FEW_POINTS else {}
     axes.plot(steps, array(values), **style, **marks)
 
 

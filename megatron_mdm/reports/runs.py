@@ -68,7 +68,7 @@ class Spread:
 
 def read_runs(folders: Iterable[Path], method_of: Callable[[RunConfig], str]) -> list[Run]:
     """Finished runs; of a folder that is none itself, those right below it. Raises UserError where there are none."""
-    runs = []
+    runs: list[Run] = []
     for folder in folders:
         found = (
             [folder] if (folder / "config.yaml").is_file() else sorted(p.parent for p in folder.glob("*/config.yaml"))

@@ -10,11 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from megatron_mdm.data.collate import collate
 from megatron_mdm.data.sft import SftDataset
@@ -87,7 +88,7 @@ class Sketch:
 
     def take(self) -> tuple[float, NDArray[np.float32]]:
         """(‖G‖², sketch) of the gradients that backward left, which are cleared."""
-        flat = torch.cat([parameter.grad.float().reshape(-1).cpu() for parameter in self.parameters])
+        flat = torch.cat([cast(Tensor, parameter.grad).float().reshape(-1).cpu() for parameter in self.parameters])
         for parameter in self.parameters:
             parameter.grad = None
         buckets = torch.zeros(SKETCH_SIZE).index_add_(0, self.bucket, flat * self.sign)

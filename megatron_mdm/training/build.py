@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
 from megatron_mdm.checkpoint.store import CheckpointStore
 from megatron_mdm.config.schema import RunConfig
 from megatron_mdm.data.loader import NO_EOS_PADDING, PrefetchLoader, TrainLoader
+from megatron_mdm.diffusion.noiser import Noiser
 from megatron_mdm.engine.base import Engine
 from megatron_mdm.evaluation.validation import FixedGridValidation
 from megatron_mdm.objectives import objective_of
@@ -81,15 +82,16 @@ def build_callbacks(
     callbacks = Callbacks()
     for callback in (Faults(trainer, metrics, folder), CompareRanks(trainer, metrics, folder), *others):
         callbacks.add(callback)
+    noiser = cast(Noiser, source.noise)  # of an objective with a mask design, which the settings below are about
     if artifact and config.diffusion.calibration.refit_every:
-        callbacks.add(Refit(calibrator_of(config, as_trained(config, data)), source.noise, artifact, metrics))
+        callbacks.add(Refit(calibrator_of(config, as_trained(config, data)), noiser, artifact, metrics))
     if config.evaluation.every and data.validation is not None:
         validation = source.objective.validation(data.validation, data.special_ids, trainer.context)
         callbacks.add(Validate(config, validation, trainer, metrics))
         one_mask = config.diffusion.rows_per_sample == 1 and config.diffusion.masking == "bernoulli"
         if artifact and one_mask and isinstance(validation, FixedGridValidation):
-            callbacks.add(JudgeSampler(source.noise, artifact, validation, config.evaluation.every, metrics))
+            callbacks.add(JudgeSampler(noiser, artifact, validation, config.evaluation.every, metrics))
         if config.diffusion.t_sampler == "clipped" and config.diffusion.clipping.bounds == "adaptive":
-            callbacks.add(AdaptiveClipping(config, validation, source.noise, metrics))
+            callbacks.add(AdaptiveClipping(config, cast(FixedGridValidation, validation), noiser, metrics))
     callbacks.add(Save(trainer, store, metrics, data.train.fingerprint, callbacks))
     return callbacks

@@ -9,7 +9,7 @@ import json
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -18,6 +18,7 @@ from megatron_mdm.config.files import write_json
 from megatron_mdm.config.schema import RunConfig
 from megatron_mdm.data.loader import TrainLoader
 from megatron_mdm.data.sft import SftDataset
+from megatron_mdm.data.splits import Dataset
 from megatron_mdm.diffusion.calibrator import Calibrator
 from megatron_mdm.diffusion.exposure import SampleShapes, exposures
 from megatron_mdm.diffusion.mask_schedule import Floats
@@ -61,7 +62,7 @@ def calibrate(engine: Engine, config: RunConfig, data: RunData, context: Paralle
     return artifact
 
 
-def as_trained(config: RunConfig, data: RunData) -> SftDataset:
+def as_trained(config: RunConfig, data: RunData) -> Dataset:
     """The training samples with the eos padding that is trained on behind them, if any."""
     if not config.data.eos_padding:
         return data.train
@@ -76,7 +77,7 @@ def as_trained(config: RunConfig, data: RunData) -> SftDataset:
         seed=config.seed,
         eos_padding=padding,
     )
-    return data.train.with_samples(loader.padded_samples())
+    return cast(SftDataset, data.train).with_samples(loader.padded_samples())
 
 
 def calibration_of(
@@ -88,7 +89,7 @@ def calibration_of(
     return design(prepass.add, calibrator, len(data.train), config.diffusion.rows_per_sample)
 
 
-def calibrator_of(config: RunConfig, data: SftDataset) -> Calibrator:
+def calibrator_of(config: RunConfig, data: Dataset) -> Calibrator:
     """The way from moments to a density for the estimator that a run trains with."""
     shapes = SampleShapes.of(data.num_eligible(), data.num_delimiters())
     objective = objective_of(config)

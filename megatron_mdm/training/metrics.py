@@ -28,7 +28,7 @@ class MetricsLog:
         self.path = folder / "metrics.jsonl"
         self.is_main = is_main
         self.tensorboard = tensorboard
-        self.writer = None
+        self.writer: Any = None  # TensorBoard's, which is imported where it is wanted
         self.unwritten = b""
         if is_main:
             folder.mkdir(parents=True, exist_ok=True)

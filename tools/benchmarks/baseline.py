@@ -6,12 +6,13 @@ It follows LLaDA's published guideline for fine-tuning: logits of all positions,
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megatron_mdm.data.loader import TrainLoader
 from megatron_mdm.diffusion.noiser import NoisedBatch
 from megatron_mdm.training.loop import Trainer
 from tools.benchmarks.cases import MASK_ID, PAD_ID, Case, source_of
@@ -40,7 +41,8 @@ class PlainLoop:
         from transformers import LlamaConfig, LlamaForCausalLM
 
         self.case, self.epsilon = case, epsilon
-        config = LlamaConfig(
+        make_config: Any = LlamaConfig  # whose stubs lack what it passes on to its base class
+        config = make_config(
             vocab_size=case.vocab_size,
             hidden_size=case.hidden_size,
             intermediate_size=case.ffn_hidden_size,
@@ -63,6 +65,7 @@ class PlainLoop:
     def step(self, trainer: Trainer, views: int, step: int) -> StepOutput:
         """One optimizer step on the samples and mask rates of the trainer's step; the masks are drawn here."""
         loader = source_of(trainer).loader
+        assert isinstance(loader, TrainLoader)
         ids = loader.sample_ids(step)
         t = torch.from_numpy(source_of(trainer).noise.times(step)[0]).float()
         batches: list[PlainBatch] = []
@@ -104,7 +107,7 @@ class PlainLoop:
         token_loss = token_loss / batch.mask_probability.expand(shape)[batch.masked]
         return (token_loss / batch.num_eligible[:, None].expand(shape)[batch.masked]).sum()
 
-    def _noise(self, samples: Sequence[Tensor], prompts: Tensor, t: Tensor, views: int) -> list[PlainBatch]:
+    def _noise(self, samples: list[Tensor], prompts: Tensor, t: Tensor, views: int) -> list[PlainBatch]:
         tokens = torch.nn.utils.rnn.pad_sequence(samples, batch_first=True, padding_value=PAD_ID)
         lengths = torch.tensor([len(sample) for sample in samples])
         place = torch.arange(tokens.shape[1])

@@ -25,7 +25,9 @@ import torch  # noqa: E402
 from megatron_mdm.config.files import write_json  # noqa: E402
 from megatron_mdm.config.schema import RunConfig  # noqa: E402
 from megatron_mdm.data.batching import computed_tokens, cut  # noqa: E402
+from megatron_mdm.data.loader import PrefetchLoader  # noqa: E402
 from megatron_mdm.engine.build import build_engine  # noqa: E402
+from megatron_mdm.engine.zero import ZeroEngine  # noqa: E402
 from megatron_mdm.parallel.groups import initialize  # noqa: E402
 from megatron_mdm.training.build import build_trainer  # noqa: E402
 from megatron_mdm.training.inputs import resolve  # noqa: E402
@@ -79,17 +81,22 @@ def trainers(arguments: argparse.Namespace) -> dict[str, Trainer]:
 
 def step_of(trainer: Trainer) -> Callable[[int], StepResult]:
     def train_step(step: int) -> StepResult:
-        trainer.engine.pack = trainer.config.batch.mode == "packed"
+        engine_of(trainer).pack = trainer.config.batch.mode == "packed"
         return trainer.train_step(step)
 
     return train_step
+
+
+def engine_of(trainer: Trainer) -> ZeroEngine:
+    assert isinstance(trainer.engine, ZeroEngine)
+    return trainer.engine
 
 
 def check_losses(modes: dict[str, Trainer], tolerance: float) -> None:
     """The same micro-batches' losses without a step in between, whatever the mode."""
     losses = {}
     for mode, trainer in modes.items():
-        trainer.engine.pack = mode == "packed"
+        engine_of(trainer).pack = mode == "packed"
         batch = source_of(trainer).loader.batch(0)
         noised = [source_of(trainer).noise(micro_batch, 0) for micro_batch in batch.micro_batches]
         objective = source_of(trainer).objective
@@ -102,7 +109,9 @@ def check_losses(modes: dict[str, Trainer], tolerance: float) -> None:
 
 def efficiency(trainer: Trainer, num_steps: int) -> float:
     """Useful tokens / tokens that the model sees, over the first steps."""
-    loader, batch = source_of(trainer).loader.loader, trainer.config.batch
+    loader, batch = source_of(trainer).loader, trainer.config.batch
+    assert isinstance(loader, PrefetchLoader)
+    loader = loader.loader
     useful = computed = 0
     for step in range(num_steps):
         lengths = loader.lengths[loader.sample_ids(step)]

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from megatron_mdm.config.schema import DataConfig, DiffusionConfig, RunConfig
+from megatron_mdm.config.sections.diffusion import IsadConfig
 from megatron_mdm.data.columns import prompt_and_response
 from megatron_mdm.data.loader import TrainLoader
 from megatron_mdm.data.records import read_records
@@ -18,6 +19,7 @@ from megatron_mdm.data.sample import Sample
 from megatron_mdm.data.sft import SftDataset, encode_prompt
 from megatron_mdm.data.tokenizer import load_tokenizer
 from megatron_mdm.diffusion.t_samplers import CALIBRATED_SAMPLERS, CENTRES
+from megatron_mdm.engine.base import Engine
 from megatron_mdm.engine.zero import ZeroEngine
 from megatron_mdm.objectives import objective_of
 from megatron_mdm.parallel.groups import ParallelContext
@@ -91,7 +93,7 @@ class Method:
 
     def diffusion(self) -> DiffusionConfig:
         fields = {key: value for key, value in vars(self).items() if key not in ("isad", "syrm")}
-        return DiffusionConfig(**fields, isad={"delimiters": [NUM_SPECIAL]} if self.isad else {})
+        return DiffusionConfig(**fields, isad=IsadConfig(delimiters=(NUM_SPECIAL,) if self.isad else ()))
 
     def marked(self, sample: Sample) -> Sample:
         """The sample as ISAD or SyRM would have marked it."""
@@ -128,8 +130,8 @@ class LengthSource:
         tokenizer = load_tokenizer(section)
         lengths = []
         for _, (_, record) in zip(range(NUM_SAMPLES), read_records(str(self.data))):
-            prompt, response = prompt_and_response(record, section)
-            lengths.append((len(encode_prompt(prompt, tokenizer)), len(tokenizer.encode(response)) + 1))
+            question, response = prompt_and_response(record, section)
+            lengths.append((len(encode_prompt(question, tokenizer)), len(tokenizer.encode(response)) + 1))
         return np.array(lengths, dtype=np.int64)
 
 
@@ -150,7 +152,7 @@ def dataset(case: Case, source: LengthSource) -> SftDataset:
 
 
 def trainer(
-    method: Method, data: SftDataset, engine: ZeroEngine, config: RunConfig, context: ParallelContext
+    method: Method, data: SftDataset, engine: Engine | None, config: RunConfig, context: ParallelContext
 ) -> Trainer:
     """The stack's own trainer, as training/run.py builds it. Trainers of several methods may share an engine.
 
@@ -171,7 +173,15 @@ def trainer(
     objective = objective_of(config.model_copy(update={"diffusion": diffusion}))
     noise = objective.noise(density, MASK_ID)
     source = SupervisedSource(context, loader, objective, noise)
-    return Trainer(config, context, source, engine, config.schedule.steps)
+    # Without an engine it only makes batches, for the plain loop.
+    return Trainer(config, context, source, cast(Engine, engine), config.schedule.steps)
+
+
+def whole_model(trainer: Trainer) -> torch.nn.Module:
+    """The model that a trainer of one process trains."""
+    assert isinstance(trainer.engine, ZeroEngine)
+    model: torch.nn.Module = trainer.engine.engine.module
+    return model
 
 
 def source_of(trainer: Trainer) -> SupervisedSource:

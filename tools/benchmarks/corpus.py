@@ -36,7 +36,9 @@ print(time.monotonic() - began, time.process_time() - busy)
 
 def library(path: str, arguments: argparse.Namespace) -> tuple[float, float]:
     """(seconds, processor seconds)"""
-    separator = SEPARATORS[arguments.documents].decode()
+    pattern = SEPARATORS[arguments.documents]
+    assert isinstance(pattern, bytes)
+    separator = pattern.decode()
     command = [sys.executable, "-c", _ENCODE, path, arguments.tokenizer, separator, str(_BATCH)]
     environment = {**os.environ, "RAYON_NUM_THREADS": str(arguments.workers), "TOKENIZERS_PARALLELISM": "true"}
     output = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout

@@ -8,7 +8,7 @@ import platform as machine
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ _CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16", "amx_
 
 
 def interleaved(
-    variants: dict[str, Callable[[int], Any]],
+    variants: Mapping[str, Callable[[int], Any]],
     repeats: int,
     what: str,
     clock: Callable[[], float] = time.monotonic,

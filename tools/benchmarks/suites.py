@@ -6,7 +6,7 @@ import argparse
 import gc
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import numpy as np
 
@@ -19,7 +19,7 @@ from megatron_mdm.parallel import platform
 from megatron_mdm.parallel.groups import ParallelContext
 from megatron_mdm.training.loop import StepResult, Trainer
 from tools.benchmarks.baseline import PlainLoop, as_plain
-from tools.benchmarks.cases import Case, LengthSource, Method, dataset, num_parameters, source_of, trainer
+from tools.benchmarks.cases import Case, LengthSource, Method, dataset, num_parameters, source_of, trainer, whole_model
 from tools.benchmarks.head import head_suite
 from tools.benchmarks.measure import compare, interleaved, peak_memory, report_memory, resident_mib
 
@@ -31,6 +31,8 @@ VIEWS = {1: "single view", 2: "MIRROR"}
 
 def vocab_cases() -> list[tuple[Case, float, float | None]]:
     """(case, least speed ratio, largest memory ratio or None)"""
+    small: list[tuple[Case, float, float | None]]
+    large: list[tuple[Case, float, float | None]]
     small = [(Case(f"vocab-8192-{dtype}", 8192, dtype, "equal", 32, 32), 1.0, None) for dtype in ("fp32", "bf16")]
     large = [(Case(f"vocab-126464-{dtype}", 126_464, dtype, "gsm8k", 32, 32), 3.0, 0.5) for dtype in ("fp32", "bf16")]
     return small + large
@@ -144,7 +146,7 @@ def measure_memory(bench: Bench) -> None:
     libraries = resident_mib()
     if arguments.memory_of == "ours":
         (ours,) = bench.ours(case, None, [method])
-        step, model = ours.train_step, ours.engine.engine.module
+        step, model = cast(Callable[[int], Any], ours.train_step), whole_model(ours)
     else:
         plain = bench.plain(case)
         config = case.config(arguments.zero)
