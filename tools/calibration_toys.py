@@ -34,7 +34,9 @@ PAPER_SIZES = {1024: (4, 64, 4), 15750: (15, 70, 15)}  # forwards → (samples, 
 
 def calibrations(toy: Toy, seeds: range, settings: CalibrationConfig) -> dict[str, Any]:
     """Of one toy, one for each seed: truth, bound, forwards, in lists; and their summary."""
-    truth, bound, forwards = [], [], []
+    truth = []
+    bound = []
+    forwards = []
     for seed in seeds:
         calibrator = Calibrator(settings, toy.exposures(), seed)
         measure = ToyMeasurement(toy, NUM_SAMPLES, seed)
@@ -100,8 +102,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options.output.mkdir(parents=True, exist_ok=True)
     rows: dict[str, dict[str, Any]] = {}
     for name in options.toy or TOYS:
-        row = rows[name] = study(dataclasses.replace(TOYS[name], complementary=options.mirror), options)
-        ours, paper, whole = row["default"], row["paper_1024"], row["paper_15750"]
+        row = study(dataclasses.replace(TOYS[name], complementary=options.mirror), options)
+        rows[name] = row
+        ours = row["default"]
+        paper = row["paper_1024"]
+        whole = row["paper_15750"]
         print(
             f"{name:20s} uniform {row['uniform']:.3f}; {ours['mean_forwards']:.0f} forwards: {ours['mean']:.3f}, worst "
             f"{ours['worst']:.3f}, bound {ours['mean_bound']:.3f} held in {ours['bound_held']:.1%}; paper's "

@@ -54,7 +54,8 @@ class NativeCheckpoint:
         for name, row in parameter_table(self.config.model).items():
             if kind != WEIGHT and not row.trained:
                 continue
-            tensors[name] = tensor = self.reader.tensor(name, kind)
+            tensor = self.reader.tensor(name, kind)
+            tensors[name] = tensor
             if tuple(tensor.shape) != row.shape:
                 raise UserError(f"{self.path}: '{name}' has shape {list(tensor.shape)}, not {list(row.shape)}")
         return tensors

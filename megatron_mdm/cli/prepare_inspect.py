@@ -87,7 +87,10 @@ def _batching(config: RunConfig, data: Dataset, mode: str) -> dict[str, float]:
     batch = BatchConfig.model_validate({**config.batch.model_dump(), "mode": mode, "micro_tokens": budget})
     views = config.diffusion.rows_per_sample
     loader = TrainLoader(data, batch=batch, views=views, data_rank=0, data_size=1, pad_id=0, seed=config.seed)
-    useful = computed = micro_batches = most = 0
+    useful = 0
+    computed = 0
+    micro_batches = 0
+    most = 0
     steps = min(NUM_STEPS, max(1, len(data) // batch.global_size))
     for step in range(steps):
         lengths = loader.lengths[loader.sample_ids(step)]

@@ -219,7 +219,8 @@ def build_model(
     left unset, to be read."""
     layers = MaskedDiffusionModel(*(build() for build in layer_builders(model, parallel, context.tensor_group)))
     if model.tie_embeddings:
-        embedding, head = cast(Embed, layers[0]), cast(Head, layers[-1])
+        embedding = cast(Embed, layers[0])
+        head = cast(Head, layers[-1])
         head.vocabulary_weight = embedding.word_embeddings.weight
     prepare_parameters(layers, model, parallel, context, seed)
     return layers

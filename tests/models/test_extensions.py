@@ -90,7 +90,8 @@ def attach_scales(layer: Layer, *_: Any) -> None:
 EXTENSIONS["scaled"] = Extension(scaled_table, attach_scales)
 MODEL = small_model(num_kv_heads=4, qkv_bias=True, tie_embeddings=True, extensions={"scaled": {}})
 SCALES = [row for name, row in parameter_table(MODEL).items() if name.endswith(("_scale", "shift"))]
-NUM_TRAINED, NUM_SHIFTS = 2 * (64 + 32), 2 * 32
+NUM_TRAINED = 2 * (64 + 32)
+NUM_SHIFTS = 2 * 32
 
 
 def test_the_table_has_its_rows() -> None:

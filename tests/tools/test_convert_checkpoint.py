@@ -74,7 +74,8 @@ def test_inspect(llada: Path, tmp_path: Path) -> None:
     succeed("import", llada, "--output", tmp_path / "run", "--tensor", "2")
     run = json.loads(succeed("inspect", tmp_path / "run", "--json"))
     # Neither the layout nor the form changes a tensor's bits.
-    theirs, ours = "model.transformer.blocks.2.ff_out.weight", "decoder.layers.2.mlp.linear_fc2.weight/weight"
+    theirs = "model.transformer.blocks.2.ff_out.weight"
+    ours = "decoder.layers.2.mlp.linear_fc2.weight/weight"
     assert described["tensors"][theirs] == run["tensors"][ours]
     assert described["tensors"][theirs]["sha256"][:16] in text
     assert described["model"] == run["model"]
@@ -114,7 +115,8 @@ def convert_with_a_damaged_source(arguments: tuple[object, ...], source: Path, s
     name = "model.transformer.blocks.2.attn_out.weight"
     places = json.loads((source / "model.safetensors.index.json").read_text(encoding="utf-8"))["weight_map"]
     path = source / places[name]
-    before, status = path.read_bytes(), path.stat()
+    before = path.read_bytes()
+    status = path.stat()
     tensors = load_file(path)
     tensors[name][0, 0] = torch.nan
     save_file(tensors, path, metadata={"format": "pt"})
@@ -145,7 +147,8 @@ def test_mask_token_of_an_autoregressive_model(llama: Path, tmp_path: Path) -> N
     config = json.loads((tmp_path / "out/config.json").read_text(encoding="utf-8"))
     assert config["vocab_size"] == VOCAB + 1
     assert config["mask_token_id"] == VOCAB
-    before, after = load_file(folder / "model.safetensors"), load_file(tmp_path / "out/model.safetensors")
+    before = load_file(folder / "model.safetensors")
+    after = load_file(tmp_path / "out/model.safetensors")
     for name in (EMBEDDING, "lm_head.weight"):
         torch.testing.assert_close(after[name][:VOCAB], before[name], rtol=0, atol=0)
         torch.testing.assert_close(after[name][VOCAB], before[name].double().mean(0).float())

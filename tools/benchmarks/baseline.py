@@ -40,7 +40,8 @@ class PlainLoop:
     def __init__(self, case: Case, lr: float, epsilon: float) -> None:
         from transformers import LlamaConfig, LlamaForCausalLM
 
-        self.case, self.epsilon = case, epsilon
+        self.case = case
+        self.epsilon = epsilon
         make_config: Any = LlamaConfig  # whose stubs lack what it passes on to its base class
         config = make_config(
             vocab_size=case.vocab_size,
@@ -86,7 +87,8 @@ class PlainLoop:
             total += loss.item()
         if self.optimizer_state is not self.weights:
             for master, weight in zip(self.optimizer_state, self.weights):
-                master.grad, weight.grad = weight.grad.float(), None
+                master.grad = weight.grad.float()
+                weight.grad = None
         norm = torch.nn.utils.clip_grad_norm_(self.optimizer_state, 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -121,19 +123,23 @@ class PlainLoop:
 
     def load(self, ours_whole: torch.nn.Module) -> None:
         """Take over the weights of a models.layers.MaskedDiffusionModel."""
-        case, last, weights = self.case, self.case.num_layers + 1, ours_whole.state_dict()
+        case = self.case
+        last = self.case.num_layers + 1
+        weights = ours_whole.state_dict()
         state = {
             "model.embed_tokens.weight": weights["0.word_embeddings.weight"][: case.vocab_size],
             "model.norm.weight": weights[f"{last}.final_norm.weight"],
             "lm_head.weight": weights[f"{last}.vocabulary_weight"][: case.vocab_size],
         }
         for index in range(case.num_layers):
-            ours, theirs = f"{index + 1}.layer", f"model.layers.{index}"
+            ours = f"{index + 1}.layer"
+            theirs = f"model.layers.{index}"
             qkv = weights[f"{ours}.self_attention.linear_qkv.weight"].view(case.num_heads, 3, -1, case.hidden_size)
             for place, name in enumerate("qkv"):  # megatron-core: [q, k, v] per head
                 state[f"{theirs}.self_attn.{name}_proj.weight"] = qkv[:, place].flatten(0, 1)
             gate, up = weights[f"{ours}.mlp.linear_fc1.weight"].chunk(2)
-            state[f"{theirs}.mlp.gate_proj.weight"], state[f"{theirs}.mlp.up_proj.weight"] = gate, up
+            state[f"{theirs}.mlp.gate_proj.weight"] = gate
+            state[f"{theirs}.mlp.up_proj.weight"] = up
             state[f"{theirs}.mlp.down_proj.weight"] = weights[f"{ours}.mlp.linear_fc2.weight"]
             state[f"{theirs}.self_attn.o_proj.weight"] = weights[f"{ours}.self_attention.linear_proj.weight"]
             state[f"{theirs}.input_layernorm.weight"] = weights[f"{ours}.input_layernorm.weight"]

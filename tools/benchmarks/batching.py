@@ -109,10 +109,12 @@ def check_losses(modes: dict[str, Trainer], tolerance: float) -> None:
 
 def efficiency(trainer: Trainer, num_steps: int) -> float:
     """Useful tokens / tokens that the model sees, over the first steps."""
-    loader, batch = source_of(trainer).loader, trainer.config.batch
+    loader = source_of(trainer).loader
+    batch = trainer.config.batch
     assert isinstance(loader, PrefetchLoader)
     loader = loader.loader
-    useful = computed = 0
+    useful = 0
+    computed = 0
     for step in range(num_steps):
         lengths = loader.lengths[loader.sample_ids(step)]
         useful += int(lengths.sum())

@@ -28,7 +28,8 @@ from megatron_mdm.training.source import SupervisedSource
 
 NUM_SAMPLES = 1024  # in a benchmark's data set
 NUM_SPECIAL = 5  # ids 0 (padding) … 4 (mask) never occur in clean samples
-MASK_ID, PAD_ID = 4, 0
+MASK_ID = 4
+PAD_ID = 0
 SEED = 42
 
 
@@ -97,7 +98,8 @@ class Method:
 
     def marked(self, sample: Sample) -> Sample:
         """The sample as ISAD or SyRM would have marked it."""
-        place, length = np.arange(len(sample.tokens)), len(sample.tokens)
+        place = np.arange(len(sample.tokens))
+        length = len(sample.tokens)
         delimiters = (place == length - 3) | (place == length - 4) if self.isad else sample.delimiters
         return sample._replace(delimiters=delimiters, eligible=sample.eligible | (self.syrm & (place % 10 == 0)))
 

@@ -45,7 +45,8 @@ class RandomTensor:
     pool = torch.from_numpy(np.random.default_rng(0).integers(0, 2**16, 2**25, np.uint16) & 0xBFFF).view(torch.bfloat16)
 
     def __init__(self, shape: tuple[int, ...], seed: int) -> None:
-        self.shape, self.seed = shape, seed
+        self.shape = shape
+        self.seed = seed
 
     def read_into(self, out: Tensor, row: int, column: int) -> None:
         start = (self.seed * 7_919 + row * 104_729) % (len(self.pool) - out.numel())
@@ -54,7 +55,8 @@ class RandomTensor:
 
 def make_checkpoint(folder: Path, num_layers: int) -> int:
     """A synthetic LLaDA checkpoint in shards. Returns its bytes."""
-    family, model = FAMILIES["llada"], ModelConfig(num_layers=num_layers, **LLADA_8B)
+    family = FAMILIES["llada"]
+    model = ModelConfig(num_layers=num_layers, **LLADA_8B)
     shapes = family_shapes(family, model)
     outputs = [(name, Output(RandomTensor(shape, i), torch.bfloat16)) for i, (name, shape) in enumerate(shapes.items())]
     assert all(len(matrix_shape(shape)) == 2 for shape in shapes.values())
@@ -105,7 +107,9 @@ def run_tool(source: Path, *arguments: str) -> tuple[float, float]:
 
 
 def measure(folder: Path, num_layers: int) -> dict[str, object]:
-    source, run, out = folder / "source", folder / "run", folder / "exported"
+    source = folder / "source"
+    run = folder / "run"
+    out = folder / "exported"
     source.mkdir()
     size = make_checkpoint(source, num_layers)
     result: dict[str, Any] = {"layers": num_layers, "gigabytes": size / 1e9, "copy_seconds": []}

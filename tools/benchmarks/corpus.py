@@ -53,7 +53,9 @@ def preparation(path: str, arguments: argparse.Namespace) -> tuple[float, float,
         command = [sys.executable, str(program), "corpus", path, "--output", f"{folder}/c"]
         command += ["--tokenizer", arguments.tokenizer, "--eos-token", arguments.eos_token]
         command += ["--workers", str(arguments.workers), "--documents", arguments.documents]
-        began, peaks, used = time.monotonic(), dict[int, int](), _processor_seconds()
+        began = time.monotonic()
+        peaks = dict[int, int]()
+        used = _processor_seconds()
         with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
             while process.poll() is None:
                 peaks.update(_peaks(process.pid))
@@ -71,7 +73,8 @@ def _processor_seconds() -> float:
 
 def _peaks(root: int) -> dict[int, int]:
     """Peak resident KiB of a process and its descendants, as far as they can be read."""
-    found, waiting = dict[int, int](), [root]
+    found = dict[int, int]()
+    waiting = [root]
     while waiting:
         pid = waiting.pop()
         try:

@@ -13,8 +13,11 @@ import torch.nn.functional as F
 from megatron_mdm.models.cross_entropy import weighted_cross_entropy
 from tools.benchmarks.measure import compare, interleaved, peak_memory, report_memory, resident_mib
 
-ROWS, HIDDEN, VOCAB = 2048, 512, 126_464
-TIME_TARGET, MEMORY_TARGET = 1.1, 0.15
+ROWS = 2048
+HIDDEN = 512
+VOCAB = 126_464
+TIME_TARGET = 1.1
+MEMORY_TARGET = 0.15
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -25,7 +28,8 @@ def head_step(of: str, dtype: str) -> Callable[[int], None]:
     rows = torch.randn(ROWS, HIDDEN, generator=generator).to(DTYPES[dtype]).requires_grad_()
     labels = torch.randint(0, VOCAB, (ROWS,), generator=generator)
     weights = torch.rand(ROWS, generator=generator)
-    head.grad, rows.grad = torch.zeros_like(head), torch.zeros_like(rows)
+    head.grad = torch.zeros_like(head)
+    rows.grad = torch.zeros_like(rows)
 
     def ours(_: int) -> None:
         weighted_cross_entropy(rows, head, labels, weights, VOCAB).total.backward()

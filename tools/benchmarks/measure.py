@@ -80,7 +80,8 @@ def report_memory(libraries: float, num_parameters: int) -> None:
 
     Weights, gradients and AdamW's state are 16 bytes a parameter in fp32 (4 + 4 + 8) and in bf16 (2 + 2 + 12) alike.
     """
-    peak, states = resident_mib("VmHWM"), 16 * num_parameters / 2**20
+    peak = resident_mib("VmHWM")
+    states = 16 * num_parameters / 2**20
     values = {"peak": peak, "libraries": libraries, "states": states, "beyond": peak - libraries - states}
     print(_MEMORY_PREFIX + json.dumps(values), flush=True)
 
@@ -94,7 +95,8 @@ def resident_mib(field: str = "VmRSS") -> float:
 
 
 def machine_info() -> dict[str, Any]:
-    model, flags = machine.processor(), set[str]()
+    model = machine.processor()
+    flags = set[str]()
     cpuinfo = Path("/proc/cpuinfo")
     for line in cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []:
         key, _, value = line.partition(":")

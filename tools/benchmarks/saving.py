@@ -26,8 +26,13 @@ from megatron_mdm.parallel.collectives import barrier, gather_objects  # noqa: E
 from megatron_mdm.parallel.groups import ParallelContext, initialize, world_size_from_environment  # noqa: E402
 
 MODEL = {  # 100 million parameters
-    **{"num_layers": 12, "hidden_size": 768, "num_heads": 12, "num_kv_heads": 12, "ffn_hidden_size": 2048},
-    **{"max_sequence_length": 128, "vocab_size": 10_000},
+    "num_layers": 12,
+    "hidden_size": 768,
+    "num_heads": 12,
+    "num_kv_heads": 12,
+    "ffn_hidden_size": 2048,
+    "max_sequence_length": 128,
+    "vocab_size": 10_000,
 }
 
 
@@ -89,7 +94,8 @@ def one_round(store: CheckpointStore, engine: Engine, number: int, steps: int) -
 
 def measure(folder: Path, arguments: argparse.Namespace, context: ParallelContext) -> None:
     config = config_of(folder, arguments.zero, arguments.dtype)
-    engine, store = restored_engine(None, config, context, 0), CheckpointStore(folder, config.checkpoint, context)
+    engine = restored_engine(None, config, context, 0)
+    store = CheckpointStore(folder, config.checkpoint, context)
     train(engine, 1)
     store.save(1, engine, {})  # the first one allocates its memory
     store.finish()

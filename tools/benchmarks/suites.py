@@ -68,7 +68,8 @@ class Bench:
     """The command line's settings and what builds a case from them."""
 
     def __init__(self, arguments: argparse.Namespace, context: ParallelContext) -> None:
-        self.arguments, self.context = arguments, context
+        self.arguments = arguments
+        self.context = context
         self.source = LengthSource(arguments.gsm8k, arguments.tokenizer)
 
     def repeats(self, default: int) -> int:
@@ -85,7 +86,8 @@ class Bench:
         """A trainer per method, over one engine; a plain loop gets the initial weights."""
         config = case.config(self.arguments.zero)
         initial = plain.load if plain else None
-        engine, data = build_engine(config, self.context, initial), dataset(case, self.source)
+        engine = build_engine(config, self.context, initial)
+        data = dataset(case, self.source)
         return [trainer(method, data, engine, config, self.context) for method in methods]
 
     def plain(self, case: Case) -> PlainLoop:
@@ -146,12 +148,14 @@ def measure_memory(bench: Bench) -> None:
     libraries = resident_mib()
     if arguments.memory_of == "ours":
         (ours,) = bench.ours(case, None, [method])
-        step, model = cast(Callable[[int], Any], ours.train_step), whole_model(ours)
+        step = cast(Callable[[int], Any], ours.train_step)
+        model = whole_model(ours)
     else:
         plain = bench.plain(case)
         config = case.config(arguments.zero)
         samples = trainer(method, dataset(case, bench.source), None, config, bench.context)
-        step, model = partial(plain.step, samples, arguments.memory_views), plain.model
+        step = partial(plain.step, samples, arguments.memory_views)
+        model = plain.model
     for index in range(NUM_MEMORY_STEPS):
         step(index)
     report_memory(libraries, num_parameters(model))
@@ -161,7 +165,8 @@ def check_same_loss(case: Case, ours: Trainer, plain: PlainLoop) -> dict[str, fl
     """Train step 0 of both on the same weights and masks; refuse to time two loops that compute different things."""
     micro_batches = source_of(ours).loader.batch(0).micro_batches
     batches = [view for micro in micro_batches for view in as_plain(source_of(ours).noise(micro, 0), ours)]
-    theirs, mine = plain.optimize(batches, source_of(ours).noise.views), ours.train_step(0)
+    theirs = plain.optimize(batches, source_of(ours).noise.views)
+    mine = ours.train_step(0)
     loss = abs(mine.loss / theirs.loss - 1.0)
     norm = abs(mine.grad_norm / theirs.grad_norm - 1.0)
     print(
