@@ -161,7 +161,7 @@ class Padded(AttentionPattern):
 
 @dataclass(frozen=True, eq=False)
 class Segments(AttentionPattern):
-    """Each row is made of segments, one after another, which see themselves only; positions begin anew in each."""
+    """Each row is made of segments, one after another, which see themselves only; positions start from 0 in each."""
 
     lengths: Tensor  # [R, K] int64: of a row's segments, 0 behind its last; what they do not fill is padding
 
