@@ -90,7 +90,8 @@ class Block(Layer):
 
     def _layer(self, hidden: Tensor, visible: Visibility) -> Tensor:
         if visible.positions is None:
-            angles = self.rotary(visible.length)  # [S, 1, 1, D]
+            # Not as a module: ranks of ZeRO 3 must call the same modules, also where one's micro-batch is packed.
+            angles = self.rotary.forward(visible.length)  # [S, 1, 1, D]
         else:
             angles = angles_at(visible.positions, self.rotary.inv_freq)  # [S, R or 1, 1, D]
         inputs = AttentionInputs(visible, Rotation.of(angles, hidden.dtype))
