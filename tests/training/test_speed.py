@@ -26,10 +26,10 @@ from tests.small import small_config, small_model, write_ids
 SLEEPER = """
 import runpy, time
 from megatron_mdm.training import speed
-from megatron_mdm.training.loop import Trainer
+from megatron_mdm.training.source import SupervisedSource
 speed.unfit_hosts = lambda uses: {}
 speed.own_seconds = lambda use: use.seconds
-noised_batch = Trainer.noised_batch
+noised_batch = SupervisedSource.noised_batch
 def slow(self, step):
     if self.context.rank == 1:
         time.sleep(0.15)
