@@ -49,7 +49,10 @@ class Bernoulli:
         return schedule.mask_probability(t) + np.zeros_like(count)
 
     def draw(self, uniforms: Floats, q: float) -> Bools:
-        return np.stack([uniforms < q, uniforms > 1.0 - q])
+        masked = np.empty((2, len(uniforms)), dtype=np.bool_)
+        np.less(uniforms, q, out=masked[0])
+        np.greater(uniforms, 1.0 - q, out=masked[1])
+        return masked
 
     def same_view_deficit(self, q: Floats) -> Floats:
         return q**2
@@ -116,23 +119,22 @@ class MaskDesign:
         shifted = np.minimum(self.schedule.mask_probability(t) + self.delimiter_shift, 1.0)
         return self.rule.probability(t, count, self.schedule), shifted + np.zeros_like(delimiter_count)
 
-    def draw(self, generator: np.random.Generator, t: float, delimiters: Bools) -> Masking:
-        """Masks of a sample's P eligible positions; delimiters [P] says which of them ISAD masks more often.
+    def draw(self, generator: np.random.Generator, q: float, delimiter_q: float, delimiters: Bools) -> Masking:
+        """Masks of a sample's P eligible positions; delimiters [P] says which of them ISAD masks more often. q,
+        delimiter_q: the sample's probabilities().
 
         ISAD's delimiters are masked independently, whatever the rule for the others; each token's cross-entropy is
         divided by its own q, but the contexts have another distribution, so ISAD's objective is a re-weighted one.
         """
         size = len(delimiters)
-        num_delimiters = int(np.count_nonzero(delimiters))
-        counts = np.array([float(size - num_delimiters)]), np.array([float(num_delimiters)])
-        q, shifted = (float(values[0]) for values in self.probabilities(np.array([t]), *counts))
+        has_delimiters = bool(delimiters.any())
         masked = np.empty((self.repeats, 2, size), dtype=np.bool_)
         for repeat in masked:
             uniforms = generator.random(size)
-            if num_delimiters:
+            if has_delimiters:
                 repeat[:, ~delimiters] = self.rule.draw(uniforms[~delimiters], q)
-                repeat[:, delimiters] = Bernoulli().draw(uniforms[delimiters], shifted)
+                repeat[:, delimiters] = Bernoulli().draw(uniforms[delimiters], delimiter_q)
             else:
                 repeat[:] = self.rule.draw(uniforms, q)
         views = masked if self.complementary else masked[:, :1]
-        return Masking(views.reshape(-1, size), np.where(delimiters, shifted, q))
+        return Masking(views.reshape(-1, size), np.where(delimiters, delimiter_q, q))

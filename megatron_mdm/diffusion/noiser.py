@@ -43,11 +43,13 @@ def noise(
     eligible = batch.eligible.numpy()
     delimiters = batch.delimiters.numpy()
     size, length = eligible.shape
+    ordinary, marked = ((eligible & kind).sum(1, dtype=np.float64) for kind in (~delimiters, delimiters))
+    probabilities = design.probabilities(np.asarray(t, dtype=np.float64), ordinary, marked)
     masked = np.zeros((design.views, size, length), dtype=bool)
     token_weight = np.zeros((design.views, size, length), dtype=np.float32)
-    for b, generator in enumerate(generators):
+    for b, (generator, q, delimiter_q) in enumerate(zip(generators, *probabilities)):
         places = np.flatnonzero(eligible[b])
-        result = design.draw(generator, float(t[b]), delimiters[b, places])
+        result = design.draw(generator, float(q), float(delimiter_q), delimiters[b, places])
         masked[:, b, places] = result.masked
         token_weight[:, b, places] = result.masked / result.probability
     masked_rows = torch.from_numpy(masked.reshape(-1, length))

@@ -11,7 +11,9 @@ import matplotlib
 
 matplotlib.use("Agg")
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from megatron_mdm.config.files import write_atomically
 
@@ -22,9 +24,10 @@ VARIANCES = {  # keys of metrics.jsonl → what is drawn of them
 }
 
 
-def save_figure(figure: Figure, path: Path) -> None:
+def save_figure(figure: Figure, path: Path, *, cut: bool = True) -> None:
+    """cut: to what is drawn, for which it is drawn twice; a figure that sets its own margins needs no cutting."""
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=120, bbox_inches="tight")
+    figure.savefig(buffer, format="png", dpi=120, bbox_inches="tight" if cut else None)
     write_atomically(path, buffer.getvalue())
 
 
@@ -66,13 +69,15 @@ def training_figure(records: Sequence[dict[str, Any]]) -> Figure:
         markersize=3,
         label="validation (fixed grid of t)",
     )
-    axes.set(xlabel="step", ylabel="loss per token, nats", yscale="log")
+    axes.set(xlabel="step", ylabel="loss per token, nats")
+    _logarithmic(axes)
     axes.legend()
 
     axes = figure.add_subplot(2, 2, 2)
     for key, label in VARIANCES.items():
         axes.plot(step, np.array([record.get(key) for record in train], dtype=float), label=label)
-    axes.set(xlabel="step", ylabel="variance in the window", yscale="log")
+    axes.set(xlabel="step", ylabel="variance in the window")
+    _logarithmic(axes)
     axes.legend()
 
     axes = figure.add_subplot(2, 2, 3)
@@ -84,12 +89,22 @@ def training_figure(records: Sequence[dict[str, Any]]) -> Figure:
 
     axes = figure.add_subplot(2, 2, 4)
     axes.plot(step, [record["grad_norm"] for record in train], linewidth=0.8, label="gradient norm")
-    axes.set(xlabel="step", ylabel="gradient norm", yscale="log")
+    axes.set(xlabel="step", ylabel="gradient norm")
+    _logarithmic(axes)
     rate = axes.twinx()
     rate.plot(step, [record["lr"] for record in train], color="tab:orange")
     rate.set_ylabel("learning rate", color="tab:orange")
-    figure.tight_layout()
+    figure.subplots_adjust(left=0.06, right=0.94, bottom=0.06, top=0.98, hspace=0.18, wspace=0.22)
     return figure
+
+
+def _logarithmic(axes: Axes) -> None:
+    """A logarithmic vertical axis with plain numbers at its ticks: typesetting powers of ten is most of the drawing."""
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    bottom, top = axes.get_ylim()
+    few = top < 30 * bottom
+    axes.yaxis.set_minor_formatter(FuncFormatter(lambda value, _: f"{value:g}") if few else NullFormatter())
 
 
 def variance_figure(record: dict[str, Any]) -> Figure:

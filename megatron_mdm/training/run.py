@@ -71,7 +71,7 @@ def train_run(config: RunConfig, data: RunData, context: ParallelContext, mode: 
         write_json(folder / "summary.json", summary)
         records = metrics.records()
         if any("loss" in record for record in records):
-            save_figure(training_figure(records), folder / "curves.png")
+            save_figure(training_figure(records), folder / "curves.png", cut=False)
     metrics.close()
     return summary
 

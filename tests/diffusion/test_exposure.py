@@ -9,6 +9,7 @@ from megatron_mdm.diffusion.exposure import SampleShapes, average_batch, exposur
 from megatron_mdm.diffusion.mask_schedule import LinearSchedule
 from megatron_mdm.diffusion.masking import MASKING_RULES, MaskDesign
 from megatron_mdm.diffusion.objective import NORMALIZATIONS
+from tests.diffusion.toy import draw
 
 SCHEDULE = LinearSchedule(0.1)  # bounds the weights 1/q, so that means settle
 # of a data set's samples
@@ -22,7 +23,7 @@ def drawn_sums(design: MaskDesign, t: float, sample: int, generator: np.random.G
     """For each normalisation Σ w, Σ w², Σ_{i≠j} w w, each a mean over the rows, and Σ w w' over ordered pairs of
     different rows."""
     delimiters = np.arange(ELIGIBLE[sample]) < DELIMITERS[sample]
-    masking = design.draw(generator, t, delimiters)
+    masking = draw(design, generator, t, delimiters)
     eligible = np.full(len(delimiters), float(len(delimiters)))
     batch = average_batch(design, SampleShapes.of(ELIGIBLE, DELIMITERS))
     result = []

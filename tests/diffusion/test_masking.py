@@ -10,8 +10,11 @@ import pytest
 from megatron_mdm.config.schema import DiffusionConfig
 from megatron_mdm.diffusion.mask_schedule import MASK_SCHEDULES, LinearSchedule
 from megatron_mdm.diffusion.masking import MASKING_RULES, MaskDesign
+from tests.diffusion.toy import draw
 
 SCHEDULE = LinearSchedule(1e-3)
+
+
 NOTHING = np.zeros(5, dtype=bool)
 
 
@@ -37,7 +40,7 @@ def test_marginal_probability_times_weight_is_one(rule: str, shift: float, t: fl
     squares = np.zeros((2, 5))
     num = 20_000
     for _ in range(num):
-        masking = design.draw(generator, t, delimiters)
+        masking = draw(design, generator, t, delimiters)
         value = masking.masked / masking.probability
         total += value
         squares += value**2
@@ -49,9 +52,9 @@ def test_marginal_probability_times_weight_is_one(rule: str, shift: float, t: fl
 def test_isad_masks_delimiters_more_often() -> None:
     design = MaskDesign(MASKING_RULES["bernoulli"], SCHEDULE, delimiter_shift=0.2)
     delimiters = np.array([False, True, False])
-    q = design.draw(np.random.default_rng(0), 0.3, delimiters).probability
+    q = draw(design, np.random.default_rng(0), 0.3, delimiters).probability
     assert q == pytest.approx(SCHEDULE.mask_probability(np.full(3, 0.3)) + 0.2 * delimiters)
-    assert design.draw(np.random.default_rng(0), 0.95, delimiters).probability[1] == 1.0
+    assert draw(design, np.random.default_rng(0), 0.95, delimiters).probability[1] == 1.0
 
 
 @pytest.mark.parametrize("rule", MASKING_RULES)
@@ -65,7 +68,7 @@ def test_views_are_complementary(rule: str) -> None:
 
 def test_repeats_are_independent_and_views_come_in_pairs() -> None:
     design = MaskDesign(MASKING_RULES["bernoulli"], SCHEDULE, complementary=True, repeats=2)
-    masked = design.draw(np.random.default_rng(0), 0.4, np.zeros(1000, dtype=bool)).masked
+    masked = draw(design, np.random.default_rng(0), 0.4, np.zeros(1000, dtype=bool)).masked
     assert masked.shape == (4, 1000) == (design.views, 1000)
     overlap = {(i, j): int((masked[i] & masked[j]).sum()) for i in range(4) for j in range(i)}
     assert overlap[1, 0] == overlap[3, 2] == 0  # complementary below 1/2
@@ -74,7 +77,7 @@ def test_repeats_are_independent_and_views_come_in_pairs() -> None:
 
 def test_exact_count_masks_the_share_that_t_says() -> None:
     design = MaskDesign(MASKING_RULES["exact_count"], SCHEDULE)
-    counts = [int(design.draw(np.random.default_rng(0), t, NOTHING).masked.sum()) for t in (0.0, 0.19, 0.2, 0.99, 1.0)]
+    counts = [int(draw(design, np.random.default_rng(0), t, NOTHING).masked.sum()) for t in (0.0, 0.19, 0.2, 0.99, 1.0)]
     assert counts == [1, 1, 2, 5, 5]
 
 

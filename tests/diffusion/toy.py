@@ -10,7 +10,7 @@ import torch
 from megatron_mdm.batch import CleanBatch, Full
 from megatron_mdm.diffusion.exposure import SampleShapes
 from megatron_mdm.diffusion.mask_schedule import Floats, LinearSchedule
-from megatron_mdm.diffusion.masking import MASKING_RULES, MaskDesign
+from megatron_mdm.diffusion.masking import MASKING_RULES, Bools, MaskDesign, Masking
 from megatron_mdm.diffusion.moments import RowSums
 from megatron_mdm.diffusion.noiser import NoisedBatch
 from megatron_mdm.diffusion.t_samplers import TSampler
@@ -28,6 +28,13 @@ KINDS = ("loss", "gradient")
 
 def design(rule: str = "bernoulli", complementary: bool = False, repeats: int = 1) -> MaskDesign:
     return MaskDesign(MASKING_RULES[rule], SCHEDULE, complementary, repeats)
+
+
+def draw(design: MaskDesign, generator: np.random.Generator, t: float, delimiters: Bools) -> Masking:
+    """A sample's masks at a mask rate."""
+    counts = (np.array([float(np.count_nonzero(kind))]) for kind in (~delimiters, delimiters))
+    (q,), (delimiter_q,) = design.probabilities(np.array([t]), *counts)
+    return design.draw(generator, float(q), float(delimiter_q), delimiters)
 
 
 @cache
