@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The main job, end to end, on two CPU cores: generated word problems → tokenizer → P-POTS calibration → training on two
-# data-parallel ranks → answers → score. About 4 minutes after installation.
+# data-parallel ranks → answers → score. About 5 minutes after installation.
 #   bash launch/quickstart.sh            start from scratch
 #   bash launch/quickstart.sh --resume   resume after an interruption
 # Other arguments are overrides of configs/quickstart.yaml: bash launch/quickstart.sh seed=7 optimizer.lr=5e-4
