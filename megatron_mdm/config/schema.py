@@ -53,9 +53,9 @@ class ModelConfig(Section):
     initialization: Literal["full", "sharded"] = "full"
     tie_embeddings: bool = False
     attention: Literal["bidirectional", "causal"] = "bidirectional"  # causal: what objective.name autoregressive sets
-    # Kernels of the layers; auto: Transformer Engine where it is installed and there is CUDA, else torch's.
+    # Kernels of the layers; auto: torch's. Transformer Engine's need CUDA and have not been run with this code.
     kernels: Literal["auto", "torch", "transformer_engine"] = "auto"
-    fp8: bool = False  # matrix products of the layers in FP8, hybrid recipe; needs Transformer Engine
+    fp8: bool = False  # matrix products of the layers in FP8: not built yet, so true is refused
     z_loss: float = Field(default=0.0, ge=0)  # weight of (log Σ exp logits)² beside each cross-entropy
     # What code outside the package adds to the model, by the name it is registered under, each with keys of its own
     # (models/extensions.py).

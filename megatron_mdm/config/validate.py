@@ -96,6 +96,11 @@ def _check_parallel(config: RunConfig) -> None:
 def _check_model(config: RunConfig) -> None:
     model = config.model
     tensor = config.parallel.tensor
+    if model.fp8:
+        raise UserError(
+            "'model.fp8' is not built yet (Transformer Engine would keep the FP8 weights of its first step); remove it "
+            "and train in 'precision.dtype' bf16"
+        )
     if not model.head_dim and model.hidden_size % model.num_heads:
         raise UserError(
             f"'model.hidden_size' {model.hidden_size} is not a multiple of 'model.num_heads' {model.num_heads}; change "

@@ -8,7 +8,6 @@ from functools import partial
 from typing import Any, cast
 
 import torch
-from megatron.core.fp8_utils import get_fp8_context
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.tensor_parallel import (
     VocabParallelEmbedding,
@@ -72,7 +71,6 @@ class Block(Layer):
             rotary_base=model.rope_theta,
             use_cpu_initialization=config.use_cpu_initialization,
         )
-        self.config = config
         self.index = index
         self.recompute = parallel.recompute == "full" and index % parallel.recompute_interval == 0
         _attach_extensions(self, index + 1, model, config)
@@ -95,8 +93,7 @@ class Block(Layer):
         else:
             angles = angles_at(visible.positions, self.rotary.inv_freq)  # [S, R or 1, 1, D]
         inputs = AttentionInputs(visible, Rotation.of(angles, hidden.dtype))
-        with get_fp8_context(self.config, self.layer.layer_number - 1):  # does nothing without FP8
-            return self.layer(hidden, attention_mask=inputs)[0]
+        return self.layer(hidden, attention_mask=inputs)[0]
 
 
 class Head(Layer):

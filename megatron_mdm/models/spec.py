@@ -48,7 +48,6 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig) -> Transfor
         gradient_accumulation_fusion=False,
         use_cpu_initialization=not platform.is_cuda(),
         perform_initialization=False,
-        fp8="hybrid" if model.fp8 else None,
     )
 
 
@@ -91,14 +90,9 @@ FUSED_NORMS = {  # of a layer's norms: Transformer Engine's names, in the linear
 
 
 def resolve_kernels(model: ModelConfig) -> str:
-    """The kernels that 'auto' stands for here. Raises UserError where those asked for cannot run."""
-    available = HAVE_TE and platform.is_cuda()
-    if model.kernels == "transformer_engine" and not available:
+    """The kernels that 'auto' stands for: torch's, as Transformer Engine's have not been run with this code. Raises
+    UserError where those asked for cannot run."""
+    if model.kernels == "transformer_engine" and not (HAVE_TE and platform.is_cuda()):
         missing = "it is not installed" if not HAVE_TE else "there is no CUDA device"
         raise UserError(f"'model.kernels' transformer_engine: {missing}; use auto or torch")
-    kernels = model.kernels
-    if kernels == "auto":
-        kernels = "transformer_engine" if available else "torch"
-    if model.fp8 and kernels != "transformer_engine":
-        raise UserError("'model.fp8' needs Transformer Engine on a CUDA device ('model.kernels')")
-    return kernels
+    return "torch" if model.kernels == "auto" else model.kernels

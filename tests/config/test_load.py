@@ -172,6 +172,7 @@ def test_bad_overrides(tmp_path: Path, override: str, message: str) -> None:
         ("evaluation.patience=2", "needs 'evaluation.every'"),
         ("checkpoint.keep_best=true", "set 'evaluation.every'"),
         ("model.head_dim=7", "must be even for rotary positions"),
+        ("model.fp8=true", "'model.fp8' is not built yet .* train in 'precision.dtype' bf16"),
         ("model.attention=causal", "is for 'objective.name' autoregressive"),
         ("diffusion.calibration.refit_every=5", "needs 'diffusion.t_sampler' ppots"),
         ("diffusion={t_sampler: clipped, clipping: {bounds: adaptive}}", "set 'evaluation.every'"),
