@@ -82,6 +82,22 @@ def enumerated(engine: Any, sample: Sample, cfg_scale: float) -> float:
     return len(places) * float(np.mean(by_count))
 
 
+def two_repeats() -> tuple[Any, list[float]]:
+    """(what is found of one sample from two repeats, the bound of each of them by its rows)"""
+    from megatron_mdm.evaluation.likelihood import negative_log_likelihoods
+
+    engine, context = built_engine(1)
+    config = CONFIG.model_copy(update={"num_repeats": 2})
+    one = samples()[:1]
+    rows = MASK_BOUND.rows(one, config, SPECIAL)
+    losses = []
+    for row in (rows.make(index) for index in range(2 * config.num_times)):
+        scores = log_probabilities(engine, row.tokens, row.scored)
+        losses.append(-float(scores[np.arange(row.scored.sum()), row.labels[row.scored]].mean()))
+    bounds = 5 * np.reshape(losses, (2, config.num_times)).mean(1)
+    return negative_log_likelihoods(engine, one, config, SPECIAL, context, MASK_BOUND), bounds.tolist()
+
+
 def estimated(tensor: int) -> Any:
     from megatron_mdm.evaluation.likelihood import negative_log_likelihoods
 
@@ -153,3 +169,10 @@ def guided_causal_model() -> str:
 
 def test_guidance_is_for_masked_models() -> None:
     assert "cfg_scale 1.5" in run_ranks(guided_causal_model, 1)[0]
+
+
+def test_standard_error_of_two_repeats_is_half_their_difference() -> None:
+    found, (first, second) = run_ranks(two_repeats, 1)[0]
+    assert found.nats[0] == pytest.approx((first + second) / 2, rel=1e-5)
+    assert found.standard_error[0] == pytest.approx(abs(first - second) / 2, rel=1e-4)
+    assert abs(first - second) > 1e-2

@@ -270,3 +270,19 @@ def test_cache_of_an_empty_prompt() -> None:
 def test_settings_that_contradict_each_other(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         GenerationConfig(**{"gen_length": 4, "block_length": 4, "steps": 4, **changes})
+
+
+def layers_of_a_stage() -> list[str]:
+    """On a pipeline rank: the names of the layers that it holds of a model whose head costs more than its blocks."""
+    from megatron_mdm.engine.inference import build_stage
+    from megatron_mdm.parallel.groups import initialize
+
+    parallel = ParallelConfig(pipeline=2)
+    model = small_model(num_layers=6, vocab_size=4096)
+    return list(build_stage(model, parallel, initialize(parallel), 3, 16))
+
+
+def test_stages_are_balanced_by_cost() -> None:
+    first, last = run_ranks(layers_of_a_stage, 2)
+    assert first + last == [str(number) for number in range(8)]
+    assert last == ["7"]  # the head alone; by number of layers it would have three blocks, too

@@ -1,0 +1,31 @@
+"""Clipping where DeepSpeed wraps no optimizer: to the limit from above, never from below."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from megatron_mdm.config.schema import ParallelConfig
+from megatron_mdm.engine.optimizer import PlainClipping
+from megatron_mdm.parallel.groups import ParallelContext
+from megatron_mdm.parallel.layout import Layout
+
+
+def clipped(max_norm: float) -> tuple[PlainClipping, torch.nn.Module]:
+    """A model whose gradient is (3, 4, 0, 0), of norm 5, after the call."""
+    model = torch.nn.Linear(4, 1, bias=False)
+    model.weight.grad = torch.tensor([[3.0, 4.0, 0.0, 0.0]])
+    clipping = PlainClipping(model, max_norm, ParallelContext(0, Layout.of(1, ParallelConfig()), {}))
+    clipping()
+    return clipping, model
+
+
+@pytest.mark.parametrize(
+    ("max_norm", "expected"), [(1.0, [0.6, 0.8]), (5.1, [3.0, 4.0]), (20.0, [3.0, 4.0]), (0.0, [3.0, 4.0])]
+)
+def test_a_gradient_is_only_made_shorter(max_norm: float, expected: list[float]) -> None:
+    clipping, model = clipped(max_norm)
+    assert clipping.norm == 5.0
+    assert isinstance(model.weight, torch.Tensor)
+    assert model.weight.grad is not None
+    assert model.weight.grad[0, :2].tolist() == pytest.approx(expected, rel=1e-5)
