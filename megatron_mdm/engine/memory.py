@@ -12,7 +12,7 @@ from megatron_mdm.config.schema import RunConfig
 from megatron_mdm.config.validate import accumulation_steps
 from megatron_mdm.engine.communication import MicroBatchShape, Stage, stages
 from megatron_mdm.engine.deepspeed_config import subsection
-from megatron_mdm.models.cross_entropy import CHUNK_ELEMENTS
+from megatron_mdm.models.cross_entropy import CHUNKS
 from megatron_mdm.models.kernel_memory import ELEMENT_BYTES, SAVED, Kernels
 from megatron_mdm.models.parameters import Held, padded_vocab_size
 from megatron_mdm.parallel.layout import Layout
@@ -90,7 +90,7 @@ def rank_memory(
     running = [sum(kept[:index]) + block for index in range(stage.num_blocks)]
     recomputed = max(0.0, max(running, default=0.0) - sum(kept)) if config.parallel.recompute == "full" else 0.0
     activations = in_flight * (sum(kept) + stage.embedding * 8 * micro_batch.rows * micro_batch.length)
-    head, chunk = _head(config, layout, micro_batch) if stage.head else (0.0, 0.0)
+    head, chunk = _head(config, layout, micro_batch, kernels) if stage.head else (0.0, 0.0)
     return RankMemory(
         **states,
         activations=activations + in_flight * head + recomputed,
@@ -138,16 +138,19 @@ def _states(config: RunConfig, layout: Layout, parameters: Held) -> tuple[dict[s
     return {"weights": weights, "gradients": gradients, "optimizer": optimizer, "step": step}, host
 
 
-def _head(config: RunConfig, layout: Layout, micro_batch: MicroBatchShape) -> tuple[float, float]:
-    """(bytes that the norm of the selected rows keeps, bytes beside them while a chunk's logits exist)."""
+def _head(config: RunConfig, layout: Layout, micro_batch: MicroBatchShape, kernels: Kernels) -> tuple[float, float]:
+    """(bytes that the norm of the selected rows keeps, bytes beside them at most: while a chunk's logits exist, or when
+    the head's gradient is rounded to its type)."""
     size = ELEMENT_BYTES[config.precision.dtype]
     hidden = config.model.hidden_size
     vocabulary = padded_vocab_size(config.model, layout.tensor) // layout.tensor
-    gradients = vocabulary * hidden * size + micro_batch.selected * hidden * size
+    head = vocabulary * hidden * 4  # its gradient's sum
+    rounded = vocabulary * hidden * (0 if size == 4 else size)
+    gradients = head + micro_batch.selected * hidden * size
     kept = micro_batch.selected * (8 + 4 + hidden * size)
-    rows = min(micro_batch.selected, max(1, CHUNK_ELEMENTS // vocabulary))
+    rows = min(micro_batch.selected, CHUNKS[kernels].rows(micro_batch.selected, vocabulary))
     chunk = rows * vocabulary * (4 if size == 4 else 4 + size)
-    return kept, gradients + chunk + micro_batch.selected * hidden * size  # the normed rows
+    return kept, gradients + max(chunk, rounded) + micro_batch.selected * hidden * size  # the normed rows
 
 
 def _bucket(config: RunConfig, number: int, kernels: Kernels) -> float:

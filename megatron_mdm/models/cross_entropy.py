@@ -11,7 +11,30 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-CHUNK_ELEMENTS = 16 * 1024 * 1024  # logits held at a time: fewer rows make slow matrix products, more cost memory
+
+class Chunks(NamedTuple):
+    """How many rows' logits are held at a time: fewer make slow matrix products, more cost memory."""
+
+    elements: int  # logits, at most
+    least_rows: int = 1  # whatever the vocabulary
+    multiple: int = 1  # of rows, as a device's kernels want them
+
+    def rows(self, num_rows: int, width: int) -> int:
+        """Rows of each chunk but the last, for logits [num_rows, width]: as equal as the multiple allows."""
+        most = max(self.elements // width, self.least_rows)
+        most = max(most - most % self.multiple, 1)
+        number = max(-(-num_rows // most), 1)
+        return max(_round_up(-(-num_rows // number), self.multiple), 1)
+
+
+# On CUDA a product of fewer than some 2,048 rows does not fill the device. At a vocabulary of 126,464 that is 0.97 GiB
+# of float32 logits, 0.48 GiB of them in 16 bits before, and as much for their gradient in 16 bits.
+CHUNKS = {
+    "cpu": Chunks(16 * 1024 * 1024),
+    "cuda": Chunks(256 * 1024 * 1024, least_rows=2048, multiple=128),
+}
+
+_PRODUCT_ROWS = 16 * 1024  # of the head's gradient that are multiplied at a time, before they are summed in float32
 
 
 class RowLosses(NamedTuple):
@@ -27,7 +50,7 @@ def weighted_cross_entropy(
     weights: Tensor,
     vocab_size: int,
     group: dist.ProcessGroup | None = None,
-    chunk_elements: int = CHUNK_ELEMENTS,
+    chunks: Chunks | None = None,
     z_loss: float = 0.0,
     row_gradients: bool = False,
 ) -> RowLosses:
@@ -35,15 +58,18 @@ def weighted_cross_entropy(
 
     rows [R, H], the same on every rank of the group; head [V_local, H], this rank's slice, all of one size; rows of
     the whole head from vocab_size on are padding and take no probability; labels [R] int64, global ids; weights [R]
-    float32. The softmax is in float32 whatever the inputs. The gradient of rows is already summed over the group.
+    float32. The softmax is in float32 whatever the inputs, and so is the sum over chunks of the head's gradient, which
+    is rounded to the head's type once, in the backward pass. The gradient of rows is already summed over the group.
+    chunks: None for the device's own.
     row_gradients: compute gradient_square without autograd, too.
     z_loss adds z_loss · (log Σ exp logits)² to each row's share of the total (PaLM, Section 5), not to cross_entropy.
     """
     needs_grad = torch.is_grad_enabled() and (rows.requires_grad or head.requires_grad)
     shard = _Shard.of(head, vocab_size, group)
+    chunks = chunks or CHUNKS[head.device.type]
     return RowLosses(
         *_WeightedCrossEntropy.apply(
-            rows, head, labels, weights, shard, chunk_elements, z_loss, needs_grad, needs_grad or row_gradients
+            rows, head, labels, weights, shard, chunks, z_loss, needs_grad, needs_grad or row_gradients
         )
     )
 
@@ -71,18 +97,18 @@ class _WeightedCrossEntropy(torch.autograd.Function):
         labels: Tensor,
         weights: Tensor,
         shard: Any,
-        chunk_elements: int,
+        chunks: Any,
         z_loss: float,
         needs_grad: bool,
         row_gradients: bool,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         cross_entropy, log_normalizer = torch.empty(2, len(rows), dtype=torch.float32, device=rows.device)
         grad_rows: Any = torch.empty_like(rows) if row_gradients else None
-        grad_head: Any = torch.zeros_like(head) if needs_grad else None
+        grad_head: Any = torch.zeros_like(head, dtype=torch.float32) if needs_grad else None
         # Gradients are kept for the greatest weight 1, so that they do not vanish in fp16, and scaled in backward.
         scale = weights.max().clamp_min(1e-30) if len(rows) else weights.new_ones(())
-        relative = (weights / scale).to(rows.dtype)[:, None]
-        chunk = max(1, chunk_elements // len(head))
+        relative = (weights / scale)[:, None]
+        chunk = chunks.rows(len(rows), len(head))
         for start in range(0, len(rows), chunk):
             part = slice(start, start + chunk)
             logits = (rows[part] @ head.t()).float()
@@ -94,7 +120,8 @@ class _WeightedCrossEntropy(torch.autograd.Function):
                 torch.mm(gradient, head, out=grad_rows[part])
                 grad_rows[part] *= relative[part]
                 if needs_grad:
-                    grad_head.addmm_(gradient.t(), rows[part] * relative[part])
+                    weighted = (rows[part] * relative[part]).to(head.dtype)  # float32 until here: rounded once
+                    _add_product(grad_head, gradient.t(), weighted)
         gradient_square = torch.zeros_like(cross_entropy)
         if row_gradients:
             if shard.group is not None:
@@ -102,6 +129,7 @@ class _WeightedCrossEntropy(torch.autograd.Function):
             gradient_square = torch.linalg.vector_norm(grad_rows, dim=1, dtype=torch.float32).mul_(scale).square_()
         ctx.grad_rows = grad_rows
         ctx.grad_head = grad_head
+        ctx.dtype = head.dtype
         ctx.scale = scale
         ctx.mark_non_differentiable(cross_entropy, gradient_square)
         total = (weights * (cross_entropy + z_loss * log_normalizer.square())).sum()
@@ -114,7 +142,21 @@ class _WeightedCrossEntropy(torch.autograd.Function):
         ctx.grad_rows = None
         ctx.grad_head = None
         factor = grad_total * ctx.scale
-        return grad_rows.mul_(factor), grad_head.mul_(factor), *[None] * 7
+        return grad_rows.mul_(factor), grad_head.mul_(factor).to(ctx.dtype), *[None] * 7
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """total [m, n] float32 += left [m, k] · right [k, n], of the same 16-bit type or float32."""
+    if right.dtype == torch.float32:
+        total.addmm_(left, right)
+        return
+    for sums, part in zip(total.split(_PRODUCT_ROWS), left.split(_PRODUCT_ROWS)):
+        # On CUDA the product's own float32 sums; the CPU has no such product, and rounds each chunk's once.
+        sums.add_(torch.mm(part, right, out_dtype=torch.float32) if right.is_cuda else torch.mm(part, right))
+
+
+def _round_up(number: int, multiple: int) -> int:
+    return number + -number % multiple
 
 
 def _softmax(logits: Tensor, labels: Tensor, shard: Any, z_loss: float, needs_grad: bool) -> tuple[Tensor, Tensor, Any]:
