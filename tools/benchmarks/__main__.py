@@ -4,7 +4,7 @@ import sys
 from importlib import import_module
 
 BENCHMARKS = {  # each is the module of its name beside this file
-    "steps": "this stack's training step against a plain PyTorch loop; bf16, methods, the head alone",
+    "steps": "a training step against a plain PyTorch loop and the processor's limit; bf16, methods, the head",
     "batching": "packed and bucketed with padded batches",
     "corpus": "corpus preparation with the tokenizer library alone",
     "saving": "the wait for a checkpoint in the background with a whole save",

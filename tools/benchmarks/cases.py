@@ -47,6 +47,7 @@ class Case:
     hidden_size: int = 256
     ffn_hidden_size: int = 688
     num_heads: int = 4
+    mode: str = "bucketed"  # batch.mode
 
     def small(self) -> Case:
         """The same case at a size for a smoke test."""
@@ -70,7 +71,7 @@ class Case:
             "model": {**model, "num_kv_heads": self.num_heads, "max_sequence_length": 512},
             "data": {"train": self.lengths, "mask_token": MASK_ID, "pad_token": PAD_ID, "max_length": 512},
             "parallel": {"zero": zero},
-            "batch": {"global_size": self.global_size, "micro_size": self.micro_size},
+            "batch": {"global_size": self.global_size, "micro_size": self.micro_size, "mode": self.mode},
             "optimizer": {"lr": 1e-4},
             "schedule": {"name": "constant", "steps": 10**6},
             "precision": {"dtype": self.dtype},

@@ -24,6 +24,7 @@ from megatron_mdm.training.loop import StepResult, Trainer
 from tools.benchmarks.baseline import PlainLoop, as_plain
 from tools.benchmarks.cases import Case, LengthSource, Method, dataset, num_parameters, source_of, trainer, whole_model
 from tools.benchmarks.head import head_suite
+from tools.benchmarks.limit import LIMIT_CASES, limit_of
 from tools.benchmarks.measure import compare, interleaved, peak_memory, report_memory, resident_mib
 
 LOSS_TOLERANCE = 1e-5  # relative, fp32
@@ -249,6 +250,26 @@ def _collect_moments(result: StepResult, memory: dict[str, Any]) -> None:
     memory["sums"].sums.tolist()
 
 
+def limit(bench: Bench) -> Iterator[dict[str, Any]]:
+    """Each case's step against the processor's matrix products: see limit.py."""
+    for case, target in bench.some(LIMIT_CASES):
+        if bench.arguments.case not in case.name:
+            continue
+        case = bench.size(case)
+        (ours,) = bench.ours(case, None, [Method(strata="full")])
+        found = limit_of(case, ours, bench.repeats(25))
+        result = record(case, {"step": found["seconds"]})
+        result["note"] = "seconds of a step by kind: " + ", ".join(
+            f"{kind} {1000 * value:.1f} ms" for kind, value in found["profile_seconds"].items()
+        )
+        result["limit"] = found
+        peak = [max(found["peaks"])] * len(found["seconds"])
+        result["ratios"] = [compare("model FLOPs / matrix products'", found["flops_per_second"], peak, ">=", target)]
+        del ours
+        gc.collect()
+        yield result
+
+
 def record(case: Case, seconds: dict[str, list[float]]) -> dict[str, Any]:
     medians = {name: float(np.median(values)) for name, values in seconds.items()}
     return {
@@ -268,4 +289,5 @@ SUITES: dict[str, Callable[[Bench], Iterator[dict[str, Any]]]] = {
     "precision": precision,
     "method": method,
     "head": lambda bench: head_suite(bench.arguments),
+    "limit": limit,
 }
