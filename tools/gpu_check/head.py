@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_mdm.models.cross_entropy import weighted_cross_entropy
+from megatron_mdm.models.cross_entropy import Chunks, weighted_cross_entropy
 from tools.gpu_check.measure import ROUNDING, peak_memory, relative_error, timed
 from tools.gpu_check.outcome import Outcome, Setting
 
@@ -28,7 +28,7 @@ def check(setting: Setting) -> Outcome:
     exact = inputs.exact()
     figures: dict[str, Any] = {"the chunk that training uses": inputs.measure(exact, setting.device)}
     for chunk in SMALL_CHUNKS if setting.quick else CHUNKS:
-        figures[f"{chunk} rows"] = inputs.measure(exact, setting.device, chunk_elements=chunk * vocabulary)
+        figures[f"{chunk} rows"] = inputs.measure(exact, setting.device, chunks=Chunks(chunk * vocabulary))
     rounding = ROUNDING[torch.bfloat16]
     largest = {OF_HEAD: rounding if setting.quick else LARGEST_ERROR, OF_ROWS: rounding}
     faults = []
