@@ -56,6 +56,9 @@ class ModelConfig(Section):
     # Kernels of the layers; auto: torch's. Transformer Engine's need CUDA and have not been run with this code.
     kernels: Literal["auto", "torch", "transformer_engine"] = "auto"
     fp8: bool = False  # matrix products of the layers in FP8: not built yet, so true is refused
+    # Training passes: every block is compiled (torch.compile, a minute at the start), and micro-batches are padded to
+    # batch.micro_tokens, so that all have one shape. Needs batch.mode packed.
+    compile: bool = False
     z_loss: float = Field(default=0.0, ge=0)  # weight of (log Σ exp logits)² beside each cross-entropy
     # What code outside the package adds to the model, by the name it is registered under, each with keys of its own
     # (models/extensions.py).

@@ -34,6 +34,7 @@ def validate(config: RunConfig, world_size: int) -> None:
     _check_parallel(config)
     validate_layout(config, world_size)
     _check_batch(config, world_size)
+    _check_compile(config)
     _check_data(config)
     for key, section in OWNED_DEEPSPEED_KEYS.items():
         value: Any = config.deepspeed
@@ -136,6 +137,23 @@ def _check_batch(config: RunConfig, world_size: int) -> None:
             f"'batch.global_size' {batch.global_size} is not a multiple of 'batch.micro_size' {batch.micro_size} × "
             f"{ranks} data-parallel ranks = {batch.micro_size * ranks}; change one of them"
         )
+
+
+def _check_compile(config: RunConfig) -> None:
+    if not config.model.compile:
+        return
+    if config.batch.mode != "packed" or not config.batch.micro_tokens:
+        raise UserError(
+            "'model.compile' compiles for one length: it needs 'batch.mode' packed and 'batch.micro_tokens', to which "
+            "micro-batches are padded"
+        )
+    if config.parallel.zero == 3:
+        raise UserError(
+            "'model.compile' cannot be combined with 'parallel.zero' 3, whose gathers cut every layer in pieces; use "
+            "ZeRO 0, 1 or 2"
+        )
+    if config.model.kernels == "transformer_engine":
+        raise UserError("'model.compile' is for torch's kernels; set 'model.kernels' to torch, or leave it out")
 
 
 def _check_data(config: RunConfig) -> None:

@@ -1,9 +1,12 @@
 """Noised micro-batches → what the model takes."""
 
+import math
+
 import torch
 from torch import Tensor
 
 from megatron_mdm.batch import AttentionPattern, LossWeights, ModelInputs, Segments
+from megatron_mdm.config.schema import RunConfig
 from megatron_mdm.diffusion.noiser import NoisedBatch
 
 
@@ -24,6 +27,13 @@ def logits_inputs(tokens: Tensor, pattern: AttentionPattern, selected: Tensor) -
     of longer rows', the pattern is of the whole rows."""
     nothing = torch.empty(0)
     return ModelInputs(tokens, pattern, selected, nothing, nothing, nothing)
+
+
+def length_multiple(config: RunConfig) -> int:
+    """What a micro-batch's length must be a multiple of: under sequence parallelism the tensor-parallel degree, where
+    blocks are compiled the token budget, so that there is one length."""
+    degree = config.parallel.tensor if config.parallel.sequence else 1
+    return math.lcm(degree, config.batch.micro_tokens) if config.model.compile else degree
 
 
 def prepared(inputs: ModelInputs, *, pack: bool, multiple: int) -> ModelInputs:

@@ -19,7 +19,7 @@ from megatron_mdm.config.schema import ModelConfig, RunConfig
 from megatron_mdm.engine.base import Load, TrainOutput
 from megatron_mdm.engine.clock import PhaseClock
 from megatron_mdm.engine.deepspeed_config import deepspeed_config
-from megatron_mdm.engine.inputs import prepared
+from megatron_mdm.engine.inputs import length_multiple, prepared
 from megatron_mdm.engine.optimizer import PlainClipping, adamw, norm_of_step, scaled_unless_faulty
 from megatron_mdm.engine.optimizer_state import OptimizerState
 from megatron_mdm.models.attention import Visibility
@@ -48,7 +48,7 @@ class PipeEngine:
         self.context = context
         self.layout = context.layout
         self.model = config.model
-        self.sequence_multiple = config.parallel.tensor if config.parallel.sequence else 1
+        self.sequence_multiple = length_multiple(config)
         self.pack = config.batch.mode == "packed"
         seed = None if load else config.seed
         module = _Stage(config, context, self._score, seed)

@@ -13,7 +13,7 @@ from megatron_mdm.config.schema import RunConfig
 from megatron_mdm.engine.base import Load, TrainOutput
 from megatron_mdm.engine.clock import PhaseClock
 from megatron_mdm.engine.deepspeed_config import deepspeed_config
-from megatron_mdm.engine.inputs import prepared
+from megatron_mdm.engine.inputs import length_multiple, prepared
 from megatron_mdm.engine.optimizer import PlainClipping, adamw, norm_of_step, scaled_unless_faulty
 from megatron_mdm.engine.optimizer_state import OptimizerState
 from megatron_mdm.models.layers import build_model
@@ -29,7 +29,7 @@ class ZeroEngine:
         """load: fills the model, before the optimizer takes its master weights from it."""
         self.context = context
         self.clock = PhaseClock()
-        self.sequence_multiple = config.parallel.tensor if config.parallel.sequence else 1
+        self.sequence_multiple = length_multiple(config)
         self.pack = config.batch.mode == "packed"
         model = build_model(config.model, config.parallel, context, None if load else config.seed)
         if load:

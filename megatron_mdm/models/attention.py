@@ -85,6 +85,12 @@ class CoreAttention(MegatronModule):
         key = rotate(key, rotation, heads_first)
         if visible.window is not None:
             key, value = visible.window.cache.write(self.layer_number, visible.window.positions, key, value)
+        return self._attend(query, key, value, visible)
+
+    @torch.compiler.disable
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, visible: Visibility) -> Tensor:
+        """Turned queries and keys → contexts. Not compiled: the kernels are fused by themselves, and what is visible is
+        another thing in every micro-batch."""
         execute = executor(visible.kind, query.device.type, query.dtype)
         inputs = query, key, value, visible, self.softmax_scale
         if self.recompute and torch.is_grad_enabled():

@@ -23,6 +23,7 @@ from megatron_mdm.batch import ModelInputs, RowStatistics
 from megatron_mdm.config.schema import ModelConfig, ParallelConfig
 from megatron_mdm.models.attention import AttentionInputs, Visibility
 from megatron_mdm.models.cache import Window
+from megatron_mdm.models.compiled import compiled
 from megatron_mdm.models.cross_entropy import weighted_cross_entropy
 from megatron_mdm.models.extensions import extensions_of
 from megatron_mdm.models.initialize import initialize_weights
@@ -31,7 +32,13 @@ from megatron_mdm.models.norms import RMSNorm
 from megatron_mdm.models.parameters import EMBEDDING, FINAL_NORM, OUTPUT, layer_prefix, padded_vocab_size
 from megatron_mdm.models.rotary import Rotation, angles_at
 from megatron_mdm.models.sharding import mark_shards
-from megatron_mdm.models.spec import FUSED_NORMS, LAYER_SPECS, resolve_kernels, transformer_config
+from megatron_mdm.models.spec import (
+    FUSED_NORMS,
+    LAYER_SPECS,
+    resolve_kernels,
+    transformer_config,
+    use_kernels_for_any_length,
+)
 from megatron_mdm.parallel.groups import ParallelContext
 
 
@@ -73,6 +80,7 @@ class Block(Layer):
         )
         self.index = index
         self.recompute = parallel.recompute == "full" and index % parallel.recompute_interval == 0
+        self.training_layer = compiled(self._layer) if model.compile else self._layer
         _attach_extensions(self, index + 1, model, config)
 
     def table_name(self, own: str) -> str:
@@ -81,10 +89,11 @@ class Block(Layer):
 
     def forward(self, hidden: Tensor, visible: Visibility) -> Tensor:
         """hidden as Embed gives it → the same."""
+        layer = self.training_layer if self.training else self._layer  # decoding's lengths would be compiled for ever
         if self.recompute and torch.is_grad_enabled():
             # There is no dropout, so no random state has to be kept.
-            return checkpoint(self._layer, hidden, visible, use_reentrant=False, preserve_rng_state=False)
-        return self._layer(hidden, visible)
+            return checkpoint(layer, hidden, visible, use_reentrant=False, preserve_rng_state=False)
+        return layer(hidden, visible)
 
     def _layer(self, hidden: Tensor, visible: Visibility) -> Tensor:
         if visible.positions is None:
@@ -202,6 +211,7 @@ def layer_builders(
     model: ModelConfig, parallel: ParallelConfig, group: torch.distributed.ProcessGroup
 ) -> list[partial[Any]]:
     """One constructor per layer, so that a pipeline rank builds only its own."""
+    use_kernels_for_any_length()
     config = transformer_config(model, parallel)
     return [
         partial(Embed, model, config),

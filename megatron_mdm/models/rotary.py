@@ -36,6 +36,9 @@ def angles_at(positions: Tensor, frequencies: Tensor) -> Tensor:
 def rotate(x: Tensor, rotation: Rotation, heads_first: bool) -> Tensor:
     """x [S, B, heads, D] → the same, turned. heads_first: in memory the result is [B, heads, S, D], which products over
     positions read fastest."""
+    if torch.compiler.is_compiling():  # what fuses the chain, and chooses the memory's order itself
+        first, second = x.chunk(2, dim=-1)
+        return x * rotation.cosine + torch.cat([second, first], dim=-1) * rotation.signed_sine
     return _Rotate.apply(x, rotation.cosine, rotation.signed_sine, heads_first)
 
 

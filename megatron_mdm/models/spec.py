@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from functools import partial
 
+import torch
 import torch.nn.functional as F
 from megatron.core.models.gpt.gpt_layer_specs import (
     HAVE_TE,
@@ -87,6 +88,12 @@ FUSED_NORMS = {  # of a layer's norms: Transformer Engine's names, in the linear
     "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
     "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
 }
+
+
+def use_kernels_for_any_length() -> None:
+    """Keep cuDNN out of torch's choice of attention kernels: it makes a plan for every new shape, which takes longer
+    than attention itself, and the lengths of micro-batches vary. launch/gpu_check.sh (`shapes`) measures both."""
+    torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 def resolve_kernels(model: ModelConfig) -> str:

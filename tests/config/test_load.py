@@ -172,6 +172,7 @@ def test_bad_overrides(tmp_path: Path, override: str, message: str) -> None:
         ("evaluation.patience=2", "needs 'evaluation.every'"),
         ("checkpoint.keep_best=true", "set 'evaluation.every'"),
         ("model.head_dim=7", "must be even for rotary positions"),
+        ("model.compile=true", "needs 'batch.mode' packed and 'batch.micro_tokens'"),
         ("model.fp8=true", "'model.fp8' is not built yet .* train in 'precision.dtype' bf16"),
         ("model.attention=causal", "is for 'objective.name' autoregressive"),
         ("diffusion.calibration.refit_every=5", "needs 'diffusion.t_sampler' ppots"),
@@ -199,6 +200,17 @@ def test_fp32_gradients_need_zero_and_no_pipeline(tmp_path: Path) -> None:
     for parallel, message in (({"zero": 0}, "needs 'parallel.zero'"), ({"pipeline": 2}, "cannot be combined with")):
         with pytest.raises(UserError, match=message):
             check_run(small_config(tmp_path, precision=precision, parallel=parallel), 4)
+
+
+def test_blocks_are_compiled_for_one_length_and_without_zero_3(tmp_path: Path) -> None:
+    batch = {"mode": "packed", "micro_tokens": 128}
+    check_run(small_config(tmp_path, model={"compile": True}, batch=batch), 4)
+    for sections, message in (
+        ({"parallel": {"zero": 3}}, "cannot be combined with 'parallel.zero' 3"),
+        ({"model": {"compile": True, "kernels": "transformer_engine"}}, "'model.compile' is for torch's kernels"),
+    ):
+        with pytest.raises(UserError, match=message):
+            check_run(small_config(tmp_path, **{"model": {"compile": True}, "batch": batch, **sections}), 4)
 
 
 def test_what_just_fits_is_allowed(tmp_path: Path) -> None:
