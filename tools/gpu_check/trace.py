@@ -53,7 +53,7 @@ def check(setting: Setting) -> Outcome:
     spans = [
         (event.start_ns(), event.start_ns() + event.duration_ns())
         for event in events
-        if event.device_type() == torch.autograd.DeviceType.CUDA
+        if event.device_type() == torch.autograd.DeviceType.CUDA and not event.is_user_annotation()
     ]
     calls = Counter(event.name() for event in events if event.name() in SYNCHRONISING)
     gaps = gaps_between(spans)
