@@ -16,7 +16,7 @@ from tools.gpu_check.outcome import Outcome, Setting
 
 PROGRAM = "tools/gpu_check/__main__.py"
 ELSEWHERE = {"watchdog"}  # tests/parallel/test_watchdog.py; it starts a process that imports all
-GPU_ONLY = {"shapes", "trace"}
+GPU_ONLY = {"compiled", "shapes", "trace"}
 
 
 def run_checks(folder: Path) -> dict[str, Outcome]:

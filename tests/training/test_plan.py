@@ -35,6 +35,7 @@ def test_the_configurations_to_start_from_fit(path: Path, nodes: int, cluster: s
     plan = planned(path, nodes=nodes, cluster=cluster)
     assert plan.is_feasible, plan.obstacle
     assert plan.layout.world_size == 8 * nodes
+    assert plan.config.batch.mode == "packed"
     assert 0 < plan.mfu < plan.cluster.efficiency
 
 
@@ -152,7 +153,7 @@ def test_program(tmp_path: Path) -> None:
     (refused,) = run_program_ranks(str(ROOT / "tools/plan.py"), [*arguments, "parallel.zero=0", "parallel.tensor=1"])
     assert refused.exit_code == 1
     assert "'parallel.sequence'" in refused.stderr
-    (too_much,) = run_program_ranks(str(ROOT / "tools/plan.py"), [*arguments, "batch.micro_size=8"])
+    (too_much,) = run_program_ranks(str(ROOT / "tools/plan.py"), [*arguments, "batch.micro_tokens=65536"])
     assert too_much.exit_code == 2
     assert "DOES NOT FIT" in too_much.stdout
 

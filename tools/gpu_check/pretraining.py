@@ -32,8 +32,10 @@ _QUICK = (
 class Pretraining:
     """One rank's engine, and a trainer by method on it."""
 
-    def __init__(self, name: str, setting: Setting) -> None:
-        self.config = configuration(name, setting)
+    def __init__(self, name: str, setting: Setting, compile_blocks: bool = False) -> None:
+        config = configuration(name, setting)
+        model = config.model.model_copy(update={"compile": compile_blocks})
+        self.config = config.model_copy(update={"model": model})
         self.context: ParallelContext = initialize(self.config.parallel)
         self.engine: Engine = build_engine(self.config, self.context, draw_weights)
         self.data = samples(self.config)
