@@ -14,7 +14,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import FrameType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from megatron_mdm.parallel import platform
 
@@ -36,16 +36,16 @@ class Report(NamedTuple):
     state: str = ""  # "silent": it did not answer; "ended": its program is over
 
 
-def report_of(frame: FrameType | None, place: str) -> Report:
-    """The report of this process, by its main thread's innermost frame."""
+def report_of(frame: FrameType | None, place: str, record: Mapping[str, Any]) -> Report:
+    """The report of this process, by its main thread's innermost frame. record: platform.flight_record()."""
     stack = []
     while frame is not None:
         stack.append((frame.f_code.co_filename, frame.f_lineno, frame.f_code.co_name))
         frame = frame.f_back
-    return Report(platform.host(), place, _innermost_own(stack), _collective(stack))
+    return Report(platform.host(), place, _innermost_own(stack), _collective(stack, record))
 
 
-def _collective(stack: list[tuple[str, int, str]]) -> str:
+def _collective(stack: list[tuple[str, int, str]], record: Mapping[str, Any]) -> str:
     """The function of torch.distributed in which the stack, innermost first, ends; else the operation whose handle, or
     on CUDA whose device, it waits for."""
     found = ""
@@ -56,7 +56,7 @@ def _collective(stack: list[tuple[str, int, str]]) -> str:
             found = function
     waits = stack and ".wait(" in linecache.getline(stack[0][0], stack[0][1]) and "threading" not in stack[0][0]
     if not found and (waits or platform.is_cuda()):
-        unfinished = [entry for entry in platform.flight_record().get("entries", []) if not entry["retired"]]
+        unfinished = [entry for entry in record.get("entries", []) if not entry["retired"]]
         found = unfinished[0]["profiling_name"].rpartition(":")[2] if unfinished else ""
     return found
 

@@ -4,10 +4,14 @@ Every rank has a thread that counts the job's heartbeats (heartbeat.py) in the j
 any rank for the limit, each writes its stacks, tells the store where it is, one of them prints a line for all, and all
 end with an exit code after which a launcher may try again. A rank whose process is stopped or whose host is gone is
 known by its silence.
+
+What may raise or block meanwhile (a library's flight recorder, a disk, a terminal, the store) loses its part of the
+report, and never keeps the process.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import queue
 import sys
@@ -29,21 +33,24 @@ from megatron_mdm.parallel.heartbeat import pulse
 HANGS = "hangs"
 _EXIT_CODE = 70  # as of any crash that another try may cure: see program.py
 _LONGEST_PERIOD = 10.0  # seconds between two looks
-_SECONDS_TO_WRITE = 5.0  # at most: a disk or a terminal may be what hangs
+_SECONDS_TO_WRITE = 5.0  # at most, the looking included: a recorder, a disk or a terminal may be what hangs
 _SECONDS_TO_ANSWER = 2.0  # of the store, at least
 _SECONDS_TO_HEAR = 1.0  # that the line is printed
+_SECONDS_AT_MOST = 60.0  # beyond the sum of all that may take time
 _watchdog: Watchdog | None = None
 
 
-def watch(folder: Path, minutes: float, context: ParallelContext) -> None:
+def watch(
+    folder: Path, minutes: float, context: ParallelContext, record: Callable[[], Any] = platform.flight_record
+) -> None:
     """Start this rank's watchdog. Collective. minutes without any rank's heartbeat end the job; 0: none is started.
 
-    What the ranks were doing is left in folder/hangs.
+    What the ranks were doing is left in folder/hangs. record: gives the last collectives; it may raise, or not return.
     """
     global _watchdog
     unwatch()
     if minutes:
-        _watchdog = Watchdog(folder / HANGS, 60.0 * minutes, context)
+        _watchdog = Watchdog(folder / HANGS, 60.0 * minutes, context, record)
         _watchdog.start()
 
 
@@ -64,10 +71,11 @@ def wait_if_hanging() -> None:
 class Watchdog(threading.Thread):
     """This rank's thread that ends a hanging job. Times in seconds."""
 
-    def __init__(self, folder: Path, limit: float, context: ParallelContext) -> None:
+    def __init__(self, folder: Path, limit: float, context: ParallelContext, record: Callable[[], Any]) -> None:
         super().__init__(name="watchdog", daemon=True)
         self.folder = folder
         self.limit = limit
+        self.record = record
         self.rank = context.rank
         self.size = context.layout.world_size
         self.seconds_to_write = min(limit, _SECONDS_TO_WRITE)
@@ -75,6 +83,7 @@ class Watchdog(threading.Thread):
         self.board = Board(max(limit / 10, _SECONDS_TO_ANSWER))
         self.board.ask(lambda store: store.set(f"host/{self.rank}", platform.host()))
         self.is_ending = False
+        self.has_written = False
         self._stop_asked = threading.Event()
 
     def run(self) -> None:
@@ -107,26 +116,49 @@ class Watchdog(threading.Thread):
         return self.board.ask(lambda store: (store.check(["hangs"]), store.add("beats", moved)))
 
     def _end(self) -> None:
-        """Report, wait for the others' reports, let one of all print the line, and leave."""
-        frame = sys._current_frames().get(threading.main_thread().ident or 0)
-        report = report_of(frame, pulse().place)
+        """Report, and leave, whatever becomes of the report."""
+        patience = 2 * self.period + self.seconds_to_write + _SECONDS_TO_ANSWER
+        last = threading.Timer(self.seconds_to_write + 2 * patience + _SECONDS_AT_MOST, os._exit, (_EXIT_CODE,))
+        last.daemon = True
+        last.start()
+        try:
+            self._tell(patience)
+        except Exception as error:
+            self._say(f"rank {self.rank}: {self._since(pulse().place)}; its report failed: {error!r}")
+        finally:
+            os._exit(_EXIT_CODE)
+
+    def _tell(self, patience: float) -> None:
+        """Report, wait for the others' reports, and let one of all print the line."""
         self.board.ask(lambda store: store.set("hangs", ""))
-        _within(self.seconds_to_write, lambda: self._write(report))
+        report = self._look()
         self.board.ask(lambda store: store.set(f"report/{self.rank}", encode(report)))
         names = [f"report/{rank}" for rank in range(self.size)]
-        patience = 2 * self.period + self.seconds_to_write + _SECONDS_TO_ANSWER
         self._until(lambda store: store.check(names) or store.check(["told"]), patience)
         if self.board.is_lost:
             self._say(f"rank {self.rank}: {self._since(report.place)}: it {_doing(report)}; {self.board.lost}")
         elif self.board.ask(lambda store: store.add("speakers", 1)) == 1:
             reports = {rank: self._answer_of(rank) for rank in range(self.size)}
-            self._say(f"{self._since(place_of(reports))}: {describe(reports)}; stacks: {self.folder}")
+            where = self.folder if self.has_written else f"they cannot be written to {self.folder}"
+            self._say(f"{self._since(place_of(reports))}: {describe(reports)}; stacks: {where}")
             self.board.ask(lambda store: store.set("told", ""))
         else:
             self._until(lambda store: store.check(["told"]), patience)
         if self.rank == 0:  # it may be the store's host
             time.sleep(_SECONDS_TO_HEAR)
-        os._exit(_EXIT_CODE)
+
+    def _look(self) -> Report:
+        """What this rank is doing, which is also written down. The recorder takes half of the time at most, the report
+        half of what is left."""
+        deadline = time.monotonic() + self.seconds_to_write
+        place = pulse().place
+        frame = sys._current_frames().get(threading.main_thread().ident or 0)
+        record = _within(self.seconds_to_write / 2, self.record) or {}
+        left = (deadline - time.monotonic()) / 2
+        unknown = Report(platform.host(), place, where="an unknown place")
+        report = _within(left, lambda: report_of(frame, place, record)) or unknown
+        _within(deadline - time.monotonic(), lambda: self._write(report, record))
+        return report
 
     def _since(self, place: str) -> str:
         limit = self.limit + pulse().extra_seconds
@@ -147,14 +179,14 @@ class Watchdog(threading.Thread):
         while not self.board.ask(question) and not self.board.is_lost and time.monotonic() < deadline:
             time.sleep(0.1)
 
-    def _write(self, report: Report) -> None:
-        """This rank's stacks and, where the libraries keep them, its last collectives."""
+    def _write(self, report: Report, record: Any) -> None:
+        """This rank's stacks and, where the libraries keep them, its last collectives (record)."""
         self.folder.mkdir(parents=True, exist_ok=True)
         name = f"rank-{self.rank:03d}"
         head = f"{time.strftime('%Y-%m-%d %H:%M:%S')} rank {self.rank}, host {report.host}, process {os.getpid()}: "
         text = f"{head}{self._since(report.place)}; it {_doing(report)}\n\n{stacks()}"
         (self.folder / f"{name}.txt").write_text(text, encoding="utf-8")
-        record = platform.flight_record()
+        self.has_written = True
         if record:
             write_json(self.folder / f"{name}.collectives.json", record)
 
@@ -215,8 +247,18 @@ def _doing(report: Report) -> str:
     return f"waits in {report.collective} ({report.where})" if report.collective else f"is in {report.where}"
 
 
-def _within(seconds: float, action: Callable[[], Any]) -> None:
-    """Do the action, but wait for it no longer than this."""
-    thread = threading.Thread(target=action, daemon=True)
-    thread.start()
-    thread.join(seconds)
+def _within(seconds: float, action: Callable[[], Any]) -> Any:
+    """What the action gives; None where it raises, or takes longer than this."""
+    answer: queue.SimpleQueue[Any] = queue.SimpleQueue()
+
+    def act() -> None:
+        result = None
+        with contextlib.suppress(Exception):
+            result = action()
+        answer.put(result)
+
+    threading.Thread(target=act, daemon=True).start()
+    try:
+        return answer.get(timeout=max(0.0, seconds))
+    except queue.Empty:
+        return None

@@ -168,6 +168,38 @@ def test_slow_run_goes_on(tmp_path: Path) -> None:
     assert not (tmp_path / "run/hangs").exists()
 
 
+# A rank that hangs, with a recorder of collectives that fails.
+RECORDERS = """
+import sys, time
+from pathlib import Path
+from megatron_mdm.parallel.groups import initialize
+from megatron_mdm.parallel.watchdog import watch
+
+def raises():
+    raise RuntimeError("no record")
+
+def blocks():
+    time.sleep(1000)
+
+watch(Path(sys.argv[1]), 2.0 / 60, initialize(), {"raises": raises, "blocks": blocks}[sys.argv[2]])
+time.sleep(1000)
+"""
+
+
+def test_a_recorder_that_fails_does_not_keep_the_process(tmp_path: Path) -> None:
+    program = tmp_path / "program.py"
+    program.write_text(RECORDERS, encoding="utf-8")
+    jobs = {fault: ProgramRanks(str(program), [str(tmp_path / fault), fault]) for fault in ("raises", "blocks")}
+    for fault, ranks in jobs.items():
+        ranks.processes[0].join(SECONDS)
+        assert ranks.processes[0].exitcode == CRASHED, fault
+        (result,) = ranks.wait()
+        line = message([result])
+        assert f"no progress for 2 s at start: rank 0 (host {HOST}) is in program.py:14 <module>; stacks: " in line
+        (written,) = (tmp_path / fault / "hangs").iterdir()
+        assert "time.sleep(1000)" in written.read_text(encoding="utf-8")
+
+
 def report(collective: str = "", where: str = "f.py:1 f", host: str = "a", state: str = "") -> Report:
     return Report(host, "step 17", where, collective, state)
 
