@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import mmap
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 PAGE = mmap.PAGESIZE
@@ -12,16 +14,15 @@ _BUFFER_BYTES = 16 * 1024 * 1024  # a multiple of every device's block size
 _DIRECT = getattr(os, "O_DIRECT", 0)  # Linux only
 
 
-def write_memory(path: Path, data: memoryview) -> None:
-    """A new file with these bytes, which begin at a page. It is on the disk when this returns. Raises OSError."""
+def write_memory(path: Path, parts: Iterable[memoryview]) -> None:
+    """A new file with the bytes of all parts. It is on the disk when this returns. Raises OSError.
+
+    Parts begin at a page, and all but the last are of whole pages; others are written through the page cache.
+    """
     descriptor = _open(path)
     try:
-        start = 0
-        while start < len(data):
-            part = data[start : start + _BUFFER_BYTES]
-            if start % PAGE or len(part) % PAGE:  # the last part, or what the disk has cut inside a block
-                _through_the_cache(descriptor)
-            start += os.write(descriptor, part)
+        for data in parts:
+            _write(descriptor, data)
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
@@ -63,6 +64,20 @@ class DirectWriter:
         self.filled = 0
 
 
+def _write(descriptor: int, data: memoryview) -> None:
+    start = 0
+    while start < len(data):
+        part = data[start : start + _BUFFER_BYTES]
+        if start % PAGE or len(part) % PAGE:  # the last part, or what the disk has cut inside a block
+            _through_the_cache(descriptor)
+        try:
+            start += os.write(descriptor, part)
+        except OSError as error:
+            if error.errno != errno.EINVAL or not _is_direct(descriptor):
+                raise
+            _through_the_cache(descriptor)  # the memory does not begin where the disk wants it
+
+
 def _open(path: Path) -> int:
     """Open a new file for direct writes, or, where the file system takes none, for writes through the cache."""
     flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
@@ -70,6 +85,10 @@ def _open(path: Path) -> int:
         return os.open(path, flags | _DIRECT, 0o644)
     except OSError:  # not there, or only not directly: the second attempt tells
         return os.open(path, flags, 0o644)
+
+
+def _is_direct(descriptor: int) -> bool:
+    return bool(fcntl.fcntl(descriptor, fcntl.F_GETFL) & _DIRECT)
 
 
 def _through_the_cache(descriptor: int) -> None:

@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,14 +18,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from megatron_mdm.checkpoint.direct_writer import PAGE, write_memory
+from megatron_mdm.checkpoint.direct_writer import write_memory
 from megatron_mdm.checkpoint.lazy_tensors import Flat, LazyTensor, cut, merge, read, with_padding, with_rows
 from megatron_mdm.checkpoint.manifest import FORMAT, TENSORS, format_of
+from megatron_mdm.checkpoint.pieces import Pieces
 from megatron_mdm.checkpoint.safetensors_file import METADATA, SafetensorsFile, StoredTensor, header_bytes
 from megatron_mdm.config.errors import UserError
 from megatron_mdm.config.schema import ModelConfig
 from megatron_mdm.models.parameters import Parameter, parameter_table
-from megatron_mdm.parallel import platform
 from megatron_mdm.parallel.groups import ParallelContext
 from megatron_mdm.parallel.heartbeat import beat
 
@@ -49,8 +49,7 @@ class Snapshot:
 
     def __init__(self, context: ParallelContext) -> None:
         self.context = context
-        self.length = 0
-        self.memory = torch.empty(0, dtype=torch.uint8)
+        self.memory = Pieces()
 
     def take(self, fragments: Iterable[Fragment]) -> None:
         """Copy what this rank is to write. The only part of a save that training waits for."""
@@ -60,24 +59,23 @@ class Snapshot:
         tensors = {_key(f): (f.values.dtype, shapes[_key(f)]) for f in mine}
         metadata = {**METADATA, FRAGMENTS: json.dumps(places)} if places else METADATA
         header = header_bytes(tensors, metadata)
-        self._hold(len(header) + sum(fragment.values.nbytes for fragment in mine))
-        self.memory[: len(header)] = torch.frombuffer(bytearray(header), dtype=torch.uint8)
+        self.memory.hold(len(header) + sum(fragment.values.nbytes for fragment in mine))
+        self.memory.write(0, torch.frombuffer(bytearray(header), dtype=torch.uint8))
         position = len(header)
         for fragment in mine:
-            stop = position + fragment.values.nbytes
-            self.memory[position:stop].view(fragment.values.dtype).copy_(fragment.values)
-            position = stop
+            self.memory.write(position, fragment.values)
+            position += fragment.values.nbytes
 
     def write(self, folder: Path) -> tuple[str, dict[str, Any]]:
         """(name, manifest entry) of the file, which is on the disk. Raises OSError."""
         folder.mkdir(parents=True, exist_ok=True)
         context = self.context
         name = file_name(context.pipeline_rank, context.tensor_rank, context.layout.tensor, context.data_rank)
-        content = self.memory[: self.length].numpy().data
+        content = list(self.memory.parts())
         with ThreadPoolExecutor(1) as hasher:
-            digest = hasher.submit(lambda: hashlib.sha256(content).hexdigest())
+            digest = hasher.submit(_sha256, content)
             write_memory(folder / name, content)
-            return name, {"bytes": self.length, "sha256": digest.result()}
+            return name, {"bytes": self.memory.length, "sha256": digest.result()}
 
     def _share(self, fragments: Iterable[Fragment]) -> Iterable[Fragment]:
         """The fragments that this rank writes: an equal part of what all data-parallel ranks hold alike."""
@@ -92,12 +90,12 @@ class Snapshot:
             if fragment.values.numel():
                 yield fragment
 
-    def _hold(self, length: int) -> None:
-        """Make memory that begins at a page, as direct writes want it; pinned on CUDA, so that copies are fast."""
-        self.length = length
-        if length > len(self.memory):
-            memory = torch.empty(length + PAGE, dtype=torch.uint8, pin_memory=platform.is_cuda())
-            self.memory = memory[-memory.data_ptr() % PAGE :]
+
+def _sha256(content: Sequence[memoryview]) -> str:
+    digest = hashlib.sha256()
+    for part in content:
+        digest.update(part)
+    return digest.hexdigest()
 
 
 def _key(fragment: Fragment) -> str:

@@ -35,7 +35,7 @@ def test_large_files_are_on_the_disk_when_they_are_written(size: int, tmp_path: 
         writer.finish()
         assert disk.synced == {(tmp_path / "pieces").stat().st_ino: size}
         writer.close()
-        write_memory(tmp_path / "whole", memoryview(data))
+        write_memory(tmp_path / "whole", [memoryview(data)])
         assert disk.synced[(tmp_path / "whole").stat().st_ino] == size
 
 

@@ -145,7 +145,7 @@ def test_direct_writes(size: int, tmp_path: Path) -> None:
     memory = torch.empty(size + PAGE, dtype=torch.uint8)
     memory = memory[-memory.data_ptr() % PAGE :][:size]
     memory.copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8) if size else memory)
-    write_memory(tmp_path / "memory", memoryview(memory.numpy()))
+    write_memory(tmp_path / "memory", [memoryview(memory.numpy())])
     assert (tmp_path / "memory").read_bytes() == data
 
 
