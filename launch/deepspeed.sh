@@ -3,15 +3,26 @@
 #   HOSTFILE=hosts MASTER_ADDR=node0 bash launch/deepspeed.sh --config my.yaml parallel.tensor=8
 # HOSTFILE: lines "name slots=8"; without it, this node. RANKS_PER_NODE (the GPUs, or each host's slots), MASTER_ADDR,
 # MASTER_PORT (29400; without HOSTFILE any that is free), INTERFACE. The nodes need the same paths. A rank that dies ends
-# the job; resume with --resume.
+# the job; resume with --resume. Variables for torch, NCCL, CUDA, OpenMP, Hugging Face and this project go to all nodes.
 # SIGTERM and SIGUSR1 go to this node's ranks as SIGUSR1: all ranks save and end.
 set -uo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 activate_environment
 
+forward_variables() { # its launcher passes on NCCL's, paths and what a file names: this one, beside the user's own
+    variables=$(mktemp)
+    trap 'rm -f "$variables"' EXIT
+    {
+        env | grep -E '^(CUDA_DEVICE_|DS_|GLOO_|HF_|INTERFACE=|MDM_|OMP_|PYTORCH_|TORCH_)'
+        grep -hs = ~/.deepspeed_env .deepspeed_env
+    } >"$variables"
+    export DS_ENV_FILE="$variables"
+}
+
 launcher=(--no_local_rank)
 [ -n "${MASTER_ADDR:-}" ] && launcher+=(--master_addr "$MASTER_ADDR")
 if [ -n "${HOSTFILE:-}" ]; then
+    [ -n "${DS_ENV_FILE:-}" ] || forward_variables
     launcher+=(--hostfile "$HOSTFILE" --master_port "${MASTER_PORT:-29400}")
     [ -n "${RANKS_PER_NODE:-}" ] && launcher+=(--num_gpus "$RANKS_PER_NODE")
 else

@@ -1,18 +1,8 @@
 # shellcheck shell=bash
-# Sourced by the scripts beside it: defaults of threads and communication in one place, and the interpreter.
-# Whatever is set already wins. MDM_PYTHON names another interpreter to make .venv with.
+# Sourced by the scripts beside it: the interpreter, the GPUs, the children. MDM_PYTHON names another interpreter to make
+# .venv with. Defaults of threads and communication are megatron_mdm/parallel/defaults.py's: every rank sets its own.
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
-export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"  # ranks on one machine must not fight for its cores
-export NCCL_DEBUG="${NCCL_DEBUG:-WARN}"
-export TORCH_NCCL_ASYNC_ERROR_HANDLING="${TORCH_NCCL_ASYNC_ERROR_HANDLING:-1}"  # a rank whose peer is gone ends
-export TORCH_FR_BUFFER_SIZE="${TORCH_FR_BUFFER_SIZE:-2000}"                     # the last collectives of each rank …
-export TORCH_NCCL_DUMP_ON_TIMEOUT="${TORCH_NCCL_DUMP_ON_TIMEOUT:-1}"            # … are written where one hangs
-export CUDA_DEVICE_MAX_CONNECTIONS="${CUDA_DEVICE_MAX_CONNECTIONS:-1}"          # megatron-core's order of kernels
-export PYTORCH_CUDA_ALLOC_CONF="${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}"  # lengths vary
-if [ -n "${INTERFACE:-}" ]; then # the network between the nodes, as `ip link` names it; else the libraries guess
-    export NCCL_SOCKET_IFNAME="$INTERFACE" GLOO_SOCKET_IFNAME="$INTERFACE"
-fi
 
 activate_environment() { # the active environment, else .venv where there is one
     if [ -z "${VIRTUAL_ENV:-}" ] && [ -e "$root/.venv/bin/activate" ]; then

@@ -1,4 +1,8 @@
 """The programs: `mdm NAME …`, one file each. The files of launch/ and tools/ call the same code.
 
-Nothing is imported here: processes that a program starts import it again.
+Little is imported here: processes that a program starts import it again.
 """
+
+from megatron_mdm.parallel.defaults import set_defaults
+
+set_defaults()  # before a program imports torch

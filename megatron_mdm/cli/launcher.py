@@ -26,7 +26,7 @@ MISTAKES = (1, 2)  # a rank's exit codes where another try would end alike; 2: u
 
 def launch(options: list[str]) -> int:
     """Start ranks as torchrun would, with the same options. Returns the exit code."""
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # ranks on one machine must not fight for its cores
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # or torchrun says that it sets this
     os.environ.setdefault(LAUNCH_ID, uuid.uuid4().hex)
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     arguments = get_args_parser().parse_args(options)

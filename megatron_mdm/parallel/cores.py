@@ -52,6 +52,21 @@ def unfit_hosts(uses: Sequence[CoreUse]) -> dict[str, str]:
     return {host: reason for host, reason in reasons.items() if reason}
 
 
+def crowded_gpu_hosts(uses: Sequence[CoreUse]) -> list[str]:
+    """A line for each host on which ranks that compute on GPUs have fewer cores than they are: what starts their
+    kernels, reads their data and sends their messages waits. uses: of all ranks."""
+    lines = []
+    for host in dict.fromkeys(use.host for use in uses if not use.computes_on_them):
+        members = [use for use in uses if use.host == host]
+        cores = {core for use in members for core in use.cores}
+        if len(members) > len(cores):
+            lines.append(
+                f"{_sharing(len(members), host, len(cores))}, though they compute on GPUs: give each some (Slurm: "
+                "--exclusive, or --cpus-per-task for sbatch and srun)"
+            )
+    return lines
+
+
 def own_seconds(use: CoreUse) -> float:
     """Seconds of the work, less those that were waited for a core."""
     return use.seconds - (0.0 if math.isnan(use.waited) else use.waited)
@@ -63,7 +78,7 @@ def _reason(ranks: list[int], uses: Sequence[CoreUse]) -> str:
     computing = [rank for rank in ranks if uses[rank].computes_on_them]
     cores = {core for rank in computing for core in uses[rank].cores}
     if len(computing) > len(cores):
-        return f"{len(computing)} ranks on {host} share {len(cores)} core{'s' * (len(cores) != 1)}"
+        return _sharing(len(computing), host, len(cores))
     longest = max(ranks, key=lambda rank: _share(uses[rank]))
     if _share(uses[longest]) > _SHARE:
         return (
@@ -72,6 +87,10 @@ def _reason(ranks: list[int], uses: Sequence[CoreUse]) -> str:
     if any(math.isnan(uses[rank].waited) and uses[rank].load > 1 for rank in ranks):
         return f"the load of {host} is {uses[ranks[0]].load:.1f} processes a core"
     return ""
+
+
+def _sharing(num_ranks: int, host: str, num_cores: int) -> str:
+    return f"{num_ranks} ranks on {host} share {num_cores} core{'s' * (num_cores != 1)}"
 
 
 def _share(use: CoreUse) -> float:

@@ -17,6 +17,8 @@ from typing import Any
 import torch
 
 from megatron_mdm.parallel import environment
+from megatron_mdm.parallel.defaults import set_defaults
+from megatron_mdm.parallel.peaks import peak_of
 
 
 def quiet_libraries() -> None:
@@ -25,6 +27,7 @@ def quiet_libraries() -> None:
 
     Call before importing them. DEEPSPEED_LOG_LEVEL=info brings DeepSpeed's own log back.
     """
+    set_defaults()
     os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "error")
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
     # oneDNN keeps the last 1,024 shapes' bf16 products with their buffers: gigabytes, where lengths vary.
@@ -51,7 +54,6 @@ def communication_backend() -> str:
 
 def prepare() -> None:
     """Select this rank's device; on CPU, let megatron-core's hard-coded CUDA calls find the CPU."""
-    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")  # collectives that the flight recorder keeps
     if is_cuda():
         torch.cuda.set_device(device())
     else:
@@ -83,8 +85,6 @@ def peak_memory_bytes() -> int:
         return next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM:"))
 
 
-# Dense bf16 matrix products per second, as data sheets give them.
-_PEAKS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12}
 _GEMM_SHAPE = (512, 512, 1024)
 _GEMM_REPEATS = 5
 
@@ -93,9 +93,11 @@ def peak_flops(dtype: torch.dtype) -> float:
     """FLOP/s that this rank could reach at most: on CUDA by the device's data sheet (0: not known), on CPU the best of
     a few matrix products. Ranks that share a machine measure at the same time."""
     if is_cuda():
-        name = torch.cuda.get_device_name(device())
-        peak = next((peak for key, peak in _PEAKS.items() if key in name), 0.0)
-        return peak / 2 if dtype == torch.float32 else peak
+        peak = peak_of(torch.cuda.get_device_name(device()))
+        if dtype != torch.float32:
+            return peak.half * 1e12
+        is_rounded = torch.get_float32_matmul_precision() != "highest"  # to TF32
+        return (peak.tf32 if is_rounded else peak.fp32) * 1e12
     rows, inner, columns = _GEMM_SHAPE
     left = torch.ones(rows, inner, dtype=dtype)
     right = torch.ones(inner, columns, dtype=dtype)
@@ -127,6 +129,16 @@ def ranks_on_host() -> int:
 def device_name() -> str:
     """The GPU's model; CPUs of one job may be of several."""
     return torch.cuda.get_device_name(device()) if is_cuda() else "cpu"
+
+
+def describe() -> str:
+    """The device of this rank and the library that connects it with others, for the first line of a log."""
+    if not is_cuda():
+        return f"cpu, {torch.get_num_threads()} threads a rank; torch {torch.__version__}, gloo"
+    index = device().index
+    memory = memory_bytes() / 2**30
+    built = f"torch {torch.__version__} for CUDA {torch.version.cuda}"
+    return f"cuda:{index} {device_name()}, {memory:.0f} GiB; {built}, NCCL"
 
 
 def synchronize() -> None:

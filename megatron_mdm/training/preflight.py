@@ -22,7 +22,7 @@ from megatron_mdm.config.schema import RunConfig
 from megatron_mdm.models.parameters import checkpoint_bytes
 from megatron_mdm.parallel import environment
 from megatron_mdm.parallel.collectives import gather_objects
-from megatron_mdm.parallel.cores import unfit_hosts
+from megatron_mdm.parallel.cores import crowded_gpu_hosts, unfit_hosts
 from megatron_mdm.parallel.groups import ParallelContext
 from megatron_mdm.parallel.self_test import NEIGHBOURS, Outcome, message_bytes, self_test, slow_ranks
 from megatron_mdm.training.inputs import package_folder, versions
@@ -47,7 +47,7 @@ def preflight(config: RunConfig, checkpoints: Path, context: ParallelContext) ->
     if not context.is_main:
         return
     seconds = time.monotonic() - began
-    for line in slow:
+    for line in (*crowded_gpu_hosts([outcome.cores for outcome in outcomes]), *slow):
         print(f"warning: {line}", file=sys.stderr)
     print("\n".join(f"preflight: {line}" for line in describe(outcomes, disk, seconds)), flush=True)
     values = json.dumps(config.model_dump(mode="json"), sort_keys=True)

@@ -146,10 +146,23 @@ def test_deepspeeds_launcher_is_told_which_gpus(variables: dict[str, str], place
     assert re.search(r"--master_port [1-9]\d+ ", result.stdout) or placed.startswith("error")
 
 
+def test_deepspeeds_launcher_passes_on_what_the_user_has_set(tmp_path: Path) -> None:
+    """To the other nodes it gives what a file names, and little else."""
+    write_programs(tmp_path, deepspeed='cat "$DS_ENV_FILE"')
+    set_by_user = {"INTERFACE": "eth1", "OMP_NUM_THREADS": "3", "PYTORCH_ALLOC_CONF": "backend:native"}
+    known = environment(PATH=f"{tmp_path}:{os.environ['PATH']}", HOSTFILE="hosts", HOME=str(tmp_path), **set_by_user)
+    (tmp_path / ".deepspeed_env").write_text("MINE=1", encoding="utf-8")
+    result = subprocess.run(["bash", "launch/deepspeed.sh"], env=known, capture_output=True, text=True, check=True)
+    assert {"MINE=1", *(f"{name}={value}" for name, value in set_by_user.items())} <= set(result.stdout.splitlines())
+    assert "CUDA_VISIBLE_DEVICES" not in result.stdout
+
+
 @pytest.mark.parametrize(("code", "queued"), [(143, True), (1, False)])
 def test_slurm_queues_again_what_another_start_may_cure(code: int, queued: bool, tmp_path: Path) -> None:
     """1: a mistake. Every start of the job has the same id and the same arguments."""
-    srun = f'echo "$MDM_LAUNCH_ID: ${{*: -2}}"; trap "exit {code}" USR1; sleep 0.3; kill -USR1 $PPID; sleep 0.3; exit 9'
+    srun = (
+        f'echo "$MDM_LAUNCH_ID: ${{*: -2}} $2"; trap "exit {code}" USR1; sleep 0.3; kill -USR1 $PPID; sleep 0.3; exit 9'
+    )
     write_programs(tmp_path, srun=srun, scontrol=SCONTROL)
     variables = environment(
         PATH=f"{tmp_path}:{os.environ['PATH']}",
@@ -158,12 +171,13 @@ def test_slurm_queues_again_what_another_start_may_cure(code: int, queued: bool,
         SLURM_JOB_NUM_NODES="1",
         SLURM_JOB_NODELIST="node0",
         SLURM_RESTART_COUNT="1",
+        SLURM_CPUS_ON_NODE="96",
         SLURM_SUBMIT_DIR=os.getcwd(),
     )
     command = ["bash", "launch/slurm.sbatch", "--config", "a", "seed=1", "--overwrite"]
     result = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=60, check=False)
     assert result.returncode == code
-    assert result.stdout.startswith("slurm-cluster-17: seed=1 --overwrite\n")
+    assert result.stdout.startswith("slurm-cluster-17: seed=1 --overwrite --cpus-per-task=96\n")
     assert (tmp_path / "calls").exists() == queued
 
 
@@ -246,4 +260,4 @@ def test_slurm_saves_before_the_time_limit_and_goes_on_when_queued_again(undistu
 
 def test_slurm_is_told_to_signal_the_script_and_to_queue_again() -> None:
     options = re.findall(r"^#SBATCH (--\S+)", Path("launch/slurm.sbatch").read_text(encoding="utf-8"), re.MULTILINE)
-    assert {"--signal=B:USR1@300", "--requeue", "--ntasks-per-node=1"} <= set(options)
+    assert {"--signal=B:USR1@300", "--requeue", "--ntasks-per-node=1", "--exclusive"} <= set(options)

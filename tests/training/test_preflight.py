@@ -14,7 +14,7 @@ from megatron_mdm.config.errors import UserError
 from megatron_mdm.config.load import dump_config
 from megatron_mdm.config.schema import ParallelConfig
 from megatron_mdm.models.parameters import checkpoint_bytes
-from megatron_mdm.parallel.cores import CoreUse
+from megatron_mdm.parallel.cores import CoreUse, crowded_gpu_hosts
 from megatron_mdm.parallel.self_test import Outcome
 from megatron_mdm.training.preflight import PREFLIGHT, describe, describe_slow
 from tests.ranks import run_program_ranks, run_ranks
@@ -130,6 +130,15 @@ def test_ranks_that_waited_for_a_core_are_not_compared() -> None:
     reason = "rank 3 on host2 waited for a core for 30% of its time: others use them"
     assert lines[-1] == f"slow ranks are not named: {reason}"
     assert describe_slow(outcomes(slow, even, [0.3] * 4)) == []
+
+
+def test_gpu_ranks_without_cores_are_warned_of() -> None:
+    """As under Slurm, where a task is given one core by default."""
+    uses = [CoreUse("a", [0], False, 0.1, 1.0, 0.0)] * 8 + [CoreUse("b", list(range(16)), False, 0.1, 1.0, 0.0)] * 8
+    (line,) = crowded_gpu_hosts(uses)
+    assert line.startswith("8 ranks on a share 1 core, though they compute on GPUs")
+    assert "--cpus-per-task" in line
+    assert crowded_gpu_hosts([CoreUse("a", [0], True, 0.1, 1.0, 0.0)] * 2) == []  # preflight says so in other words
 
 
 def test_changed_code_is_another_code(tmp_path: Path) -> None:
