@@ -18,12 +18,10 @@ from megatron_mdm.checkpoint.tensors import Snapshot
 from megatron_mdm.config.errors import UserError
 from megatron_mdm.config.files import sync, write_json
 from megatron_mdm.config.schema import CheckpointConfig
-from megatron_mdm.parallel.collectives import background_group, gather_objects
+from megatron_mdm.parallel.collectives import gather_objects
 from megatron_mdm.parallel.groups import ParallelContext
 
 if TYPE_CHECKING:
-    import torch.distributed as dist
-
     from megatron_mdm.engine.base import Engine  # brings DeepSpeed, which single-process tools do without
 
 STATE = "state.json"
@@ -44,7 +42,6 @@ class CheckpointStore:
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
         self._snapshot = Snapshot(context)
-        self._group: dist.ProcessGroup | None = None  # of the writing threads
 
     def save(self, step: int, engine: Engine, state: dict[str, Any]) -> None:
         """Begin a checkpoint, which finish() ends. Collective.
@@ -53,7 +50,6 @@ class CheckpointStore:
         change afterwards.
         """
         assert self._pending is None, "the checkpoint before is still being written"
-        self._group = self._group or background_group()
         self._snapshot.take(engine.optimizer_state.fragments())
         self._pending = self._writer.submit(self._write, step, state)
 
@@ -124,7 +120,7 @@ class CheckpointStore:
                 result = action()
         except OSError as error:
             fault = error.strerror or str(error)
-        outcomes: list[Any] = gather_objects((result, fault), self.context, self._group)
+        outcomes: list[Any] = gather_objects((result, fault), self.context, self.context.background)
         for rank, (_, fault) in enumerate(outcomes):
             if fault:
                 raise SaveError(f"{self.folder}: rank {rank} cannot write a checkpoint ({fault})")

@@ -58,7 +58,7 @@ def main() -> None:
     if context.is_main:
         for line in objective.warnings():
             print(f"warning: {line}", file=sys.stderr)
-        print(f"{description}\n{describe_data(data, config)}", flush=True)
+        print(f"device: {platform.describe()}\n{description}\n{describe_data(data, config)}", flush=True)
     watch(Path(config.checkpoint.directory), hang_minutes, context)
     summary = train_run(config, data, context, StartMode.agreed(resume, arguments.overwrite))
     if context.is_main:

@@ -15,6 +15,7 @@ from megatron_mdm.engine.deepspeed_config import subsection
 from megatron_mdm.models.cross_entropy import CHUNKS
 from megatron_mdm.models.kernel_memory import ELEMENT_BYTES, SAVED, Kernels
 from megatron_mdm.models.parameters import Held, padded_vocab_size
+from megatron_mdm.parallel.communicators import communicator_bytes
 from megatron_mdm.parallel.layout import Layout
 
 # bytes of a parameter's fp32 copy and of Adam's two moments
@@ -37,6 +38,7 @@ class RankMemory:
     logits: float  # of one chunk, with the gradients that the head takes from it
     workspace: float  # temporary tensors of a block's backward pass
     buffers: float  # communication: buckets, gathered parameters, a pipeline's messages
+    communicators: float  # NCCL's own buffers
     step: float  # copies that exist only while the optimizer steps
     host: float  # offloaded states
 
@@ -48,7 +50,7 @@ class RankMemory:
     def total(self) -> float:
         """The peak on the device. Logits and a block's temporary tensors do not exist at the same time."""
         passing = self.activations + max(self.logits, self.workspace)
-        return self.states + self.buffers + max(passing, self.step)
+        return self.states + self.buffers + self.communicators + max(passing, self.step)
 
 
 def longest_micro_batch(config: RunConfig) -> MicroBatchShape:
@@ -99,6 +101,9 @@ def rank_memory(
         workspace=saved.workspace(config, micro_batch) if stage.num_blocks else 0.0,
         buffers=_bucket(config, parameters.trained, kernels)
         + _buffers(config, layout, stage, parameters.total, micro_batch, in_flight),
+        communicators=communicator_bytes(layout, pipeline_rank, config.model.tie_embeddings)
+        if kernels == "cuda"
+        else 0.0,
         host=host,
     )
 

@@ -26,7 +26,7 @@ from megatron_mdm.models.attention import Visibility
 from megatron_mdm.models.costs import layer_costs
 from megatron_mdm.models.layers import Head, layer_builders, prepare_parameters
 from megatron_mdm.parallel import platform
-from megatron_mdm.parallel.groups import ParallelContext
+from megatron_mdm.parallel.groups import ParallelContext, group_of
 from megatron_mdm.parallel.heartbeat import beat
 from megatron_mdm.parallel.layout import partition
 
@@ -210,7 +210,7 @@ class _Stage(PipelineModule):
         for first in range(context.layout.stride("pipeline")):  # every rank takes part in making every group
             stages = context.layout.peers(first, "pipeline")
             ranks = [stages[0], stages[-1]]
-            group = dist.new_group(ranks)
+            group = group_of(ranks)
             if context.rank == ranks[0]:
                 self._tied.append((self._modules["0"].word_embeddings.weight, group))
             if context.rank == ranks[1]:

@@ -32,11 +32,6 @@ def gather_objects(value: object, context: ParallelContext, group: dist.ProcessG
     return gathered
 
 
-def background_group() -> dist.ProcessGroup:
-    """All ranks once more, for a thread that communicates while the main one does. Collective."""
-    return dist.new_group(backend="gloo")
-
-
 def largest(value: int) -> int:
     """The greatest of the ranks' values, on every rank."""
     tensor = torch.tensor(value, device=platform.device())
@@ -45,4 +40,4 @@ def largest(value: int) -> int:
 
 
 def barrier() -> None:
-    dist.barrier()
+    dist.barrier(device_ids=[platform.device().index] if platform.is_cuda() else None)

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
-import math
 import os
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 
+import torch
 import torch.distributed as dist
 
 from megatron_mdm.config.errors import UserError
 from megatron_mdm.config.schema import ParallelConfig
 from megatron_mdm.parallel import environment, platform
-from megatron_mdm.parallel.layout import Layout
+from megatron_mdm.parallel.gpus import check_gpus
+from megatron_mdm.parallel.layout import AXES, Layout
+from megatron_mdm.parallel.process_groups import ProcessGroups
+from megatron_mdm.parallel.single_rank import SINGLE
 
 _TIMEOUT_MINUTES = 30.0  # of a collective, and of the wait for other ranks to join the job
 _SECONDS_TO_SPEAK = 20.0  # of that wait, after which a line says who waits, and where
+_groups: ProcessGroups | None = None  # of the job that this process has joined
 
 
 class JoinError(Exception):
@@ -32,6 +36,7 @@ class ParallelContext:
     rank: int
     layout: Layout
     groups: Mapping[str, dist.ProcessGroup]  # by axis of the layout: the ranks that differ along it alone
+    background: dist.ProcessGroup  # all ranks, over gloo, for a thread that communicates while the main one does
 
     @property
     def tensor_group(self) -> dist.ProcessGroup:
@@ -91,33 +96,62 @@ def initialize(
     if agreement:
         check_agreement(agreement)
     layout = Layout.of(dist.get_world_size(), parallel or ParallelConfig())
-    return ParallelContext(dist.get_rank(), layout, _megatron_groups(layout, timeout_minutes))
+    rank = dist.get_rank()
+    groups = {}
+    for axis in AXES:
+        for peers in sorted({tuple(layout.peers(any_rank, axis)) for any_rank in range(layout.world_size)}):
+            group = group_of(peers)
+            if rank in peers:
+                groups[axis] = group
+    _set_megatron_state(layout, rank, groups)
+    return ParallelContext(rank, layout, groups, _job().background())
 
 
-def _megatron_groups(layout: Layout, timeout_minutes: float) -> dict[str, dist.ProcessGroup]:
-    """Set megatron-core's global state, which its layers read, and take the groups from it: nothing else reads it."""
+def group_of(ranks: Iterable[int]) -> dist.ProcessGroup:
+    """The group of these ranks, whoever has asked for it first. Collective over the job: see ProcessGroups.of."""
+    return _job().of(ranks)
+
+
+def _job() -> ProcessGroups:
+    assert _groups is not None, "this process has not joined a job"
+    return _groups
+
+
+def _set_megatron_state(layout: Layout, rank: int, groups: Mapping[str, dist.ProcessGroup]) -> None:
+    """Set megatron-core's global state, which its layers read, to our groups.
+
+    Its own initialize_model_parallel would make 65 groups for 8 ranks. What is left unset has no reader in the layers
+    that models/spec.py builds: their ProcessGroupCollection takes None for it.
+    """
     from megatron.core import parallel_state
 
+    assert layout.context == layout.expert == 1, layout
     if parallel_state.is_initialized():  # another layout in the same processes
         parallel_state.destroy_model_parallel()
-    parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=layout.tensor,
-        pipeline_model_parallel_size=layout.pipeline,
-        context_parallel_size=layout.context,
-        expert_model_parallel_size=layout.expert,
-        create_gloo_process_groups=False,
-        distributed_timeout_minutes=math.ceil(timeout_minutes),
-    )
-    groups = {
-        "tensor": parallel_state.get_tensor_model_parallel_group(),
-        "context": parallel_state.get_context_parallel_group(),
-        "expert": parallel_state.get_expert_model_parallel_group(),
-        "data": parallel_state.get_data_parallel_group(),
-        "pipeline": parallel_state.get_pipeline_model_parallel_group(),
+    tensor, data, pipeline = (groups[axis] for axis in ("tensor", "data", "pipeline"))
+    state: dict[str, object] = {
+        "_TENSOR_MODEL_PARALLEL_GROUP": tensor,
+        "_TENSOR_MODEL_PARALLEL_GLOBAL_RANKS": layout.peers(rank, "tensor"),
+        "_PIPELINE_MODEL_PARALLEL_GROUP": pipeline,
+        "_PIPELINE_GLOBAL_RANKS": layout.peers(rank, "pipeline"),
+        "_DATA_PARALLEL_GROUP": data,
+        "_DATA_PARALLEL_GROUP_WITH_CP": data,
+        "_INTRA_PARTIAL_DATA_PARALLEL_GROUP_WITH_CP": data,
+        "_DATA_PARALLEL_GLOBAL_RANKS": layout.peers(rank, "data"),
+        "_DATA_PARALLEL_GLOBAL_RANKS_WITH_CP": layout.peers(rank, "data"),
+        "_CONTEXT_PARALLEL_GROUP": groups["context"],
+        "_CONTEXT_PARALLEL_GLOBAL_RANKS": layout.peers(rank, "context"),
+        "_TENSOR_AND_CONTEXT_PARALLEL_GROUP": tensor,
+        "_EXPERT_MODEL_PARALLEL_GROUP": groups["expert"],
+        "_EXPERT_TENSOR_PARALLEL_GROUP": tensor,
+        "_EXPERT_TENSOR_AND_MODEL_PARALLEL_GROUP": tensor,
+        "_EXPERT_DATA_PARALLEL_GROUP": data,
+        "_INTRA_PARTIAL_EXPERT_DATA_PARALLEL_GROUP": data,
     }
-    for axis, group in groups.items():
-        assert dist.get_process_group_ranks(group) == layout.peers(dist.get_rank(), axis), axis
-    return groups
+    for name, value in state.items():
+        assert hasattr(parallel_state, name), f"megatron-core has no parallel_state.{name} any more"
+        setattr(parallel_state, name, value)
+    parallel_state._set_global_memory_buffer()
 
 
 def check_agreement(values: Mapping[str, object]) -> None:
@@ -135,9 +169,10 @@ def check_agreement(values: Mapping[str, object]) -> None:
 
 
 def join_job(timeout_minutes: float) -> None:
-    """torch.distributed over the ranks that the launcher started. Raises UserError, or JoinError."""
-    import deepspeed
-
+    """torch.distributed over the ranks that the launcher started, which DeepSpeed finds there. Raises UserError, or
+    JoinError."""
+    global _groups
+    check_gpus()
     platform.prepare()
     environment.check_rank()
     if not environment.is_rank():
@@ -145,23 +180,52 @@ def join_job(timeout_minutes: float) -> None:
         alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
         os.environ.update({**alone, "MASTER_PORT": _free_port()})
     if not dist.is_initialized():
-        timeout = timedelta(minutes=timeout_minutes)
-        if platform.is_cuda():  # of the groups that DeepSpeed makes, which would have 10 minutes
-            dist.distributed_c10d.default_pg_nccl_timeout = timeout
         waiting = threading.Timer(_SECONDS_TO_SPEAK, _say_that_it_waits, (timeout_minutes,))
         waiting.daemon = True
         waiting.start()
         try:
-            deepspeed.init_distributed(platform.communication_backend(), timeout=timeout, auto_mpi_discovery=False)
+            _meet(timedelta(minutes=timeout_minutes))
         except dist.DistError as error:
-            raise JoinError(_why_not_joined(str(error))) from None
+            raise JoinError(why_not_joined(error)) from None
         finally:
             waiting.cancel()
+    if _groups is None or _groups.world is not dist.group.WORLD:
+        _groups = ProcessGroups(timedelta(minutes=timeout_minutes))
+        _give_deepspeed(_groups)
 
 
-def _why_not_joined(reason: str) -> str:
+def _meet(timeout: timedelta) -> None:
+    """Let this rank and the others find each other.
+
+    No device is bound to the group: torch would then make a communicator for every group at once, used or not. Of all
+    ranks together it is made here, so that what NCCL finds amiss is said here.
+    """
+    alone = world_size_from_environment() == 1
+    dist.init_process_group(SINGLE if alone else platform.communication_backend(), timeout=timeout)
+    if platform.is_cuda():
+        dist.all_reduce(torch.zeros(1, device=platform.device()))
+        platform.synchronize()
+
+
+def _give_deepspeed(groups: ProcessGroups) -> None:
+    """DeepSpeed's pipelines ask for 15 groups on 8 ranks, most of which are there."""
+    import deepspeed
+
+    deepspeed.init_distributed(platform.communication_backend(), timeout=groups.timeout, auto_mpi_discovery=False)
+    deepspeed.comm.comm.cdb.new_group = groups.of
+
+
+def why_not_joined(error: dist.DistError) -> str:
+    """One line of what torch says; of what its backend says, all."""
+    reason = str(error)
     host = environment.variable("MASTER_ADDR")
     port = environment.number("MASTER_PORT", 0)
+    if isinstance(error, dist.DistBackendError):
+        whole = " ".join(reason.split())
+        return (
+            f"rank {rank_from_environment()} on {platform.host()} has found the other ranks, but the connection to "
+            f"them fails: {whole} (NCCL_DEBUG=INFO says more; INTERFACE names the network between nodes)"
+        )
     return environment.taken_port(reason, port) or (
         f"rank {rank_from_environment()} on {platform.host()} has not found the other ranks at {host}:{port} "
         f"(MASTER_ADDR, MASTER_PORT): {reason.splitlines()[0]}"
@@ -190,6 +254,8 @@ def has_joined() -> bool:
 
 def shut_down() -> None:
     """Leave the job in order."""
+    global _groups
+    _groups = None
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -19,7 +19,7 @@ class Cluster(Section):
     nodes: int = Field(default=1, gt=0)
     gpus_per_node: int = Field(default=8, gt=0)
     memory_gib: float = Field(gt=0)  # of one GPU, as nvidia-smi shows it
-    reserve_gib: float = Field(default=3.0, ge=0)  # CUDA context, NCCL's buffers, libraries' workspaces
+    reserve_gib: float = Field(default=2.0, ge=0)  # CUDA context, libraries' workspaces; NCCL's buffers are counted
     fragmentation: float = Field(default=0.05, ge=0, lt=1)  # share of the memory that the allocator cannot hand out
     host_memory_gib: float = Field(default=1024.0, gt=0)  # of one node, for offloaded states and copies of checkpoints
     host_gbytes_per_s: float = Field(default=20.0, gt=0)  # from a GPU to its host
