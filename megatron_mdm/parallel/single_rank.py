@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch._C._distributed_c10d import _create_work_from_future
+from torch._C._distributed_c10d import _create_work_from_future  # type: ignore[attr-defined]
 
 SINGLE = "single"  # the name of the backend
 _ProcessGroup: Any = dist.ProcessGroup  # its types are those of overloaded C++ functions
