@@ -5,6 +5,7 @@ The CUDA branches are written against the installed libraries and have not been 
 
 from __future__ import annotations
 
+import ctypes
 import json
 import logging
 import math
@@ -19,6 +20,10 @@ import torch
 from megatron_mdm.parallel import environment
 from megatron_mdm.parallel.defaults import set_defaults
 from megatron_mdm.parallel.peaks import peak_of
+
+_M_TRIM_THRESHOLD = -1  # malloc.h
+_M_MMAP_THRESHOLD = -3
+_KEPT_BYTES = 2**30
 
 
 def quiet_libraries() -> None:
@@ -57,12 +62,24 @@ def prepare() -> None:
     if is_cuda():
         torch.cuda.set_device(device())
     else:
+        _keep_freed_memory()
         # megatron-core allocates its communication buffers on torch.cuda.current_device().
         torch.cuda.current_device = lambda: torch.device("cpu")  # type: ignore[assignment,return-value]
         # DeepSpeed would compile a shared-memory all-reduce, which only its inference calls, at the first start.
         import deepspeed
 
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def _keep_freed_memory() -> None:
+    """Let glibc keep what is freed, up to a GiB, for the next large tensor: pages that are given back have to be
+    faulted in again, which took 13 % of a step at a vocabulary of 126,464. Other C libraries have no such setting."""
+    try:
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+    except (OSError, AttributeError):
+        return
+    for parameter in (_M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD):
+        mallopt(parameter, _KEPT_BYTES)
 
 
 def multiplies_bf16() -> bool:
