@@ -151,7 +151,8 @@ def device_name() -> str:
 def describe() -> str:
     """The device of this rank and the library that connects it with others, for the first line of a log."""
     if not is_cuda():
-        return f"cpu, {torch.get_num_threads()} threads a rank; torch {torch.__version__}, gloo"
+        threads = torch.get_num_threads()
+        return f"cpu, {threads} thread{'s' * (threads != 1)} a rank; torch {torch.__version__}, gloo"
     index = device().index
     memory = memory_bytes() / 2**30
     built = f"torch {torch.__version__} for CUDA {torch.version.cuda}"

@@ -12,6 +12,7 @@ import tempfile
 import time
 from pathlib import Path
 
+from megatron_mdm.parallel.defaults import set_defaults
 from tools.gpu_check import report
 from tools.gpu_check.checks import CHECKS
 from tools.gpu_check.runner import Record, run_check
@@ -20,6 +21,7 @@ SECONDS = 595.0  # for all of them
 
 
 def main() -> int:
+    set_defaults()  # which the checks' processes inherit
     arguments = parse()
     if arguments.device == "cuda":
         missing = missing_device()
