@@ -19,7 +19,7 @@ from megatron_mdm.parallel.progress import progress_bar
 
 NUM_WARM_UPS = 1
 _MEMORY_PREFIX = "memory: "
-_OF_THE_JOB = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+OF_THE_JOB = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16", "amx_tile")
 
 
@@ -67,7 +67,7 @@ def compare(
 def peak_memory(arguments: Sequence[str]) -> dict[str, float]:
     """What the benchmark `steps` reports from a process of its own, with arguments that make it call report_memory."""
     command = [sys.executable, "-m", "tools.benchmarks", "steps", *arguments]
-    environment = {name: value for name, value in os.environ.items() if name not in _OF_THE_JOB}  # it is its own job
+    environment = {name: value for name, value in os.environ.items() if name not in OF_THE_JOB}  # it is its own job
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     for line in result.stdout.splitlines():
         if line.startswith(_MEMORY_PREFIX):

@@ -6,6 +6,8 @@ import argparse
 import os
 from pathlib import Path
 
+from megatron_mdm.parallel.defaults import set_defaults
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
@@ -16,6 +18,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    set_defaults()
     from megatron_mdm.parallel import platform
 
     platform.quiet_libraries()

@@ -17,6 +17,7 @@ SIZE = (8192, 2048, 126_464)  # rows, width, vocabulary
 SMALL = (64, 16, 97)
 CHUNKS = (128, 512, 1024, 2048, 4096, 8192)  # rows
 SMALL_CHUNKS = (16, 64)
+INIT_STD = 0.02  # of a head's initial weights: model.init_std
 EXACT_ROWS = 256  # at a time in fp64
 OF_HEAD = "error of the head's gradient"
 OF_ROWS = "error of the rows' gradient"
@@ -49,7 +50,7 @@ class Inputs:
             return torch.randn(*shape, device=device, generator=generator)
 
         self.rows = normal(num_rows, width).bfloat16().requires_grad_()
-        self.head = (normal(vocabulary, width) / width**0.5).bfloat16().requires_grad_()
+        self.head = (INIT_STD * normal(vocabulary, width)).bfloat16().requires_grad_()
         self.labels = torch.randint(0, vocabulary, (num_rows,), device=device, generator=generator)
         self.weights = torch.rand(num_rows, device=device, generator=generator) / num_rows
 

@@ -15,6 +15,7 @@ from typing import Any
 
 from megatron_mdm.config.files import write_json
 from megatron_mdm.parallel import platform
+from tools.benchmarks.measure import OF_THE_JOB
 from tools.gpu_check.outcome import Outcome, Setting
 from tools.gpu_check.small_runs import begin, quickstart
 
@@ -56,7 +57,8 @@ def on_cpu(setting: Setting) -> list[tuple[float, float]]:
         run(setting.folder, setting.quick)
     else:
         command = [sys.executable, "-m", "tools.gpu_check.quickstart", str(setting.folder), str(int(setting.quick))]
-        subprocess.run(command, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""}, check=True)
+        own = {name: value for name, value in os.environ.items() if name not in OF_THE_JOB}  # it is a job of its own
+        subprocess.run(command, env={**own, "CUDA_VISIBLE_DEVICES": ""}, check=True)
     steps = json.loads((setting.folder / _CPU).read_text(encoding="utf-8"))
     return [(loss, norm) for loss, norm in steps]
 

@@ -25,7 +25,7 @@ def table(records: Sequence[Record]) -> str:
     for record in records:
         if record.figures:
             lines.append(f"{record.name}: {record.what}")
-            lines += [f"  {name:<58} {value}" for name, value in _leaves(record.figures)]
+            lines += [f"  {name:<64} {value}" for name, value in _leaves(record.figures)]
     counts = {
         verdict: sum(record.verdict == verdict for record in records) for verdict in ("passed", "failed", "skipped")
     }

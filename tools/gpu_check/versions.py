@@ -18,8 +18,9 @@ LIBRARIES = ("deepspeed", "megatron-core", "transformers", "triton", "transforme
 # what the code passes beside the first arguments: an absent one is a fault, but where the code does without (OPTIONAL)
 ARGUMENTS: dict[str, tuple[str, ...]] = {
     "torch.nn.functional.scaled_dot_product_attention": ("attn_mask", "is_causal", "scale", "enable_gqa"),
-    "torch.distributed.init_process_group": ("backend", "timeout", "device_id"),
-    "torch.distributed.new_group": ("ranks", "timeout", "backend"),
+    "torch.mm": ("out_dtype",),
+    "torch.distributed.init_process_group": ("backend", "timeout"),
+    "torch.distributed.new_group": ("ranks", "timeout", "backend", "use_local_synchronization"),
     "torch.optim.AdamW": ("lr", "betas", "eps", "weight_decay", "fused"),
 }
 OPTIONAL: dict[str, tuple[str, ...]] = {
@@ -47,6 +48,8 @@ def check(setting: Setting) -> Outcome:
         operator, overload = name.split(".")
         if not hasattr(getattr(torch.ops.aten, operator, None), overload):
             faults.append(f"torch has no operator aten::{name}")
+    if setting.device == "cuda" and not torch.distributed.is_nccl_available():
+        faults.append("torch is built without NCCL, by which several GPUs communicate")
     product = torch.ones(8, 8, device=setting.device) @ torch.ones(8, 8, device=setting.device)
     if not bool((product == 8).all()):
         faults.append(f"a product of ones on {setting.device} is wrong")
