@@ -3,7 +3,7 @@ statistics of rows."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, NamedTuple
 
@@ -92,12 +92,11 @@ class AttentionPattern:
         return _Widened(self, width)
 
     def to(self, device: torch.device, non_blocking: bool = True) -> AttentionPattern:
-        moved: dict[str, Any] = {
-            name: value.to(device, non_blocking=non_blocking)
-            for name, value in self.values().items()
-            if isinstance(value, Tensor | AttentionPattern)
-        }
-        return replace(self, **moved)
+        return self.mapped(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def mapped(self, function: Callable[[Tensor], Tensor]) -> AttentionPattern:
+        """The same of other tensors: function's of each that it was made of."""
+        return replace(self, **{name: _mapped(value, function) for name, value in self.values().items()})
 
     def values(self) -> dict[str, Any]:
         """What it was made of, by name."""
@@ -231,11 +230,31 @@ class LossWeights(NamedTuple):
     row: Tensor  # [V·B] float32: the global batch's loss is Σ over all its rows of row · (row's loss)
 
 
+class SegmentBounds(NamedTuple):
+    """Where the segments of a single row lie, as kernels want to be told. Made once for a micro-batch, on the host."""
+
+    starts: Tensor  # [K + 1] int32: each segment's first token, then the end of the last
+    sizes: tuple[int, ...]  # of each in tokens, on the host: no kernel waits for the device to know them
+
+    @classmethod
+    def of(cls, lengths: Tensor) -> SegmentBounds:
+        """lengths [K] int64."""
+        return cls(pad(lengths.cumsum(0), (1, 0)).to(torch.int32), tuple(lengths.tolist()))
+
+    @property
+    def longest(self) -> int:
+        return max(self.sizes)
+
+    def mapped(self, function: Callable[[Tensor], Tensor]) -> SegmentBounds:
+        return self._replace(starts=function(self.starts))
+
+
 class ModelInputs(NamedTuple):
     """A micro-batch for the model. R rows (samples × views) of length S.
 
     Packed (engine/inputs.py), its rows stand one after another in a single row of T tokens without padding; what is
-    scored stays by row.
+    scored stays by row. The last two fields are made on the host (engine/inputs.py), where they cost no waiting for a
+    device; inputs without them are completed where they are used.
     """
 
     tokens: Tensor  # [R, S] int64; packed: [1, T]
@@ -246,19 +265,30 @@ class ModelInputs(NamedTuple):
     row_weight: Tensor  # [R] float32: the total is Σ row_weight · (row's loss)
     positions: Tensor | None = None  # [R or 1, S] int64 (packed: T): rotary positions, where they are not the pattern's
     row_starts: Tensor | None = None  # [R] int64, of packed inputs only: where the rows begin among the T tokens
+    places: Tensor | None = None  # [N] int64: the selected positions' places along [S, R], ascending
+    segments: SegmentBounds | None = None  # of a single row of segments
 
     @property
     def is_packed(self) -> bool:
         return self.row_starts is not None
 
+    def selected_places(self) -> Tensor:
+        """places, where they are missing found anew (on a device, that waits for it)."""
+        if self.places is not None:
+            return self.places
+        return self.selected.t().reshape(-1).nonzero().squeeze(1)
+
     def to(self, device: torch.device) -> ModelInputs:
         """Asynchronously, where a tensor's memory is pinned."""
-        moved: dict[str, Any] = {
-            name: value.to(device, non_blocking=True)
-            for name, value in self._asdict().items()
-            if isinstance(value, Tensor | AttentionPattern)
-        }
-        return self._replace(**moved)
+        return self.mapped(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pinned(self) -> ModelInputs:
+        """In memory that a CUDA device copies from by itself."""
+        return self.mapped(Tensor.pin_memory)
+
+    def mapped(self, function: Callable[[Tensor], Tensor]) -> ModelInputs:
+        """The same of other tensors: function's of each."""
+        return ModelInputs(*(_mapped(value, function) for value in self))
 
     def as_tensors(self) -> dict[str, Tensor]:
         """The inputs as tensors for a file: entries by name, those of the pattern as pattern/<class>/<name>."""
@@ -275,6 +305,13 @@ class ModelInputs(NamedTuple):
             _, kind, name = path.split("/")
             of_pattern[name] = tensors[path] if tensors[path].dim() else tensors[path].item()
         return cls(**values, pattern=PATTERNS[kind](**of_pattern))
+
+
+def _mapped(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    """function's of a tensor, or of the tensors that a value is made of; what has none stays as it is."""
+    if isinstance(value, Tensor):
+        return function(value)
+    return value.mapped(function) if isinstance(value, AttentionPattern | SegmentBounds) else value
 
 
 class RowStatistics(NamedTuple):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple, Protocol
@@ -160,11 +161,15 @@ class PrefetchLoader:
         self.first_batch = loader.first_batch
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="loader")  # one: the loader keeps its permutation
         self._coming: dict[int, Future[LocalBatch]] = {}
+        self._lock = threading.Lock()  # of _coming
 
     def batch(self, step: int) -> LocalBatch:
-        for wanted in range(step, step + self.ahead + 1):
-            if wanted not in self._coming:
-                self._coming[wanted] = self._pool.submit(self.loader.batch, wanted)
-        for stale in [other for other in self._coming if not step <= other <= step + self.ahead]:
-            self._coming.pop(stale).cancel()
-        return self._coming.pop(step).result()
+        """Any thread may ask."""
+        with self._lock:
+            for wanted in range(step, step + self.ahead + 1):
+                if wanted not in self._coming:
+                    self._coming[wanted] = self._pool.submit(self.loader.batch, wanted)
+            for stale in [other for other in self._coming if not step <= other <= step + self.ahead]:
+                self._coming.pop(stale).cancel()
+            asked = self._coming.pop(step)
+        return asked.result()

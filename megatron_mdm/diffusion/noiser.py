@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -65,8 +66,19 @@ def noise(
     )
 
 
+class _Drawn(NamedTuple):
+    """A step's mask rates and importance weights, and what drew them."""
+
+    step: int
+    sampler: TSampler
+    times: tuple[Floats, Floats]
+
+
 class Noiser:
-    """Training noise: t stratified over the global batch, masks by counter, one or more views."""
+    """Training noise: t stratified over the global batch, masks by counter, one or more views.
+
+    One thread may draw a step's noise while another changes the sampler or asks for another step's t.
+    """
 
     def __init__(
         self, *, design: MaskDesign, sampler: TSampler, num_strata: int, global_size: int, mask_id: int, seed: int
@@ -77,8 +89,7 @@ class Noiser:
         self.global_size = global_size
         self.mask_id = mask_id
         self.seed = seed
-        self._step = -1
-        self._times = (np.empty(0), np.empty(0))
+        self._drawn = _Drawn(-1, sampler, (np.empty(0), np.empty(0)))
 
     @property
     def views(self) -> int:
@@ -91,14 +102,16 @@ class Noiser:
     def use(self, sampler: TSampler) -> None:
         """Draw t from another density from the next step on."""
         self.sampler = sampler
-        self._step = -1
 
     def times(self, step: int) -> tuple[Floats, Floats]:
         """t [n] and importance weight 1/p(t) [n] of the whole global batch at a step, by position."""
-        if step != self._step:  # a step's micro-batches share them
+        sampler = self.sampler
+        drawn = self._drawn
+        if drawn.step != step or drawn.sampler is not sampler:  # a step's micro-batches share them
             u = stratified_quantiles(self.seed, step, self.global_size, self.num_strata)
-            self._step, self._times = step, self.sampler.quantile(u)
-        return self._times
+            drawn = _Drawn(step, sampler, sampler.quantile(u))
+            self._drawn = drawn
+        return drawn.times
 
     def __call__(self, batch: CleanBatch, step: int) -> NoisedBatch:
         t, weight = self.times(step)

@@ -18,7 +18,7 @@ Load = Callable[[nn.Module], None]
 
 
 class TrainOutput(NamedTuple):
-    statistics: list[RowStatistics]  # one per micro-batch of this data-parallel rank
+    statistics: list[RowStatistics]  # one per micro-batch of this data-parallel rank, on the host
     grad_norm: float  # of the global batch's gradient, before clipping; not finite: the step was skipped on every rank
 
 

@@ -21,7 +21,6 @@ from megatron_mdm.parallel.layout import Layout, partition
 
 # DeepSpeed's default stage3_max_reuse_distance: a stage of fewer parameters stays gathered from forward to backward.
 ZERO3_REUSE_DISTANCE = 10**9
-PIPELINE_SHAPE_BYTES = 1024  # DeepSpeed's message before every activation of dynamic shape
 
 Volume = Counter[tuple[str, str]]  # (axis: data, tensor or pipeline; collective) → bytes
 
@@ -93,9 +92,8 @@ def step_communication(
     if layout.pipeline > 1:
         for micro_batch in micro_batches:
             hidden = _hidden_bytes(config, micro_batch) // (layout.tensor if config.parallel.sequence else 1)
-            # Activations to the next stage, with their shapes; their gradients to the one before.
-            forward = hidden + PIPELINE_SHAPE_BYTES
-            volume["pipeline", "send"] += forward * (not stage.head) + hidden * (not stage.embedding)
+            # Activations to the next stage, their gradients to the one before.
+            volume["pipeline", "send"] += hidden * ((not stage.head) + (not stage.embedding))
     return +volume
 
 

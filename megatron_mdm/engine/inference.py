@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from megatron_mdm.batch import ModelInputs, RowStatistics
 from megatron_mdm.config.schema import ModelConfig, ParallelConfig
-from megatron_mdm.engine.inputs import prepared
+from megatron_mdm.engine.inputs import InputLayout
 from megatron_mdm.models.attention import Visibility
 from megatron_mdm.models.cache import Window
 from megatron_mdm.models.costs import layer_costs
@@ -81,7 +81,7 @@ class PipelinedInferenceEngine:
         """InferenceEngine.logits."""
         inputs = _on_device(inputs)
         window = window and window.to_device()
-        shape = torch.Size((int(inputs.selected.sum()), int(self.model.vocab_size)))
+        shape = torch.Size((len(inputs.selected_places()), int(self.model.vocab_size)))
         return self._from_last_stage(self._run(inputs, True, window), shape, self.dtype)
 
     def _run(self, inputs: ModelInputs, want_logits: bool, window: Window | None) -> Tensor | None:
@@ -124,4 +124,4 @@ def build_stage(
 
 def _on_device(inputs: ModelInputs) -> ModelInputs:
     beat()
-    return prepared(inputs, pack=False, multiple=1).to(platform.device())
+    return InputLayout().on_device(inputs)

@@ -1,13 +1,18 @@
 """Noised micro-batches → what the model takes."""
 
+from __future__ import annotations
+
 import math
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from megatron_mdm.batch import AttentionPattern, LossWeights, ModelInputs, Segments
+from megatron_mdm.batch import AttentionPattern, LossWeights, ModelInputs, SegmentBounds, Segments
 from megatron_mdm.config.schema import RunConfig
 from megatron_mdm.diffusion.noiser import NoisedBatch
+from megatron_mdm.parallel import platform
 
 
 def loss_inputs(noised: NoisedBatch, weights: LossWeights) -> ModelInputs:
@@ -29,19 +34,41 @@ def logits_inputs(tokens: Tensor, pattern: AttentionPattern, selected: Tensor) -
     return ModelInputs(tokens, pattern, selected, nothing, nothing, nothing)
 
 
-def length_multiple(config: RunConfig) -> int:
-    """What a micro-batch's length must be a multiple of: under sequence parallelism the tensor-parallel degree, where
-    blocks are compiled the token budget, so that there is one length."""
-    degree = config.parallel.tensor if config.parallel.sequence else 1
-    return math.lcm(degree, config.batch.micro_tokens) if config.model.compile else degree
+@dataclass(frozen=True)
+class InputLayout:
+    """How a run's engine takes its micro-batches."""
 
+    pack: bool = False  # rows one after another, without padding
+    # Of the length: the tensor-parallel degree under sequence parallelism; where blocks are compiled, the token budget,
+    # so that there is one length.
+    multiple: int = 1
 
-def prepared(inputs: ModelInputs, *, pack: bool, multiple: int) -> ModelInputs:
-    """The inputs, on the host, as the model takes them: packed, where that is asked for or needed, and as long as
-    sequence parallelism wants them. Samples of several segments, and a micro-batch of no samples, only exist packed."""
-    if pack or isinstance(inputs.pattern, Segments) or not len(inputs.tokens):
-        inputs = packed(inputs)
-    return padded_to_multiple(inputs, multiple)
+    @classmethod
+    def of(cls, config: RunConfig) -> InputLayout:
+        degree = config.parallel.tensor if config.parallel.sequence else 1
+        multiple = math.lcm(degree, config.batch.micro_tokens) if config.model.compile else degree
+        return cls(config.batch.mode == "packed", multiple)
+
+    def __call__(self, inputs: ModelInputs) -> ModelInputs:
+        """The inputs, on the host, as the model takes them: packed, where that is asked for or needed, as long as
+        sequence parallelism wants them, and with all that would wait for the device if it were found there. Samples of
+        several segments, and a micro-batch of no samples, only exist packed. What is so already stays as it is."""
+        if not inputs.is_packed and (self.pack or isinstance(inputs.pattern, Segments) or not len(inputs.tokens)):
+            inputs = packed(inputs)
+        inputs = padded_to_multiple(inputs, self.multiple)
+        segments = inputs.segments
+        if isinstance(inputs.pattern, Segments) and inputs.pattern.kind == "segments" and segments is None:
+            segments = SegmentBounds.of(inputs.pattern.lengths[0])
+        return inputs._replace(places=inputs.selected_places(), segments=segments)
+
+    def ahead(self, inputs: ModelInputs) -> ModelInputs:
+        """The same, still on the host, where a CUDA device copies it from by itself."""
+        ready = self(inputs)
+        return ready.pinned() if platform.is_cuda() else ready
+
+    def on_device(self, inputs: ModelInputs) -> ModelInputs:
+        """The same on this rank's device."""
+        return self(inputs).to(platform.device())
 
 
 def packed(inputs: ModelInputs) -> ModelInputs:
@@ -70,7 +97,7 @@ def padded_to_multiple(inputs: ModelInputs, multiple: int) -> ModelInputs:
     of_tokens = {"tokens", "positions"}
     if not inputs.is_packed:
         of_tokens |= {"selected", "labels", "token_weight"}
-    widened = {
+    widened: dict[str, Any] = {
         name: torch.nn.functional.pad(tensor, (0, extra))
         for name, tensor in inputs._asdict().items()
         if name in of_tokens and tensor is not None and tensor.dim() == 2

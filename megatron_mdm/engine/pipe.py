@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import io
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, cast
 
 import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.pipe import LayerSpec, PipelineModule
+from deepspeed.runtime.pipe.schedule import OptimizerStep
 from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 from torch import Tensor, nn
 
@@ -19,13 +21,14 @@ from megatron_mdm.config.schema import ModelConfig, RunConfig
 from megatron_mdm.engine.base import Load, TrainOutput
 from megatron_mdm.engine.clock import PhaseClock
 from megatron_mdm.engine.deepspeed_config import deepspeed_config
-from megatron_mdm.engine.inputs import length_multiple, prepared
+from megatron_mdm.engine.host_norm import read_norm_once
+from megatron_mdm.engine.inputs import InputLayout
 from megatron_mdm.engine.optimizer import PlainClipping, adamw, norm_of_step, scaled_unless_faulty
 from megatron_mdm.engine.optimizer_state import OptimizerState
+from megatron_mdm.engine.statistics import StatisticsCopy
 from megatron_mdm.models.attention import Visibility
 from megatron_mdm.models.costs import layer_costs
 from megatron_mdm.models.layers import Head, layer_builders, prepare_parameters
-from megatron_mdm.parallel import platform
 from megatron_mdm.parallel.groups import ParallelContext, group_of
 from megatron_mdm.parallel.heartbeat import beat
 from megatron_mdm.parallel.layout import partition
@@ -48,8 +51,8 @@ class PipeEngine:
         self.context = context
         self.layout = context.layout
         self.model = config.model
-        self.sequence_multiple = length_multiple(config)
-        self.pack = config.batch.mode == "packed"
+        self.positions_split = config.parallel.tensor if config.parallel.sequence else 1
+        self.input_layout = InputLayout.of(config)
         seed = None if load else config.seed
         module = _Stage(config, context, self._score, seed)
         if load:
@@ -61,6 +64,7 @@ class PipeEngine:
         )
         assert self.engine.grid.get_data_parallel_rank() == context.data_rank
         assert self.engine.grid.get_pipe_parallel_rank() == context.pipeline_rank
+        read_norm_once(self.engine.optimizer)
         self.clipping = None
         if config.parallel.zero == 0 and config.precision.dtype == "fp32":
             self.clipping = PlainClipping(module, config.optimizer.gradient_clipping, context)
@@ -72,8 +76,19 @@ class PipeEngine:
             instruction: self.clock.timed(_PHASES.get(instruction.__name__, "pipeline"), run)
             for instruction, run in self.engine._INSTRUCTION_MAP.items()
         }
+        step = self.engine._INSTRUCTION_MAP[OptimizerStep]
+        self.engine._INSTRUCTION_MAP[OptimizerStep] = partial(self._step, step)
+        # What a stage receives it knows beforehand, and the loss that DeepSpeed shares out only its own reports read:
+        # both cost messages, and a wait for the device.
+        self.engine._send_tensor_meta = lambda *_: None
+        self.engine._recv_tensor_meta = lambda _: self._received()
+        if not self.engine.monitor.enabled and "steps_per_print" not in config.deepspeed:
+            self.engine._aggregate_total_loss = lambda: None
+        self._micro_batches: list[ModelInputs] = []  # of the step
+        self._to_receive: Iterator[ModelInputs] = iter(())  # those of them whose hidden states are still to come
         self._want_logits = False
         self._answers: list[Tensor] = []  # on the last stage: row statistics or logits of each micro-batch
+        self._copy: StatisticsCopy  # of the last step
 
     def train_batch(self, micro_batches: Sequence[ModelInputs], lr: float) -> TrainOutput:
         for group in self.engine.optimizer.param_groups:
@@ -84,14 +99,14 @@ class PipeEngine:
             self.engine.set_train_batch_size(len(micro_batches) * per_micro_batch)
         self.engine.train_batch(self._batches(micro_batches))
         norm = norm_of_step(self.engine, self.clipping)
-        return TrainOutput(self._statistics(micro_batches), norm)
+        return TrainOutput(self._copy.wait(), norm)
 
     def evaluate(self, micro_batches: Sequence[ModelInputs], row_gradients: bool = False) -> list[RowStatistics]:
         micro_batches = self._prepare(micro_batches)
         head = self.engine.module.head if self.engine.is_last_stage() else None
         with head.with_row_gradients(row_gradients) if head else contextlib.nullcontext():
             self._forward(micro_batches)
-        return self._statistics(micro_batches)
+        return self._statistics(micro_batches).wait()
 
     def logits(self, inputs: ModelInputs) -> Tensor:
         (inputs,) = self._prepare([inputs])
@@ -100,9 +115,8 @@ class PipeEngine:
             self._forward([inputs])
         finally:
             self._want_logits = False
-        rows = int(inputs.selected.sum())
-        dtype = next(self.engine.module.parameters()).dtype
-        return self._from_last_stage(torch.Size((rows, int(self.model.vocab_size))), dtype, dim=0)
+        shape = torch.Size((len(inputs.selected_places()), int(self.model.vocab_size)))
+        return self._from_last_stage(shape, self._dtype, dim=0)
 
     def _forward(self, micro_batches: Sequence[ModelInputs]) -> None:
         self.engine.eval_batch(
@@ -110,13 +124,16 @@ class PipeEngine:
         )
 
     def _prepare(self, micro_batches: Sequence[ModelInputs]) -> list[ModelInputs]:
-        return [
-            prepared(inputs, pack=self.pack, multiple=self.sequence_multiple).to(platform.device())
-            for inputs in micro_batches
-        ]
+        return [self.input_layout.on_device(inputs) for inputs in micro_batches]
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return next(self.engine.module.parameters()).dtype
 
     def _batches(self, micro_batches: Sequence[ModelInputs]) -> Iterator[tuple[Tensor, tuple[()]]]:
         """What DeepSpeed loads on the first and the last stage. The rest each stage has: see _Stage.forward."""
+        self._micro_batches = list(micro_batches)
+        self._to_receive = iter(micro_batches)
         self.engine.module.take(micro_batches)
         return iter([(inputs.tokens, ()) for inputs in micro_batches])
 
@@ -132,10 +149,23 @@ class PipeEngine:
         # The engine divides by the accumulation steps and averages over data-parallel ranks; the total wants neither.
         return scaled_unless_faulty(total, self.engine.gradient_accumulation_steps() * self.layout.data)
 
-    def _statistics(self, micro_batches: Sequence[ModelInputs]) -> list[RowStatistics]:
+    def _received(self) -> Tensor:
+        """Memory for the next micro-batch's hidden states from the stage before: [S, R, H] as Embed gives them."""
+        rows, length = next(self._to_receive).tokens.shape
+        shape = [length // self.positions_split, rows, self.model.hidden_size]
+        return self.engine._allocate_or_extend_buffers(0, shape, self._dtype)
+
+    def _step(self, step: Callable[..., None], engine: Any, **named: Any) -> None:
+        """The optimizer's step, behind the start of the copy of the statistics: its wait for the norm is one for them,
+        too. Every stage takes it after its last backward pass."""
+        with self.clock.measure("pipeline"):
+            self._copy = self._statistics(self._micro_batches)
+        step(engine, **named)
+
+    def _statistics(self, micro_batches: Sequence[ModelInputs]) -> StatisticsCopy:
         rows = [len(inputs.selected) for inputs in micro_batches]
-        whole = self._from_last_stage(torch.Size((len(RowStatistics._fields), sum(rows))), torch.float32, dim=1)
-        return [RowStatistics(*part) for part in whole.split(rows, dim=1)]
+        shape = torch.Size((len(RowStatistics._fields), sum(rows)))
+        return StatisticsCopy(self._from_last_stage(shape, torch.float32, dim=1), rows)
 
     def _from_last_stage(self, shape: torch.Size, dtype: torch.dtype, dim: int) -> Tensor:
         """The last stage's answers, put together along dim, on every stage."""

@@ -13,11 +13,12 @@ from megatron_mdm.config.schema import RunConfig
 from megatron_mdm.engine.base import Load, TrainOutput
 from megatron_mdm.engine.clock import PhaseClock
 from megatron_mdm.engine.deepspeed_config import deepspeed_config
-from megatron_mdm.engine.inputs import length_multiple, prepared
+from megatron_mdm.engine.host_norm import read_norm_once
+from megatron_mdm.engine.inputs import InputLayout
 from megatron_mdm.engine.optimizer import PlainClipping, adamw, norm_of_step, scaled_unless_faulty
 from megatron_mdm.engine.optimizer_state import OptimizerState
+from megatron_mdm.engine.statistics import StatisticsCopy
 from megatron_mdm.models.layers import build_model
-from megatron_mdm.parallel import platform
 from megatron_mdm.parallel.groups import ModelParallelUnit, ParallelContext
 from megatron_mdm.parallel.heartbeat import beat
 
@@ -29,8 +30,7 @@ class ZeroEngine:
         """load: fills the model, before the optimizer takes its master weights from it."""
         self.context = context
         self.clock = PhaseClock()
-        self.sequence_multiple = length_multiple(config)
-        self.pack = config.batch.mode == "packed"
+        self.input_layout = InputLayout.of(config)
         model = build_model(config.model, config.parallel, context, None if load else config.seed)
         if load:
             load(model)
@@ -40,6 +40,7 @@ class ZeroEngine:
             mpu=ModelParallelUnit(context),
             config=deepspeed_config(config, context.layout.world_size),
         )
+        read_norm_once(self.engine.optimizer)
         self.clipping = None
         if config.parallel.zero == 0 and config.precision.dtype == "fp32":
             self.clipping = PlainClipping(model, config.optimizer.gradient_clipping, context)
@@ -48,12 +49,13 @@ class ZeroEngine:
 
     def train_batch(self, micro_batches: Sequence[ModelInputs], lr: float) -> TrainOutput:
         engine = self.engine
-        statistics = []
+        statistics: list[RowStatistics] = []
         engine.train()
         for group in engine.optimizer.param_groups:
             group["lr"] = lr
         for index, inputs in enumerate(micro_batches):
-            engine.set_gradient_accumulation_boundary(index == len(micro_batches) - 1)
+            is_last = index == len(micro_batches) - 1
+            engine.set_gradient_accumulation_boundary(is_last)
             with self.clock.measure("forward"):
                 total, rows = engine(self._prepare(inputs))
                 # Totals are shares of the global batch's mean; DeepSpeed averages gradients over data-parallel ranks.
@@ -61,9 +63,12 @@ class ZeroEngine:
             with self.clock.measure("backward"):
                 engine.backward(total, scale_wrt_gas=False)
             statistics.append(rows)
+            if is_last:  # before the optimizer's step, whose wait for the norm is then one for the copy, too
+                copy = StatisticsCopy.of(statistics)
             with self.clock.measure("optimizer"):
                 engine.step()
-        return TrainOutput(statistics, norm_of_step(engine, self.clipping))
+        norm = norm_of_step(engine, self.clipping)
+        return TrainOutput(copy.wait(), norm)
 
     def evaluate(self, micro_batches: Sequence[ModelInputs], row_gradients: bool = False) -> list[RowStatistics]:
         self.engine.eval()
@@ -77,4 +82,4 @@ class ZeroEngine:
 
     def _prepare(self, inputs: ModelInputs) -> ModelInputs:
         beat()
-        return prepared(inputs, pack=self.pack, multiple=self.sequence_multiple).to(platform.device())
+        return self.input_layout.on_device(inputs)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -15,10 +15,11 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from megatron_mdm.batch import ModelInputs, Segments
+from megatron_mdm.batch import ModelInputs, SegmentBounds, Segments
 from megatron_mdm.models.cache import Window
 from megatron_mdm.models.kernel_memory import EXPLICIT_LENGTH
 from megatron_mdm.models.rotary import Rotation, rotate
+from megatron_mdm.models.variable_length import VariableLength, installed_kernel
 
 _TYPE_NAMES = {torch.float64: "fp32", torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
@@ -32,13 +33,16 @@ class Visibility:
         self.window = window
         self.length = inputs.tokens.shape[1]
         self.device = inputs.tokens.device
+        self._segments = inputs.segments
 
         positions = inputs.positions
         if window is not None:
             positions = window.positions
         elif positions is None:
             positions = self.pattern.positions(self.length)
-        self.positions = None if positions is None else positions.to(self.device)  # [R or 1, S]; None: 0 … S−1
+        if positions is not None:
+            positions = positions.to(self.device, non_blocking=True)
+        self.positions = positions  # [R or 1, S]; None: 0 … S−1
 
     @property
     def kind(self) -> str:
@@ -51,7 +55,12 @@ class Visibility:
         if self.window is not None:
             return self.pattern.mask_of(self.window.positions, self.window.cache.width)
         mask = self.pattern.mask(self.length)
-        return None if mask is None else mask.to(self.device)
+        return None if mask is None else mask.to(self.device, non_blocking=True)
+
+    @cached_property
+    def segments(self) -> SegmentBounds:
+        """Of a pattern of segments in a single row."""
+        return self._segments or SegmentBounds.of(cast(Segments, self.pattern).lengths[0])
 
 
 class AttentionInputs(NamedTuple):
@@ -149,29 +158,35 @@ class SegmentBySegment:
     kernel: Kernel
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, visible: Visibility, scale: float | None) -> Tensor:
-        pattern = cast(Segments, visible.pattern)
-        sizes = pattern.lengths[0].tolist()
+        causal = visible.pattern.causal
+        sizes = list(visible.segments.sizes)
         parts = zip(*(x.permute(1, 2, 0, 3).split(sizes, dim=2) for x in (query, key, value)))
-        context = torch.cat([self.kernel(q, k, v, None, scale, pattern.causal) for q, k, v in parts], dim=2)
+        context = torch.cat([self.kernel(q, k, v, None, scale, causal) for q, k, v in parts], dim=2)
         return context.permute(2, 0, 1, 3).flatten(2)
 
 
-def variable_length(query: Tensor, key: Tensor, value: Tensor, visible: Visibility, scale: float | None) -> Tensor:
-    """An Executor for segments of one row, [T, 1, heads, D]: torch's variable-length kernel. Not run by the authors: it
-    needs CUDA and 16-bit numbers (torch/nn/attention/varlen.py, torch 2.10 and later)."""
-    from torch.nn.attention.varlen import varlen_attn
+@cache
+def varlen() -> VariableLength | None:
+    """torch's kernel for segments of one row, as far as the installed version's arguments go; None: it has none."""
+    kernel = installed_kernel()
+    return kernel and VariableLength(kernel)
 
-    pattern = cast(Segments, visible.pattern)
-    lengths = pattern.lengths[0]
-    bounds = F.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
-    longest = int(lengths.max())
-    query, key, value = (x.squeeze(1) for x in (query, key, value))
-    several = query.shape[1] != key.shape[1]
-    window = (-1, 0) if pattern.causal else (-1, -1)
-    context: Any = varlen_attn(
-        query, key, value, bounds, bounds, longest, longest, scale=scale, window_size=window, enable_gqa=several
-    )
-    return cast(Tensor, context).flatten(1).unsqueeze(1)
+
+def note_on_varlen() -> str:
+    """What is done in the installed torch's place for segments of one row, in a line; empty: nothing."""
+    kernel = varlen()
+    if kernel is None:
+        return f"torch {torch.__version__} has no variable-length attention: segments run one by one"
+    done = kernel.describe()
+    return f"torch {torch.__version__}'s variable-length attention lacks arguments of 2.12's: {done}" * bool(done)
+
+
+def variable_length(query: Tensor, key: Tensor, value: Tensor, visible: Visibility, scale: float | None) -> Tensor:
+    """An Executor for segments of one row on CUDA, in 16 bit: torch's kernel where it can, else segment by segment."""
+    kernel = varlen()
+    if kernel is None or (visible.pattern.causal and not kernel.has_causal):
+        return SegmentBySegment(fused)(query, key, value, visible, scale)
+    return kernel(query, key, value, visible.segments, visible.pattern.causal, scale)
 
 
 ANY = "any"

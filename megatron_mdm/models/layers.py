@@ -149,8 +149,12 @@ class Head(Layer):
 
     def logits(self, hidden: Tensor, inputs: ModelInputs) -> Tensor:
         """hidden [S, R, H] or packed [T, 1, H] → [N, V]."""
-        row, position = inputs.selected.nonzero(as_tuple=True)
-        rows = self._normed_rows(hidden, self._places_in_hidden(row, position, inputs))
+        num_rows, length = inputs.selected.shape
+        places = inputs.selected_places()
+        row = places % num_rows
+        position = places // num_rows
+        by_row = (row * length + position).argsort()
+        rows = self._normed_rows(hidden, self._places_in_hidden(row[by_row], position[by_row], inputs))
         logits = gather_from_tensor_model_parallel_region(rows @ self.vocabulary_weight.t())
         return logits[:, : self.vocab_size]
 
@@ -158,7 +162,7 @@ class Head(Layer):
         """hidden [S, R, H] or packed [T, 1, H]. The rest is [S, R], hidden's order where it is not packed."""
         selected = inputs.selected.t()
         token_weight = inputs.token_weight.t()
-        places = selected.reshape(-1).nonzero().squeeze(1)
+        places = inputs.selected_places()
         num_rows = len(inputs.selected)
         weights = (token_weight * inputs.row_weight).reshape(-1)[places]
         total, cross_entropy, gradient_square = weighted_cross_entropy(

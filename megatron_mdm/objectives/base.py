@@ -29,7 +29,8 @@ if TYPE_CHECKING:  # megatron-core, which reports do without
 class Noise(Protocol):
     """What of a clean micro-batch is hidden and scored. diffusion.noiser.Noiser is one.
 
-    Pure in (seed, step, position in the global batch, view): the same on every layout, and in resumed runs.
+    Pure in (seed, step, position in the global batch, view) and in what times() gives: the same on every layout, and in
+    resumed runs. A step's noise may be drawn on another thread, while the step before is trained.
     """
 
     @property

@@ -20,9 +20,9 @@ def fill_from_data_ranks(values: NDArray[np.float64], context: ParallelContext) 
     """
     if context.layout.data == 1:
         return values
-    tensor = torch.from_numpy(np.ascontiguousarray(values, dtype=np.float64)).to(platform.device())
-    dist.all_reduce(tensor, group=context.data_group)
-    return tensor.cpu().numpy()
+    tensor = torch.from_numpy(np.array(values, dtype=np.float64))
+    dist.all_reduce(tensor, group=context.host_data or context.data_group)
+    return tensor.numpy()
 
 
 def gather_objects(value: object, context: ParallelContext, group: dist.ProcessGroup | None = None) -> list[Any]:

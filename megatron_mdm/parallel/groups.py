@@ -37,6 +37,9 @@ class ParallelContext:
     layout: Layout
     groups: Mapping[str, dist.ProcessGroup]  # by axis of the layout: the ranks that differ along it alone
     background: dist.ProcessGroup  # all ranks, over gloo, for a thread that communicates while the main one does
+    # The ranks of "data" for what is on the host, so that ranks on CUDA exchange numbers without a wait for the device;
+    # None: data_group takes it.
+    host_data: dist.ProcessGroup | None = None
 
     @property
     def tensor_group(self) -> dist.ProcessGroup:
@@ -99,12 +102,12 @@ def initialize(
     rank = dist.get_rank()
     groups = {}
     for axis in AXES:
-        for peers in sorted({tuple(layout.peers(any_rank, axis)) for any_rank in range(layout.world_size)}):
+        for peers in _all_peers(layout, axis):
             group = group_of(peers)
             if rank in peers:
                 groups[axis] = group
     _set_megatron_state(layout, rank, groups)
-    return ParallelContext(rank, layout, groups, _job().background())
+    return ParallelContext(rank, layout, groups, _job().background(), _host_data(layout, rank))
 
 
 def group_of(ranks: Iterable[int]) -> dist.ProcessGroup:
@@ -152,6 +155,18 @@ def _set_megatron_state(layout: Layout, rank: int, groups: Mapping[str, dist.Pro
         assert hasattr(parallel_state, name), f"megatron-core has no parallel_state.{name} any more"
         setattr(parallel_state, name, value)
     parallel_state._set_global_memory_buffer()
+
+
+def _host_data(layout: Layout, rank: int) -> dist.ProcessGroup | None:
+    if not platform.is_cuda():
+        return None
+    groups = {peers: _job().on_host(peers) for peers in _all_peers(layout, "data")}
+    return groups[tuple(layout.peers(rank, "data"))]
+
+
+def _all_peers(layout: Layout, axis: str) -> list[tuple[int, ...]]:
+    """The ranks of every group along an axis, in one order on all ranks."""
+    return sorted({tuple(layout.peers(rank, axis)) for rank in range(layout.world_size)})
 
 
 def check_agreement(values: Mapping[str, object]) -> None:

@@ -59,9 +59,8 @@ def communication_backend() -> str:
 
 def prepare() -> None:
     """Select this rank's device; on CPU, let megatron-core's hard-coded CUDA calls find the CPU."""
-    if is_cuda():
-        torch.cuda.set_device(device())
-    else:
+    select_device()
+    if not is_cuda():
         _keep_freed_memory()
         # megatron-core allocates its communication buffers on torch.cuda.current_device().
         torch.cuda.current_device = lambda: torch.device("cpu")  # type: ignore[assignment,return-value]
@@ -69,6 +68,12 @@ def prepare() -> None:
         import deepspeed
 
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def select_device() -> None:
+    """Make this rank's device that of the calling thread; a new thread has the host's first."""
+    if is_cuda():
+        torch.cuda.set_device(device())
 
 
 def _keep_freed_memory() -> None:

@@ -21,6 +21,7 @@ class ProcessGroups:
         self.world = cast(dist.ProcessGroup, dist.group.WORLD)
         self.rank = dist.get_rank()
         self._made: dict[tuple[int, ...], dist.ProcessGroup] = {tuple(range(dist.get_world_size())): self.world}
+        self._on_host: dict[tuple[int, ...], dist.ProcessGroup] = {}
         self._background: dist.ProcessGroup | None = None
 
     def of(self, ranks: Iterable[int]) -> dist.ProcessGroup:
@@ -38,6 +39,16 @@ class ProcessGroups:
             return cast(Any, dist.GroupMember.NON_GROUP_MEMBER)
         group: Any = dist.new_group(list(ranks), backend=SINGLE, use_local_synchronization=True)
         return cast(dist.ProcessGroup, group)
+
+    def on_host(self, ranks: Iterable[int]) -> dist.ProcessGroup:
+        """As of(), over gloo."""
+        key = tuple(sorted(ranks))
+        if len(key) == 1:
+            return self.of(key)
+        if key not in self._on_host:
+            group = dist.new_group(list(key), timeout=self.timeout, backend="gloo")
+            self._on_host[key] = cast(dist.ProcessGroup, group)
+        return self._on_host[key]
 
     def background(self) -> dist.ProcessGroup:
         """All ranks once more, for a thread that communicates while the main one does. Collective over the job, the

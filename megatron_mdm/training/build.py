@@ -13,8 +13,10 @@ from megatron_mdm.config.schema import RunConfig
 from megatron_mdm.data.loader import NO_EOS_PADDING, PrefetchLoader, TrainLoader
 from megatron_mdm.diffusion.noiser import Noiser
 from megatron_mdm.engine.base import Engine
+from megatron_mdm.engine.inputs import InputLayout
 from megatron_mdm.evaluation.validation import FixedGridValidation
 from megatron_mdm.objectives import objective_of
+from megatron_mdm.parallel import platform
 from megatron_mdm.parallel.groups import ParallelContext
 from megatron_mdm.training.calibrate import as_trained, calibrator_of
 from megatron_mdm.training.callbacks.base import Callback, Callbacks
@@ -51,7 +53,9 @@ def build_source(
         first=first_batch,
     )
     noise = objective.noise(cell_density, data.tokenizer.mask_id)
-    return SupervisedSource(context, PrefetchLoader(loader), objective, noise)
+    # On the CPU, the thread would take the cores that the model computes on.
+    layout = InputLayout.of(config) if platform.is_cuda() else None
+    return SupervisedSource(context, PrefetchLoader(loader), objective, noise, layout)
 
 
 def build_trainer(

@@ -14,6 +14,8 @@ from megatron_mdm.config.files import write_json
 from megatron_mdm.config.schema import RunConfig
 from megatron_mdm.diffusion.t_samplers import CALIBRATED_SAMPLERS
 from megatron_mdm.engine.base import Engine
+from megatron_mdm.models.attention import note_on_varlen
+from megatron_mdm.parallel import platform
 from megatron_mdm.parallel.collectives import barrier
 from megatron_mdm.parallel.groups import ParallelContext
 from megatron_mdm.parallel.heartbeat import enter
@@ -46,6 +48,8 @@ def train_run(config: RunConfig, data: RunData, context: ParallelContext, mode: 
         keep_companions(Path(config.model.init_from), folder)
     enter("building the engine")
     engine = restored_engine(checkpoint, config, context, state.num_updates)
+    if context.is_main and platform.is_cuda() and (note := note_on_varlen()):
+        print(f"attention: {note}", flush=True)
     artifact = calibration_of_run(folder, engine, config, data, context)
     metrics = MetricsLog(folder, config.logging.tensorboard, context.is_main, state.step)
     if artifact:

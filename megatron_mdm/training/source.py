@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
@@ -16,10 +16,12 @@ from megatron_mdm.diffusion.moments import Moments, group_moments
 from megatron_mdm.diffusion.noiser import NoisedBatch
 from megatron_mdm.diffusion.objective import GlobalBatch, weighted_masked
 from megatron_mdm.engine.base import TrainOutput
+from megatron_mdm.engine.inputs import InputLayout
 from megatron_mdm.evaluation.losses import row_sums
 from megatron_mdm.objectives.base import Noise, Objective
 from megatron_mdm.parallel.collectives import fill_from_data_ranks
 from megatron_mdm.parallel.groups import ParallelContext
+from megatron_mdm.training.ahead import OneStepAhead
 
 Ints = NDArray[np.int64]
 
@@ -66,6 +68,13 @@ class BatchSource(Protocol):
     def load_state_dict(self, saved: dict[str, Any]) -> None: ...
 
 
+class DrawnBatches(NamedTuple):
+    """This data-parallel rank's part of a step's batch, without the weights of its losses."""
+
+    local: LocalBatch
+    noised: list[NoisedBatch]
+
+
 class NoisedBatches(NamedTuple):
     """This data-parallel rank's part of a step's batch."""
 
@@ -74,20 +83,41 @@ class NoisedBatches(NamedTuple):
     weights: list[LossWeights]
 
 
-@dataclass(frozen=True)
 class SupervisedSource:
     """Training samples in the loader's order, noised by the objective. Pure in the step and the sampler of t, so it has
     no state."""
 
-    context: ParallelContext
-    loader: TrainLoader | PrefetchLoader
-    objective: Objective
-    noise: Noise  # clean micro-batches → what is scored where
+    def __init__(
+        self,
+        context: ParallelContext,
+        loader: TrainLoader | PrefetchLoader,
+        objective: Objective,
+        noise: Noise,
+        layout: InputLayout | None = None,
+    ) -> None:
+        """noise: clean micro-batches → what is scored where. layout: how the engine takes micro-batches, which are then
+        made ready for it a step ahead, on a thread; None: they are made when they are asked for, as the objective
+        gives them."""
+        self.context = context
+        self.loader = loader
+        self.objective = objective
+        self.noise = noise
+        self.ready = layout.ahead if layout else _as_they_are
+        self._draw_step: Callable[[int], DrawnBatches] = self._draw
+        self._prepare_step: Callable[[int], Prepared] = self._prepare
+        if layout and objective.normalization.counts_masked:  # what ranks communicate stays on the main thread
+            self._draw_step = OneStepAhead(self._draw, noise.times)
+        elif layout:
+            self._prepare_step = OneStepAhead(self._prepare, noise.times)
 
     def prepare(self, step: int) -> Prepared:
         """clean → noised → weighted → the model's inputs."""
+        return self._prepare_step(step)
+
+    def _prepare(self, step: int) -> Prepared:
         batch = self.noised_batch(step)
-        return Prepared([self.objective.inputs(*pair) for pair in zip(batch.noised, batch.weights)], batch)
+        inputs = [self.objective.inputs(*pair) for pair in zip(batch.noised, batch.weights)]
+        return Prepared([self.ready(each) for each in inputs], batch)
 
     def collect(self, step: int, prepared: Prepared, output: TrainOutput) -> StepFacts:
         batch: NoisedBatches = prepared.content
@@ -118,12 +148,15 @@ class SupervisedSource:
 
         Collective over the data-parallel ranks where the normalisation counts the masked tokens of the global batch.
         """
-        batch = self.loader.batch(step)
-        noised = [self.noise(micro_batch, step) for micro_batch in batch.micro_batches]
+        batch, noised = self._draw_step(step)
         normalize = self.objective.normalization
         if normalize.counts_masked:
             batch = batch._replace(global_batch=self._with_masked(batch.global_batch, noised))
         return NoisedBatches(batch, noised, [normalize(micro, batch.global_batch) for micro in noised])
+
+    def _draw(self, step: int) -> DrawnBatches:
+        batch = self.loader.batch(step)
+        return DrawnBatches(batch, [self.noise(micro_batch, step) for micro_batch in batch.micro_batches])
 
     def _with_masked(self, batch: GlobalBatch, noised: Sequence[NoisedBatch]) -> GlobalBatch:
         """The global batch with its number of masked tokens, summed by position: the same bits on every layout."""
@@ -137,7 +170,7 @@ class SupervisedSource:
         row of the data, positions that were scored, moments."""
         values = np.zeros((self.loader.global_size, 4 + len(Moments._fields)))
         for micro, weight, rows in zip(batch.noised, batch.weights, output.statistics):
-            loss = rows.loss.double().cpu().view(micro.views, -1)  # [V, B]
+            loss = rows.loss.double().view(micro.views, -1)  # [V, B]
             positions = micro.clean.positions.numpy()
             t = micro.t.numpy()
             values[positions, 0] = (loss * weight.row.double().view(micro.views, -1)).sum(0).numpy()
@@ -147,3 +180,7 @@ class SupervisedSource:
             q = self.noise.mask_probability(t)
             values[positions, 4:] = group_moments(t, q, row_sums(micro, weight, batch.local.global_batch, rows))
         return fill_from_data_ranks(values, self.context)
+
+
+def _as_they_are(inputs: ModelInputs) -> ModelInputs:
+    return inputs

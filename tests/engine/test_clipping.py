@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 import pytest
 import torch
 
@@ -15,7 +17,7 @@ def clipped(max_norm: float) -> tuple[PlainClipping, torch.nn.Module]:
     """A model whose gradient is (3, 4, 0, 0), of norm 5, after the call."""
     model = torch.nn.Linear(4, 1, bias=False)
     model.weight.grad = torch.tensor([[3.0, 4.0, 0.0, 0.0]])
-    clipping = PlainClipping(model, max_norm, ParallelContext(0, Layout.of(1, ParallelConfig()), {}))
+    clipping = PlainClipping(model, max_norm, ParallelContext(0, Layout.of(1, ParallelConfig()), {}, cast(Any, None)))
     clipping()
     return clipping, model
 

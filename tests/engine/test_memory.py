@@ -179,7 +179,7 @@ def shapes(trainer: Any) -> Iterator[MicroBatchShape]:
     for step in (1, 2):
         for noised in (trainer.source.noise(batch, step) for batch in trainer.source.loader.batch(step).micro_batches):
             rows, length = noised.noisy.shape
-            if trainer.engine.pack:
+            if trainer.engine.input_layout.pack:
                 rows, length = 1, rows * length
             yield MicroBatchShape(rows, length, int(noised.masked.sum()))
 

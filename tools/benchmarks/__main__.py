@@ -9,6 +9,7 @@ BENCHMARKS = {  # each is the module of its name beside this file
     "corpus": "corpus preparation with the tokenizer library alone",
     "saving": "the wait for a checkpoint in the background with a whole save",
     "checkpoints": "import and export with a plain copy",
+    "host": "batches and noise a step ahead with batches when they are wanted, at a GPU's rates",
     "generation": "ways of decoding: steps, caches, thresholds",
 }
 

@@ -27,6 +27,7 @@ from megatron_mdm.config.schema import RunConfig  # noqa: E402
 from megatron_mdm.data.batching import computed_tokens, cut  # noqa: E402
 from megatron_mdm.data.loader import PrefetchLoader  # noqa: E402
 from megatron_mdm.engine.build import build_engine  # noqa: E402
+from megatron_mdm.engine.inputs import InputLayout  # noqa: E402
 from megatron_mdm.engine.zero import ZeroEngine  # noqa: E402
 from megatron_mdm.parallel.groups import initialize  # noqa: E402
 from megatron_mdm.training.build import build_trainer  # noqa: E402
@@ -81,7 +82,7 @@ def trainers(arguments: argparse.Namespace) -> dict[str, Trainer]:
 
 def step_of(trainer: Trainer) -> Callable[[int], StepResult]:
     def train_step(step: int) -> StepResult:
-        engine_of(trainer).pack = trainer.config.batch.mode == "packed"
+        engine_of(trainer).input_layout = InputLayout.of(trainer.config)
         return trainer.train_step(step)
 
     return train_step
@@ -96,7 +97,7 @@ def check_losses(modes: dict[str, Trainer], tolerance: float) -> None:
     """The same micro-batches' losses without a step in between, whatever the mode."""
     losses = {}
     for mode, trainer in modes.items():
-        engine_of(trainer).pack = mode == "packed"
+        engine_of(trainer).input_layout = InputLayout(pack=mode == "packed")
         batch = source_of(trainer).loader.batch(0)
         noised = [source_of(trainer).noise(micro_batch, 0) for micro_batch in batch.micro_batches]
         objective = source_of(trainer).objective

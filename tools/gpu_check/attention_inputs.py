@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from megatron_mdm.batch import padded_rows
-from megatron_mdm.engine.inputs import logits_inputs, prepared
+from megatron_mdm.engine.inputs import InputLayout, logits_inputs
 from megatron_mdm.models.attention import Visibility, explicit_attention
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -37,7 +37,7 @@ def visibility(lengths: Sequence[int], causal: bool, pack: bool, device: str) ->
     width = int(rows.max())
     nothing = torch.zeros(len(rows), width, dtype=torch.int64)
     inputs = logits_inputs(nothing, padded_rows(rows, width, causal), nothing.bool())
-    return Visibility(prepared(inputs, pack=pack, multiple=1).to(torch.device(device)))
+    return Visibility(InputLayout(pack=pack)(inputs).to(torch.device(device)))
 
 
 def with_gradients(attend: Attend, inputs: Sequence[Tensor]) -> list[Tensor]:
