@@ -16,6 +16,7 @@ from tools.gpu_check.outcome import Outcome, Setting
 
 PROGRAM = "tools/gpu_check/__main__.py"
 ELSEWHERE = {"watchdog"}  # tests/parallel/test_watchdog.py; it starts a process that imports all
+PRETENDED = ("varlen", "padded", "resume")
 GPU_ONLY = {"compiled", "shapes", "trace"}
 
 
@@ -29,6 +30,14 @@ def run_checks(folder: Path) -> dict[str, Outcome]:
 def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Outcome]:
     (found,) = run_ranks(run_checks, 1, tmp_path_factory.mktemp("gpu_check"))
     return found
+
+
+def run_pretended(folder: Path) -> dict[str, Outcome]:
+    """On a rank: some checks on a CUDA device that is pretended (tests/cuda), in 16 bit."""
+    from tests.cuda.pretended import install
+
+    install()
+    return {name: checks.run_here(name, Setting("cuda", True, folder / name)) for name in PRETENDED}
 
 
 @pytest.mark.parametrize("name", [name for name in checks.CHECKS if name not in ELSEWHERE])
@@ -50,6 +59,14 @@ def test_figures_are_those_of_the_subject(outcomes: dict[str, Outcome]) -> None:
     assert outcomes["quickstart"].figures["fp32, loss"] == outcomes["quickstart"].figures["CPU, fp32, loss"]
     assert outcomes["resume"].figures["weights and moments are the same bits"]
     assert outcomes["speed"].figures["125m"].keys() > {"tokens/s", "step time, MIRROR / standard"}
+
+
+def test_checks_on_a_pretended_gpu(tmp_path: Path) -> None:
+    (outcomes,) = run_ranks(run_pretended, 1, tmp_path)
+    assert not [fault for outcome in outcomes.values() for fault in outcome.faults]
+    assert "GQA, causal, float16" in outcomes["varlen"].figures["relative error"]
+    assert "peak MiB" in outcomes["padded"].figures["GQA"]["the layers' choice"]
+    assert outcomes["resume"].figures["weights and moments are the same bits"]
 
 
 def test_attention_that_crosses_segments_is_found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

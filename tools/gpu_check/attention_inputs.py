@@ -23,10 +23,10 @@ class Heads(NamedTuple):
     width: int
 
     def draw(self, *shape: int, dtype: torch.dtype, device: str) -> list[Tensor]:
-        """Query, key and value [*shape, heads, width], normal, which want gradients."""
-        generator = torch.Generator(device).manual_seed(0)
+        """Query, key and value [*shape, heads, width], normal, the same on every device, which want gradients."""
+        generator = torch.Generator().manual_seed(0)
         return [
-            torch.randn(*shape, heads, self.width, device=device, generator=generator).to(dtype).requires_grad_()
+            torch.randn(*shape, heads, self.width, generator=generator).to(device, dtype).requires_grad_()
             for heads in (self.query, self.key, self.key)
         ]
 
@@ -43,9 +43,9 @@ def visibility(lengths: Sequence[int], causal: bool, pack: bool, device: str) ->
 def with_gradients(attend: Attend, inputs: Sequence[Tensor]) -> list[Tensor]:
     """The contexts, and the gradients of query, key and value for drawn gradients of the contexts."""
     context = attend(*inputs)
-    generator = torch.Generator(context.device).manual_seed(1)
-    direction = torch.randn(context.shape, device=context.device, generator=generator)
-    return [context.detach(), *torch.autograd.grad(context, list(inputs), direction.to(context.dtype))]
+    direction = torch.randn(context.shape, generator=torch.Generator().manual_seed(1))
+    gradients = torch.autograd.grad(context, list(inputs), direction.to(context.device, context.dtype))
+    return [context.detach(), *gradients]
 
 
 def exact(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
