@@ -60,6 +60,13 @@ def test_8b_has_the_parameters_of_llada() -> None:
     assert planned(STARTS[-1]).num_parameters == pytest.approx(8.02e9, rel=1e-3)
 
 
+def test_fp32_runs_without_tensor_cores() -> None:
+    """torch rounds nothing to TF32 unasked: a fifteenth of bf16's rate."""
+    half, single = (planned(STARTS[3], f"precision.dtype={dtype}") for dtype in ("bf16", "fp32"))
+    assert single.step.compute == pytest.approx(half.step.compute / half.cluster.fp32_share)
+    assert half.cluster.fp32_share == pytest.approx(66.9 / 989, rel=0.02)
+
+
 def test_what_does_not_fit_is_said() -> None:
     plan = planned(SFT[0], "parallel.tensor=1", "parallel.sequence=false", "parallel.zero=0")
     assert not plan.is_feasible

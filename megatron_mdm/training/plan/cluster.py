@@ -24,6 +24,7 @@ class Cluster(Section):
     host_memory_gib: float = Field(default=1024.0, gt=0)  # of one node, for offloaded states and copies of checkpoints
     host_gbytes_per_s: float = Field(default=20.0, gt=0)  # from a GPU to its host
     peak_tflops: float = Field(gt=0)  # dense bf16 matrix products
+    fp32_share: float = Field(default=0.067, gt=0, le=1)  # of that peak, in fp32 without TF32: an H100's 66.9 of 989
     efficiency: float = Field(default=0.55, gt=0, le=1)  # share of the peak that a layer's products and kernels reach
     layer_ms: float = Field(default=0.6, ge=0)  # a host's time to start a layer's kernels, forward and backward
     memory_gbytes_per_s: float = Field(gt=0)  # the GPU's own memory, which bounds the optimizer's step

@@ -75,7 +75,7 @@ def recomputed_flops(config: RunConfig, stage: Stage, micro_batch: MicroBatchSha
 def step_time(
     config: RunConfig, layout: Layout, cluster: Cluster, micro_batch: MicroBatchShape, num_micro_batches: int
 ) -> StepTime:
-    rate = cluster.flops_per_s() * layout.tensor * (0.5 if config.precision.dtype == "fp32" else 1.0)
+    rate = cluster.flops_per_s() * layout.tensor * (cluster.fp32_share if config.precision.dtype == "fp32" else 1.0)
     shapes = [micro_batch] * num_micro_batches
     compute = 0.0
     tensor = 0.0
