@@ -4,26 +4,42 @@ from __future__ import annotations
 
 import os
 import shutil
+import socket
 import subprocess
 from pathlib import Path
 
 import torch
 
 from megatron_mdm.config.errors import UserError
+from megatron_mdm.parallel import environment
 
 _SECONDS = 30.0  # that nvidia-smi may take
 _VISIBLE = "CUDA_VISIBLE_DEVICES"
 
 
 def check_gpus() -> None:
-    """Raise UserError where this machine has GPUs, torch finds none, and the user has not hidden them."""
-    if torch.cuda.is_available() or _are_hidden():
+    """Raise UserError where this machine has GPUs, torch finds none, and the user has not hidden them; also where it
+    finds fewer than this rank's number."""
+    if torch.cuda.is_available():
+        check_number(environment.number("LOCAL_RANK", 0), torch.cuda.device_count())
+        return
+    if _are_hidden():
         return
     present = gpus()
     if present:
         found = f"{len(present)} NVIDIA GPU{'s' * (len(present) != 1)} ({present[0]}{' …' * (len(present) > 1)})"
         on_purpose = f"set {_VISIBLE}= (empty) to run on the CPU"
         raise UserError(f"this machine has {found}, but {_why_not_found()}; or {on_purpose}")
+
+
+def check_number(local_rank: int, num_gpus: int) -> None:
+    """Raise UserError where a machine's rank has no GPU of its own. num_gpus: that torch sees."""
+    if local_rank >= num_gpus:
+        seen = f"torch sees {num_gpus} there{_as_named(' (', ')')}"
+        raise UserError(
+            f"rank {local_rank} of {socket.gethostname()} has no GPU: {seen}; "
+            "start as many ranks as it sees (RANKS_PER_NODE, --nproc-per-node); of MIG instances, it sees one"
+        )
 
 
 def gpus(devices: Path = Path("/dev")) -> list[str]:
@@ -53,6 +69,11 @@ def _why_not_found() -> str:
         reason = "no CUDA device is available"
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
+    found = f"finds none ({reason}{_as_named(', ')})"
+    return f"torch {torch.__version__} {found}: mend the driver (nvidia-smi shows it)"
+
+
+def _as_named(before: str, after: str = "") -> str:
+    """What CUDA_VISIBLE_DEVICES says, if anything."""
     visible = os.environ.get(_VISIBLE)
-    named = "" if visible is None else f", {_VISIBLE}={visible}"
-    return f"torch {torch.__version__} finds none ({reason}{named}): mend the driver (nvidia-smi shows it)"
+    return "" if visible is None else f"{before}{_VISIBLE}={visible}{after}"

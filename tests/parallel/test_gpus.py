@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from megatron_mdm.config.errors import UserError
-from megatron_mdm.parallel.gpus import check_gpus, gpus
+from megatron_mdm.parallel.gpus import check_gpus, check_number, gpus
 from megatron_mdm.parallel.peaks import Peak, peak_of
 from tests.ranks import run_program_ranks
 
@@ -63,6 +63,15 @@ def test_ranks_do_not_train_on_the_cpu_unasked(two_gpus: str, tmp_path: Path) ->
         assert result.exit_code == 1
         assert "error: this machine has 2 NVIDIA GPUs" in result.stderr
         assert result.stderr.count("\n") == 1
+
+
+def test_more_ranks_than_gpus_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "MIG-1,MIG-2")
+    check_number(0, 1)
+    with pytest.raises(
+        UserError, match=r"^rank 1 of .* has no GPU: torch sees 1 there \(CUDA_VISIBLE_DEVICES=MIG-1,MIG-2\)"
+    ):
+        check_number(1, 1)
 
 
 @pytest.mark.parametrize(
