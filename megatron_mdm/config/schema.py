@@ -138,7 +138,7 @@ class ParallelConfig(Section):
     tensor: int = Field(default=1, gt=0)
     sequence: bool = False  # split activations along the sequence over the tensor-parallel ranks, between matrices
     pipeline: int = Field(default=1, gt=0)
-    zero: Literal[0, 1, 2, 3] = 1
+    zero: Literal[0, 1, 2, 3] = 1  # in bf16 and fp16, 0 runs as 1
     offload: Literal["none", "optimizer", "all"] = "none"  # ZeRO's states in host memory; all: parameters too
     recompute: Literal["none", "selective", "full"] = "none"  # activations: selective recomputes attention only
     recompute_interval: int = Field(default=1, gt=0)  # full: every n-th layer

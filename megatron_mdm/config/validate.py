@@ -85,12 +85,13 @@ def _check_parallel(config: RunConfig) -> None:
         raise UserError("'parallel.offload' moves ZeRO's states to the host; it needs 'parallel.zero' of 1 or more")
     if parallel.offload == "all" and parallel.zero != 3:
         raise UserError("'parallel.offload' all moves parameters to the host; it needs 'parallel.zero' 3")
-    if config.precision.gradients == "fp32" and config.precision.dtype != "fp32" and parallel.zero == 0:
-        raise UserError("'precision.gradients' fp32 needs 'parallel.zero' of 1 or more")
-    if config.precision.gradients == "fp32" and config.precision.dtype == "bf16" and parallel.pipeline > 1:
+    dtype = config.precision.dtype
+    in_two_types = config.precision.gradients == "fp32" and dtype != "fp32"
+    if in_two_types and parallel.pipeline > 1 and (dtype == "fp16" or parallel.offload != "none"):
+        what = "'parallel.offload'" if parallel.offload != "none" else "'precision.dtype' fp16"
         raise UserError(
-            "'precision.gradients' fp32 cannot be combined with 'parallel.pipeline' in bf16: DeepSpeed's optimizer for "
-            "it clears the last stage's gradients too early; use model"
+            f"'precision.gradients' fp32 cannot be combined with 'parallel.pipeline' and {what}: DeepSpeed's "
+            "optimizer for it sums no gradients of a pipeline; use model"
         )
 
 

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron_mdm.config.schema import ModelConfig, RunConfig
+from megatron_mdm.engine.deepspeed_config import zero_stage
 from megatron_mdm.models.costs import layer_costs
 from megatron_mdm.models.kernel_memory import ELEMENT_BYTES
 from megatron_mdm.models.parameters import Held, held
@@ -102,7 +103,7 @@ def _data_parallel(config: RunConfig, stage: Stage, num_micro_batches: int) -> V
     parameters = stage.held(config.model, config.parallel.tensor)
     size = parameters.trained * ELEMENT_BYTES[config.precision.dtype]
     whole = parameters.total * ELEMENT_BYTES[config.precision.dtype]  # ZeRO 3 gathers what is frozen, too
-    zero = config.parallel.zero
+    zero = zero_stage(config)
     if zero == 0:
         return Counter({("data", "all_reduce"): size})
     if zero == 1:  # it reduces whole buckets on every rank and keeps its part

@@ -9,12 +9,24 @@ from megatron_mdm.config.schema import RunConfig
 from megatron_mdm.config.validate import accumulation_steps
 
 
+def zero_stage(config: RunConfig) -> int:
+    """The ZeRO stage that runs. In 16 bit stage 0 runs as stage 1: DeepSpeed's optimizers for the former count
+    tensor-parallel shards wrongly, lose the gradients of a pipeline's head and take a step when they are built."""
+    return max(1, config.parallel.zero) if config.precision.dtype != "fp32" else config.parallel.zero
+
+
+def zero_text(config: RunConfig) -> str:
+    """The stage, for people, also where precision.dtype is open yet."""
+    text = f"ZeRO {config.parallel.zero}"
+    return text if zero_stage(config) == config.parallel.zero else f"{text} (in 16 bit run as {zero_stage(config)})"
+
+
 def deepspeed_config(config: RunConfig, world_size: int) -> dict[str, Any]:
     """DeepSpeed's configuration. Raw keys of the `deepspeed` section are added; validate.py has refused those that the
     stack owns."""
     raw = {key: value for key, value in config.deepspeed.items() if key not in ("zero_optimization", "data_types")}
     zero = {
-        "stage": config.parallel.zero,
+        "stage": zero_stage(config),
         "overlap_comm": False,
         "reduce_scatter": True,
         **subsection(config, "zero_optimization"),
@@ -30,9 +42,14 @@ def deepspeed_config(config: RunConfig, world_size: int) -> dict[str, Any]:
         "train_micro_batch_size_per_gpu": config.batch.micro_size,
         "gradient_accumulation_steps": accumulation_steps(config, world_size),
         # Where clipping is ours (engine/optimizer.py), it must always be called, as it measures the norm.
-        "gradient_clipping": config.optimizer.gradient_clipping or (1e30 if _plain(config) else 0.0),
-        # In fp32 and fp16, DeepSpeed skips steps with infinite gradients by itself.
-        "bf16": {"enabled": config.precision.dtype == "bf16", "check_grad_overflow": True},
+        "gradient_clipping": config.optimizer.gradient_clipping or (0.0 if zero_stage(config) else 1e30),
+        # In fp32 and fp16, DeepSpeed skips steps with infinite gradients by itself. A gradient is added to its fp32 sum
+        # as soon as it is there: DeepSpeed clears what it finds before a stage's backward pass, the head's included.
+        "bf16": {
+            "enabled": config.precision.dtype == "bf16",
+            "check_grad_overflow": True,
+            "immediate_grad_update": config.precision.gradients == "fp32",
+        },
         "fp16": {"enabled": config.precision.dtype == "fp16", "initial_scale_power": 16},
         "data_types": {
             **({"grad_accum_dtype": "fp32"} if config.precision.gradients == "fp32" else {}),
@@ -57,7 +74,3 @@ def subsection(config: RunConfig, *keys: str) -> dict[str, Any]:
         if not isinstance(value, dict):
             raise UserError(f"'deepspeed.{'.'.join(keys[:number])}': expected a section, got {value!r}")
     return value
-
-
-def _plain(config: RunConfig) -> bool:
-    return config.parallel.zero == 0 and config.precision.dtype == "fp32"

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from megatron_mdm.config.schema import RunConfig
 from megatron_mdm.config.validate import accumulation_steps
 from megatron_mdm.engine.communication import MicroBatchShape, Stage, stages
-from megatron_mdm.engine.deepspeed_config import subsection
+from megatron_mdm.engine.deepspeed_config import subsection, zero_stage
 from megatron_mdm.models.cross_entropy import CHUNKS
 from megatron_mdm.models.kernel_memory import ELEMENT_BYTES, SAVED, Kernels
 from megatron_mdm.models.parameters import Held, padded_vocab_size
@@ -112,25 +112,22 @@ def _states(config: RunConfig, layout: Layout, parameters: Held) -> tuple[dict[s
     """(bytes by kind, bytes on the host) of a tensor-parallel rank's parameters. What is frozen is weights only."""
     number = parameters.trained
     size = ELEMENT_BYTES[config.precision.dtype]
-    zero = config.parallel.zero
+    zero = zero_stage(config)
     data = layout.data
     accumulated = 4 if config.precision.gradients == "fp32" else size
-    if zero == 0:  # in fp32 torch's own optimizer updates the model's weights
-        master = 0 if config.precision.dtype == "fp32" else MASTER
-        copies = master * number
-        states = {
-            "weights": size * parameters.total,
-            "gradients": size * number,
-            "optimizer": (master + MOMENTS) * number,
-        }
-        return {**states, "step": copies}, 0.0
+    if zero == 0:  # in fp32, where torch's own optimizer updates the model's weights
+        states = {"weights": size * parameters.total, "gradients": size * number, "optimizer": MOMENTS * number}
+        return {**states, "step": 0.0}, 0.0
     weights = size * parameters.total / (data if zero == 3 else 1)
-    # ZeRO 1 sums whole gradients over the micro-batches; in fp32 beside those of the current one.
+    # ZeRO 1 sums whole gradients over the micro-batches; in fp32 beside those of the current one, unless DeepSpeed's
+    # BF16_Optimizer adds each as soon as it is there and steps on the sum itself.
     gradients = float(accumulated * number / (data if zero > 1 else 1))
-    if zero == 1 and accumulated > size:
+    in_two_types = zero == 1 and accumulated > size
+    at_once = in_two_types and config.precision.dtype == "bf16" and config.parallel.offload == "none"
+    if in_two_types and not at_once:
         gradients += size * number
     optimizer = (MASTER + MOMENTS) * number / data
-    step = 0.0 if size == 4 else MASTER * number / data
+    step = 0.0 if size == 4 or at_once else MASTER * number / data
     host = 0.0
     if config.parallel.offload != "none":
         host = optimizer + (gradients if zero > 1 else 0.0)
@@ -160,7 +157,7 @@ def _head(config: RunConfig, layout: Layout, micro_batch: MicroBatchShape, kerne
 
 def _bucket(config: RunConfig, number: int, kernels: Kernels) -> float:
     """Bytes of ZeRO's buckets: allocated whole, although on a CPU what is never written to takes no memory."""
-    if config.parallel.zero == 0:
+    if zero_stage(config) == 0:
         return 0.0
     elements = _zero_elements(config, "reduce_bucket_size", REDUCE_BUCKET)
     if kernels == "cpu":
@@ -180,7 +177,7 @@ def _buffers(
 ) -> float:
     size = ELEMENT_BYTES[config.precision.dtype]
     buffers = 0.0
-    if config.parallel.zero == 3:
+    if zero_stage(config) == 3:
         buffers += size * min(number, _zero_elements(config, "stage3_max_live_parameters", ZERO3_LIVE))
     hidden = micro_batch.rows * micro_batch.length * config.model.hidden_size * size
     if config.parallel.sequence:

@@ -20,7 +20,7 @@ from megatron_mdm.batch import ModelInputs, RowStatistics
 from megatron_mdm.config.schema import ModelConfig, RunConfig
 from megatron_mdm.engine.base import Load, TrainOutput
 from megatron_mdm.engine.clock import PhaseClock
-from megatron_mdm.engine.deepspeed_config import deepspeed_config
+from megatron_mdm.engine.deepspeed_config import deepspeed_config, zero_stage
 from megatron_mdm.engine.host_norm import read_norm_once
 from megatron_mdm.engine.inputs import InputLayout
 from megatron_mdm.engine.optimizer import PlainClipping, adamw, norm_of_step, scaled_unless_faulty
@@ -66,7 +66,7 @@ class PipeEngine:
         assert self.engine.grid.get_pipe_parallel_rank() == context.pipeline_rank
         read_norm_once(self.engine.optimizer)
         self.clipping = None
-        if config.parallel.zero == 0 and config.precision.dtype == "fp32":
+        if zero_stage(config) == 0:
             self.clipping = PlainClipping(module, config.optimizer.gradient_clipping, context)
             self.engine.clip_fp32_gradients = self.clipping
         self.optimizer_state = OptimizerState(module, self.engine.optimizer, config.model)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from megatron_mdm.config.schema import RunConfig
 from megatron_mdm.config.validate import accumulation_steps
 from megatron_mdm.engine.communication import Stage
+from megatron_mdm.engine.deepspeed_config import zero_text
 from megatron_mdm.engine.memory import RankMemory, fullest_stage
 from megatron_mdm.objectives import objective_of
 from megatron_mdm.parallel import platform
@@ -53,7 +54,7 @@ def describe_without_data(config: RunConfig, world_size: int) -> str:
 
 
 def _layout_line(config: RunConfig, layout: Layout) -> str:
-    return f"layout: {layout}, ZeRO {config.parallel.zero}, {config.precision.dtype}"
+    return f"layout: {layout}, {zero_text(config)}, {config.precision.dtype}"
 
 
 def _batch_line(config: RunConfig, layout: Layout, length: str) -> str:

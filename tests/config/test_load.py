@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -194,12 +195,18 @@ def test_rules_across_sections(tmp_path: Path, override: str, message: str) -> N
         check_run(load_config(path, [override]), 4)
 
 
-def test_fp32_gradients_need_zero_and_no_pipeline(tmp_path: Path) -> None:
-    precision = {"dtype": "bf16", "gradients": "fp32"}
-    check_run(small_config(tmp_path, precision=precision), 4)
-    for parallel, message in (({"zero": 0}, "needs 'parallel.zero'"), ({"pipeline": 2}, "cannot be combined with")):
-        with pytest.raises(UserError, match=message):
-            check_run(small_config(tmp_path, precision=precision, parallel=parallel), 4)
+def test_fp32_gradients_of_a_pipeline_need_bf16_on_the_device(tmp_path: Path) -> None:
+    pipeline = {"pipeline": 2}
+    for dtype, parallel, message in (
+        ("bf16", {"zero": 0}, ""),
+        ("bf16", pipeline, ""),
+        ("fp16", {"offload": "optimizer"}, ""),
+        ("fp16", pipeline, "and 'precision.dtype' fp16"),
+        ("bf16", {**pipeline, "offload": "optimizer"}, "and 'parallel.offload'"),
+    ):
+        config = small_config(tmp_path, precision={"dtype": dtype, "gradients": "fp32"}, parallel=parallel)
+        with pytest.raises(UserError, match=message) if message else nullcontext():
+            check_run(config, 4)
 
 
 def test_blocks_are_compiled_for_one_length_and_without_zero_3(tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ BUCKET = 1000
 LAYOUTS: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {  # ranks, parallel, precision
     "dp2_zero0": (2, {"zero": 0}, {"dtype": "fp32"}),
     "dp2_zero1": (2, {"zero": 1}, {"dtype": "bf16"}),
+    "dp2_zero1_fp32_gradients": (2, {"zero": 1}, {"dtype": "bf16", "gradients": "fp32"}),
     "dp2_zero2": (2, {"zero": 2}, {"dtype": "bf16"}),
     "dp2_zero2_fp32_gradients": (2, {"zero": 2}, {"dtype": "bf16", "gradients": "fp32"}),
     "dp2_zero3": (2, {"zero": 3}, {"dtype": "fp32"}),
@@ -44,7 +45,13 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {  # ranks, par
 
 
 # of DeepSpeed's optimizers, beside the inner one's own
-STATES = ("all_grad_tensors", "averaged_gradients", "grad_partitions_flat_buffer", "fp32_partitioned_groups_flat")
+STATES = (
+    "all_grad_tensors",
+    "averaged_gradients",
+    "grad_partitions_flat_buffer",
+    "fp32_partitioned_groups_flat",
+    "fp32_groups_gradients_flat",
+)
 
 
 GROUPED = {"num_kv_heads": 2, "qk_norm": True, "qkv_bias": True}

@@ -15,6 +15,7 @@ from megatron_mdm.engine.communication import MicroBatchShape, stages
 from megatron_mdm.training.plan.cluster import PRESETS, read_cluster
 from megatron_mdm.training.plan.plan import Plan, Samples, make_plan
 from megatron_mdm.training.plan.search import search
+from megatron_mdm.training.plan.tables import plan_text
 from megatron_mdm.training.plan.timing import forward_flops
 from tests.ranks import run_program_ranks, run_ranks
 from tests.small import small_config, small_model, write_ids
@@ -68,11 +69,15 @@ def test_fp32_runs_without_tensor_cores() -> None:
 
 
 def test_what_does_not_fit_is_said() -> None:
-    plan = planned(SFT[0], "parallel.tensor=1", "parallel.sequence=false", "parallel.zero=0")
+    whole = ("parallel.tensor=1", "parallel.sequence=false", "parallel.zero=0")
+    plan = planned(SFT[0], *whole, "precision.dtype=fp32")
     assert not plan.is_feasible
-    # 8.0 B parameters: 2 bytes of weights, 2 of gradients, 12 of the optimizer.
+    # 8.0 B parameters: 4 bytes of weights, 4 of gradients, 8 of the optimizer.
     assert plan.fullest.states == 16 * plan.num_parameters
     assert "stage 0 needs" in plan.obstacle
+    in_16_bit = planned(SFT[0], *whole)  # as stage 1: 2, 2, and 12 over the 8 ranks
+    assert in_16_bit.fullest.states == 5.5 * plan.num_parameters
+    assert "ZeRO 0 (in 16 bit run as 1), bf16" in plan_text(in_16_bit)
 
 
 def test_every_layout_that_a_search_offers_fits_and_the_first_is_the_fastest() -> None:

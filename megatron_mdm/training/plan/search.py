@@ -45,8 +45,9 @@ def candidates(config: RunConfig, cluster: Cluster) -> Iterator[RunConfig]:
             continue
         share = config.batch.global_size * tensor * pipeline // ranks
         data_parallel = ranks > tensor * pipeline
-        stages_of_zero = (0, 1) if pipeline > 1 else (0, 1, 2, 3)
-        for zero, recompute in itertools.product(stages_of_zero if data_parallel else (0,), RECOMPUTE):
+        least = 0 if config.precision.dtype == "fp32" else 1  # in 16 bit 0 runs as 1
+        stages_of_zero = range(least, 2 if pipeline > 1 else 4) if data_parallel else range(1)
+        for zero, recompute in itertools.product(stages_of_zero, RECOMPUTE):
             parallel = config.parallel.model_copy(
                 update={
                     "tensor": tensor,

@@ -6,6 +6,7 @@ import dataclasses
 import math
 from collections.abc import Sequence
 
+from megatron_mdm.engine.deepspeed_config import zero_text
 from megatron_mdm.training.plan.cluster import GIB
 from megatron_mdm.training.plan.plan import Plan
 from megatron_mdm.training.plan.search import describe_layout
@@ -18,7 +19,7 @@ def plan_text(plan: Plan) -> str:
     step = plan.step
     shares = ", ".join(f"{name} {seconds:.2f}" for name, seconds in dataclasses.asdict(step).items() if seconds)
     lines = [
-        f"model: {plan.num_parameters / 1e9:.3f} B parameters; {plan.layout}, ZeRO {plan.config.parallel.zero}, "
+        f"model: {plan.num_parameters / 1e9:.3f} B parameters; {plan.layout}, {zero_text(plan.config)}, "
         f"{plan.config.precision.dtype}; {plan.num_micro_batches} micro-batches a step",
         "",
         "memory per rank, GiB, at its peak:",

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from megatron_mdm.config.schema import RunConfig
 from megatron_mdm.engine.communication import MicroBatchShape, Stage, Volume, stages, step_communication
+from megatron_mdm.engine.deepspeed_config import zero_stage
 from megatron_mdm.models.costs import layer_costs
 from megatron_mdm.parallel.layout import Layout
 from megatron_mdm.training.plan.cluster import Cluster
@@ -110,7 +111,7 @@ def communication_seconds(volume: Volume, axis: str, layout: Layout, cluster: Cl
 
 def _optimizer_seconds(config: RunConfig, stage: Stage, layout: Layout, cluster: Cluster) -> float:
     """Seconds to read weights, gradients and moments and write them, all in fp32: 28 bytes per parameter."""
-    number = stage.num_parameters(config.model, layout.tensor) / (layout.data if config.parallel.zero else 1)
+    number = stage.num_parameters(config.model, layout.tensor) / (layout.data if zero_stage(config) else 1)
     rate = cluster.memory_gbytes_per_s * 1e9
     if config.parallel.offload != "none":
         rate = 50e9 / cluster.gpus_per_node + 1e9  # a host's memory, shared by its GPUs
