@@ -13,7 +13,8 @@ from megatron_mdm.engine.clock import PhaseClock
 if TYPE_CHECKING:  # DeepSpeed, which programs that train nothing do without
     from megatron_mdm.engine.optimizer_state import OptimizerState
 
-# Fills the parameters that this rank holds, all of them: in place of random initial weights, which are not drawn then.
+# Fills the parameters of a layer or of several, all of them: in place of random initial weights, which are not drawn
+# then. Called with what this rank holds, in the layers' order.
 Load = Callable[[nn.Module], None]
 
 

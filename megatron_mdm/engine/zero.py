@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import deepspeed
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from megatron_mdm.batch import ModelInputs, RowStatistics
 from megatron_mdm.config.schema import RunConfig
@@ -17,6 +17,7 @@ from megatron_mdm.engine.host_norm import read_norm_once
 from megatron_mdm.engine.inputs import InputLayout
 from megatron_mdm.engine.optimizer import PlainClipping, adamw, norm_of_step, scaled_unless_faulty
 from megatron_mdm.engine.optimizer_state import OptimizerState
+from megatron_mdm.engine.partitioned import keep_partition
 from megatron_mdm.engine.statistics import StatisticsCopy
 from megatron_mdm.models.layers import build_model
 from megatron_mdm.parallel.groups import ModelParallelUnit, ParallelContext
@@ -27,19 +28,21 @@ class ZeroEngine:
     """engine.base.Engine without pipeline stages."""
 
     def __init__(self, config: RunConfig, context: ParallelContext, load: Load | None = None) -> None:
-        """load: fills the model, before the optimizer takes its master weights from it."""
+        """load: fills each layer, before the optimizer takes its master weights from it."""
         self.context = context
         self.clock = PhaseClock()
         self.input_layout = InputLayout.of(config)
-        model = build_model(config.model, config.parallel, context, None if load else config.seed)
-        if load:
-            load(model)
-        self.engine, *_ = deepspeed.initialize(
-            model=model,
-            optimizer=adamw(model, config),
-            mpu=ModelParallelUnit(context),
-            config=deepspeed_config(config, context.layout.world_size),
-        )
+        settings = deepspeed_config(config, context.layout.world_size)
+        unit = ModelParallelUnit(context)
+
+        def finish(layer: nn.Module) -> None:
+            if load:
+                load(layer)
+            if zero_stage(config) == 3:
+                keep_partition(layer, config.precision.dtype, unit, settings)
+
+        model = build_model(config.model, config.parallel, context, None if load else config.seed, finish)
+        self.engine, *_ = deepspeed.initialize(model=model, optimizer=adamw(model, config), mpu=unit, config=settings)
         read_norm_once(self.engine.optimizer)
         self.clipping = None
         if zero_stage(config) == 0:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, cast
@@ -225,16 +225,28 @@ def layer_builders(
 
 
 def build_model(
-    model: ModelConfig, parallel: ParallelConfig, context: ParallelContext, seed: int | None
+    model: ModelConfig,
+    parallel: ParallelConfig,
+    context: ParallelContext,
+    seed: int | None,
+    finish: Callable[[nn.Module], None] | None = None,
 ) -> MaskedDiffusionModel:
     """The whole model in this process. seed: of initial weights, which are the same on every layout; None: they are
-    left unset, to be read."""
-    layers = MaskedDiffusionModel(*(build() for build in layer_builders(model, parallel, context.tensor_group)))
+    left unset, to be read. finish: called with each layer before the next is built, so that it can fill the layer and
+    keep a part of it only; a tied head is given without the table, which came with the embedding."""
+    layers = MaskedDiffusionModel()
+    for build in layer_builders(model, parallel, context.tensor_group):
+        layer = build()
+        if model.tie_embeddings and isinstance(layer, Head):
+            del layer.vocabulary_weight
+        prepare_parameters(layer, model, parallel, context, seed)
+        if finish:
+            finish(layer)
+        layers.append(layer)
     if model.tie_embeddings:
         embedding = cast(Embed, layers[0])
         head = cast(Head, layers[-1])
         head.vocabulary_weight = embedding.word_embeddings.weight
-    prepare_parameters(layers, model, parallel, context, seed)
     return layers
 
 

@@ -9,15 +9,13 @@ from functools import partial
 from typing import Any, TypeVar, cast
 
 import numpy as np
-from torch import nn
 
 from megatron_mdm.config.errors import UserError
 from megatron_mdm.diffusion.control_variate import CentredVariate, WeightedLosses
 from megatron_mdm.diffusion.moments import MomentSums
 from megatron_mdm.diffusion.t_samplers import UniformSampler
 from megatron_mdm.engine.build import build_engine
-from megatron_mdm.models.initialize import initialize_weights
-from megatron_mdm.models.naming import rows_of
+from megatron_mdm.models.layers import build_model
 from megatron_mdm.parallel import platform
 from megatron_mdm.parallel.groups import ParallelContext
 from megatron_mdm.training.loop import StepResult, Trainer
@@ -89,13 +87,9 @@ class Bench:
     def ours(self, case: Case, plain: PlainLoop | None, methods: list[Method]) -> list[Trainer]:
         """A trainer per method, over one engine; a plain loop gets the initial weights."""
         config = case.config(self.arguments.zero)
-
-        def initial(model: nn.Module) -> None:
-            initialize_weights(rows_of(model, config.model), config.model, config.seed, 0, 1)
-            if plain:
-                plain.load(model)
-
-        engine = build_engine(config, self.context, initial)
+        if plain:
+            plain.load(build_model(config.model, config.parallel, self.context, config.seed))
+        engine = build_engine(config, self.context)
         data = dataset(case, self.source)
         return [trainer(method, data, engine, config, self.context) for method in methods]
 
