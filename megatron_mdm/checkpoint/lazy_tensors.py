@@ -80,12 +80,13 @@ class Flat:
         step = max(1, _BLOCK_BYTES // max(1, columns * out.dtype.itemsize))
         for start in range(0, len(out), step):
             block = out[start : start + step]
-            is_whole = block.shape[1] == columns and block.is_contiguous()
-            rows = block if is_whole else torch.empty(len(block), columns, dtype=out.dtype)
+            is_run = len(block) == 1 or (block.shape[1] == columns and block.is_contiguous())
+            rows = block if is_run else torch.empty(len(block), columns, dtype=out.dtype)
             elements = rows.view(-1, 1)
-            for part, at, first, last in _overlaps(self.parts, (row + start) * columns, len(elements)):
+            position = (row + start) * columns + (column if is_run else 0)
+            for part, at, first, last in _overlaps(self.parts, position, len(elements)):
                 part.tensor.read_into(elements[at : at + last - first], first, 0)
-            if not is_whole:
+            if not is_run:
                 block.copy_(rows[:, column : column + block.shape[1]])
 
 
@@ -151,6 +152,22 @@ def read(tensor: LazyTensor, dtype: torch.dtype | None = None) -> Tensor:
     """The whole tensor, in its own dtype or another."""
     out = torch.empty(tensor.shape, dtype=dtype or tensor.dtype)
     tensor.read_into(as_matrix(out), 0, 0)
+    return out
+
+
+def read_elements(tensor: LazyTensor, start: int, count: int, dtype: torch.dtype) -> Tensor:
+    """[count]: the elements from this one on, row after row. Reads no others of a row that is cut."""
+    _, columns = matrix_shape(tensor.shape)
+    out = torch.empty(count, dtype=dtype)
+    done = 0
+    while done < count:
+        row, column = divmod(start + done, columns)
+        left = count - done
+        rows = left // columns if column == 0 else 0  # whole ones; else to the end of this row
+        length = rows * columns or min(columns - column, left)
+        part = out[done : done + length].view(max(1, rows), -1)
+        tensor.read_into(part, row, column)
+        done += length
     return out
 
 

@@ -9,11 +9,12 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from megatron_mdm.checkpoint.choice import AUTO, CHOICES, choose_together
 from megatron_mdm.checkpoint.initial import InitialWeights
 from megatron_mdm.checkpoint.initial_tokens import contradictions
+from megatron_mdm.checkpoint.lazy_tensors import read_elements
 from megatron_mdm.checkpoint.manifest import MANIFEST
 from megatron_mdm.checkpoint.tensors import TensorReader
 from megatron_mdm.config.errors import UserError
@@ -25,7 +26,7 @@ from megatron_mdm.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_mdm.engine.base import Engine
 from megatron_mdm.engine.build import build_engine
 from megatron_mdm.engine.inference import InferenceEngine, PipelinedInferenceEngine, build_stage
-from megatron_mdm.engine.optimizer_state import WEIGHT, kinds_of
+from megatron_mdm.engine.optimizer_state import WEIGHT, Fragment
 from megatron_mdm.models.layers import build_model
 from megatron_mdm.models.naming import rows_of
 from megatron_mdm.parallel.groups import ParallelContext, rank_from_environment, world_size_from_environment
@@ -95,12 +96,18 @@ def restored_engine(checkpoint: Path | None, config: RunConfig, context: Paralle
 
 
 def restore(engine: Engine, checkpoint: Path, model: ModelConfig, context: ParallelContext, steps: int) -> None:
-    """Give an engine a checkpoint's weights, moments and count of optimizer steps. Collective."""
+    """Give an engine a checkpoint's weights, moments and count of optimizer steps. Collective.
+
+    Each rank reads what it holds: of what ZeRO partitions, its part of the fp32 weights and of the moments, from which
+    the data-parallel ranks gather the weights that the model computes with.
+    """
     reader = TensorReader.of(checkpoint, model)
-    for name, row in engine.optimizer_state.rows.items():
-        for kind in kinds_of(row):
-            value = reader.read(name, kind, context.tensor_rank, context.layout.tensor)
-            engine.optimizer_state.load(name, kind, value)
+
+    def read(part: Fragment) -> Tensor:
+        shard = reader.shard(part.name, part.kind, context.tensor_rank, context.layout.tensor)
+        return read_elements(shard, part.start, len(part.values), torch.float32)
+
+    engine.optimizer_state.load(read)
     engine.optimizer_state.set_steps(steps)
 
 

@@ -163,12 +163,16 @@ class TensorReader:
         whole = merge([shards[rank] for rank in sorted(shards)], row.split.get("tensor"))
         return with_rows(whole, min(whole.shape[0], row.shape[0])) if row.is_vocabulary else whole
 
-    def read(self, name: str, kind: str, rank: int, degree: int) -> Tensor:
-        """The shard that a tensor-parallel rank of another degree holds. float32."""
+    def shard(self, name: str, kind: str, rank: int, degree: int) -> LazyTensor:
+        """The shard that a tensor-parallel rank of another degree holds, of which nothing has been read yet."""
         beat()
         row = self.table[name]
         whole = with_padding(self.tensor(name, kind), row, degree)
         shape = row.padded_shape(degree)
         if tuple(whole.shape) != shape:
             raise UserError(f"{self.folder}: '{name}' has shape {list(whole.shape)}, the model's is {list(shape)}")
-        return read(cut(whole, row.split.get("tensor"), rank, degree), torch.float32)
+        return cut(whole, row.split.get("tensor"), rank, degree)
+
+    def read(self, name: str, kind: str, rank: int, degree: int) -> Tensor:
+        """The shard that a tensor-parallel rank of another degree holds. float32."""
+        return read(self.shard(name, kind, rank, degree), torch.float32)

@@ -1,18 +1,17 @@
 """Master weights and Adam moments by the names of the table of parameters, whatever DeepSpeed has made of them.
 
-Read where they lie, without communication: the part of this tensor-parallel rank's shard that this data-parallel rank
-holds; written from the whole shard.
+Read and written where they lie: the part of this tensor-parallel rank's shard that this data-parallel rank holds.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from deepspeed.utils import lazy_init_hp_params_optimizer_state, safe_set_full_fp32_param, safe_set_full_optimizer_state
+from deepspeed.utils import lazy_init_hp_params_optimizer_state
 from torch import Tensor
 
 from megatron_mdm.config.schema import ModelConfig
@@ -49,39 +48,28 @@ class OptimizerState:
         rows = list(rows_of(module, model))
         self.rows = {row.name: row for row, _ in rows}
         self.parameters = {row.name: tensor for row, tensor in rows}
-        # FP16_UnfusedOptimizer (ZeRO 0 in bf16 and fp16) keeps fp32 copies in lists of the same order.
-        self.copies: dict[Tensor, Tensor] = {}
-        for low, high in zip(getattr(optimizer, "fp16_groups", []), getattr(optimizer, "fp32_groups", [])):
-            self.copies.update(zip(low, high))
 
     def fragments(self) -> Iterator[Fragment]:
-        """What this rank holds of every parameter here. Nothing is copied, nothing communicated."""
-        self._link_states()
-        for name, parameter in self.parameters.items():
-            if getattr(parameter, "ds_pipe_replicated", False):
-                continue  # a tied copy; another stage holds the same
-            for kind in kinds_of(self.rows[name]):
-                start, values = self._here(parameter, kind)
-                if len(values):
-                    replicated = not self._is_partitioned(parameter)
-                    yield Fragment(name, kind, _shape(parameter), start, values.detach(), replicated)
+        """What this rank holds of every parameter here, less tied copies, whose like another stage holds. Nothing is
+        copied, nothing communicated."""
+        for fragment in self._all_fragments():
+            if not getattr(self.parameters[fragment.name], "ds_pipe_replicated", False):
+                yield fragment
 
     @torch.no_grad()
-    def load(self, name: str, kind: str, value: Tensor) -> None:
-        """Set a parameter's state, and for a weight the model's own copy. value: the whole shard. No communication."""
-        self._link_states()
-        parameter = self.parameters[name]
-        if hasattr(parameter, "ds_id"):
-            self._load_partition(parameter, kind, value)
-            return
-        if not self._is_partitioned(parameter):
-            self._plain(parameter, kind).copy_(value)
-        elif kind == WEIGHT:
-            safe_set_full_fp32_param(parameter, value)
-        else:
-            safe_set_full_optimizer_state(parameter, value, kind)
-        if kind == WEIGHT:
-            parameter.data.copy_(value)
+    def load(self, read: Callable[[Fragment], Tensor]) -> None:
+        """Set what this rank holds of every weight and moment. read: the values of a fragment, [n]. Collective: the
+        weights that the model computes with follow, gathered from all data-parallel ranks."""
+        for fragment in self._all_fragments():
+            fragment.values.copy_(read(fragment))
+        if hasattr(self.optimizer, "update_lp_params"):  # ZeRO 1 and 2
+            self.optimizer.update_lp_params()
+        partitioned: list[Any] = [tensor for tensor in self.parameters.values() if hasattr(tensor, "ds_id")]
+        for parameter in partitioned:
+            _, here = self._here(parameter, WEIGHT)
+            parameter.ds_tensor.data[: len(here)].copy_(here)
+        if partitioned:  # what has stayed gathered is gathered again where it is needed
+            self.optimizer.empty_partition_cache()  # type: ignore[attr-defined]
 
     def set_steps(self, steps: int) -> None:
         """Adam's own count of steps, for its bias correction."""
@@ -103,6 +91,15 @@ class OptimizerState:
                 for values, before in zip((*moments, *steps), kept):
                     values.copy_(before)
 
+    def _all_fragments(self) -> Iterator[Fragment]:
+        self._link_states()
+        for name, parameter in self.parameters.items():
+            for kind in kinds_of(self.rows[name]):
+                start, values = self._here(parameter, kind)
+                if len(values):
+                    replicated = not self._is_partitioned(parameter)
+                    yield Fragment(name, kind, _shape(parameter), start, values.detach(), replicated)
+
     def _here(self, parameter: Any, kind: str) -> tuple[int, Tensor]:
         """(start, elements) of the shard that this data-parallel rank holds; none where it holds no part of it."""
         if hasattr(parameter, "ds_id"):
@@ -110,7 +107,7 @@ class OptimizerState:
             start = partition.numel() * dist.get_rank(parameter.ds_process_group)
             return start, partition[: max(0, parameter.ds_numel - start)]  # the last ones are padded
         if not hasattr(parameter, "_hp_mapping"):
-            return 0, self._plain(parameter, kind).flatten()
+            return 0, self._plain(parameter, kind).view(-1)
         if parameter._hp_mapping is None:
             return 0, torch.empty(0)
         fragment = parameter._hp_mapping.get_hp_fragment(None if kind == WEIGHT else kind)
@@ -126,23 +123,12 @@ class OptimizerState:
         )
         return values
 
-    def _load_partition(self, parameter: Any, kind: str, shard: Tensor) -> None:
-        start, here = self._here(parameter, kind)
-        here.copy_(shard.flatten()[start : start + len(here)])
-        if kind == WEIGHT:
-            parameter.ds_tensor.data[: len(here)].copy_(here)
-            if parameter.numel() == parameter.ds_numel:  # small ones stay gathered
-                parameter.data.copy_(shard)
-
     @staticmethod
     def _is_partitioned(parameter: Any) -> bool:
         return hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping")
 
     def _plain(self, parameter: Any, kind: str) -> Tensor:
-        master = self.copies.get(parameter, parameter)
-        if kind == WEIGHT:
-            return master.data
-        return self._state_of(master)[kind]
+        return parameter.data if kind == WEIGHT else self._state_of(parameter)[kind]
 
     def _state_of(self, master: Tensor) -> dict[str, Tensor]:
         """The optimizer's entry, made before its first step where need be."""

@@ -79,7 +79,11 @@ def logits_of_a_zeroed_norm(config: RunConfig) -> np.ndarray:
     engine.train_batch([scored] * 2, 1e-3)  # which leaves parameters gathered
     inputs = logits_inputs(tokens, Full(), tokens > 0)
     assert engine.logits(inputs).any()
-    engine.optimizer_state.load(FINAL_NORM, "weight", torch.zeros(config.model.hidden_size))
+
+    def without_the_norm(part: Any) -> torch.Tensor:
+        return torch.zeros_like(part.values) if (part.name, part.kind) == (FINAL_NORM, "weight") else part.values
+
+    engine.optimizer_state.load(without_the_norm)
     return engine.logits(inputs).numpy()
 
 
