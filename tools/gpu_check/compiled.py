@@ -14,7 +14,7 @@ from tools.benchmarks.measure import interleaved
 from tools.gpu_check.outcome import Outcome, Setting, skipped
 from tools.gpu_check.pretraining import Pretraining
 
-REPEATS = 5
+REPEATS = 3
 # Relative, of a step's mean over thousands of tokens: what roundings to bf16 leave of it, in another order and number
 SAME_LOSS = 2e-3
 

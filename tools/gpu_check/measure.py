@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -19,6 +21,18 @@ def relative_error(value: Tensor, exact: Tensor) -> float:
     """‖value − exact‖ / ‖exact‖ in fp64."""
     exact = exact.double()
     return float((value.double() - exact).norm() / exact.norm().clamp_min(1e-300))
+
+
+@contextmanager
+def deterministic_kernels() -> Iterator[None]:
+    """Inside, the same kernels give the same bits, where torch has such: attention's backward pass adds up in any order
+    else. torch warns of those that it lacks. Enter it before anything is computed on the device."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # which cuBLAS reads at its first call
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def timed(action: Callable[[], Any], device: str, repeats: int = 1) -> float:

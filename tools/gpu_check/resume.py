@@ -5,13 +5,11 @@ With kernels that are deterministic; what the others change, as attention's back
 
 from __future__ import annotations
 
-import os
 import warnings
 from typing import Any
 
-import torch
-
 from megatron_mdm.checkpoint.store import CheckpointStore
+from tools.gpu_check.measure import deterministic_kernels
 from tools.gpu_check.outcome import Outcome, Setting
 from tools.gpu_check.small_runs import begin, quickstart
 
@@ -20,7 +18,6 @@ NUM_STEPS = 4
 
 
 def check(setting: Setting) -> Outcome:
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before cuBLAS is first called
     overrides = [
         "precision.dtype=bf16",
         "parallel.zero=1",
@@ -29,8 +26,7 @@ def check(setting: Setting) -> Outcome:
     ]
     config = quickstart(setting.folder, setting.quick, overrides)
     figures: dict[str, Any] = {}
-    with warnings.catch_warnings(record=True) as told:
-        torch.use_deterministic_algorithms(True, warn_only=True)
+    with warnings.catch_warnings(record=True) as told, deterministic_kernels():
         whole = begin(config)
         whole.steps(0, SAVED_AFTER)
         store = CheckpointStore(setting.folder / "checkpoints", config.checkpoint, whole.context)
@@ -40,7 +36,6 @@ def check(setting: Setting) -> Outcome:
         expected = whole.steps(SAVED_AFTER, NUM_STEPS), whole.digest()
         restored = begin(config, saved, SAVED_AFTER)
         found = restored.steps(SAVED_AFTER, NUM_STEPS), restored.digest()
-        torch.use_deterministic_algorithms(False)
     without = "deterministic"
     figures["operations without a deterministic kernel"] = sorted(
         {str(warning.message).split(" does not have")[0] for warning in told if without in str(warning.message)}

@@ -23,7 +23,7 @@ MODELS = ("125m", "1b")
 METHODS = {"standard": Method(), "P-POTS": Method(t_sampler="ppots"), "MIRROR": Method(views=2)}
 # A step's time relative to the standard one's: what the benchmark `steps` asks for on the CPU, and 3 % for the clock
 LARGEST_RATIO = {"P-POTS": 1.05, "MIRROR": 2.11}
-REPEATS = 5
+REPEATS = 3
 # A plan says that a run fits where it leaves so much (training/plan/cluster.py): the peak may be above it by that
 MARGIN = 1.05
 MARGIN_GIB = 3.0
