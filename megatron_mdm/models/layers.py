@@ -80,7 +80,7 @@ class Block(Layer):
         )
         self.index = index
         self.recompute = parallel.recompute == "full" and index % parallel.recompute_interval == 0
-        self.training_layer = compiled(self._layer) if model.compile else self._layer
+        self.compiled = compiled(self._layer) if model.compile else None
         _attach_extensions(self, index + 1, model, config)
 
     def table_name(self, own: str) -> str:
@@ -89,7 +89,9 @@ class Block(Layer):
 
     def forward(self, hidden: Tensor, visible: Visibility) -> Tensor:
         """hidden as Embed gives it → the same."""
-        layer = self.training_layer if self.training else self._layer  # decoding's lengths would be compiled for ever
+        layer = self._layer
+        if self.compiled and self.training:  # in training only: decoding's lengths would be compiled for ever
+            layer = self.compiled
         if self.recompute and torch.is_grad_enabled():
             # There is no dropout, so no random state has to be kept.
             return checkpoint(layer, hidden, visible, use_reentrant=False, preserve_rng_state=False)
