@@ -12,8 +12,8 @@ import numpy as np
 from megatron_mdm.config.schema import RunConfig
 from tests.small import EOS, MASK, PAD, small_config, small_model
 
-NUM_STEPS = 3
-COUNTED = 2  # the step whose synchronisations are counted: by then, what is made once has been made
+NUM_STEPS = 2
+COUNTED = 1  # the step whose synchronisations are counted: by then, what is made once has been made
 CALIBRATION = {"num_samples": 3, "num_times": 10, "num_masks": 4, "num_restarts": 3}
 PAPER = {"t_sampler": "ppots", "views": 2, "strata": "full", "calibration": CALIBRATION}
 UNIFORM: dict[str, Any] = {"strata": "full"}

@@ -30,7 +30,7 @@ from megatron_mdm.engine.inputs import InputLayout  # noqa: E402
 from megatron_mdm.objectives import objective_of  # noqa: E402
 from megatron_mdm.parallel.groups import ParallelContext, initialize  # noqa: E402
 from megatron_mdm.training.source import SupervisedSource  # noqa: E402
-from tools.benchmarks.cases import MASK_ID, NUM_SPECIAL, PAD_ID, SEED  # noqa: E402
+from tools.benchmarks.cases import MASK_ID, NUM_SPECIAL, PAD_ID, SEED, Case, Method  # noqa: E402
 from tools.benchmarks.measure import machine_info  # noqa: E402
 
 VOCAB = 126_464
@@ -38,23 +38,20 @@ CASES = {4096: 64, 300: 512}  # tokens of a sample: samples of a global batch
 
 
 def configuration(length: int, views: int) -> RunConfig:
-    size = CASES[length]
-    return RunConfig.model_validate(
-        {
-            "model": {"num_layers": 1, "hidden_size": 64, "num_heads": 1, "max_sequence_length": length},
-            "data": {"train": "unused", "mask_token": MASK_ID, "pad_token": PAD_ID, "max_length": length},
-            "batch": {"global_size": size, "micro_size": size // 8, "mode": "packed"},
-            "diffusion": {"views": views, "strata": "full"},
-            "checkpoint": {"directory": "unused"},
-            "schedule": {"steps": 10**6},
+    """Only data, batch and noise matter: no model is built."""
+    case = Case("host", VOCAB, "fp32", "equal", CASES[length], CASES[length] // 8)
+    config = case.config(0)
+    return config.model_copy(
+        update={
+            "batch": config.batch.model_copy(update={"mode": "packed"}),
+            "diffusion": Method(views=views, strata="full").diffusion(),
         }
     )
 
 
-def sources(config: RunConfig, context: ParallelContext) -> dict[str, SupervisedSource]:
+def sources(config: RunConfig, length: int, context: ParallelContext) -> dict[str, SupervisedSource]:
     """Of the same batches, prepared when they are wanted, and a step ahead."""
     generator = np.random.default_rng(SEED)
-    length = config.data.max_length
     samples = [
         Sample.of(generator.integers(NUM_SPECIAL, VOCAB, length, dtype=np.int32), 0)
         for _ in range(2 * config.batch.global_size)
@@ -108,7 +105,7 @@ def measure(length: int, views: int, rate: float, num_steps: int, context: Paral
     config = configuration(length, views)
     layout = InputLayout.of(config)
     seconds = CASES[length] * length * views / rate
-    both = sources(config, context)
+    both = sources(config, length, context)
     waits = {name: before_the_first_kernel(source, layout, seconds, num_steps) for name, source in both.items()}
     return {
         "length": length,
