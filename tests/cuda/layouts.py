@@ -38,17 +38,22 @@ PACKED = {"mode": "packed"}
 LAYOUTS = {
     "one rank": Layout(parallel={"zero": 0}),
     "one rank, bf16, packed": Layout(batch=PACKED, precision="bf16", parallel={"zero": 1}),
-    "one rank, fp16": Layout(precision="fp16", parallel={"zero": 1}),
+    "one rank, fp16": Layout(precision="fp16", parallel={"zero": 0}),
     "offload": Layout(parallel={"zero": 2, "offload": "optimizer"}),
     "DP 2, ZeRO 0": Layout(num_ranks=2, parallel={"zero": 0}),
     "DP 2, ZeRO 1": Layout(num_ranks=2, parallel={"zero": 1}),
     "DP 2, ZeRO 2, counted": Layout(num_ranks=2, method="masked", parallel={"zero": 2}),
     "DP 2, ZeRO 3": Layout(num_ranks=2, parallel={"zero": 3}),
-    "DP 2, ZeRO 1, bf16": Layout(num_ranks=2, precision="bf16", parallel={"zero": 1}),
+    "DP 2, ZeRO 2, fp16": Layout(num_ranks=2, precision="fp16", parallel={"zero": 2}),
+    "DP 2, ZeRO 3, fp16": Layout(num_ranks=2, precision="fp16", parallel={"zero": 3}),
     "TP 2": Layout(num_ranks=2, parallel={"tensor": 2, "zero": 1}),
     "TP 2, sequence, packed": Layout(num_ranks=2, batch=PACKED, parallel={"tensor": 2, "sequence": True, "zero": 0}),
+    "TP 2, fp16": Layout(num_ranks=2, precision="fp16", parallel={"tensor": 2, "zero": 0}),
     "PP 2": Layout(num_ranks=2, parallel={"pipeline": 2, "zero": 0}),
     "PP 2, bf16, packed": Layout(num_ranks=2, batch=PACKED, precision="bf16", parallel={"pipeline": 2, "zero": 1}),
+    "PP 2, fp16, tied": Layout(
+        num_ranks=2, precision="fp16", parallel={"pipeline": 2, "zero": 0}, model={"tie_embeddings": True}
+    ),
     "calibrated, MIRROR": Layout(num_ranks=2, method="paper", parallel={"zero": 1}),
     "TP 2, PP 2, tied": Layout(
         num_ranks=4, method="paper", parallel={"tensor": 2, "pipeline": 2, "zero": 1}, model={"tie_embeddings": True}

@@ -19,6 +19,8 @@ OF_THE_NORM = 1  # waits of a step: for the gradient's norm, which decides wheth
 # DeepSpeed's own, on the rank that waits most.
 OF_DEEPSPEED = {
     "DP 2, ZeRO 3": 2 + 2,  # a micro-batch's reductions, twice; a number to mark an infinite norm by, for two groups
+    "DP 2, ZeRO 3, fp16": 2 + 2,
+    "TP 2, fp16": 1,
     "TP 2": 1,  # the zero of a group of parameters whose norm counts on another rank
     "TP 2, PP 2, tied": 1,
     "offload": 93,  # gradients on their way to the host, one by one, and their norms
@@ -61,6 +63,7 @@ def test_training_equals_the_cpu(name: str, trained: Any, on_cpu: Results) -> No
     for found in trained[name]:
         np.testing.assert_allclose(found["losses"], expected["losses"], rtol=SAME_LOSS[layout.precision])
         np.testing.assert_allclose(found["norms"], expected["norms"], rtol=SAME_NORM[layout.precision])
+        np.testing.assert_allclose(found["went on"][0], expected["went on"][0], rtol=SAME_LOSS[layout.precision])
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
