@@ -87,11 +87,13 @@ def _check_parallel(config: RunConfig) -> None:
         raise UserError("'parallel.offload' all moves parameters to the host; it needs 'parallel.zero' 3")
     dtype = config.precision.dtype
     in_two_types = config.precision.gradients == "fp32" and dtype != "fp32"
-    if in_two_types and parallel.pipeline > 1 and (dtype == "fp16" or parallel.offload != "none"):
+    is_tied_over_stages = parallel.pipeline > 1 and config.model.tie_embeddings
+    if in_two_types and is_tied_over_stages and (dtype == "fp16" or parallel.offload != "none"):
         what = "'parallel.offload'" if parallel.offload != "none" else "'precision.dtype' fp16"
         raise UserError(
-            f"'precision.gradients' fp32 cannot be combined with 'parallel.pipeline' and {what}: DeepSpeed's "
-            "optimizer for it sums no gradients of a pipeline; use model"
+            f"'precision.gradients' fp32 cannot be combined with {what}, 'parallel.pipeline' and "
+            "'model.tie_embeddings': DeepSpeed's optimizer for it hides the table's gradients from the sum over the "
+            "first and the last stage; use model"
         )
 
 

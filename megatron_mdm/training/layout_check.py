@@ -10,6 +10,7 @@ from megatron_mdm.checkpoint.load import restored_engine
 from megatron_mdm.config.errors import UserError
 from megatron_mdm.config.schema import RunConfig
 from megatron_mdm.diffusion.t_samplers import CALIBRATED_SAMPLERS
+from megatron_mdm.engine.deepspeed_config import zero_text
 from megatron_mdm.objectives import check_run
 from megatron_mdm.parallel import platform
 from megatron_mdm.parallel.groups import ParallelContext, initialize
@@ -38,8 +39,8 @@ def check_layout(config: RunConfig, data: RunData, context: ParallelContext) -> 
     tolerance = TOLERANCES[config.precision.dtype]
     differences = [abs(a - b) / abs(b) for a, b in zip(chosen, reference)]
     if context.is_main:
-        print(f"chosen layout:   {context.layout}, ZeRO {config.parallel.zero}")
-        print(f"smallest layout: {reference_context.layout}, ZeRO {parallel.zero}")
+        print(f"chosen layout:   {context.layout}, {zero_text(config)}")
+        print(f"smallest layout: {reference_context.layout}, {zero_text(reference_config)}")
         for step, (a, b, difference) in enumerate(zip(chosen, reference, differences)):
             print(f"step {step}: loss {a:.8f}, smallest layout {b:.8f}, relative difference {difference:.1e}")
     if max(differences) > tolerance:

@@ -11,7 +11,7 @@ from megatron_mdm.config.errors import UserError
 from megatron_mdm.config.load import dump_config, load_config, load_section
 from megatron_mdm.generation.settings import GenerationConfig
 from megatron_mdm.objectives import check_run
-from tests.small import small_config
+from tests.small import small_config, small_model
 
 CONFIGS = Path(__file__).parent.parent.parent / "configs"
 
@@ -195,29 +195,22 @@ def test_rules_across_sections(tmp_path: Path, override: str, message: str) -> N
         check_run(load_config(path, [override]), 4)
 
 
-def test_fp32_gradients_of_a_pipeline_need_bf16_on_the_device(tmp_path: Path) -> None:
+def test_fp32_gradients_of_a_table_that_two_stages_share_need_bf16_on_the_device(tmp_path: Path) -> None:
     pipeline = {"pipeline": 2}
-    for dtype, parallel, message in (
-        ("bf16", {"zero": 0}, ""),
-        ("bf16", pipeline, ""),
-        ("fp16", {"offload": "optimizer"}, ""),
-        ("fp16", pipeline, "and 'precision.dtype' fp16"),
-        ("bf16", {**pipeline, "offload": "optimizer"}, "and 'parallel.offload'"),
+    offload = {**pipeline, "offload": "optimizer"}
+    for dtype, parallel, tied, message in (
+        ("bf16", {"zero": 0}, True, ""),
+        ("bf16", pipeline, True, ""),
+        ("bf16", offload, False, ""),
+        ("bf16", offload, True, "cannot be combined with 'parallel.offload', 'parallel.pipeline' and"),
+        ("fp16", {"offload": "optimizer"}, True, ""),
+        ("fp16", pipeline, True, "cannot be combined with 'precision.dtype' fp16, 'parallel.pipeline' and"),
     ):
-        config = small_config(tmp_path, precision={"dtype": dtype, "gradients": "fp32"}, parallel=parallel)
+        model = small_model(tie_embeddings=tied).model_dump()
+        precision = {"dtype": dtype, "gradients": "fp32"}
+        config = small_config(tmp_path, model=model, precision=precision, parallel=parallel)
         with pytest.raises(UserError, match=message) if message else nullcontext():
             check_run(config, 4)
-
-
-def test_blocks_are_compiled_for_one_length_and_without_zero_3(tmp_path: Path) -> None:
-    batch = {"mode": "packed", "micro_tokens": 128}
-    check_run(small_config(tmp_path, model={"compile": True}, batch=batch), 4)
-    for sections, message in (
-        ({"parallel": {"zero": 3}}, "cannot be combined with 'parallel.zero' 3"),
-        ({"model": {"compile": True, "kernels": "transformer_engine"}}, "'model.compile' is for torch's kernels"),
-    ):
-        with pytest.raises(UserError, match=message):
-            check_run(small_config(tmp_path, **{"model": {"compile": True}, "batch": batch, **sections}), 4)
 
 
 def test_what_just_fits_is_allowed(tmp_path: Path) -> None:

@@ -17,12 +17,13 @@ from megatron_mdm.parallel.groups import ParallelContext
 from tests.ranks import run_ranks
 from tests.small import VOCAB, small_config, small_model
 
-CLIPPING = 0.5
+SHARE = 1e-3  # of a row in the loss: gradients must stay below fp16's 65,504 when they are scaled by 2¹⁶
+CLIPPING = 5e-4
 LEARNING_RATE = 1e-2
 # Losses and gradients in bf16 are rounded to 8 bits some ten times in a row on their way through two layers. Of single
 # elements these errors are independent; what is common to all of them, which a norm shows, is less than their sum.
 BF16 = 10 * 2.0**-9
-TOLERANCE = {"fp32": 1e-4, "bf16": BF16}
+TOLERANCE = {"fp32": 1e-4, "bf16": BF16, "fp16": BF16}
 
 LAYOUTS: dict[int, list[dict[str, Any]]] = {  # by the number of ranks
     1: [{}],
@@ -30,6 +31,7 @@ LAYOUTS: dict[int, list[dict[str, Any]]] = {  # by the number of ranks
     4: [{"tensor": 2, "pipeline": 2}],
 }
 PRECISIONS = [("fp32", "model"), ("bf16", "model"), ("bf16", "fp32")]
+FP16 = [("fp16", "model")]
 
 
 class FirstSteps(NamedTuple):
@@ -67,7 +69,7 @@ def _first_steps(config: RunConfig, context: ParallelContext) -> FirstSteps:
     selected = torch.rand(4, 9, generator=generator) < 0.5
     rows = torch.arange(4).chunk(4)[context.data_rank :: context.layout.data]
     micro_batches = [
-        ModelInputs(tokens[row], Full(), selected[row], tokens[row], selected[row].float(), torch.ones(1))
+        ModelInputs(tokens[row], Full(), selected[row], tokens[row], selected[row].float(), torch.full((1,), SHARE))
         for row in rows
     ]
     before = {(part.name, part.start): part.values.clone() for part in state.fragments() if part.kind == "weight"}
@@ -96,14 +98,16 @@ def config_of(folder: Path, parallel: dict[str, Any], dtype: str, gradients: str
         parallel=parallel,
         precision={"dtype": dtype, "gradients": gradients},
         batch={"global_size": 4, "micro_size": 1},
-        optimizer={"lr": LEARNING_RATE, "gradient_clipping": CLIPPING, "weight_decay": 1.0},
+        optimizer={"lr": LEARNING_RATE, "gradient_clipping": CLIPPING, "weight_decay": 1.0, "eps": 1e-12},
     )
 
 
-def configs_of(folder: Path, num_ranks: int) -> list[RunConfig]:
+def configs_of(
+    folder: Path, num_ranks: int, precisions: list[tuple[str, str]], tied: tuple[bool, ...]
+) -> list[RunConfig]:
     return [
-        config_of(folder, {**layout, "zero": zero}, *precision, tied)
-        for layout, precision, tied in itertools.product(LAYOUTS[num_ranks], PRECISIONS, (False, True))
+        config_of(folder, {**layout, "zero": zero}, *precision, is_tied)
+        for layout, precision, is_tied in itertools.product(LAYOUTS[num_ranks], precisions, tied)
         for zero in (range(2) if "pipeline" in layout else range(4))
     ]
 
@@ -120,9 +124,27 @@ def references(tmp_path_factory: Any) -> dict[bool, FirstSteps]:
 def test_a_step_is_that_of_one_process_in_fp32(
     num_ranks: int, references: dict[bool, FirstSteps], tmp_path: Path
 ) -> None:
-    configs = configs_of(tmp_path, num_ranks)
+    configs = configs_of(tmp_path, num_ranks, PRECISIONS, (False, True))
+    assert_alike(configs, run_ranks(first_steps, num_ranks, configs), references)
+
+
+def pretended_first_steps(configs: list[RunConfig]) -> list[FirstSteps]:
+    """On a rank, on a CUDA device that is pretended: DeepSpeed has no fp16 on the CPU."""
+    from tests.cuda.pretended import install
+
+    install()
+    return first_steps(configs)
+
+
+def test_a_step_in_fp16_is_that_of_one_process_in_fp32(references: dict[bool, FirstSteps], tmp_path: Path) -> None:
+    configs = configs_of(tmp_path, 2, FP16, (False,))
+    assert_alike(configs, run_ranks(pretended_first_steps, 2, configs), references)
+
+
+def assert_alike(configs: list[RunConfig], results: list[list[FirstSteps]], references: dict[bool, FirstSteps]) -> None:
+    """results: of all ranks, each with an entry a configuration."""
     faults = []
-    for config, *ranks in zip(configs, *run_ranks(first_steps, num_ranks, configs)):
+    for config, *ranks in zip(configs, *results):
         expected = references[config.model.tie_embeddings]
         tied = "tied" if config.model.tie_embeddings else "untied"
         name = f"{config.precision.dtype}, gradients {config.precision.gradients}, {config.parallel}, {tied}"
