@@ -91,7 +91,8 @@ def rank_memory(
     # While a block runs again, those behind it have been released.
     running = [sum(kept[:index]) + block for index in range(stage.num_blocks)]
     recomputed = max(0.0, max(running, default=0.0) - sum(kept)) if config.parallel.recompute == "full" else 0.0
-    activations = in_flight * (sum(kept) + stage.embedding * 8 * micro_batch.rows * micro_batch.length)
+    rotary = saved.rotary(config, micro_batch) if stage.num_blocks else 0.0
+    activations = in_flight * (sum(kept) + rotary + stage.embedding * 8 * micro_batch.rows * micro_batch.length)
     head, chunk = _head(config, layout, micro_batch, kernels) if stage.head else (0.0, 0.0)
     return RankMemory(
         **states,

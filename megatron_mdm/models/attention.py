@@ -34,6 +34,7 @@ class Visibility:
         self.length = inputs.tokens.shape[1]
         self.device = inputs.tokens.device
         self._segments = inputs.segments
+        self.rotations: dict[torch.dtype, Rotation] = {}  # of its positions, by the type of numbers: the first block's
 
         positions = inputs.positions
         if window is not None:

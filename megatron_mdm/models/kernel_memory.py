@@ -48,8 +48,11 @@ class SavedTensors:
         shard = self._positions(config, shape) / config.parallel.tensor
         norms = 2 * (2 * model.hidden_size * size + 4)  # two: their inputs and outputs, the reciprocal roots in fp32
         mlp = 3 * model.ffn_hidden_size * size  # the gated unit: [gate; up] and their product
-        rotary = 2 * shape.length * model.kv_channels * size  # cosines and sines
-        return residual * norms + shard * (self._attention(config, shape, attention_again) + mlp) + rotary
+        return residual * norms + shard * (self._attention(config, shape, attention_again) + mlp)
+
+    def rotary(self, config: RunConfig, shape: Shape) -> float:
+        """Bytes of the cosines and sines that all blocks share."""
+        return 2.0 * shape.length * config.model.kv_channels * _size(config)
 
     def workspace(self, config: RunConfig, shape: Shape) -> float:
         """The greatest temporary tensors of a block's backward pass: the gated unit's gradients."""

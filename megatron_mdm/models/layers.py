@@ -92,19 +92,22 @@ class Block(Layer):
         layer = self._layer
         if self.compiled and self.training:  # in training only: decoding's lengths would be compiled for ever
             layer = self.compiled
+        if hidden.dtype not in visible.rotations:
+            visible.rotations[hidden.dtype] = Rotation.of(self._angles(visible), hidden.dtype)
+        rotation = visible.rotations[hidden.dtype]
         if self.recompute and torch.is_grad_enabled():
             # There is no dropout, so no random state has to be kept.
-            return checkpoint(layer, hidden, visible, use_reentrant=False, preserve_rng_state=False)
-        return layer(hidden, visible)
+            return checkpoint(layer, hidden, visible, rotation, use_reentrant=False, preserve_rng_state=False)
+        return layer(hidden, visible, rotation)
 
-    def _layer(self, hidden: Tensor, visible: Visibility) -> Tensor:
+    def _layer(self, hidden: Tensor, visible: Visibility, rotation: Rotation) -> Tensor:
+        return self.layer(hidden, attention_mask=AttentionInputs(visible, rotation))[0]
+
+    def _angles(self, visible: Visibility) -> Tensor:
         if visible.positions is None:
             # Not as a module: ranks of ZeRO 3 must call the same modules, also where one's micro-batch is packed.
-            angles = self.rotary.forward(visible.length)  # [S, 1, 1, D]
-        else:
-            angles = angles_at(visible.positions, self.rotary.inv_freq)  # [S, R or 1, 1, D]
-        inputs = AttentionInputs(visible, Rotation.of(angles, hidden.dtype))
-        return self.layer(hidden, attention_mask=inputs)[0]
+            return self.rotary.forward(visible.length)  # [S, 1, 1, D]
+        return angles_at(visible.positions, self.rotary.inv_freq)  # [S, R or 1, 1, D]
 
 
 class Head(Layer):
