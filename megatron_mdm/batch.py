@@ -13,6 +13,7 @@ from torch.nn.functional import pad
 
 from megatron_mdm.config.errors import UserError
 
+_SHORT = 64  # tokens: no segment of padding need be shorter than this
 PATTERNS: dict[str, type[AttentionPattern]] = {}  # every class of them by its name: what from_tensors reads
 
 
@@ -190,9 +191,11 @@ class Segments(AttentionPattern):
         return replace(self, lengths=self.lengths[self.lengths > 0][None])
 
     def padded(self, num_rows: int, width: int, extra: int) -> AttentionPattern:
-        """The padding is a segment of its own."""
+        """The padding has segments of its own, hardly longer than others: attention's cost grows with the square."""
         rest = width + extra - self.lengths.sum(1, keepdim=True)
-        return replace(self, lengths=torch.cat([self.lengths, rest], 1))
+        size = max(int(self.lengths.max()), _SHORT)
+        begins = torch.arange(0, int(rest.max()), size)
+        return replace(self, lengths=torch.cat([self.lengths, (rest - begins).clamp(0, size)], 1))
 
 
 @dataclass(frozen=True, eq=False)

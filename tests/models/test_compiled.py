@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import torch
 
+from megatron_mdm.batch import Segments
 from tests.ranks import run_ranks
 from tests.small import small_config, small_model, write_ids
 
@@ -60,6 +62,13 @@ def train(folder: Path, num_layers: int, compile_blocks: bool) -> Trained:
 
 def train_both(folder: Path) -> tuple[Trained, Trained, Trained]:
     return train(folder, 3, False), train(folder, 3, True), train(folder, 2, True)
+
+
+def test_much_padding_is_cut_into_segments() -> None:
+    padded = Segments(torch.tensor([[70, 30], [90, 0]])).padded(2, 100, 200)
+    assert padded.lengths.tolist() == [[70, 30, 90, 90, 20], [90, 0, 90, 90, 30]]
+    assert Segments(torch.tensor([[70, 29]])).padded(1, 99, 1).lengths.tolist() == [[70, 29, 1]]
+    assert Segments(torch.tensor([[1]])).padded(1, 1, 127).lengths.tolist() == [[1, 64, 63]]
 
 
 def test_compiled_blocks_train_as_others(tmp_path: Path) -> None:
