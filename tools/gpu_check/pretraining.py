@@ -37,6 +37,7 @@ class Pretraining:
         model = config.model.model_copy(update={"compile": compile_blocks})
         self.config = config.model_copy(update={"model": model})
         self.context: ParallelContext = initialize(self.config.parallel)
+        torch.manual_seed(0)  # of draw_weights: the same for every engine
         self.engine: Engine = build_engine(self.config, self.context, draw_weights)
         self.data = samples(self.config)
 
@@ -73,7 +74,7 @@ def samples(config: RunConfig) -> SftDataset:
 
 @torch.no_grad()
 def draw_weights(model: nn.Module) -> None:
-    """On the device: the code's own draws, which do not depend on the layout, take a minute of the host's time."""
+    """By torch's generator: the code's own draws, which do not depend on the layout, take the host a minute."""
     for parameter in model.parameters():
         if parameter.dim() > 1:
             parameter.normal_(std=0.02)
