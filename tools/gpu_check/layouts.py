@@ -25,6 +25,10 @@ REFERENCE = "ZeRO 1"
 # AdamW's kernels, the host's and the device's, in the last of 24 bits of some weights.
 SAME_FIRST = 1e-5
 SAME_LATER = 1e-4
+# In 16 bits such a last bit turns the rounding of one weight in 2^15 (bf16; in 2^13 in fp16), by a unit of its last
+# place, 2^-8 of it (2^-11): some 2^-15.5 of the weights' norm (2^-17.5), and in the gradient's, which weights of all
+# layers enter, some ten times that.
+TURNED = {"fp32": 0.0, "bf16": 2.0**-12, "fp16": 2.0**-13}
 # of the first step's norm to that in fp32: one rounding per operation that depth does not add up in one direction
 ROUNDING = {"fp32": 0.0, "bf16": 2.0**-6, "fp16": 2.0**-9}
 
@@ -46,10 +50,11 @@ def check(setting: Setting) -> Outcome:
         for name, found in steps.items():
             first, later = differences(found, reference)
             figures[f"{dtype}, {name}: differences from {REFERENCE} in the first step, later"] = [first, later]
-            if not (first <= SAME_FIRST and later <= SAME_LATER):
+            allowed = SAME_LATER + TURNED[dtype] * ("host" in name)
+            if not (first <= SAME_FIRST and later <= allowed):
                 faults.append(
                     f"{dtype}, {name}: losses or norms are {first:.1e} off those of {REFERENCE} in the first step, "
-                    f"{later:.1e} later; allowed are {SAME_FIRST:.0e} and {SAME_LATER:.0e}"
+                    f"{later:.1e} later; allowed are {SAME_FIRST:.0e} and {allowed:.0e}"
                 )
     return Outcome(figures, faults)
 

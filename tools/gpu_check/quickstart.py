@@ -58,7 +58,7 @@ def on_cpu(setting: Setting) -> list[tuple[float, float]]:
     else:
         command = [sys.executable, "-m", "tools.gpu_check.quickstart", str(setting.folder), str(int(setting.quick))]
         own = {name: value for name, value in os.environ.items() if name not in OF_THE_JOB}  # it is a job of its own
-        subprocess.run(command, env={**own, "CUDA_VISIBLE_DEVICES": ""}, check=True)
+        subprocess.run(command, env={**own, "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}, check=True)
     steps = json.loads((setting.folder / _CPU).read_text(encoding="utf-8"))
     return [(loss, norm) for loss, norm in steps]
 
