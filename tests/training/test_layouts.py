@@ -59,6 +59,7 @@ def train_and_watch(config: RunConfig, folder: Path) -> dict[str, Any]:
     from megatron_mdm.parallel.groups import initialize
     from megatron_mdm.training import build, inputs
     from megatron_mdm.training.calibrate import calibrate
+    from megatron_mdm.training.source import SupervisedSource
 
     config, data = inputs.resolve(config)
     context = initialize(config.parallel)
@@ -78,7 +79,7 @@ def train_and_watch(config: RunConfig, folder: Path) -> dict[str, Any]:
         return noised
 
     watched.times, watched.mask_probability = noise.times, noise.mask_probability  # type: ignore[attr-defined]
-    source = dataclasses.replace(trainer.source, noise=watched)
+    source = SupervisedSource(context, trainer.source.loader, trainer.source.objective, watched)
     trainer = dataclasses.replace(trainer, source=source)
     steps = [trainer.train_step(step) for step in range(10)]
     snapshot = Snapshot(context)

@@ -29,6 +29,7 @@ def trained(config: RunConfig, names: list[str]) -> dict[str, list[float]]:
     from megatron_mdm.objectives import objective_of
     from megatron_mdm.parallel.groups import initialize
     from megatron_mdm.training import build, inputs
+    from megatron_mdm.training.source import SupervisedSource
 
     config, data = inputs.resolve(config)
     context = initialize(config.parallel)
@@ -38,7 +39,8 @@ def trained(config: RunConfig, names: list[str]) -> dict[str, list[float]]:
     for name in names:
         diffusion = config.diffusion.model_copy(update={"normalization": name})
         objective = objective_of(config.model_copy(update={"diffusion": diffusion}))
-        trainer = dataclasses.replace(trainer, source=dataclasses.replace(trainer.source, objective=objective))
+        source = SupervisedSource(context, trainer.source.loader, objective, trainer.source.noise)
+        trainer = dataclasses.replace(trainer, source=source)
         losses[name] = [trainer.train_step(step).loss for step in range(10)]
     return losses
 
