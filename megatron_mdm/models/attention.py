@@ -182,12 +182,20 @@ def note_on_varlen() -> str:
     return f"torch {torch.__version__}'s variable-length attention lacks arguments of 2.12's: {done}" * bool(done)
 
 
+def segments_by(kernel: VariableLength | None) -> Executor:
+    """An Executor for segments of one row: torch's kernel where it can, else segment by segment."""
+
+    def execute(query: Tensor, key: Tensor, value: Tensor, visible: Visibility, scale: float | None) -> Tensor:
+        if kernel is None or (visible.pattern.causal and not kernel.has_causal):
+            return SegmentBySegment(fused)(query, key, value, visible, scale)
+        return kernel(query, key, value, visible.segments, visible.pattern.causal, scale)
+
+    return execute
+
+
 def variable_length(query: Tensor, key: Tensor, value: Tensor, visible: Visibility, scale: float | None) -> Tensor:
-    """An Executor for segments of one row on CUDA, in 16 bit: torch's kernel where it can, else segment by segment."""
-    kernel = varlen()
-    if kernel is None or (visible.pattern.causal and not kernel.has_causal):
-        return SegmentBySegment(fused)(query, key, value, visible, scale)
-    return kernel(query, key, value, visible.segments, visible.pattern.causal, scale)
+    """segments_by() the installed torch's kernel, which needs CUDA and 16-bit numbers."""
+    return segments_by(varlen())(query, key, value, visible, scale)
 
 
 ANY = "any"

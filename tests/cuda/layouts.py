@@ -12,8 +12,8 @@ import numpy as np
 from megatron_mdm.config.schema import RunConfig
 from tests.small import EOS, MASK, PAD, small_config, small_model
 
-NUM_STEPS = 2
-COUNTED = 1  # the step whose synchronisations are counted: by then, what is made once has been made
+NUM_STEPS = 3
+COUNTED = 2  # the step whose waits are counted: what is made once has been made, and DeepSpeed's timers run
 CALIBRATION = {"num_samples": 3, "num_times": 10, "num_masks": 4, "num_restarts": 3}
 PAPER = {"t_sampler": "ppots", "views": 2, "strata": "full", "calibration": CALIBRATION}
 UNIFORM: dict[str, Any] = {"strata": "full"}
@@ -24,6 +24,7 @@ class Layout:
     num_ranks: int = 1
     method: str = "uniform"  # in METHODS
     precision: str = "fp32"
+    gradients: str = "model"  # fp32: those of micro-batches are summed in it
     parallel: dict[str, Any] = field(default_factory=dict)
     batch: dict[str, Any] = field(default_factory=dict)
     model: dict[str, Any] = field(default_factory=dict)
@@ -39,6 +40,7 @@ LAYOUTS = {
     "one rank": Layout(parallel={"zero": 0}),
     "one rank, bf16, packed": Layout(batch=PACKED, precision="bf16", parallel={"zero": 1}),
     "one rank, fp16": Layout(precision="fp16", parallel={"zero": 0}),
+    "one rank, bf16, fp32 gradients": Layout(precision="bf16", gradients="fp32", parallel={"zero": 1}),
     "offload": Layout(parallel={"zero": 2, "offload": "optimizer"}),
     "DP 2, ZeRO 0": Layout(num_ranks=2, parallel={"zero": 0}),
     "DP 2, ZeRO 1": Layout(num_ranks=2, parallel={"zero": 1}),
@@ -68,7 +70,7 @@ def config_of(layout: Layout, folder: Path) -> RunConfig:
         diffusion=METHODS[layout.method],
         parallel=layout.parallel,
         batch=layout.batch,
-        precision={"dtype": layout.precision},
+        precision={"dtype": layout.precision, "gradients": layout.gradients},
         logging={"profile_every": 0, "tensorboard": False},
     )
 

@@ -62,14 +62,22 @@ def test_training_equals_the_cpu(name: str, trained: Any, on_cpu: Results) -> No
     expected = on_cpu[reference(layout)]
     for found in trained[name]:
         np.testing.assert_allclose(found["losses"], expected["losses"], rtol=SAME_LOSS[layout.precision])
-        np.testing.assert_allclose(found["norms"], expected["norms"], rtol=SAME_NORM[layout.precision])
-        np.testing.assert_allclose(found["went on"][0], expected["went on"][0], rtol=SAME_LOSS[layout.precision])
+        norms = np.array(found["norms"])
+        taken = np.isfinite(norms)
+        assert taken[:-1].all()
+        assert taken[-1] or layout.precision == "fp16"  # whose first loss scale is too large for a step, and is lowered
+        np.testing.assert_allclose(norms[taken], np.array(expected["norms"])[taken], rtol=SAME_NORM[layout.precision])
+        if taken[-1]:
+            np.testing.assert_allclose(found["went on"][0], expected["went on"][0], rtol=SAME_LOSS[layout.precision])
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_resumed_equals_uninterrupted(name: str, trained: Any) -> None:
     for found in trained[name]:
-        assert found["resumed"] == found["went on"]
+        (loss, norm), (expected_loss, expected_norm) = found["resumed"], found["went on"]
+        assert loss == expected_loss
+        # fp16's loss scale is no part of a checkpoint: one that was lowered since may spare a step that was skipped.
+        assert norm == expected_norm or (LAYOUTS[name].precision == "fp16" and np.isinf(expected_norm))
 
 
 @pytest.mark.parametrize("name", LAYOUTS)

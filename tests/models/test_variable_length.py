@@ -10,7 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_mdm.batch import SegmentBounds
+from megatron_mdm.batch import SegmentBounds, Segments
+from megatron_mdm.engine.inputs import logits_inputs
+from megatron_mdm.models.attention import Visibility, note_on_varlen, segments_by
 from megatron_mdm.models.variable_length import VariableLength, installed_kernel
 
 LENGTHS = torch.tensor([3, 7, 5])
@@ -74,11 +76,8 @@ KERNELS: dict[str, Callable[..., Any]] = {"2.12": of_2_12, "2.10": of_2_10, "bar
 
 @pytest.mark.parametrize("scale", [None, 0.2])
 @pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("name", [*KERNELS, "none"])
 def test_contexts_do_not_depend_on_the_version(name: str, causal: bool, scale: float | None) -> None:
-    kernel = VariableLength(KERNELS[name])
-    if causal and not kernel.has_causal:
-        pytest.skip("causal segments run one by one")
     generator = torch.Generator().manual_seed(0)
     query, key, value = (
         torch.randn(int(LENGTHS.sum()), 1, heads, WIDTH, dtype=torch.float64, generator=generator)
@@ -87,7 +86,10 @@ def test_contexts_do_not_depend_on_the_version(name: str, causal: bool, scale: f
     segments = SegmentBounds.of(LENGTHS)
     assert segments.starts.tolist() == [0, 3, 10, 15]
     assert (segments.starts.dtype, segments.sizes, segments.longest) == (torch.int32, (3, 7, 5), 7)
-    found = kernel(query, key, value, segments, causal, scale)
+    tokens = torch.zeros(1, int(LENGTHS.sum()), dtype=torch.int64)
+    visible = Visibility(logits_inputs(tokens, Segments(LENGTHS[None], causal=causal), tokens.bool()))
+    execute = segments_by(None if name == "none" else VariableLength(KERNELS[name]))
+    found = execute(query, key, value, visible, scale)
     expected = segments_one_by_one(*(x[:, 0] for x in (query, key, value)), segments.starts, scale, causal)
     torch.testing.assert_close(found, expected.flatten(1)[:, None], rtol=1e-12, atol=1e-12)
 
@@ -98,6 +100,12 @@ def test_what_a_version_lacks_is_said() -> None:
         "the scale is multiplied into the queries, heads of keys are repeated",
         "the scale is multiplied into the queries, heads of keys are repeated, causal segments run one by one",
     ]
+
+
+def test_nothing_is_said_of_a_version_that_lacks_nothing() -> None:
+    kernel = installed_kernel()
+    assert kernel is not None
+    assert bool(note_on_varlen()) == bool(VariableLength(kernel).describe())
 
 
 def test_the_installed_kernel_takes_what_it_is_given() -> None:
