@@ -56,13 +56,30 @@ class _Rotate(torch.autograd.Function):
 
 def _turned(x: Tensor, cosine: Tensor, signed_sine: Tensor, heads_first: bool) -> Tensor:
     length, rows, heads, width = x.shape
-    if heads_first:
-        result, other = (x.new_empty(rows, heads, length, width).permute(2, 0, 1, 3) for _ in range(2))
-    else:
-        result, other = torch.empty(2, *x.shape, dtype=x.dtype, device=x.device)
+
+    def empty() -> Tensor:  # each of its own: a part of a common memory would keep all of it
+        if heads_first:
+            return x.new_empty(rows, heads, length, width).permute(2, 0, 1, 3)
+        return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+
+    if x.is_cuda:
+        return turned_by_halves(x, cosine, signed_sine, empty())
+    result, other = empty(), empty()
     first, second = x.chunk(2, dim=-1)
     swapped_first, swapped_second = other.chunk(2, dim=-1)
     swapped_first.copy_(second)
     swapped_second.copy_(first)
     torch.mul(x, cosine, out=result)
     return result.add_(other.mul_(signed_sine))
+
+
+def turned_by_halves(x: Tensor, cosine: Tensor, signed_sine: Tensor, result: Tensor) -> Tensor:
+    """result, [S, B, heads, D] as x, with x turned: half by half, in two passes each and with one rounding of the sums.
+    On CUDA passes over memory are what it costs."""
+    halves = x.chunk(2, dim=-1)
+    for half, other, cos, sin, out in zip(
+        halves, reversed(halves), cosine.chunk(2, dim=-1), signed_sine.chunk(2, dim=-1), result.chunk(2, dim=-1)
+    ):
+        torch.mul(half, cos, out=out)
+        out.addcmul_(other, sin)
+    return result

@@ -10,7 +10,7 @@ from torch import Tensor
 from megatron_mdm.models.activation import SwiGLU
 from megatron_mdm.models.attention import explicit_attention
 from megatron_mdm.models.norms import RMSNorm
-from megatron_mdm.models.rotary import Rotation, rotate
+from megatron_mdm.models.rotary import Rotation, rotate, turned_by_halves
 
 TYPES = {
     "fp64": (torch.float64, 1e-14),
@@ -81,6 +81,24 @@ def test_rotation(name: str, heads_first: bool) -> None:
 
     assert_same(ours, chain, normal(7, 2, 3, 6), dtype=dtype, tolerance=tolerance)
     assert ours(normal(7, 2, 3, 6).to(dtype)).permute(1, 2, 0, 3).is_contiguous() == heads_first
+
+
+@pytest.mark.parametrize("name", TYPES)
+def test_rotation_by_halves_is_the_same(name: str) -> None:
+    """What CUDA runs."""
+    dtype, tolerance = TYPES[name]
+    rotation = Rotation.of(normal(7, 1, 1, 3).repeat(1, 1, 1, 2), dtype)
+    x = normal(7, 2, 3, 6).to(dtype)
+    found = turned_by_halves(x, *rotation, torch.empty_like(x))
+    torch.testing.assert_close(found, rotate(x, rotation, False), rtol=tolerance, atol=tolerance)
+
+
+def test_what_is_turned_keeps_no_other_memory() -> None:
+    """Attention keeps queries and keys for its backward pass: not also what they were made with."""
+    x = normal(7, 2, 3, 6)
+    for heads_first in (False, True):
+        found = rotate(x, Rotation.of(normal(7, 1, 1, 3).repeat(1, 1, 1, 2), x.dtype), heads_first)
+        assert found.untyped_storage().nbytes() == x.untyped_storage().nbytes()
 
 
 @pytest.mark.parametrize("masking", ["none", "padding", "causal"])
