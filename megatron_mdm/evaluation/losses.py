@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
 from megatron_mdm.batch import LossWeights, ModelInputs, RowStatistics
 from megatron_mdm.data.collate import collate
@@ -33,24 +34,40 @@ Inputs = Callable[[NoisedBatch, LossWeights], ModelInputs]
 Generators = Callable[[int], np.random.Generator]  # the masks' random numbers of a place in the list of groups
 
 
-def row_sums(noised: NoisedBatch, weights: LossWeights, batch: GlobalBatch, rows: RowStatistics) -> RowSums:
-    """What the moments of a micro-batch's B groups need, [B, V] each, from its inputs' weights and statistics.
+class WeightSums(NamedTuple):
+    """What the moments of a micro-batch's B groups need of its weights alone, [V·B] float64 each.
 
     A row's weight in the batch, less the importance weight and the mean over samples and views, is part of the
     sample's estimate (normalisation 'token' weighs longer samples more).
     """
-    expected = noised.sample_weight / (noised.views * batch.num_samples)
-    share = (weights.row.double() / expected.repeat(noised.views))[:, None]
-    token = weights.token.double() * share
-    share = share[:, 0]
-    columns = (
-        rows.loss.double().cpu() * share,
-        rows.square.double().cpu() * share**2,
-        rows.gradient_square.double().cpu() * share**2,
-        token.sum(1),
-        token.square().sum(1),
-    )
-    return RowSums(*(column.view(noised.views, -1).t().numpy() for column in columns))
+
+    views: int
+    share: Tensor  # that part
+    token: Tensor  # sums of the token weights with it
+    token_square: Tensor  # and of their squares
+
+    @classmethod
+    def of(cls, noised: NoisedBatch, weights: LossWeights, batch: GlobalBatch) -> WeightSums:
+        expected = noised.sample_weight / (noised.views * batch.num_samples)
+        share = weights.row.double() / expected.repeat(noised.views)
+        token = weights.token.double() * share[:, None]
+        return cls(noised.views, share, token.sum(1), token.square().sum(1))
+
+    def with_losses(self, rows: RowStatistics) -> RowSums:
+        """[B, V] each."""
+        columns = (
+            rows.loss.double().cpu() * self.share,
+            rows.square.double().cpu() * self.share**2,
+            rows.gradient_square.double().cpu() * self.share**2,
+            self.token,
+            self.token_square,
+        )
+        return RowSums(*(column.view(self.views, -1).t().numpy() for column in columns))
+
+
+def row_sums(noised: NoisedBatch, weights: LossWeights, batch: GlobalBatch, rows: RowStatistics) -> RowSums:
+    """What the moments of a micro-batch's B groups need, [B, V] each, from its inputs' weights and statistics."""
+    return WeightSums.of(noised, weights, batch).with_losses(rows)
 
 
 @dataclass(frozen=True)

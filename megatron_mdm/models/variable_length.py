@@ -1,8 +1,8 @@
 """torch's variable-length attention (torch/nn/attention/varlen.py), by the arguments that the installed version takes.
 
-torch 2.12 takes a scale, a window and fewer heads of keys than of queries. What an older one lacks is put in its way:
-the scale is multiplied into the queries, heads are repeated; a causal pattern needs a window, or an older is_causal.
-It needs CUDA and 16-bit numbers, and has not been run by the authors.
+torch 2.12 takes a scale, a window and fewer heads of keys than of queries; 2.11 not the last, older ones less.
+What is lacking is done in its place: the scale is multiplied into the queries, heads are repeated, causal segments run
+one by one. It needs CUDA and 16-bit numbers; tools/gpu_check compares it with a loop over the segments.
 """
 
 from __future__ import annotations

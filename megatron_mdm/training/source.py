@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
 from megatron_mdm.batch import LossWeights, ModelInputs
 from megatron_mdm.data.loader import LocalBatch, PrefetchLoader, TrainLoader
@@ -17,7 +18,7 @@ from megatron_mdm.diffusion.noiser import NoisedBatch
 from megatron_mdm.diffusion.objective import GlobalBatch, weighted_masked
 from megatron_mdm.engine.base import TrainOutput
 from megatron_mdm.engine.inputs import InputLayout
-from megatron_mdm.evaluation.losses import row_sums
+from megatron_mdm.evaluation.losses import WeightSums
 from megatron_mdm.objectives.base import Noise, Objective
 from megatron_mdm.parallel.collectives import fill_from_data_ranks
 from megatron_mdm.parallel.groups import ParallelContext
@@ -83,6 +84,14 @@ class NoisedBatches(NamedTuple):
     weights: list[LossWeights]
 
 
+class Summed(NamedTuple):
+    """A step's batch, and by micro-batch the sums over its tokens that need no losses: they are made before these."""
+
+    batch: NoisedBatches
+    weights: list[WeightSums]
+    num_masked: list[Tensor]  # [B] int64: positions that are scored, in all views
+
+
 class SupervisedSource:
     """Training samples in the loader's order, noised by the objective. Pure in the step and the sampler of t, so it has
     no state."""
@@ -117,11 +126,14 @@ class SupervisedSource:
     def _prepare(self, step: int) -> Prepared:
         batch = self.noised_batch(step)
         inputs = [self.objective.inputs(*pair) for pair in zip(batch.noised, batch.weights)]
-        return Prepared([self.ready(each) for each in inputs], batch)
+        weights = [WeightSums.of(*pair, batch.local.global_batch) for pair in zip(batch.noised, batch.weights)]
+        num_masked = [micro.masked.sum(1).view(micro.views, -1).sum(0) for micro in batch.noised]
+        return Prepared([self.ready(each) for each in inputs], Summed(batch, weights, num_masked))
 
     def collect(self, step: int, prepared: Prepared, output: TrainOutput) -> StepFacts:
-        batch: NoisedBatches = prepared.content
-        values = self._values(batch, output)
+        summed: Summed = prepared.content
+        batch = summed.batch
+        values = self._values(summed, output)
         t, weight = self.noise.times(step)
         return StepFacts(
             loss=float(values[:, 0].sum()),
@@ -165,20 +177,22 @@ class SupervisedSource:
             masked[micro.clean.positions.numpy()] = weighted_masked(micro).numpy()
         return batch._replace(num_masked=float(fill_from_data_ranks(masked, self.context).sum()))
 
-    def _values(self, batch: NoisedBatches, output: TrainOutput) -> Floats:
+    def _values(self, summed: Summed, output: TrainOutput) -> Floats:
         """Values [n, 4 + …] of every rank's samples, by position: share of the global loss, the sample's own loss, its
         row of the data, positions that were scored, moments."""
         values = np.zeros((self.loader.global_size, 4 + len(Moments._fields)))
-        for micro, weight, rows in zip(batch.noised, batch.weights, output.statistics):
+        batch = summed.batch
+        of_micro_batches = zip(batch.noised, batch.weights, summed.weights, summed.num_masked, output.statistics)
+        for micro, weight, sums, num_masked, rows in of_micro_batches:
             loss = rows.loss.double().view(micro.views, -1)  # [V, B]
             positions = micro.clean.positions.numpy()
             t = micro.t.numpy()
             values[positions, 0] = (loss * weight.row.double().view(micro.views, -1)).sum(0).numpy()
             values[positions, 1] = loss.mean(0).numpy()
             values[positions, 2] = micro.clean.sample_ids.numpy()
-            values[positions, 3] = micro.masked.sum(1).view(micro.views, -1).sum(0).numpy()
+            values[positions, 3] = num_masked.numpy()
             q = self.noise.mask_probability(t)
-            values[positions, 4:] = group_moments(t, q, row_sums(micro, weight, batch.local.global_batch, rows))
+            values[positions, 4:] = group_moments(t, q, sums.with_losses(rows))
         return fill_from_data_ranks(values, self.context)
 
 

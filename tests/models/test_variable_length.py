@@ -51,6 +51,21 @@ def of_2_12(
     return segments_one_by_one(query, key, value, cu_seq_q, scale, window_size == (-1, 0))
 
 
+def of_2_11(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seq_q: Tensor,
+    cu_seq_k: Tensor,
+    max_q: int,
+    max_k: int,
+    *,
+    scale: float | None = None,
+    window_size: tuple[int, int] = (-1, -1),
+) -> Tensor:
+    return of_2_12(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, scale=scale, window_size=window_size)
+
+
 def of_2_10(
     query: Tensor,
     key: Tensor,
@@ -71,7 +86,7 @@ def of_none(
     return of_2_10(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k)
 
 
-KERNELS: dict[str, Callable[..., Any]] = {"2.12": of_2_12, "2.10": of_2_10, "bare": of_none}
+KERNELS: dict[str, Callable[..., Any]] = {"2.12": of_2_12, "2.11": of_2_11, "2.10": of_2_10, "bare": of_none}
 
 
 @pytest.mark.parametrize("scale", [None, 0.2])
@@ -97,6 +112,7 @@ def test_contexts_do_not_depend_on_the_version(name: str, causal: bool, scale: f
 def test_what_a_version_lacks_is_said() -> None:
     assert [VariableLength(kernel).describe() for kernel in KERNELS.values()] == [
         "",
+        "heads of keys are repeated",
         "the scale is multiplied into the queries, heads of keys are repeated",
         "the scale is multiplied into the queries, heads of keys are repeated, causal segments run one by one",
     ]

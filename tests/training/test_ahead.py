@@ -56,7 +56,7 @@ def assert_same(found: Prepared, expected: Prepared, layout: InputLayout) -> Non
         assert tensors.keys() == others.keys()
         for name, tensor in tensors.items():
             assert tensor.equal(others[name]), name
-    for weights, others in zip(found.content.weights, expected.content.weights, strict=True):
+    for weights, others in zip(found.content.batch.weights, expected.content.batch.weights, strict=True):
         assert all(map(torch.equal, weights, others))
 
 
