@@ -53,9 +53,13 @@ def build_source(
         first=first_batch,
     )
     noise = objective.noise(cell_density, data.tokenizer.mask_id)
-    # On the CPU, the thread would take the cores that the model computes on.
-    layout = InputLayout.of(config) if platform.is_cuda() else None
-    return SupervisedSource(context, PrefetchLoader(loader), objective, noise, layout)
+    return SupervisedSource(context, PrefetchLoader(loader), objective, noise, layout_ahead(config))
+
+
+def layout_ahead(config: RunConfig) -> InputLayout | None:
+    """How batches are made ready a step ahead; None on the CPU, where the thread would take the cores that the model
+    computes on."""
+    return InputLayout.of(config) if platform.is_cuda() else None
 
 
 def build_trainer(

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from megatron_mdm.config.schema import DataConfig, DiffusionConfig, RunConfig
 from megatron_mdm.config.sections.diffusion import IsadConfig
 from megatron_mdm.data.columns import prompt_and_response
-from megatron_mdm.data.loader import TrainLoader
+from megatron_mdm.data.loader import PrefetchLoader, TrainLoader
 from megatron_mdm.data.records import read_records
 from megatron_mdm.data.sample import Sample
 from megatron_mdm.data.sft import SftDataset, encode_prompt
@@ -23,6 +23,7 @@ from megatron_mdm.engine.base import Engine
 from megatron_mdm.engine.zero import ZeroEngine
 from megatron_mdm.objectives import objective_of
 from megatron_mdm.parallel.groups import ParallelContext
+from megatron_mdm.training.build import layout_ahead
 from megatron_mdm.training.loop import Trainer
 from megatron_mdm.training.source import SupervisedSource
 
@@ -175,7 +176,8 @@ def trainer(
     density = _symmetric_density() if diffusion.t_sampler in CALIBRATED_SAMPLERS else np.empty(0)
     objective = objective_of(config.model_copy(update={"diffusion": diffusion}))
     noise = objective.noise(density, MASK_ID)
-    source = SupervisedSource(context, loader, objective, noise)
+    layout = layout_ahead(config)
+    source = SupervisedSource(context, PrefetchLoader(loader) if layout else loader, objective, noise, layout)
     # Without an engine it only makes batches, for the plain loop.
     return Trainer(config, context, source, cast(Engine, engine), config.schedule.steps)
 
