@@ -19,7 +19,7 @@ class PhaseClock:
     """Seconds of the host by phase. A phase within another counts for the inner one.
 
     On CUDA the host runs ahead of the device, and a phase holds what it waits for; with is_exact each phase waits for
-    the device at its end. (Not exercised on CUDA.)
+    the device at its end.
     """
 
     def __init__(self) -> None:
