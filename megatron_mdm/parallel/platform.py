@@ -5,7 +5,6 @@ The CUDA branches have run on one GPU (tools/README.md says which); NCCL between
 
 from __future__ import annotations
 
-import ctypes
 import json
 import logging
 import math
@@ -20,10 +19,6 @@ import torch
 from megatron_mdm.parallel import environment
 from megatron_mdm.parallel.defaults import set_defaults
 from megatron_mdm.parallel.peaks import peak_of
-
-_M_TRIM_THRESHOLD = -1  # malloc.h
-_M_MMAP_THRESHOLD = -3
-_KEPT_BYTES = 2**30
 
 
 def quiet_libraries() -> None:
@@ -61,7 +56,6 @@ def prepare() -> None:
     """Select this rank's device; on CPU, let megatron-core's hard-coded CUDA calls find the CPU."""
     select_device()
     if not is_cuda():
-        _keep_freed_memory()
         # megatron-core allocates its communication buffers on torch.cuda.current_device().
         torch.cuda.current_device = lambda: torch.device("cpu")  # type: ignore[assignment,return-value]
         # DeepSpeed would compile a shared-memory all-reduce, which only its inference calls, at the first start.
@@ -74,17 +68,6 @@ def select_device() -> None:
     """Make this rank's device that of the calling thread; a new thread has the host's first."""
     if is_cuda():
         torch.cuda.set_device(device())
-
-
-def _keep_freed_memory() -> None:
-    """Let glibc keep what is freed, up to a GiB, for the next large tensor: pages that are given back have to be
-    faulted in again, which took 13 % of a step at a vocabulary of 126,464. Other C libraries have no such setting."""
-    try:
-        mallopt = ctypes.CDLL("libc.so.6").mallopt
-    except (OSError, AttributeError):
-        return
-    for parameter in (_M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD):
-        mallopt(parameter, _KEPT_BYTES)
 
 
 def multiplies_bf16() -> bool:
