@@ -12,10 +12,10 @@ from megatron_mdm.diffusion.calibrator import FLOORS, NUM_FOLDS, Calibrator, Fit
 from megatron_mdm.diffusion.curves import naive_moments, token_moments
 from megatron_mdm.diffusion.densities import DENSITIES
 from megatron_mdm.diffusion.epr import ExponentialPolynomialRoot, fit_epr
-from megatron_mdm.diffusion.exposure import Exposures, exposures
+from megatron_mdm.diffusion.exposure import Exposures, SampleShapes, exposures
 from megatron_mdm.diffusion.mask_schedule import Floats
 from megatron_mdm.diffusion.masking import MaskDesign
-from megatron_mdm.diffusion.moments import Moments, MomentSums, group_moments, nested_masking_variance
+from megatron_mdm.diffusion.moments import Moments, MomentSums, RowSums, group_moments, nested_masking_variance
 from megatron_mdm.diffusion.noiser import noise
 from megatron_mdm.diffusion.objective import NORMALIZATIONS
 from megatron_mdm.diffusion.t_samplers import CENTRES, UniformSampler
@@ -90,6 +90,28 @@ def test_exposures_agree_with_drawn_masks(name: str) -> None:
         for field, values in drawn.items():
             error = values.std() / np.sqrt(len(values))
             assert abs(values.mean() - getattr(expected, field)[0]) <= 4.5 * error + 1e-6, (field, value)
+
+
+@pytest.mark.parametrize("views", [1, 2])
+def test_gradient_curve_agrees_with_its_formula(views: int) -> None:
+    """Samples of two lengths n whose token gradients all have the square 0.3: E[‖h‖² | t] is the mean of 0.3 / (q n)
+    over the samples, divided by the number of views."""
+    lengths = np.array([3.0, 12.0])
+    t = even_times(2000)
+    q = SCHEDULE.mask_probability(t)
+    length = lengths[np.arange(len(t)) % 2, None]
+    num_masked = np.random.default_rng(0).binomial(length.astype(int), q[:, None], (len(t), views))
+    weight = num_masked / (q[:, None] * length)  # of a row; each token's is 1 / (q n)
+    weight_square = weight / (q[:, None] * length)
+    rows = RowSums(weight, weight_square, 0.3 * weight_square, weight, weight_square)
+    of_both_lengths = exposures(
+        design(repeats=views), SampleShapes.of(lengths.astype(int), np.zeros(2, int)), NORMALIZATIONS["sample"]
+    )
+    curves = token_moments(MomentSums.of(group_moments(t, q, rows), 70), of_both_lengths)
+    at = np.linspace(0.06, 0.94, 23)
+    expected = 0.3 * np.mean(1 / (SCHEDULE.mask_probability(at)[:, None] * lengths), axis=1) / views
+    # Every ratio of sums is 0.3, so the rate is exact but for the rounding of its logarithm to 1/1000.
+    np.testing.assert_allclose(curves.gradient(at), expected, rtol=1e-3)
 
 
 def test_naive_moments_agree_with_enumeration() -> None:
