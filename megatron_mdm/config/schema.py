@@ -15,6 +15,7 @@ from megatron_mdm.config.sections.diffusion import (
     IsadConfig,
     SyrmConfig,
 )
+from megatron_mdm.config.sections.lora import LoraConfig
 from megatron_mdm.config.sections.objective import ObjectiveConfig
 from megatron_mdm.config.sections.section import Section
 
@@ -24,6 +25,7 @@ __all__ = [
     "DiffusionConfig",
     "EmaConfig",
     "IsadConfig",
+    "LoraConfig",
     "ObjectiveConfig",
     "Section",
     "SyrmConfig",
@@ -65,6 +67,7 @@ class ModelConfig(Section):
     extensions: dict[str, dict[str, Any]] = Field(default_factory=dict)
     # Initial weights: a Hugging Face checkpoint's folder, or a run's; empty: random ones.
     init_from: str = ""
+    lora: LoraConfig = LoraConfig()  # fine-tuning with low-rank adapters: the weights of init_from stay as they are
     # Of that checkpoint's config.json: fields to read as if they were absent, though they may change what it computes.
     ignore_fields: tuple[str, ...] = ()
 

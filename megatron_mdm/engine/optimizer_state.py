@@ -16,7 +16,7 @@ from torch import Tensor
 
 from megatron_mdm.config.schema import ModelConfig
 from megatron_mdm.models.naming import rows_of
-from megatron_mdm.models.parameters import Parameter
+from megatron_mdm.models.rows import Parameter
 
 WEIGHT = "weight"
 MOMENTS = ("exp_avg", "exp_avg_sq")

@@ -15,7 +15,7 @@ from megatron_mdm.config.schema import ModelConfig
 
 if TYPE_CHECKING:
     from megatron_mdm.models.naming import Layer
-    from megatron_mdm.models.parameters import Parameter
+    from megatron_mdm.models.rows import Parameter
 
 
 def _leave(*_: Any) -> None:

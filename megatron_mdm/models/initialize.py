@@ -10,7 +10,7 @@ from torch import Tensor
 
 from megatron_mdm.config.schema import ModelConfig
 from megatron_mdm.diffusion.randomness import Purpose, stream
-from megatron_mdm.models.parameters import Parameter
+from megatron_mdm.models.rows import Parameter
 from megatron_mdm.models.sharding import Shape
 from megatron_mdm.parallel.heartbeat import beat
 
@@ -40,9 +40,12 @@ def initialize_weights(
 
 
 def _normal(shape: Shape, std: float, seed: int, name: str) -> Tensor:
-    key = zlib.crc32(name.encode())
-    torch_seed = int(stream(seed, Purpose.INITIAL_WEIGHTS, index=key).integers(2**63))
-    return torch.empty(shape).normal_(0.0, std, generator=torch.Generator().manual_seed(torch_seed))
+    return torch.empty(shape).normal_(0.0, std, generator=_generator(seed, name))
+
+
+def _uniform(shape: Shape, std: float, seed: int, name: str) -> Tensor:
+    bound = std * 3**0.5
+    return torch.empty(shape).uniform_(-bound, bound, generator=_generator(seed, name))
 
 
 def _ones(shape: Shape, *_: object) -> Tensor:
@@ -53,5 +56,15 @@ def _zeros(shape: Shape, *_: object) -> Tensor:
     return torch.zeros(shape)
 
 
+def _generator(seed: int, name: str) -> torch.Generator:
+    key = zlib.crc32(name.encode())
+    return torch.Generator().manual_seed(int(stream(seed, Purpose.INITIAL_WEIGHTS, index=key).integers(2**63)))
+
+
 # (shape, standard deviation, seed, name) → fp32 values. Code outside the package can add a law.
-LAWS: dict[str, Callable[[Shape, float, int, str], Tensor]] = {"normal": _normal, "ones": _ones, "zeros": _zeros}
+LAWS: dict[str, Callable[[Shape, float, int, str], Tensor]] = {
+    "normal": _normal,
+    "uniform": _uniform,
+    "ones": _ones,
+    "zeros": _zeros,
+}

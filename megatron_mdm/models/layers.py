@@ -21,6 +21,8 @@ from torch.utils.checkpoint import checkpoint
 
 from megatron_mdm.batch import ModelInputs, RowStatistics
 from megatron_mdm.config.schema import ModelConfig, ParallelConfig
+from megatron_mdm.models.adapter_rows import targets_of
+from megatron_mdm.models.adapters import AdaptedEmbedding, HeadAdapter, attach_adapters
 from megatron_mdm.models.attention import AttentionInputs, Visibility
 from megatron_mdm.models.cache import Window
 from megatron_mdm.models.compiled import compiled
@@ -52,6 +54,8 @@ class Embed(Layer):
             config=config,
             reduce_scatter_embeddings=config.sequence_parallel,
         )
+        if model.lora.rank and "embedding" in targets_of(model):
+            self.word_embeddings = AdaptedEmbedding(self.word_embeddings, model, config)
         self.sequence_parallel = config.sequence_parallel
         _attach_extensions(self, 0, model, config)
 
@@ -72,6 +76,8 @@ class Block(Layer):
         super().__init__()
         spec = LAYER_SPECS[resolve_kernels(model)](model, parallel.recompute == "selective")
         self.layer = TransformerLayer(config, spec, layer_number=index + 1)
+        if model.lora.rank:
+            attach_adapters(self.layer, model, config)
         self.rotary = RotaryEmbedding(
             kv_channels=config.kv_channels,
             rotary_percent=1.0,
@@ -125,6 +131,8 @@ class Head(Layer):
         self.final_norm = RMSNorm(config, model.hidden_size, eps=model.norm_eps)
         rows = padded_vocab_size(model, degree) // degree
         self.vocabulary_weight = nn.Parameter(torch.empty(rows, model.hidden_size))
+        has_adapter = model.lora.rank and "head" in targets_of(model)
+        self.adapter = HeadAdapter(rows, model) if has_adapter else nn.Identity()
         self.table_names = {
             "final_norm.weight": FINAL_NORM,
             "vocabulary_weight": EMBEDDING if model.tie_embeddings else OUTPUT,
@@ -160,7 +168,7 @@ class Head(Layer):
         position = places // num_rows
         by_row = (row * length + position).argsort()
         rows = self._normed_rows(hidden, self._places_in_hidden(row[by_row], position[by_row], inputs))
-        logits = gather_from_tensor_model_parallel_region(rows @ self.vocabulary_weight.t())
+        logits = gather_from_tensor_model_parallel_region(rows @ self.adapter(self.vocabulary_weight).t())
         return logits[:, : self.vocab_size]
 
     def loss(self, hidden: Tensor, inputs: ModelInputs) -> tuple[Tensor, RowStatistics]:
@@ -172,7 +180,7 @@ class Head(Layer):
         weights = (token_weight * inputs.row_weight).reshape(-1)[places]
         total, cross_entropy, gradient_square = weighted_cross_entropy(
             self._normed_rows(hidden, self._places_in_hidden(places % num_rows, places // num_rows, inputs)),
-            self.vocabulary_weight,
+            self.adapter(self.vocabulary_weight),
             inputs.labels.t().reshape(-1)[places],
             weights,
             int(self.vocab_size),

@@ -10,74 +10,25 @@ import functools
 import math
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from types import MappingProxyType
 from typing import NamedTuple
 
 from megatron_mdm.config.schema import ModelConfig
+from megatron_mdm.models.adapter_rows import with_adapters
 from megatron_mdm.models.extensions import Extension, extensions_of
+from megatron_mdm.models.rows import (
+    EMBEDDING,
+    FINAL_NORM,
+    ONES,
+    OUTPUT,
+    ZEROS,
+    Initial,
+    Parameter,
+    layer_prefix,
+    padded_rows,
+)
 from megatron_mdm.models.sharding import Shape, Split
-
-# Names are megatron-core's.
-EMBEDDING = "embedding.word_embeddings.weight"
-FINAL_NORM = "decoder.final_layernorm.weight"
-OUTPUT = "output_layer.weight"
-
-
-@dataclass(frozen=True)
-class Initial:
-    """Initial values: one of initialize.LAWS, and the standard deviation where the law has one."""
-
-    law: str
-    std: float = 0.0
-
-
-ONES = Initial("ones")
-ZEROS = Initial("zeros")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Parameter:
-    """One row of the table."""
-
-    name: str  # in checkpoints, whatever the layout, the kernels and the modules around it
-    shape: Shape  # whole: of all ranks, without padding
-    layers: tuple[int, ...]  # that hold it, 0 being the embedding; tied embeddings are held by the first and the last
-    initial: Initial
-    split: Mapping[str, Split] = field(default_factory=dict)  # axis of the layout → how its ranks divide the tensor
-    vocab_divisor: int = 0  # a vocabulary table's rows are padded to a multiple of this × degree; 0: it is none
-    # Split or not, each tensor-parallel rank's gradient is a part of the sum: never, with sequence parallelism (it sees
-    # some positions), or always (it sees some heads).
-    gradient_in_parts: str = "never"
-    decay: bool = True
-    trained: bool = True  # else it is frozen: no gradient, no optimizer state
-    is_buffer: bool = False  # a module's buffer, which is kept with the weights and never trained
-    seed_name: str = ""  # initial values are drawn by this name; empty: by `name`
-
-    @property
-    def is_vocabulary(self) -> bool:
-        return self.vocab_divisor > 0
-
-    @property
-    def size(self) -> int:
-        return math.prod(self.shape)
-
-    @property
-    def drawn_by(self) -> str:
-        return self.seed_name or self.name
-
-    def padded_shape(self, degree: int) -> Shape:
-        """The shape of the whole tensor at this tensor-parallel degree, padding included."""
-        if not self.is_vocabulary:
-            return self.shape
-        return (padded_rows(self.shape[0], self.vocab_divisor, degree), *self.shape[1:])
-
-    def local_shape(self, degree: int) -> Shape:
-        """The shape of the shard that one tensor-parallel rank holds."""
-        split = self.split.get("tensor")
-        shape = self.padded_shape(degree)
-        return split.local_shape(shape, degree) if split else shape
-
 
 Table = Mapping[str, Parameter]
 
@@ -107,7 +58,8 @@ def num_parameters(model: ModelConfig) -> int:
 
 def checkpoint_bytes(model: ModelConfig) -> int:
     """Bytes of a run's checkpoint at most: fp32 weights, and two moments of what is trained."""
-    return sum((12 if row.trained else 4) * row.size for row in parameter_table(model).values())
+    rows = parameter_table(model).values()
+    return sum((12 if row.trained else 4) * row.size for row in rows if not row.is_base)
 
 
 def held(model: ModelConfig, layers: range, degree: int) -> Held:
@@ -116,20 +68,10 @@ def held(model: ModelConfig, layers: range, degree: int) -> Held:
     return _held(model.model_dump_json(), extensions_of(model), layers, degree)
 
 
-def layer_prefix(layer: int) -> str:
-    """The prefix of the names of a transformer layer's parameters; layer counts from 0."""
-    return f"decoder.layers.{layer}."
-
-
 def padded_vocab_size(model: ModelConfig, degree: int) -> int:
     """Rows of the vocabulary tables: a multiple of vocab_divisor × tensor-parallel degree."""
     assert isinstance(model.vocab_size, int)
     return padded_rows(model.vocab_size, model.vocab_divisor, degree)
-
-
-def padded_rows(rows: int, divisor: int, degree: int) -> int:
-    multiple = divisor * degree
-    return (rows + multiple - 1) // multiple * multiple
 
 
 @functools.lru_cache(maxsize=64)
@@ -137,6 +79,8 @@ def _table(section: str, extensions: tuple[Extension, ...]) -> Table:
     """The table of a model section, given as JSON, with the extensions that it names."""
     model = ModelConfig.model_validate_json(section)
     rows = _base_rows(model)
+    if model.lora.rank:
+        rows = with_adapters(rows, model)
     for extension in extensions:
         rows = extension.table(rows, model)
     assert all(name == row.name for name, row in rows.items())

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from megatron_mdm.models.parameters import Parameter
+    from megatron_mdm.models.rows import Parameter
 
 Shape = tuple[int, ...]
 
