@@ -14,7 +14,7 @@ from megatron_mdm.engine.communication import MicroBatchShape, Stage, stages
 from megatron_mdm.engine.deepspeed_config import subsection, zero_stage
 from megatron_mdm.models.cross_entropy import CHUNKS
 from megatron_mdm.models.kernel_memory import ELEMENT_BYTES, SAVED, Kernels
-from megatron_mdm.models.parameters import Held, padded_vocab_size
+from megatron_mdm.models.parameters import EMBEDDING, OUTPUT, Held, padded_vocab_size, parameter_table
 from megatron_mdm.parallel.communicators import communicator_bytes
 from megatron_mdm.parallel.layout import Layout
 
@@ -147,8 +147,9 @@ def _head(config: RunConfig, layout: Layout, micro_batch: MicroBatchShape, kerne
     size = ELEMENT_BYTES[config.precision.dtype]
     hidden = config.model.hidden_size
     vocabulary = padded_vocab_size(config.model, layout.tensor) // layout.tensor
-    head = vocabulary * hidden * 4  # its gradient's sum
-    rounded = vocabulary * hidden * (0 if size == 4 else size)
+    trained = parameter_table(config.model)[EMBEDDING if config.model.tie_embeddings else OUTPUT].trained
+    head = vocabulary * hidden * 4 * trained  # its gradient's sum
+    rounded = vocabulary * hidden * (0 if size == 4 else size) * trained
     gradients = head + micro_batch.selected * hidden * size
     kept = micro_batch.selected * (8 + 4 + hidden * size)
     rows = min(micro_batch.selected, CHUNKS[kernels].rows(micro_batch.selected, vocabulary))

@@ -61,16 +61,17 @@ def weighted_cross_entropy(
     the whole head from vocab_size on are padding and take no probability; labels [R] int64, global ids; weights [R]
     float32. The softmax is in float32 whatever the inputs, and so is the sum over chunks of the head's gradient, which
     is rounded to the head's type once, in the backward pass. The gradient of rows is already summed over the group.
+    Only gradients that are required are computed: a frozen head's costs no product and no memory.
     chunks: None for the device's own.
-    row_gradients: compute gradient_square without autograd, too.
+    row_gradients: compute gradient_square where rows require no gradient, too.
     z_loss adds z_loss · (log Σ exp logits)² to each row's share of the total (PaLM, Section 5), not to cross_entropy.
     """
-    needs_grad = torch.is_grad_enabled() and (rows.requires_grad or head.requires_grad)
+    train_rows, train_head = (torch.is_grad_enabled() and tensor.requires_grad for tensor in (rows, head))
     shard = _Shard.of(head, vocab_size, group)
     chunks = chunks or CHUNKS[head.device.type]
     return RowLosses(
         *_WeightedCrossEntropy.apply(
-            rows, head, labels, weights, shard, chunks, z_loss, needs_grad, needs_grad or row_gradients
+            rows, head, labels, weights, shard, chunks, z_loss, train_rows or row_gradients, train_head
         )
     )
 
@@ -100,12 +101,12 @@ class _WeightedCrossEntropy(torch.autograd.Function):
         shard: Any,
         chunks: Any,
         z_loss: float,
-        needs_grad: bool,
         row_gradients: bool,
+        head_gradient: bool,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         cross_entropy, log_normalizer = torch.empty(2, len(rows), dtype=torch.float32, device=rows.device)
         grad_rows: Any = torch.empty_like(rows) if row_gradients else None
-        grad_head: Any = torch.zeros_like(head, dtype=torch.float32) if needs_grad else None
+        grad_head: Any = torch.zeros_like(head, dtype=torch.float32) if head_gradient else None
         # Gradients are kept for the greatest weight 1, so that they do not vanish in fp16, and scaled in backward.
         scale = weights.max().clamp_min(1e-30) if len(rows) else weights.new_ones(())
         relative = (weights / scale)[:, None]
@@ -114,22 +115,23 @@ class _WeightedCrossEntropy(torch.autograd.Function):
             part = slice(start, start + chunk)
             logits = _wide_product(rows[part], head.t()).float()
             cross_entropy[part], log_normalizer[part], gradient = _softmax(
-                logits, labels[part], shard, z_loss, row_gradients
+                logits, labels[part], shard, z_loss, row_gradients or head_gradient
             )
-            if row_gradients:  # weights multiply [r, H] here rather than [r, V] above
+            if gradient is not None:
                 gradient = gradient.to(head.dtype)
+            if row_gradients:  # weights multiply [r, H] here rather than [r, V] above
                 torch.mm(gradient, head, out=grad_rows[part])
                 grad_rows[part] *= relative[part]
-                if needs_grad:
-                    weighted = (rows[part] * relative[part]).to(head.dtype)  # float32 until here: rounded once
-                    _add_product(grad_head, gradient.t(), weighted)
+            if head_gradient:
+                weighted = (rows[part] * relative[part]).to(head.dtype)  # float32 until here: rounded once
+                _add_product(grad_head, gradient.t(), weighted)
             del logits, gradient  # or they would stay until the next chunk's are there
         gradient_square = torch.zeros_like(cross_entropy)
         if row_gradients:
             if shard.group is not None:
                 dist.all_reduce(grad_rows, group=shard.group)
             gradient_square = torch.linalg.vector_norm(grad_rows, dim=1, dtype=torch.float32).mul_(scale).square_()
-        ctx.grad_rows = grad_rows
+        ctx.grad_rows = grad_rows if ctx.needs_input_grad[0] else None  # else only its squares were asked for
         ctx.grad_head = grad_head
         ctx.dtype = head.dtype
         ctx.scale = scale
@@ -144,7 +146,12 @@ class _WeightedCrossEntropy(torch.autograd.Function):
         ctx.grad_rows = None
         ctx.grad_head = None
         factor = grad_total * ctx.scale
-        return grad_rows.mul_(factor), grad_head.mul_(factor).to(ctx.dtype), *[None] * 7
+        of_rows, of_head = ctx.needs_input_grad[:2]
+        return (
+            grad_rows.mul_(factor) if of_rows else None,
+            grad_head.mul_(factor).to(ctx.dtype) if of_head else None,
+            *[None] * 7,
+        )
 
 
 def _wide_product(left: Tensor, right: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +19,7 @@ from megatron_mdm.config.schema import RunConfig
 from megatron_mdm.engine.communication import MicroBatchShape
 from megatron_mdm.engine.memory import RankMemory, rank_memory
 from megatron_mdm.models import attention, kernel_memory
+from megatron_mdm.models.extensions import EXTENSIONS, Extension
 from megatron_mdm.parallel.layout import Layout
 from tests.ranks import run_ranks
 from tests.small import small_config, small_model, write_ids
@@ -41,6 +43,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {  # ranks, par
     "packed_views": (1, {"zero": 0}, {"dtype": "bf16"}),
     "padded": (1, {"zero": 0}, {"dtype": "fp32"}),
     "selective": (1, {"zero": 0, "recompute": "selective"}, {"dtype": "bf16"}),
+    "frozen_tables": (1, {"zero": 1}, {"dtype": "bf16"}),
 }
 
 
@@ -55,7 +58,15 @@ STATES = (
 
 
 GROUPED = {"num_kv_heads": 2, "qk_norm": True, "qkv_bias": True}
-MODELS: dict[str, dict[str, Any]] = {"tp2": GROUPED, "selective": GROUPED, "dp2_zero2": GROUPED}
+MODELS: dict[str, dict[str, Any]] = {
+    "tp2": GROUPED,
+    "selective": GROUPED,
+    "dp2_zero2": GROUPED,
+    "frozen_tables": {"extensions": {"frozen_tables": {}}, "vocab_size": 32_768},
+}
+EXTENSIONS["frozen_tables"] = Extension(
+    lambda rows, _: {name: replace(row, trained=not row.is_vocabulary) for name, row in rows.items()}, lambda *_: None
+)
 
 PACKED = {"batch": {"global_size": 12, "micro_size": 2, "mode": "packed"}, "diffusion": {"views": 2}}
 SECTIONS: dict[str, dict[str, Any]] = {"packed_views": PACKED}

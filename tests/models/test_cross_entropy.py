@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from megatron_mdm.config.schema import ParallelConfig
 from megatron_mdm.models.cross_entropy import CHUNKS, Chunks, weighted_cross_entropy
@@ -131,6 +133,64 @@ def test_no_rows_and_no_gradient() -> None:
     assert (head.grad == 0).all()
     with torch.no_grad():
         assert not weighted_cross_entropy(rows, head, labels, weights, VOCAB).total.requires_grad
+
+
+class Operations(TorchDispatchMode):
+    """Counts matrix products, and remembers the shapes that operations return."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_products = 0
+        self.shapes: set[tuple[int, ...]] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self.num_products += func.overloadpacket.__name__ in ("mm", "addmm", "addmm_")
+        own = [x for x in tree_leaves(result) if isinstance(x, torch.Tensor) and not x._is_view()]
+        self.shapes |= {tuple(x.shape) for x in own}
+        return result
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("trained", ["rows", "head"])
+def test_only_the_gradients_that_are_asked_for_are_computed(trained: str, dtype: torch.dtype) -> None:
+    """A frozen head's, as under LoRA, costs neither its product nor its float32 sum; likewise that of frozen rows. What
+    is computed is bit for bit what it is when both train."""
+    chunks = Chunks(10 * PADDED)  # 4 of them
+
+    def run(requires_grad: set[str]) -> tuple[Operations, list[torch.Tensor | None]]:
+        rows, head, labels, weights = inputs(dtype)
+        rows.requires_grad_("rows" in requires_grad)
+        head.requires_grad_("head" in requires_grad)
+        with Operations() as operations:
+            losses = weighted_cross_entropy(rows, head, labels, weights, VOCAB, chunks=chunks)
+            (3.0 * losses.total).backward()
+        return operations, [losses.total.detach(), losses.cross_entropy, rows.grad, head.grad, losses.gradient_square]
+
+    both, (*losses, of_rows, of_head, square) = run({"rows", "head"})
+    one, (*found, found_of_rows, found_of_head, found_square) = run({trained})
+    assert torch.equal(torch.stack(losses[:1]), torch.stack(found[:1]))
+    assert torch.equal(losses[1], found[1])
+    assert (both.num_products, one.num_products) == (4 * 3, 4 * 2)
+    assert {(ROWS, HIDDEN), (PADDED, HIDDEN)} <= both.shapes
+    if trained == "rows":
+        assert found_of_head is None
+        assert torch.equal(found_of_rows, of_rows)
+        assert torch.equal(found_square, square)
+        assert (PADDED, HIDDEN) not in one.shapes
+    else:
+        assert found_of_rows is None
+        assert torch.equal(found_of_head, of_head)
+        assert not found_square.any()
+        assert (ROWS, HIDDEN) not in one.shapes
+
+
+def test_gradients_of_rows_are_measured_while_only_the_head_trains() -> None:
+    rows, head, labels, weights = inputs()
+    losses = weighted_cross_entropy(rows, head.requires_grad_(), labels, weights, VOCAB, row_gradients=True)
+    losses.total.backward()
+    torch.testing.assert_close(losses.gradient_square, reference()[1].square().sum(1) / 9.0)
+    torch.testing.assert_close(3.0 * head.grad, reference()[2])
 
 
 def sharded() -> list[Any]:
