@@ -7,6 +7,7 @@ from typing import Any
 from megatron_mdm.config.errors import UserError
 from megatron_mdm.config.schema import RunConfig
 from megatron_mdm.config.validate import accumulation_steps
+from megatron_mdm.parallel import platform
 
 
 def zero_stage(config: RunConfig) -> int:
@@ -27,8 +28,9 @@ def deepspeed_config(config: RunConfig, world_size: int) -> dict[str, Any]:
     raw = {key: value for key, value in config.deepspeed.items() if key not in ("zero_optimization", "data_types")}
     zero = {
         "stage": zero_stage(config),
-        "overlap_comm": False,
         "reduce_scatter": True,
+        # DeepSpeed's default on CUDA: ZeRO 3 reduces gradients beside the backward pass. A CPU has no streams.
+        **({} if platform.is_cuda() else {"overlap_comm": False}),
         **subsection(config, "zero_optimization"),
     }
     if config.parallel.offload != "none":

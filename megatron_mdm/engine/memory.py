@@ -39,7 +39,7 @@ class RankMemory:
     workspace: float  # temporary tensors of a block's backward pass
     buffers: float  # communication: buckets, gathered parameters, a pipeline's messages
     communicators: float  # NCCL's own buffers
-    step: float  # copies that exist only while the optimizer steps
+    step: float  # what exists only behind the backward passes: copies for the optimizer, a pipeline's second bucket
     host: float  # offloaded states
 
     @property
@@ -85,6 +85,9 @@ def rank_memory(
     parameters = stage.held(config.model, layout.tensor)
     in_flight = min(layout.pipeline - pipeline_rank, num_micro_batches)
     states, host = _states(config, layout, parameters)
+    bucket = _bucket(config, parameters.trained, kernels)
+    if layout.pipeline > 1:  # DeepSpeed allocates a second one where it reduces, behind all backward passes
+        states["step"] = max(states["step"], bucket)
     saved = SAVED[kernels]
     block = saved.block(config, micro_batch)
     kept = [saved.kept(config, micro_batch, stage.first_block + index) for index in range(stage.num_blocks)]
@@ -100,7 +103,7 @@ def rank_memory(
         recomputed=recomputed,
         logits=chunk,
         workspace=saved.workspace(config, micro_batch) if stage.num_blocks else 0.0,
-        buffers=_bucket(config, parameters.trained, kernels)
+        buffers=bucket * _buckets_in_turn(config, layout)
         + _buffers(config, layout, stage, parameters.total, micro_batch, in_flight),
         communicators=communicator_bytes(layout, pipeline_rank, config.model.tie_embeddings)
         if kernels == "cuda"
@@ -158,14 +161,20 @@ def _head(config: RunConfig, layout: Layout, micro_batch: MicroBatchShape, kerne
 
 
 def _bucket(config: RunConfig, number: int, kernels: Kernels) -> float:
-    """Bytes of ZeRO's buckets: allocated whole, although on a CPU what is never written to takes no memory."""
+    """Bytes of one of ZeRO's buckets: allocated whole, although on a CPU what is never written to takes no memory."""
     if zero_stage(config) == 0:
         return 0.0
     elements = _zero_elements(config, "reduce_bucket_size", REDUCE_BUCKET)
     if kernels == "cpu":
         elements = min(elements, number)
-    overlaps = subsection(config, "zero_optimization").get("overlap_comm")
-    return ELEMENT_BYTES[config.precision.dtype] * elements * (2 if overlaps else 1)
+    return ELEMENT_BYTES[config.precision.dtype] * elements
+
+
+def _buckets_in_turn(config: RunConfig, layout: Layout) -> int:
+    """Buckets beside the backward pass: one is filled while the other is reduced. ZeRO 3 does with one, and DeepSpeed
+    overlaps nothing in a pipeline."""
+    overlaps = subsection(config, "zero_optimization").get("overlap_comm", "auto") not in (False, "auto")
+    return 2 if overlaps and zero_stage(config) < 3 and layout.pipeline == 1 else 1
 
 
 def _zero_elements(config: RunConfig, key: str, default: int) -> int:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from megatron_mdm.config.schema import RunConfig
 from tests.small import EOS, MASK, PAD, small_config, small_model
@@ -119,9 +120,19 @@ def _train(config: RunConfig, folder: Path) -> dict[str, Any]:
         "norms": [step.grad_norm for step in steps],
         "went on": (went_on.loss, went_on.grad_norm),
         "resumed": (resumed.loss, resumed.grad_norm),
+        "overlaps": _overlaps(engine),
         "synchronisations": dict(synchronisations),
         "unpinned": dict(unpinned),
     }
+
+
+def _overlaps(engine: Any) -> bool:
+    """Whether gradients are reduced on a stream of their own, beside the backward pass."""
+    optimizer = engine.engine.optimizer
+    stream = getattr(optimizer, "reduce_and_partition_stream", None)  # of ZeRO 3
+    if stream is None:
+        return getattr(optimizer, "overlap_comm", False)
+    return stream is not torch.cuda.default_stream()
 
 
 def generate_all(pretend: bool) -> list[list[int]]:

@@ -80,6 +80,13 @@ def test_resumed_equals_uninterrupted(name: str, trained: Any) -> None:
         assert norm == expected_norm or (LAYOUTS[name].precision == "fp16" and np.isinf(expected_norm))
 
 
+def test_zero_3_reduces_gradients_beside_the_backward_pass(trained: Any, on_cpu: Results) -> None:
+    """DeepSpeed's default, which is left to it on CUDA alone."""
+    for name, layout in LAYOUTS.items():
+        assert {found["overlaps"] for found in trained[name]} == {layout.parallel["zero"] == 3}, name
+    assert not any(found["overlaps"] for found in on_cpu.values())
+
+
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_a_step_waits_for_the_device_once(name: str, trained: Any) -> None:
     for rank, found in enumerate(trained[name]):

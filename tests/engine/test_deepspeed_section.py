@@ -122,14 +122,12 @@ def test_what_deepspeed_reads_is_passed_on(tmp_path: Path) -> None:
 
 
 def test_memory_counts_the_buckets_that_were_asked_for(tmp_path: Path) -> None:
-    """On a GPU, where they are allocated whole; two of them where communication overlaps."""
+    """On a GPU, where they are allocated whole."""
     layout = Layout()
     sizes = {"1e6": 4e6, "2e6": 8e6, "auto": 4 * 5e8}
     for size, expected in sizes.items():
         config = loaded(tmp_path, f"zero_optimization.reduce_bucket_size={size}")
         assert fullest_stage(config, layout, "cuda").buffers == expected
-    config = loaded(tmp_path, "zero_optimization={reduce_bucket_size: 1e6, overlap_comm: true}")
-    assert fullest_stage(config, layout, "cuda").buffers == 8e6
 
 
 def test_a_mistake_in_it_ends_dry_run_and_plan_with_one_line(tmp_path: Path) -> None:

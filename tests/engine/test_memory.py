@@ -238,6 +238,64 @@ def test_predicted_memory_is_that_of_a_real_step(case: list[tuple[RunConfig, Cou
         assert counted.peak == pytest.approx(predicted.total, rel=0.15)
 
 
+BUCKETS: dict[str, tuple[dict[str, Any], bool]] = {  # parallel, whether communication overlaps
+    "ZeRO 1": ({"zero": 1}, False),
+    "ZeRO 1, overlapping": ({"zero": 1}, True),
+    "ZeRO 3, overlapping": ({"zero": 3}, True),
+    "pipeline": ({"zero": 1, "pipeline": 2}, False),
+}
+NO_BUCKET = {"zero_optimization": {"reduce_bucket_size": 0}}
+ODD_BUCKET = 300_007  # elements: no other tensor has as many
+
+
+class LiveBuckets(LiveBytes):
+    """Follows DeepSpeed's buckets alone."""
+
+    def _follow(self, storage: torch.UntypedStorage) -> None:
+        if storage.nbytes() == 4 * ODD_BUCKET:
+            super()._follow(storage)
+
+
+def bucket_bytes(configs: list[RunConfig]) -> list[int]:
+    """On a rank: the peak of each configuration's buckets in a step."""
+    from megatron_mdm.checkpoint.load import restored_engine
+    from megatron_mdm.parallel.groups import initialize
+    from megatron_mdm.training import build, inputs
+
+    peaks = []
+    for given in configs:
+        config, data = inputs.resolve(given)
+        context = initialize(config.parallel)
+        with LiveBuckets() as live:
+            trainer = build.build_trainer(config, data, restored_engine(None, config, context, 0), None, context)
+            trainer.train_step(0)
+        peaks.append(live.peak)
+    return peaks
+
+
+def test_as_many_buckets_are_counted_as_deepspeed_allocates(tmp_path: Path) -> None:
+    write_ids(tmp_path / "train.jsonl", 40)
+    configs = [
+        small_config(
+            tmp_path,
+            parallel=parallel,
+            deepspeed={"zero_optimization": {"reduce_bucket_size": ODD_BUCKET, "overlap_comm": overlaps}},
+        )
+        for parallel, overlaps in BUCKETS.values()
+    ]
+    allocated = run_ranks(bucket_bytes, 2, configs)[0]
+    for name, config, found in zip(BUCKETS, configs, allocated, strict=True):
+        layout = Layout.of(2, config.parallel)
+        counted = [
+            memory.buffers + memory.step
+            for memory in (
+                rank_memory(asked, layout, 0, MicroBatchShape(2, 24, 24), 3, "cuda")
+                for asked in (config, config.model_copy(update={"deepspeed": NO_BUCKET}))
+            )
+        ]
+        assert counted[0] - counted[1] == found, name
+
+
 def test_a_pipeline_holds_no_more_micro_batches_than_there_are(tmp_path: Path) -> None:
     """The first of four stages: at most four, also their messages."""
     config = small_config(tmp_path, model=small_model(num_layers=4).model_dump(), parallel={"pipeline": 4, "zero": 0})

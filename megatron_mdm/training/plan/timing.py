@@ -17,7 +17,7 @@ from megatron_mdm.training.plan.cluster import Cluster
 ASSUMPTIONS = (
     "a layer's operations reach the cluster's 'efficiency' of the peak; collectives 'link_efficiency' of the links",
     "a layer's forward and backward pass take no less than 'layer_ms', however few the tokens",
-    "communication and computation do not overlap (DeepSpeed's overlap_comm is off unless set)",
+    "communication and computation do not overlap (but DeepSpeed overlaps some of it, on GPUs with ZeRO 3)",
     "collectives are rings; a group that leaves a node runs at the rate between nodes",
     "a backward pass takes twice a forward pass",
     "half of the eligible positions are masked; of autoregressive runs, all are scored",
