@@ -55,10 +55,13 @@ setup(
         "safetensors>=0.5",
         "tokenizers>=0.21",
         "tqdm>=4.66",
+        "Pillow>=11",
     ],
     extras_require={
         "eval": ["lm-eval>=0.4.12,<0.5"],
+        "images": ["scikit-learn>=1.5"],  # for its handwritten digits
         "test": [
+            "scikit-learn>=1.5",
             "pytest>=8",
             "pytest-xdist>=3.6",
             "ruff>=0.14",

@@ -14,7 +14,7 @@ ROWS = [  # lowest first; packages of one row do not import each other
     {"config"},
     {"batch"},
     {"diffusion", "parallel"},
-    {"models", "data"},
+    {"models", "data", "images"},
     {"engine"},
     {"checkpoint"},
     {"generation"},

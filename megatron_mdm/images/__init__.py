@@ -1,0 +1,1 @@
+"""Pictures as tokens: reading and showing them, image tokenizers, and their training."""
