@@ -16,6 +16,7 @@ from megatron_mdm.checkpoint.initial import InitialWeights
 from megatron_mdm.checkpoint.initial_tokens import contradictions
 from megatron_mdm.checkpoint.lazy_tensors import read_elements
 from megatron_mdm.checkpoint.manifest import MANIFEST
+from megatron_mdm.checkpoint.store import LOSS_SCALE, read_state
 from megatron_mdm.checkpoint.tensors import TensorReader
 from megatron_mdm.config.errors import UserError
 from megatron_mdm.config.files import sha256
@@ -96,7 +97,7 @@ def restored_engine(checkpoint: Path | None, config: RunConfig, context: Paralle
 
 
 def restore(engine: Engine, checkpoint: Path, model: ModelConfig, context: ParallelContext, steps: int) -> None:
-    """Give an engine a checkpoint's weights, moments and count of optimizer steps. Collective.
+    """Give an engine a checkpoint's weights, moments, count of optimizer steps and loss scale. Collective.
 
     Each rank reads what it holds: of what ZeRO partitions, its part of the fp32 weights and of the moments, from which
     the data-parallel ranks gather the weights that the model computes with.
@@ -109,6 +110,7 @@ def restore(engine: Engine, checkpoint: Path, model: ModelConfig, context: Paral
 
     engine.optimizer_state.load(read)
     engine.optimizer_state.set_steps(steps)
+    engine.loss_scale.load(read_state(checkpoint).get(LOSS_SCALE, {}))
 
 
 def load_for_inference(

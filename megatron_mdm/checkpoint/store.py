@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 STATE = "state.json"
 VALIDATION_LOSS = "validation_loss"  # in a state: of the saved weights; absent where they were not validated
+LOSS_SCALE = "loss_scale"  # in a state: fp16's (engine/loss_scale.py); empty or, of earlier code, absent
 
 
 class SaveError(Exception):
@@ -51,6 +52,7 @@ class CheckpointStore:
         """
         assert self._pending is None, "the checkpoint before is still being written"
         self._snapshot.take(engine.optimizer_state.fragments())
+        state = {**state, LOSS_SCALE: engine.loss_scale.state()}
         self._pending = self._writer.submit(self._write, step, state)
 
     def is_writing(self) -> bool:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from megatron_mdm.batch import ModelInputs, RowStatistics
 from megatron_mdm.engine.clock import PhaseClock
+from megatron_mdm.engine.loss_scale import LossScale
 
 if TYPE_CHECKING:  # DeepSpeed, which programs that train nothing do without
     from megatron_mdm.engine.optimizer_state import OptimizerState
@@ -36,6 +37,7 @@ class Engine(Forward, Protocol):
     """A model with its optimizer on this rank. All calls are collective: every rank makes them in the same order."""
 
     optimizer_state: OptimizerState
+    loss_scale: LossScale
     clock: PhaseClock  # of train_batch, by the caller's resets
 
     def train_batch(self, micro_batches: Sequence[ModelInputs], lr: float) -> TrainOutput:

@@ -23,6 +23,7 @@ from megatron_mdm.engine.clock import PhaseClock
 from megatron_mdm.engine.deepspeed_config import deepspeed_config, zero_stage
 from megatron_mdm.engine.host_norm import read_norm_once
 from megatron_mdm.engine.inputs import InputLayout
+from megatron_mdm.engine.loss_scale import LossScale
 from megatron_mdm.engine.optimizer import PlainClipping, adamw, norm_of_step, scaled_unless_faulty
 from megatron_mdm.engine.optimizer_state import OptimizerState
 from megatron_mdm.engine.statistics import StatisticsCopy
@@ -70,6 +71,7 @@ class PipeEngine:
             self.clipping = PlainClipping(module, config.optimizer.gradient_clipping, context)
             self.engine.clip_fp32_gradients = self.clipping
         self.optimizer_state = OptimizerState(module, self.engine.optimizer, config.model)
+        self.loss_scale = LossScale(self.engine.optimizer)
         self.clock = PhaseClock()
         # DeepSpeed runs a schedule of instructions, each by its entry in this table.
         self.engine._INSTRUCTION_MAP = {

@@ -75,7 +75,11 @@ def fails_to_save(folder: Path) -> str:
     from megatron_mdm.parallel.groups import initialize
 
     store = CheckpointStore(folder, CheckpointConfig(directory=""), initialize())
-    store.save(2, SimpleNamespace(optimizer_state=SimpleNamespace(fragments=lambda: [])), {})  # type: ignore[arg-type]
+    store.save(
+        2,
+        SimpleNamespace(optimizer_state=SimpleNamespace(fragments=lambda: []), loss_scale=SimpleNamespace(state=dict)),
+        {},
+    )  # type: ignore[arg-type]
     with pytest.raises(SaveError) as caught:
         store.finish()
     return str(caught.value)

@@ -112,14 +112,22 @@ def _train(config: RunConfig, folder: Path) -> dict[str, Any]:
     store.save(NUM_STEPS, engine, {"x": 1})
     store.finish()
     went_on = trainer.train_step(NUM_STEPS)
-    restore(engine, folder / f"step-{NUM_STEPS:08d}", config.model, context, NUM_STEPS)
+    saved = folder / f"step-{NUM_STEPS:08d}"
+    scales = {"went on": engine.loss_scale.state()}
+    if config.precision.dtype == "fp16":  # in a new engine, whose loss scale is the initial one
+        engine = restored_engine(saved, config, context, NUM_STEPS)
+        trainer = build_trainer(config, data, engine, artifact, context)
+    else:
+        restore(engine, saved, config.model, context, NUM_STEPS)
     resumed = trainer.train_step(NUM_STEPS)
+    scales["resumed"] = engine.loss_scale.state()
     return {
         "losses": [step.loss for step in steps],
         "sample_losses": np.array([step.sample_loss for step in steps]),
         "norms": [step.grad_norm for step in steps],
         "went on": (went_on.loss, went_on.grad_norm),
         "resumed": (resumed.loss, resumed.grad_norm),
+        "loss scales": scales,
         "overlaps": _overlaps(engine),
         "synchronisations": dict(synchronisations),
         "unpinned": dict(unpinned),

@@ -76,8 +76,10 @@ def test_resumed_equals_uninterrupted(name: str, trained: Any) -> None:
     for found in trained[name]:
         (loss, norm), (expected_loss, expected_norm) = found["resumed"], found["went on"]
         assert loss == expected_loss
-        # fp16's loss scale is no part of a checkpoint: one that was lowered since may spare a step that was skipped.
-        assert norm == expected_norm or (LAYOUTS[name].precision == "fp16" and np.isinf(expected_norm))
+        assert norm == expected_norm
+        scales = found["loss scales"]
+        assert scales["resumed"] == scales["went on"]
+        assert bool(scales["resumed"]) == (LAYOUTS[name].precision == "fp16")
 
 
 def test_zero_3_reduces_gradients_beside_the_backward_pass(trained: Any, on_cpu: Results) -> None:
