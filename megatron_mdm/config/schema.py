@@ -57,6 +57,9 @@ class ModelConfig(Section):
     attention: Literal["bidirectional", "causal"] = "bidirectional"  # causal: what objective.name autoregressive sets
     # Kernels of the layers; auto: torch's. Transformer Engine's need CUDA and have not been run with this code.
     kernels: Literal["auto", "torch", "transformer_engine"] = "auto"
+    # What computes losses and their gradients from logits; auto: torch's kernels. Triton's own, with less than half of
+    # the memory traffic, needs CUDA and has not been run on a GPU.
+    loss_kernel: Literal["auto", "torch", "triton"] = "auto"
     fp8: bool = False  # matrix products of the layers in FP8: not built yet, so true is refused
     # Training passes: every block is compiled (torch.compile, a minute at the start), and micro-batches are padded to
     # batch.micro_tokens, so that all have one shape. Needs batch.mode packed.

@@ -11,6 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_mdm.models.loss_kernels import LOSS_KERNELS, Shard
+
 
 class Chunks(NamedTuple):
     """How many rows' logits are held at a time: fewer make slow matrix products, more cost memory."""
@@ -54,6 +56,7 @@ def weighted_cross_entropy(
     chunks: Chunks | None = None,
     z_loss: float = 0.0,
     row_gradients: bool = False,
+    kernel: str = "torch",
 ) -> RowLosses:
     """Cross-entropy of `rows @ head.T` with the vocabulary split over a tensor-parallel group.
 
@@ -64,30 +67,17 @@ def weighted_cross_entropy(
     Only gradients that are required are computed: a frozen head's costs no product and no memory.
     chunks: None for the device's own.
     row_gradients: compute gradient_square where rows require no gradient, too.
+    kernel: of LOSS_KERNELS (loss_kernels.py), for the softmax and its gradient.
     z_loss adds z_loss · (log Σ exp logits)² to each row's share of the total (PaLM, Section 5), not to cross_entropy.
     """
     train_rows, train_head = (torch.is_grad_enabled() and tensor.requires_grad for tensor in (rows, head))
-    shard = _Shard.of(head, vocab_size, group)
+    shard = Shard.of(len(head), vocab_size, group)
     chunks = chunks or CHUNKS[head.device.type]
     return RowLosses(
         *_WeightedCrossEntropy.apply(
-            rows, head, labels, weights, shard, chunks, z_loss, train_rows or row_gradients, train_head
+            rows, head, labels, weights, shard, chunks, z_loss, kernel, train_rows or row_gradients, train_head
         )
     )
-
-
-class _Shard(NamedTuple):
-    """This rank's part of the vocabulary."""
-
-    first_id: int
-    num_valid: int  # rows that are not padding
-    group: dist.ProcessGroup | None  # None: the whole vocabulary is here
-
-    @classmethod
-    def of(cls, head: Tensor, vocab_size: int, group: dist.ProcessGroup | None) -> "_Shard":
-        parallel = group is not None and dist.get_world_size(group) > 1
-        first_id = dist.get_rank(group) * len(head) if parallel else 0
-        return cls(first_id, min(max(vocab_size - first_id, 0), len(head)), group if parallel else None)
 
 
 class _WeightedCrossEntropy(torch.autograd.Function):
@@ -101,6 +91,7 @@ class _WeightedCrossEntropy(torch.autograd.Function):
         shard: Any,
         chunks: Any,
         z_loss: float,
+        kernel: str,
         row_gradients: bool,
         head_gradient: bool,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -110,15 +101,14 @@ class _WeightedCrossEntropy(torch.autograd.Function):
         # Gradients are kept for the greatest weight 1, so that they do not vanish in fp16, and scaled in backward.
         scale = weights.max().clamp_min(1e-30) if len(rows) else weights.new_ones(())
         relative = (weights / scale)[:, None]
+        gradient_type = head.dtype if row_gradients or head_gradient else None
         chunk = chunks.rows(len(rows), len(head))
         for start in range(0, len(rows), chunk):
             part = slice(start, start + chunk)
             logits = _wide_product(rows[part], head.t()).float()
-            cross_entropy[part], log_normalizer[part], gradient = _softmax(
-                logits, labels[part], shard, z_loss, row_gradients or head_gradient
+            cross_entropy[part], log_normalizer[part], gradient = LOSS_KERNELS[kernel](
+                logits, labels[part], shard, z_loss, gradient_type
             )
-            if gradient is not None:
-                gradient = gradient.to(head.dtype)
             if row_gradients:  # weights multiply [r, H] here rather than [r, V] above
                 torch.mm(gradient, head, out=grad_rows[part])
                 grad_rows[part] *= relative[part]
@@ -150,7 +140,7 @@ class _WeightedCrossEntropy(torch.autograd.Function):
         return (
             grad_rows.mul_(factor) if of_rows else None,
             grad_head.mul_(factor).to(ctx.dtype) if of_head else None,
-            *[None] * 7,
+            *[None] * 8,
         )
 
 
@@ -173,35 +163,3 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
 
 def _round_up(number: int, multiple: int) -> int:
     return number + -number % multiple
-
-
-def _softmax(logits: Tensor, labels: Tensor, shard: Any, z_loss: float, needs_grad: bool) -> tuple[Tensor, Tensor, Any]:
-    """Cross-entropy [r], log-normalizer [r], and the loss's gradient [r, V_local] of float32 logits, which are lost."""
-    logits[:, shard.num_valid :] = float("-inf")
-    local = labels - shard.first_id
-    here = (local >= 0) & (local < shard.num_valid)
-    local = local.clamp(0, logits.shape[1] - 1)[:, None]
-    if shard.group is None:
-        label_logit = logits.gather(1, local).squeeze(1)
-        # One fused pass, in place: each row is read before it is written. Later, e to its power is the softmax.
-        gradient = torch.ops.aten._log_softmax.out(logits, 1, False, out=logits)
-        cross_entropy = -gradient.gather(1, local).squeeze(1)
-        log_normalizer = cross_entropy + label_logit
-        if needs_grad:
-            gradient.exp_()
-    else:
-        maximum = logits.amax(1)
-        dist.all_reduce(maximum, dist.ReduceOp.MAX, group=shard.group)
-        gradient = logits.sub_(maximum[:, None])
-        label_logit = gradient.gather(1, local).squeeze(1).masked_fill(~here, 0.0)
-        sums = torch.stack([label_logit, gradient.exp_().sum(1)])
-        dist.all_reduce(sums, group=shard.group)
-        label_logit, normalizer = sums
-        cross_entropy = normalizer.log() - label_logit
-        log_normalizer = normalizer.log() + maximum
-        gradient.div_(normalizer[:, None])
-    if not needs_grad:
-        return cross_entropy, log_normalizer, None
-    if z_loss:
-        gradient.mul_((1.0 + 2.0 * z_loss * log_normalizer)[:, None])
-    return cross_entropy, log_normalizer, gradient.scatter_add_(1, local, -here.to(torch.float32)[:, None])

@@ -29,6 +29,7 @@ from megatron_mdm.models.compiled import compiled
 from megatron_mdm.models.cross_entropy import weighted_cross_entropy
 from megatron_mdm.models.extensions import extensions_of
 from megatron_mdm.models.initialize import initialize_weights
+from megatron_mdm.models.loss_kernels import resolve_loss_kernel
 from megatron_mdm.models.naming import Layer, rows_of
 from megatron_mdm.models.norms import RMSNorm
 from megatron_mdm.models.parameters import EMBEDDING, FINAL_NORM, OUTPUT, layer_prefix, padded_vocab_size
@@ -125,6 +126,7 @@ class Head(Layer):
         self.vocab_size = model.vocab_size
         self.group = group
         self.z_loss = model.z_loss
+        self.loss_kernel = resolve_loss_kernel(model)
         self.row_gradients = False  # compute RowStatistics.gradient_square without autograd, too
         self.logit_shift = model.logit_shift
         self.sequence_parallel = config.sequence_parallel
@@ -187,6 +189,7 @@ class Head(Layer):
             self.group,
             z_loss=self.z_loss,
             row_gradients=self.row_gradients,
+            kernel=self.loss_kernel,
         )
         # Dense grids and plain sums: deterministic on every device, unlike a scattered addition.
         grids = torch.zeros(2, selected.numel(), device=hidden.device)

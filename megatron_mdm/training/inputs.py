@@ -23,6 +23,7 @@ from megatron_mdm.data.tokenizer import Tokenizer, load_tokenizer, resolve_vocab
 from megatron_mdm.data.tokenizer_folder import tokenizer_fingerprint
 from megatron_mdm.engine.deepspeed_section import check_deepspeed_section
 from megatron_mdm.generation.settings import SpecialIds
+from megatron_mdm.models.loss_kernels import resolve_loss_kernel
 from megatron_mdm.models.spec import resolve_kernels
 from megatron_mdm.objectives import objective_of
 from megatron_mdm.parallel import platform
@@ -51,7 +52,8 @@ def resolve(config: RunConfig) -> tuple[RunConfig, RunData]:
     model = resolve_vocabulary(config.model, tokenizer)
     dated = config.data.model_copy(update={"template_date": tokenizer.template.date or config.data.template_date})
     config = config.model_copy(update={"data": dated})
-    model = model.model_copy(update={"kernels": resolve_kernels(model), "attention": objective.attention})
+    kernels = {"kernels": resolve_kernels(model), "loss_kernel": resolve_loss_kernel(model)}
+    model = model.model_copy(update={**kernels, "attention": objective.attention})
     resolved = {
         "model": model,
         "objective": ObjectiveConfig(**objective.options.model_dump()),

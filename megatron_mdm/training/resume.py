@@ -26,6 +26,7 @@ FREE_KEYS = (
     "batch.micro_tokens",
     "precision.gradients",
     "model.kernels",
+    "model.loss_kernel",
     "model.compile",
     "data.end_tokens",
 )
