@@ -24,7 +24,7 @@ from megatron_mdm.config.load import load_config
 from megatron_mdm.config.schema import ModelConfig, RunConfig
 from megatron_mdm.config.validate import validate_layout
 from megatron_mdm.data.tokenizer import Tokenizer, load_tokenizer
-from megatron_mdm.engine.base import Engine
+from megatron_mdm.engine.base import Engine, Load
 from megatron_mdm.engine.build import build_engine
 from megatron_mdm.engine.inference import InferenceEngine, PipelinedInferenceEngine, build_stage
 from megatron_mdm.engine.optimizer_state import WEIGHT, Fragment
@@ -84,14 +84,15 @@ def run_config(folder: Path, tensor: int = 0, pipeline: int = 1, overrides: Sequ
 def restored_engine(checkpoint: Path | None, config: RunConfig, context: ParallelContext, steps: int) -> Engine:
     """A training engine with a checkpoint's weights, moments and step count; None: initial weights.
 
-    Collective. Initial weights are random, or those that model.init_from names.
+    Collective. Initial weights are random, or those that model.init_from names; so are those beside adapters.
     """
+    model = config.model
+    load: Load | None = _read_afterwards
+    if checkpoint is None or model.lora.rank:  # whose checkpoints hold the adapters only
+        load = partial(InitialWeights(model).load, context=context, seed=config.seed) if model.init_from else None
+    engine = build_engine(config, context, load)
     if checkpoint is None:
-        if not config.model.init_from:
-            return build_engine(config, context)
-        initial = InitialWeights(config.model)
-        return build_engine(config, context, partial(initial.load, context=context, seed=config.seed))
-    engine = build_engine(config, context, _read_afterwards)
+        return engine
     restore(engine, checkpoint, config.model, context, steps)
     return engine
 

@@ -20,6 +20,7 @@ PATH_KEYS = (
     ("data", "validation"),
     ("data", "tokenizer"),
     ("model", "init_from"),
+    ("model", "lora", "init_from"),
     ("diffusion", "calibration", "artifact"),
 )
 

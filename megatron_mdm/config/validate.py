@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from megatron_mdm.config.errors import UserError
-from megatron_mdm.config.schema import RunConfig
+from megatron_mdm.config.schema import ModelConfig, RunConfig
 
 # DeepSpeed keys that follow from other sections: setting them raw would let the two disagree.
 OWNED_DEEPSPEED_KEYS = {
@@ -105,6 +105,7 @@ def _check_model(config: RunConfig) -> None:
             "'model.fp8' is not built yet (Transformer Engine would keep the FP8 weights of its first step); remove it "
             "and train in 'precision.dtype' bf16"
         )
+    _check_lora(model)
     if not model.head_dim and model.hidden_size % model.num_heads:
         raise UserError(
             f"'model.hidden_size' {model.hidden_size} is not a multiple of 'model.num_heads' {model.num_heads}; change "
@@ -122,6 +123,17 @@ def _check_model(config: RunConfig) -> None:
     for name in ("num_heads", "num_kv_heads", "ffn_hidden_size"):
         if getattr(model, name) % tensor:
             raise UserError(f"'model.{name}' {getattr(model, name)} is not a multiple of 'parallel.tensor' {tensor}")
+
+
+def _check_lora(model: ModelConfig) -> None:
+    if not model.lora.rank:
+        return
+    if not model.init_from:
+        raise UserError("'model.lora' trains beside frozen weights: name them by 'model.init_from'")
+    if model.kernels == "transformer_engine":
+        raise UserError("'model.lora' needs 'model.kernels' torch: Transformer Engine fuses norms into the linear maps")
+    if model.lora.base != "model":
+        raise UserError("'model.lora.base' nf4 is not built yet; use model")
 
 
 def _check_batch(config: RunConfig, world_size: int) -> None:

@@ -24,7 +24,9 @@ KINDS = (WEIGHT, *MOMENTS)
 
 
 def kinds_of(row: Parameter) -> tuple[str, ...]:
-    """What there is of a parameter: what is frozen has a weight alone."""
+    """What a checkpoint holds of a parameter: of what is frozen its weight alone, of adapters' base nothing."""
+    if row.is_base:
+        return ()
     return KINDS if row.trained else (WEIGHT,)
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from megatron_mdm.checkpoint.base import INPUTS
 from megatron_mdm.checkpoint.native import HUGGINGFACE, TOKENIZER, keep_tokenizer
 from megatron_mdm.checkpoint.store import CheckpointStore, read_state
 from megatron_mdm.config.errors import UserError
@@ -21,7 +22,7 @@ from megatron_mdm.training.faults import DUMPS, FAULTS
 from megatron_mdm.training.inputs import RunData
 from megatron_mdm.training.launches import LAUNCH, launch_id, note_begin
 from megatron_mdm.training.preflight import PREFLIGHT
-from megatron_mdm.training.resume import INPUTS, check_same_run, contents
+from megatron_mdm.training.resume import check_same_run, contents
 from megatron_mdm.training.state import SavedState, TrainState, restored_state
 
 CONFIG = "config.yaml"

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from megatron_mdm.checkpoint.base import BASE, INPUTS, fingerprint
 from megatron_mdm.checkpoint.native import RUN_CONFIG
 from megatron_mdm.config.errors import UserError
 from megatron_mdm.config.load import flatten, load_config
@@ -14,9 +15,8 @@ from megatron_mdm.config.schema import RunConfig
 from megatron_mdm.data.conversation import TODAY
 from megatron_mdm.training.inputs import RunData, tokenizer_contents
 
-INPUTS = "inputs.json"  # contents(), when the run began
 # What is read once, when a run begins: it may have been moved or be gone by now.
-USED_AT_THE_START = ("model.init_from", "diffusion.calibration.artifact")
+USED_AT_THE_START = ("model.init_from", "model.lora.init_from", "diffusion.calibration.artifact")
 
 # Sections that change what is watched and kept, or where it is computed, not what is trained.
 FREE_SECTIONS = ("logging", "checkpoint", "evaluation", "faults", "parallel", "deepspeed")
@@ -51,20 +51,24 @@ def as_the_run_began(config: RunConfig) -> RunConfig:
 
 
 def contents(config: RunConfig, data: RunData) -> dict[str, str]:
-    """Fingerprints of a run's data and tokenizer, wherever they lie, by the key that names them."""
-    return {
+    """Fingerprints of a run's data, tokenizer and, where it has adapters, of the weights beside them, wherever they
+    lie, by the key that names them."""
+    found = {
         "data.train": data.train.fingerprint,
         "data.validation": data.validation.fingerprint if data.validation else "",
         "data.tokenizer": tokenizer_contents(config, data),
     }
+    if config.model.lora.rank and config.model.init_from:
+        found[BASE] = fingerprint(Path(config.model.init_from))
+    return found
 
 
 def check_same_run(folder: Path, config: RunConfig, data: RunData) -> None:
     """Raise UserError naming the first key by which the folder's run differs from the one that was asked for. Data and
     tokenizer are compared by their contents, so they may have been moved or renamed."""
     began_with = json.loads((folder / INPUTS).read_text(encoding="utf-8")) if (folder / INPUTS).exists() else {}
-    for key, fingerprint in contents(config, data).items():
-        if began_with.get(key, fingerprint) != fingerprint:
+    for key, found in contents(config, data).items():
+        if began_with.get(key, found) != found:
             raise UserError(
                 f"{_path(config, key)}: the file has changed since the run in {folder} began, or is another ('{key}'); "
                 "resume with the same, or train in another 'checkpoint.directory'"
@@ -88,7 +92,7 @@ def _compared(config: RunConfig, by_contents: Mapping[str, str]) -> dict[str, An
         if isinstance(value, dict):  # a blend of corpora
             values["the weights in 'data.train'"] = list(value.values())
     for key in USED_AT_THE_START:
-        values[key] = bool(values[key])
+        values[key] = bool(values.get(key))
     return {
         key: value for key, value in values.items() if key.split(".")[0] not in FREE_SECTIONS and key not in FREE_KEYS
     }

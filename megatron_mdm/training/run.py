@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from megatron_mdm.checkpoint.base import pinned
 from megatron_mdm.checkpoint.initial import InitialWeights
 from megatron_mdm.checkpoint.load import restored_engine
 from megatron_mdm.checkpoint.native import keep_companions
@@ -38,6 +39,7 @@ from megatron_mdm.training.summary import summarize
 def train_run(config: RunConfig, data: RunData, context: ParallelContext, mode: StartMode) -> dict[str, Any]:
     """Train (or finish training) one run. Collective. Returns the summary that is also written to summary.json."""
     folder = Path(config.checkpoint.directory)
+    config = pinned(config, mode.resume)
     prepare_folder(folder, config, data, mode, context)
     preflight(config, folder / CHECKPOINTS, context)
     signals = StopOnSignal()  # before long work: what is asked for meanwhile is done after the first step

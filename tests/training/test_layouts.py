@@ -12,7 +12,7 @@ import pytest
 
 from megatron_mdm.checkpoint.tensors import TensorReader
 from megatron_mdm.config.load import flatten
-from megatron_mdm.config.schema import ModelConfig, RunConfig
+from megatron_mdm.config.schema import RunConfig
 from tests.ranks import run_ranks
 from tests.small import small_config, small_model, write_ids
 
@@ -22,6 +22,8 @@ METHOD = {
     "strata": "full",
     "calibration": {"num_samples": 3, "num_times": 10, "num_masks": 4, "num_restarts": 3},
 }
+
+LORA = {"rank": 4, "alpha": 32.0, "targets": ["all-linear", "embedding", "head"]}
 
 LAYOUTS: dict[str, tuple[int, dict[str, Any], int]] = {  # name: (ranks, parallel section, micro-batch size)
     "dp2_zero0": (2, {"zero": 0}, 2),
@@ -51,20 +53,26 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any], int]] = {  # name: (ranks, paralle
 }
 
 
-def train_and_watch(config: RunConfig, folder: Path) -> dict[str, Any]:
-    """On a rank: 10 steps; losses, gradient norms, t, per-sample losses, a hash of every mask, the calibration.
-    Weights and moments go to the folder."""
+def train_in_turn(configs: dict[str, RunConfig], folder: Path) -> dict[str, dict[str, Any]]:
+    """On a rank: train_and_watch of configurations of one layout, each with a folder of its own."""
+    from megatron_mdm.parallel.groups import initialize
+
+    context = initialize(next(iter(configs.values())).parallel)
+    return {name: train_and_watch(config, folder / name, context) for name, config in configs.items()}
+
+
+def train_and_watch(config: RunConfig, folder: Path, context: Any) -> dict[str, Any]:
+    """10 steps; losses, gradient norms, t, per-sample losses, a hash of every mask, the calibration. Weights and
+    moments go to the folder."""
     from megatron_mdm.checkpoint.load import restored_engine
     from megatron_mdm.checkpoint.tensors import Snapshot
-    from megatron_mdm.parallel.groups import initialize
     from megatron_mdm.training import build, inputs
     from megatron_mdm.training.calibrate import calibrate
     from megatron_mdm.training.source import SupervisedSource
 
     config, data = inputs.resolve(config)
-    context = initialize(config.parallel)
     engine = restored_engine(None, config, context, 0)
-    artifact = calibrate(engine, config, data, context)
+    artifact = calibrate(engine, config, data, context) if config.diffusion.t_sampler == "ppots" else None
     trainer = build.build_trainer(config, data, engine, artifact, context)
     masks: dict[tuple[int, int], str] = {}
     noise = trainer.source.noise
@@ -113,33 +121,50 @@ def config_of(folder: Path, parallel: dict[str, Any], micro_size: int, **model: 
     )
 
 
+def configs_of(folder: Path, parallel: dict[str, Any], micro_size: int) -> dict[str, RunConfig]:
+    """All parameters, and adapters of every matrix; the latter with a rate at which their product soon counts."""
+    adapted = config_of(folder, parallel, micro_size, lora=LORA)
+    without_calibration = adapted.diffusion.model_copy(update={"t_sampler": "uniform"})
+    return {
+        "full": config_of(folder, parallel, micro_size),
+        "lora": adapted.model_copy(
+            update={
+                "diffusion": without_calibration,
+                "optimizer": adapted.optimizer.model_copy(update={"lr": 1e-2}),
+            }
+        ),
+    }
+
+
 @pytest.fixture(scope="module")
-def reference(folder: Path) -> dict[str, Any]:
-    return run_ranks(train_and_watch, 1, config_of(folder, {"zero": 0}, 8), folder / "reference")[0]
+def reference(folder: Path) -> dict[str, dict[str, Any]]:
+    return run_ranks(train_in_turn, 1, configs_of(folder, {"zero": 0}, 8), folder / "reference")[0]
 
 
-def assert_same_tensors(folder: Path, expected: Path, model: ModelConfig) -> None:
+def assert_same_tensors(folder: Path, expected: Path, config: RunConfig) -> None:
     """Weights and moments, put together from any layout's shards, against one process's."""
     from safetensors.torch import load_file
 
     (whole,) = (load_file(path) for path in expected.glob("*.safetensors"))
-    reader = TensorReader(folder, model)
+    reader = TensorReader(folder, config.model)
     assert reader.places.keys() == whole.keys()
     for key, value in whole.items():
         name, kind = key.split("/")
         tensor = reader.read(name, kind, 0, 1)
-        # Adam divides by the root of a second moment: a gradient near zero enlarges rounding differences.
-        tolerance = 1e-5 if kind == "weight" else 1e-4 * float(value.abs().max())
+        # Adam divides by the root of a second moment: a gradient near zero enlarges rounding differences, up to a part
+        # of the rate.
+        tolerance = 1e-2 * config.optimizer.lr if kind == "weight" else 1e-4 * float(value.abs().max())
         np.testing.assert_allclose(tensor.numpy(), value.numpy(), rtol=0, atol=tolerance, err_msg=key)
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_layout_equals_one_process(name: str, folder: Path, reference: dict[str, Any]) -> None:
+def test_layout_equals_one_process(name: str, folder: Path, reference: dict[str, dict[str, Any]]) -> None:
     num_ranks, parallel, micro_size = LAYOUTS[name]
-    config = config_of(folder, parallel, micro_size)
-    results = run_ranks(train_and_watch, num_ranks, config, folder / name)
-    assert_equal_runs(results, reference)
-    assert_same_tensors(folder / name, folder / "reference", config.model)
+    configs = configs_of(folder, parallel, micro_size)
+    results = run_ranks(train_in_turn, num_ranks, configs, folder / name)
+    for kind, config in configs.items():
+        assert_equal_runs([result[kind] for result in results], reference[kind])
+        assert_same_tensors(folder / name / kind, folder / "reference" / kind, config)
 
 
 TIED = {"tie_embeddings": True, "z_loss": 1e-2}
@@ -147,15 +172,17 @@ TIED = {"tie_embeddings": True, "z_loss": 1e-2}
 
 @pytest.fixture(scope="module")
 def tied_reference(folder: Path) -> dict[str, Any]:
-    return run_ranks(train_and_watch, 1, config_of(folder, {"zero": 0}, 8, **TIED), folder / "tied_reference")[0]
+    config = config_of(folder, {"zero": 0}, 8, **TIED)
+    return run_ranks(train_in_turn, 1, {"full": config}, folder / "tied_reference")[0]["full"]
 
 
 @pytest.mark.parametrize("name", ["pp2_zero0", "tp2_pp2_sp", "dp2_zero3"])
 def test_tied_embeddings_and_z_loss(name: str, folder: Path, tied_reference: dict[str, Any]) -> None:
     num_ranks, parallel, micro_size = LAYOUTS[name]
     config = config_of(folder, parallel, micro_size, **TIED)
-    assert_equal_runs(run_ranks(train_and_watch, num_ranks, config, folder / f"tied_{name}"), tied_reference)
-    assert_same_tensors(folder / f"tied_{name}", folder / "tied_reference", config.model)
+    results = run_ranks(train_in_turn, num_ranks, {"full": config}, folder / f"tied_{name}")
+    assert_equal_runs([result["full"] for result in results], tied_reference)
+    assert_same_tensors(folder / f"tied_{name}/full", folder / "tied_reference/full", config)
 
 
 def assert_equal_runs(results: list[dict[str, Any]], reference: dict[str, Any]) -> None:
@@ -163,8 +190,8 @@ def assert_equal_runs(results: list[dict[str, Any]], reference: dict[str, Any]) 
         np.testing.assert_allclose(result["losses"], reference["losses"], rtol=1e-5)
         np.testing.assert_allclose(result["sample_losses"], reference["sample_losses"], rtol=1e-4, atol=1e-5)
         np.testing.assert_allclose(result["grad_norms"], reference["grad_norms"], rtol=1e-4)
-        assert result["calibration"]["cell_density"] == reference["calibration"]["cell_density"]
-        ours, theirs = (dict(flatten(run["calibration"])) for run in (result, reference))
+        ours, theirs = (dict(flatten(run["calibration"] or {})) for run in (result, reference))
+        assert ours.get("cell_density") == theirs.get("cell_density")
         assert ours.keys() == theirs.keys()
         for name in ours.keys() - {"seconds"}:
             if isinstance(ours[name], str):
@@ -191,10 +218,13 @@ def assert_close(ours: Any, theirs: Any, tolerance: float, name: str) -> None:
         np.testing.assert_allclose(ours, theirs, rtol=tolerance, err_msg=name)
 
 
-def test_training_lowers_the_losses(folder: Path, reference: dict[str, Any]) -> None:
+def test_training_lowers_the_losses(folder: Path, reference: dict[str, dict[str, Any]]) -> None:
     """Losses of the same samples, t and masks, compared with a run whose weights stay as they were."""
-    config = config_of(folder, {"zero": 0}, 8)
-    still = config.model_copy(update={"optimizer": config.optimizer.model_copy(update={"lr": 1e-12})})
-    untrained = run_ranks(train_and_watch, 1, still, folder / "untrained")[0]
-    assert untrained["losses"][0] == reference["losses"][0]
-    assert np.mean(reference["losses"][5:]) < np.mean(untrained["losses"][5:])
+    still = {
+        kind: config.model_copy(update={"optimizer": config.optimizer.model_copy(update={"lr": 1e-12})})
+        for kind, config in configs_of(folder, {"zero": 0}, 8).items()
+    }
+    untrained = run_ranks(train_in_turn, 1, still, folder / "untrained")[0]
+    for kind, result in untrained.items():
+        assert result["losses"][0] == reference[kind]["losses"][0]
+        assert np.mean(reference[kind]["losses"][5:]) < np.mean(result["losses"][5:]) - 0.01, kind

@@ -36,12 +36,13 @@ class LoraConfig(Section):
 
     @field_validator("targets", mode="before")
     @classmethod
-    def _all_linear(cls, value: object) -> object:
-        return ALL_LINEAR if value in ("all-linear", ["all-linear"], ("all-linear",)) else value
+    def _alone(cls, value: object) -> object:
+        return (value,) if isinstance(value, str) else value
 
     @field_validator("targets")
     @classmethod
-    def _some(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+    def _written_out(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         if not value:
             raise ValueError("name at least one matrix, or all-linear")
-        return value
+        others = tuple(name for name in value if name != "all-linear")
+        return (*ALL_LINEAR, *others) if "all-linear" in value else value

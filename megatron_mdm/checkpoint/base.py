@@ -1,0 +1,94 @@
+"""The frozen weights of a run with adapters: it holds them in no checkpoint, but knows which they were.
+
+They are those of `model.init_from`. A run's folder notes their fingerprint (inputs.json); whoever reads the run later,
+to resume it or for the merged weights, checks that the folder still holds the same.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from pathlib import Path
+
+import torch
+
+from megatron_mdm.checkpoint.choice import located
+from megatron_mdm.checkpoint.huggingface import is_checkpoint, open_tensors
+from megatron_mdm.checkpoint.manifest import MANIFEST
+from megatron_mdm.checkpoint.native import NativeCheckpoint
+from megatron_mdm.checkpoint.safetensors_file import StoredTensor
+from megatron_mdm.config.errors import UserError
+from megatron_mdm.config.files import sha256
+from megatron_mdm.config.schema import RunConfig
+
+INPUTS = "inputs.json"  # in a run's folder: fingerprints of what it reads, by the key that names it
+BASE = "model.init_from"
+_SAMPLE = 1024  # elements at each end of a tensor that are read for a fingerprint
+
+
+def pinned(config: RunConfig, resumes: bool) -> RunConfig:
+    """The configuration with the very checkpoint in model.init_from where that is a run's folder and the model has
+    adapters: the run there may go on. A run that resumes keeps to the one that it began with."""
+    path = Path(config.model.init_from)
+    if not config.model.lora.rank or not config.model.init_from or is_checkpoint(path) or not path.is_dir():
+        return config
+    folder, named = located(path)
+    noted = _noted(Path(config.checkpoint.directory)) if resumes else {}
+    began_with = noted.get(BASE, "").partition("@")[2]
+    if named == "auto" and began_with and (folder / "checkpoints" / began_with).is_dir():
+        path = folder / "checkpoints" / began_with
+    elif named == "auto":
+        path = NativeCheckpoint.open(path).path
+    model = config.model.model_copy(update={"init_from": str(path)})
+    return config.model_copy(update={"model": model})
+
+
+def fingerprint(path: Path) -> str:
+    """What tells the weights in a folder from others; of a run's, with @ and the checkpoint's name. Of a Hugging Face
+    checkpoint names, shapes, types and the ends of all tensors count, which training changes, so that it is not read
+    whole. Raises UserError where there are no weights."""
+    digest = hashlib.sha256()
+    if is_checkpoint(path):
+        for name, tensor in sorted(open_tensors(path).items()):
+            digest.update(f"{name} {tensor.dtype} {tensor.shape}".encode())
+            digest.update(_ends(tensor))
+        return digest.hexdigest()
+    run = NativeCheckpoint.open(path)
+    digest.update(sha256(run.path / MANIFEST).encode())
+    if run.config.model.lora.rank:
+        digest.update(fingerprint(Path(run.config.model.init_from)).encode())
+    return f"{digest.hexdigest()}@{run.path.name}"
+
+
+def check_base(folder: Path, config: RunConfig) -> None:
+    """Raise UserError where model.init_from of a run with adapters, which lies in a folder, is gone or has changed."""
+    path = Path(config.model.init_from)
+    if not path.is_dir():
+        raise UserError(
+            f"{folder}: its adapters need the weights of 'model.init_from' {path}: no such folder; where it has been "
+            "moved, give model.init_from=FOLDER"
+        )
+    noted = _noted(folder).get(BASE)
+    if noted is not None and noted != fingerprint(path):
+        raise UserError(
+            f"'model.init_from' {path}: holds other weights than the adapters in {folder} were trained beside"
+        )
+
+
+def _noted(folder: Path) -> dict[str, str]:
+    path = folder / INPUTS
+    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
+
+
+def _ends(tensor: StoredTensor) -> bytes:
+    """The bytes of a tensor's first and last elements."""
+    size = math.prod(tensor.shape)
+    flat = StoredTensor(tensor.path, tensor.name, tensor.dtype, (size,), tensor.offset)
+    length = min(size, _SAMPLE)
+    parts = []
+    for start in (0, size - length):
+        values = torch.empty(length, 1, dtype=tensor.dtype)
+        flat.read_into(values, start, 0)
+        parts.append(values.view(torch.uint8).numpy().tobytes())
+    return b"".join(parts)
