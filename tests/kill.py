@@ -27,7 +27,9 @@ LAYOUTS: dict[str, tuple[dict[str, Any], str]] = {
     "zero3": ({"zero": 3}, "fp32"),
     "tp2": ({"tensor": 2, "zero": 1}, "fp32"),
     "pp2": ({"pipeline": 2, "zero": 1}, "fp32"),
+    "adapters": ({"zero": 1}, "bf16"),
 }
+ADAPTERS = ("adapters",)  # layouts whose runs train adapters beside another run's weights
 PHASES = ("training", "saving", "calibration", "validation")
 WHO = ((0,), (1,), (0, 1))
 SAVE_EVERY = 3
@@ -38,6 +40,7 @@ class Reference(NamedTuple):
     """An undisturbed run."""
 
     config: Path
+    base: Path | None
     records: list[dict[str, Any]]
     manifest: str
     seconds: dict[str, list[float]]  # of each phase's occurrences
@@ -60,8 +63,11 @@ class Outcome(NamedTuple):
     fault: str  # what is wrong; empty: nothing
 
 
-def arguments_of(config: Path, run: Path, asynchronous: bool) -> list[str]:
+def arguments_of(config: Path, run: Path, asynchronous: bool, base: Path | None) -> list[str]:
+    """base: the run beside whose weights adapters are trained; None: everything is."""
+    adapters = [f"model.init_from={base}", "model.lora.rank=64"] if base else []
     return [
+        *adapters,
         "--config",
         str(config),
         f"checkpoint.directory={run}",
@@ -76,11 +82,16 @@ def arguments_of(config: Path, run: Path, asynchronous: bool) -> list[str]:
 def undisturbed(folder: Path, layout: str) -> Reference:
     folder.mkdir()
     config = write_config(folder, *LAYOUTS[layout])
+    base = None
+    if layout in ADAPTERS:
+        base = folder / "base"
+        results = run_program_ranks("launch/train.py", [*arguments_of(config, base, True, None), "schedule.steps=4"], 2)
+        assert [result.exit_code for result in results] == [0, 0], results[0].stderr
     plan = json.dumps({"phase": "", "log": str(folder)})
-    results = run_program_ranks(WRAPPER, [plan, *arguments_of(config, folder / "whole", True)], 2)
+    results = run_program_ranks(WRAPPER, [plan, *arguments_of(config, folder / "whole", True, base)], 2)
     assert [result.exit_code for result in results] == [0, 0], results[0].stderr
     seconds = json.loads((folder / "seconds-0.json").read_text())
-    return Reference(config, losses(folder / "whole"), last_manifest(folder / "whole"), seconds)
+    return Reference(config, base, losses(folder / "whole"), last_manifest(folder / "whole"), seconds)
 
 
 def last_manifest(run: Path) -> str:
@@ -101,7 +112,7 @@ def kill(case: Case, reference: Reference, folder: Path) -> Outcome:
     """Run, die, resume, compare."""
     folder.mkdir()
     run = folder / "run"
-    arguments = arguments_of(reference.config, folder / "run", case.asynchronous)
+    arguments = arguments_of(reference.config, folder / "run", case.asynchronous, reference.base)
     plan = json.dumps({**case._asdict(), "log": str(folder)})
     killed = run_program_ranks(WRAPPER, [plan, *arguments], 2)  # a rank that hangs fails here
     codes = [result.exit_code for result in killed]
@@ -138,7 +149,7 @@ def run_cases(cases: int, seed: int, layouts: list[str]) -> Iterator[Outcome]:
         references = {layout: undisturbed(Path(name, layout), layout) for layout in layouts}
         for number in range(cases):
             turn = number // len(PHASES)
-            layout = layouts[turn % len(layouts)]
+            layout = layouts[(number + turn) % len(layouts)]
             phase = PHASES[number % len(PHASES)]
             asynchronous = (number + turn + turn // len(layouts)) % 2 == 1
             case = draw(generator, phase, references[layout], layout, asynchronous)
@@ -150,9 +161,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", type=int, default=40)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--layouts", nargs="+", choices=LAYOUTS, default=list(LAYOUTS))
     arguments = parser.parse_args()
     outcomes = []
-    for outcome in run_cases(arguments.cases, arguments.seed, list(LAYOUTS)):
+    for outcome in run_cases(arguments.cases, arguments.seed, arguments.layouts):
         case = outcome.case
         who = "all ranks" if len(case.ranks) == 2 else f"rank {case.ranks[0]}"
         how = "in the background" if case.asynchronous else "waited for"
