@@ -12,6 +12,7 @@ import torch
 from megatron_mdm.models.attention import ANY, EXECUTORS, Rows, fused
 from tests.ranks import run_program_ranks, run_ranks
 from tools.gpu_check import checks, report, runner, trace, varlen, versions
+from tools.gpu_check.head import OF_TRAINING, WITH_TRITON
 from tools.gpu_check.outcome import Outcome, Setting
 
 PROGRAM = "tools/gpu_check/__main__.py"
@@ -54,7 +55,7 @@ def test_figures_are_those_of_the_subject(outcomes: dict[str, Outcome]) -> None:
     assert {"MHA, bfloat16", "MHA, causal, bfloat16", "GQA, bfloat16", "GQA, causal, bfloat16"} < errors.keys()
     assert 0 < errors["GQA, causal, bfloat16"]["gradients of keys"] < 2.0**-7
     head = outcomes["head"].figures
-    assert head.keys() == {"the chunk that training uses", "16 rows", "64 rows"}
+    assert head.keys() == {OF_TRAINING, "16 rows", "64 rows", WITH_TRITON}
     assert head["16 rows"]["error of the head's gradient"] > 0
     assert outcomes["quickstart"].figures["fp32, loss"] == outcomes["quickstart"].figures["CPU, fp32, loss"]
     assert outcomes["resume"].figures["weights and moments are the same bits"]
