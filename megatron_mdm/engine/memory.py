@@ -12,6 +12,7 @@ from megatron_mdm.config.schema import RunConfig
 from megatron_mdm.config.validate import accumulation_steps
 from megatron_mdm.engine.communication import MicroBatchShape, Stage, stages
 from megatron_mdm.engine.deepspeed_config import subsection, zero_stage
+from megatron_mdm.models.adapter_rows import targets_of
 from megatron_mdm.models.cross_entropy import CHUNKS
 from megatron_mdm.models.kernel_memory import ELEMENT_BYTES, SAVED, Kernels
 from megatron_mdm.models.parameters import EMBEDDING, OUTPUT, Held, padded_vocab_size, parameter_table
@@ -150,13 +151,15 @@ def _head(config: RunConfig, layout: Layout, micro_batch: MicroBatchShape, kerne
     size = ELEMENT_BYTES[config.precision.dtype]
     hidden = config.model.hidden_size
     vocabulary = padded_vocab_size(config.model, layout.tensor) // layout.tensor
-    trained = parameter_table(config.model)[EMBEDDING if config.model.tie_embeddings else OUTPUT].trained
+    adapted = config.model.lora.rank > 0 and "head" in targets_of(config.model)
+    trained = parameter_table(config.model)[EMBEDDING if config.model.tie_embeddings else OUTPUT].trained or adapted
     head = vocabulary * hidden * 4 * trained  # its gradient's sum
     rounded = vocabulary * hidden * (0 if size == 4 else size) * trained
     gradients = head + micro_batch.selected * hidden * size
     kept = micro_batch.selected * (8 + 4 + hidden * size)
     rows = min(micro_batch.selected, CHUNKS[kernels].rows(micro_batch.selected, vocabulary))
     chunk = rows * vocabulary * (4 if size == 4 else 4 + size)
+    kept += vocabulary * hidden * size * adapted  # the matrix with its adapter
     return kept, gradients + max(chunk, rounded) + micro_batch.selected * hidden * size  # the normed rows
 
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
-from megatron_mdm.config.schema import RunConfig
+from megatron_mdm.config.schema import ModelConfig, RunConfig
+from megatron_mdm.models.adapter_rows import LINEAR_MAPS, SPLIT_BY_COLUMNS, matrix_shape, targets_of
 
 Kernels = Literal["cpu", "cuda"]
 ELEMENT_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
@@ -17,6 +18,9 @@ ELEMENT_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 # by up to 8 times in its backward pass (64 rows of 44: 28 against 6 ms; 2 of 1024: 59 against 37 ms), in fp32 by 1.6
 # (32 rows of 44). Beyond it the scores take too much memory, or the fused kernel is faster.
 EXPLICIT_LENGTH = {"fp32": 128, "bf16": 1024, "fp16": 1024}
+
+
+QKV, PROJECTION, FC1, FC2 = LINEAR_MAPS
 
 
 class Shape(Protocol):
@@ -46,9 +50,12 @@ class SavedTensors:
         size = _size(config)
         residual = self._positions(config, shape, split=config.parallel.sequence)
         shard = self._positions(config, shape) / config.parallel.tensor
-        norms = 2 * (2 * model.hidden_size * size + 4)  # two: their inputs and outputs, the reciprocal roots in fp32
-        mlp = 3 * model.ffn_hidden_size * size  # the gated unit: [gate; up] and their product
-        return residual * norms + shard * (self._attention(config, shape, attention_again) + mlp)
+        # of two norms their inputs and the reciprocal roots in fp32; their outputs, which the matrices behind them keep
+        norms = 2 * (model.hidden_size * size + 4)
+        norms += model.hidden_size * size * (_keeps_input(model, QKV) + _keeps_input(model, FC1))
+        mlp = (2 + _keeps_input(model, FC2)) * model.ffn_hidden_size * size  # [gate; up] and their product
+        attention = self._attention(config, shape, attention_again)
+        return residual * norms + shard * (attention + mlp) + self._adapters(config, shape)
 
     def rotary(self, config: RunConfig, shape: Shape) -> float:
         """Bytes of the cosines and sines that all blocks share."""
@@ -74,8 +81,28 @@ class SavedTensors:
         longest = min(shape.length, config.data.max_length)  # that attention runs over
         if self.kernels == "cpu" and longest <= EXPLICIT_LENGTH[config.precision.dtype]:
             # Explicit scores: q, k, v of every head, the softmax, and the contexts in another order.
-            return normed + (4 * query + model.num_heads * longest) * size
+            contexts = query * _keeps_input(model, PROJECTION)
+            return normed + (3 * query + contexts + model.num_heads * longest) * size
         return normed + (inputs + query) * size + 4 * model.num_heads  # a normaliser of each row of scores
+
+    def _adapters(self, config: RunConfig, shape: Shape) -> float:
+        """Bytes that a block's adapters keep: A·x of all positions or, behind a matrix that is split by columns, of
+        those that the rank goes on with; and the matrices A one below the other, the matrices B as the fused one has
+        them, both made anew for every micro-batch."""
+        model = config.model
+        if not model.lora.rank:
+            return 0.0
+        targets = targets_of(model)
+        tensor = config.parallel.tensor
+        kept = 0.0
+        for parts in LINEAR_MAPS.values():
+            width = model.lora.rank * sum(part in targets for part in parts)
+            by_columns = parts[0] in SPLIT_BY_COLUMNS
+            outputs = sum(matrix_shape(model, part)[0] for part in parts) / (1 if by_columns else tensor)
+            inputs = matrix_shape(model, parts[0])[1] / (tensor if by_columns else 1)
+            positions = self._positions(config, shape, split=config.parallel.sequence and by_columns)
+            kept += width * (positions + outputs + inputs)
+        return kept * _size(config)
 
     @staticmethod
     def _positions(config: RunConfig, shape: Shape, split: bool = False) -> float:
@@ -88,6 +115,11 @@ class SavedTensors:
 
 def _size(config: RunConfig) -> int:
     return ELEMENT_BYTES[config.precision.dtype]
+
+
+def _keeps_input(model: ModelConfig, module: str) -> bool:
+    """Whether a linear map keeps its input for the backward pass: not beside adapters of other matrices only."""
+    return not model.lora.rank or not targets_of(model).isdisjoint(LINEAR_MAPS[module])
 
 
 SAVED: dict[Kernels, SavedTensors] = {kernels: SavedTensors(kernels) for kernels in ("cpu", "cuda")}

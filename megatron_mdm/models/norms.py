@@ -34,15 +34,15 @@ class _RMSNorm(torch.autograd.Function):
         return normed.mul_(weight).to(x.dtype)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor | None, None]:
         x, weight, root = ctx.saved_tensors
         width = x.shape[-1]
         rows = x.to(root.dtype).reshape(-1, width)
         gradient = gradient.to(root.dtype).reshape(-1, width)
         root = root.reshape(-1, 1)
         product = gradient * rows  # ∂loss/∂w = Σ_rows g x r, and the norm's own gradient from Σ_columns g w x
-        of_weight = product.t().mv(root.squeeze(1))
+        of_weight = product.t().mv(root.squeeze(1)).to(weight.dtype) if ctx.needs_input_grad[1] else None
         along = product.mv(weight.to(root.dtype)).unsqueeze(1)
         of_input = torch.mul(gradient, weight, out=product).mul_(root)
         of_input.addcmul_(rows, along.mul_(root.pow(3)).div_(width), value=-1.0)
-        return of_input.view_as(x).to(x.dtype), of_weight.to(weight.dtype), None
+        return of_input.view_as(x).to(x.dtype), of_weight, None

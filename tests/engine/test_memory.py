@@ -44,6 +44,10 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {  # ranks, par
     "padded": (1, {"zero": 0}, {"dtype": "fp32"}),
     "selective": (1, {"zero": 0, "recompute": "selective"}, {"dtype": "bf16"}),
     "frozen_tables": (1, {"zero": 1}, {"dtype": "bf16"}),
+    "lora": (1, {"zero": 2}, {"dtype": "bf16"}),
+    "lora_of_queries_and_values": (2, {"zero": 3}, {"dtype": "fp32"}),
+    "tp2_sp_lora": (2, {"zero": 1, "tensor": 2, "sequence": True}, {"dtype": "bf16"}),
+    "pp2_lora_recompute": (2, {"zero": 1, "pipeline": 2, "recompute": "full"}, {"dtype": "bf16"}),
 }
 
 
@@ -59,6 +63,10 @@ STATES = (
 
 GROUPED = {"num_kv_heads": 2, "qk_norm": True, "qkv_bias": True}
 MODELS: dict[str, dict[str, Any]] = {
+    "lora": {"lora": {"rank": 16, "targets": ["all-linear", "embedding", "head"]}},
+    "lora_of_queries_and_values": {"lora": {"rank": 8, "targets": ["q_proj", "v_proj"]}},
+    "tp2_sp_lora": {"lora": {"rank": 16}, **GROUPED},
+    "pp2_lora_recompute": {"lora": {"rank": 16}},
     "tp2": GROUPED,
     "selective": GROUPED,
     "dp2_zero2": GROUPED,
@@ -114,7 +122,8 @@ class LiveBytes(TorchDispatchMode):
 class SavedBytes(torch.autograd.graph.saved_tensors_hooks):
     """Follows what autograd keeps."""
 
-    def __init__(self) -> None:
+    def __init__(self, module: torch.nn.Module) -> None:
+        self.module = module
         self.owners: Counter[int] = Counter()
         self.now = self.peak = 0
         super().__init__(lambda tensor: _Kept(self, tensor), lambda kept: kept.tensor)
@@ -123,7 +132,7 @@ class SavedBytes(torch.autograd.graph.saved_tensors_hooks):
 class _Kept:
     def __init__(self, count: SavedBytes, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
-        is_parameter = tensor.is_leaf and tensor.requires_grad
+        is_parameter = isinstance(tensor, torch.nn.Parameter) or storage._cdata in parameter_storages(count.module)
         self.count = count
         self.tensor = tensor
         self.key = storage._cdata
@@ -166,6 +175,10 @@ def tensor_leaves(tree: Any) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
+def parameter_storages(module: torch.nn.Module) -> set[int]:
+    return {parameter.untyped_storage()._cdata for parameter in module.parameters()}
+
+
 def counted_step(config: RunConfig) -> Counted:
     """On a rank: the second step."""
     from megatron_mdm.checkpoint.load import restored_engine
@@ -187,7 +200,7 @@ def counted_step(config: RunConfig) -> Counted:
         live.peak = live.now
         trainer.train_step(1)
         peak = live.peak
-        saved = SavedBytes()
+        saved = SavedBytes(engine.module)
         with saved:  # apart, since it keeps tensors a little longer
             trainer.train_step(2)
     return Counted(max(states), saved.peak, peak, list(shapes(trainer)), context.pipeline_rank)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from megatron_mdm.config.schema import RunConfig
 from megatron_mdm.engine.communication import MicroBatchShape, Stage, Volume, stages, step_communication
 from megatron_mdm.engine.deepspeed_config import zero_stage
-from megatron_mdm.models.costs import layer_costs
+from megatron_mdm.models.costs import layer_costs, training_costs
 from megatron_mdm.parallel.layout import Layout
 from megatron_mdm.training.plan.cluster import Cluster
 
@@ -19,7 +19,7 @@ ASSUMPTIONS = (
     "a layer's forward and backward pass take no less than 'layer_ms', however few the tokens",
     "communication and computation do not overlap (but DeepSpeed overlaps some of it, on GPUs with ZeRO 3)",
     "collectives are rings; a group that leaves a node runs at the rate between nodes",
-    "a backward pass takes twice a forward pass",
+    "a backward pass takes twice a forward pass, beside adapters about once",
     "half of the eligible positions are masked; of autoregressive runs, all are scored",
     "samples have the mean length given, and micro-batches are cut without waste",
     "data loading, validation's decoding and the host's own work cost nothing",
@@ -58,8 +58,14 @@ def forward_flops(config: RunConfig, stage: Stage, micro_batch: MicroBatchShape)
 
 def step_flops(config: RunConfig, micro_batch: MicroBatchShape, num_micro_batches: int, layout: Layout) -> float:
     """FLOPs of the whole job in one step, without what is computed again: what MFU counts."""
-    forward = sum(forward_flops(config, stage, micro_batch) for stage in stages(config))
-    return 3.0 * forward * num_micro_batches * layout.data
+    passes = sum(passes_flops(config, stage, micro_batch) for stage in stages(config))
+    return passes * num_micro_batches * layout.data
+
+
+def passes_flops(config: RunConfig, stage: Stage, micro_batch: MicroBatchShape) -> float:
+    """FLOPs of a stage's forward and backward passes, all tensor-parallel ranks together."""
+    block, head = training_costs(config.model, micro_batch.length)
+    return stage.num_blocks * block * micro_batch.rows * micro_batch.length + stage.head * head * micro_batch.selected
 
 
 def recomputed_flops(config: RunConfig, stage: Stage, micro_batch: MicroBatchShape) -> float:
@@ -84,7 +90,7 @@ def step_time(
     data = 0.0
     optimizer = 0.0
     for rank, stage in enumerate(stages(config)):
-        passes = 3 * forward_flops(config, stage, micro_batch) + recomputed_flops(config, stage, micro_batch)
+        passes = passes_flops(config, stage, micro_batch) + recomputed_flops(config, stage, micro_batch)
         volume = step_communication(config, layout, rank, shapes)
         seconds = {
             axis: communication_seconds(volume, axis, layout, cluster) for axis in ("tensor", "data", "pipeline")
@@ -111,7 +117,7 @@ def communication_seconds(volume: Volume, axis: str, layout: Layout, cluster: Cl
 
 def _optimizer_seconds(config: RunConfig, stage: Stage, layout: Layout, cluster: Cluster) -> float:
     """Seconds to read weights, gradients and moments and write them, all in fp32: 28 bytes per parameter."""
-    number = stage.num_parameters(config.model, layout.tensor) / (layout.data if zero_stage(config) else 1)
+    number = stage.held(config.model, layout.tensor).trained / (layout.data if zero_stage(config) else 1)
     rate = cluster.memory_gbytes_per_s * 1e9
     if config.parallel.offload != "none":
         rate = 50e9 / cluster.gpus_per_node + 1e9  # a host's memory, shared by its GPUs
