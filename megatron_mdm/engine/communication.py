@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 from megatron_mdm.config.schema import ModelConfig, RunConfig
 from megatron_mdm.engine.deepspeed_config import zero_stage
+from megatron_mdm.models.adapter_rows import SPLIT_BY_COLUMNS, TABLES, targets_of
 from megatron_mdm.models.costs import layer_costs
 from megatron_mdm.models.kernel_memory import ELEMENT_BYTES
 from megatron_mdm.models.parameters import Held, held
@@ -127,19 +128,48 @@ def _tensor_parallel(config: RunConfig, stage: Stage, micro_batch: MicroBatchSha
     blocks = stage.num_blocks
     in_parts = stage.held(config.model, config.parallel.tensor).in_parts  # whose gradients are summed
     recomputed = stage.num_recomputed(config)  # their forward operations once more, but for each block's last
+    targets = targets_of(config.model) if config.model.lora.rank else frozenset()
+    frozen = bool(targets)
+    again = 1 + ("down" in targets)  # forward reductions of a recomputed block: the last one, too, for its adapter
+    # Tokens that are looked up in a frozen table have no gradient: the first matrix hands none on.
+    stops = frozen and stage.embedding and "embedding" not in targets
     volume: Volume = Counter()
     if config.parallel.sequence:
         # A block gathers twice going forward and scatters twice; going back the reverse, and its two column-parallel
         # matrices gather their inputs once more for the weights' gradients.
-        volume["tensor", "all_gather"] += hidden * (6 * blocks + 2 * recomputed + stage.embedding + stage.head)
-        volume["tensor", "reduce_scatter"] += hidden * (4 * blocks + recomputed + stage.embedding)
+        gathers = (4 if frozen else 6) * blocks + 2 * recomputed + (stage.embedding and not frozen) + stage.head
+        volume["tensor", "all_gather"] += hidden * gathers
+        volume["tensor", "reduce_scatter"] += hidden * (4 * blocks + again * recomputed + stage.embedding - stops)
         volume["tensor", "all_reduce"] += in_parts["sequence"] * ELEMENT_BYTES[config.precision.dtype]
     else:
-        volume["tensor", "all_reduce"] += hidden * (4 * blocks + recomputed + stage.embedding)
+        volume["tensor", "all_reduce"] += hidden * (4 * blocks + again * recomputed + stage.embedding - stops)
+    volume.update(_of_adapters(config, stage, micro_batch, recomputed))
     volume["tensor", "all_reduce"] += in_parts["always"] * ELEMENT_BYTES[config.precision.dtype]
     if stage.head:  # rows' gradients; maxima, normalisers and label logits in fp32
         row = config.model.hidden_size * ELEMENT_BYTES[config.precision.dtype] + 12
         volume["tensor", "all_reduce"] += micro_batch.selected * row
+    return volume
+
+
+def _of_adapters(config: RunConfig, stage: Stage, micro_batch: MicroBatchShape, recomputed: int) -> Volume:
+    """What travels for adapters: A·x, and its gradient."""
+    lora = config.model.lora
+    volume: Volume = Counter()
+    if not lora.rank:
+        return volume
+    targets = targets_of(config.model)
+    low = lora.rank * _hidden_bytes(config, micro_batch) // config.model.hidden_size  # of one adapter
+    num_columns = sum(part in targets for part in SPLIT_BY_COLUMNS)  # matrices that are split by columns
+    num_rows = len(targets - TABLES.keys()) - num_columns
+    forward = {"by_rows": num_rows * (stage.num_blocks + recomputed)}
+    forward["by_columns"] = num_columns * (stage.num_blocks + recomputed) + (stage.embedding and "embedding" in targets)
+    backward = {"by_rows": num_rows * stage.num_blocks}
+    backward["by_columns"] = num_columns * stage.num_blocks + (stage.embedding and "embedding" in targets)
+    if config.parallel.sequence:
+        volume["tensor", "all_gather"] += low * (forward["by_rows"] + backward["by_columns"])
+        volume["tensor", "reduce_scatter"] += low * (forward["by_columns"] + backward["by_rows"])
+    else:
+        volume["tensor", "all_reduce"] += low * (forward["by_columns"] + backward["by_rows"])
     return volume
 
 

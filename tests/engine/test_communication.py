@@ -28,6 +28,14 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "tp2_sp_recompute": (2, {"tensor": 2, "sequence": True, "recompute": "full", "recompute_interval": 2}),
     "tp2_pp2_sp": (4, {"tensor": 2, "pipeline": 2, "sequence": True}),
     "tp2_dp2_zero3": (4, {"tensor": 2, "zero": 3}),
+    "tp2_recompute_lora": (2, {"tensor": 2, "recompute": "full"}),
+    "tp2_sp_lora": (2, {"tensor": 2, "sequence": True, "recompute": "full", "recompute_interval": 2}),
+    "dp2_zero3_lora": (2, {"zero": 3}),
+}
+LORA = {  # of the layouts whose name ends with it
+    "tp2_recompute_lora": {"rank": 16},
+    "tp2_sp_lora": {"rank": 16, "targets": ["query", "value", "down", "up", "embedding"]},
+    "dp2_zero3_lora": {"rank": 8},
 }
 COLLECTIVES = {
     "allreduce_": "all_reduce",
@@ -98,7 +106,7 @@ def group_of(axis: str, ranks: dict[str, tuple[int, ...]]) -> tuple[int, ...]:
 def test_predicted_bytes_are_those_of_a_real_step(name: str, tmp_path: Path) -> None:
     num_ranks, parallel = LAYOUTS[name]
     write_ids(tmp_path / "train.jsonl", 20)
-    model = small_model(num_layers=4, num_kv_heads=4, hidden_size=64, ffn_hidden_size=128)
+    model = small_model(num_layers=4, num_kv_heads=4, hidden_size=64, ffn_hidden_size=128, lora=LORA.get(name, {}))
     config = small_config(tmp_path, model=model.model_dump(), parallel=parallel)
     layout = Layout.of(num_ranks, config.parallel)
     for counted, ranks, shapes, pipeline_rank in run_ranks(counted_step, num_ranks, config):
