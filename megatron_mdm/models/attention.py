@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from megatron_mdm.batch import ModelInputs, SegmentBounds, Segments
 from megatron_mdm.models.cache import Window
+from megatron_mdm.models.equal_segments import EqualSegments
 from megatron_mdm.models.kernel_memory import EXPLICIT_LENGTH
 from megatron_mdm.models.rotary import Rotation, rotate
 from megatron_mdm.models.variable_length import VariableLength, installed_kernel
@@ -45,9 +46,15 @@ class Visibility:
             positions = positions.to(self.device, non_blocking=True)
         self.positions = positions  # [R or 1, S]; None: 0 … S−1
 
-    @property
+    @cached_property
     def kind(self) -> str:
-        return self.pattern.kind if self.window is None else "dense"
+        """Of the pattern; "equal segments" where a single row's segments, two or more, are of one length."""
+        if self.window is not None:
+            return "dense"
+        kind = self.pattern.kind
+        if kind == "segments" and len(self.segments.sizes) > 1 and len(set(self.segments.sizes)) == 1:
+            return "equal segments"
+        return kind
 
     @cached_property
     def mask(self) -> Tensor | None:
@@ -211,14 +218,20 @@ EXECUTORS: dict[tuple[str, str, torch.dtype | str], Executor] = {
     ("segments", "cpu", ANY): SegmentBySegment(explicit_while_short),
     ("segments", "cuda", torch.bfloat16): variable_length,
     ("segments", "cuda", torch.float16): variable_length,
+    ("equal segments", "cuda", torch.bfloat16): EqualSegments(fused, variable_length),
+    ("equal segments", "cuda", torch.float16): EqualSegments(fused, variable_length),
     ("dense", ANY, ANY): Rows(fused, masked=True),  # the reference, by AttentionPattern.mask
     ("dense", "cpu", ANY): Rows(explicit_while_short, masked=True),
 }
 
 
+WIDER_KINDS = {"equal segments": ("segments",)}  # whose entries do for a kind, too
+
+
 def executor(kind: str, device: str, dtype: torch.dtype) -> Executor:
-    """The closest entry for a pattern of this kind; where it has none, that of "dense"."""
-    keys = [(k, *where) for k in (kind, "dense") for where in ((device, dtype), (device, ANY), (ANY, ANY))]
+    """The closest entry for a pattern of this kind; where it has none, that of a wider kind, at last of "dense"."""
+    kinds = (kind, *WIDER_KINDS.get(kind, ()), "dense")
+    keys = [(k, *where) for k in kinds for where in ((device, dtype), (device, ANY), (ANY, ANY))]
     return next(EXECUTORS[key] for key in keys if key in EXECUTORS)
 
 

@@ -29,8 +29,10 @@ class Layout:
     parallel: dict[str, Any] = field(default_factory=dict)
     batch: dict[str, Any] = field(default_factory=dict)
     model: dict[str, Any] = field(default_factory=dict)
+    data: str = "train"  # in DATA
 
 
+DATA = {"train": (8, 24), "one_length": (16, 17)}  # tokens of a sample: from, and less than
 METHODS = {
     "uniform": UNIFORM,
     "paper": PAPER,
@@ -40,6 +42,9 @@ PACKED = {"mode": "packed"}
 LAYOUTS = {
     "one rank": Layout(parallel={"zero": 0}),
     "one rank, bf16, packed": Layout(batch=PACKED, precision="bf16", parallel={"zero": 1}),
+    "one rank, bf16, packed, one length": Layout(
+        batch=PACKED, precision="bf16", parallel={"zero": 1}, data="one_length"
+    ),
     "one rank, fp16": Layout(precision="fp16", parallel={"zero": 0}),
     "one rank, bf16, fp32 gradients": Layout(precision="bf16", gradients="fp32", parallel={"zero": 1}),
     "offload": Layout(parallel={"zero": 2, "offload": "optimizer"}),
@@ -69,6 +74,7 @@ def config_of(layout: Layout, folder: Path) -> RunConfig:
         folder,
         model=small_model(num_layers=2, num_kv_heads=2, **layout.model).model_dump(),
         diffusion=METHODS[layout.method],
+        data={"train": str(folder / f"{layout.data}.jsonl")},
         parallel=layout.parallel,
         batch=layout.batch,
         precision={"dtype": layout.precision, "gradients": layout.gradients},
@@ -89,12 +95,14 @@ def _train(config: RunConfig, folder: Path) -> dict[str, Any]:
     from megatron_mdm.checkpoint.load import restore, restored_engine
     from megatron_mdm.checkpoint.store import CheckpointStore
     from megatron_mdm.diffusion.t_samplers import CALIBRATED_SAMPLERS
+    from megatron_mdm.models.attention import executor
     from megatron_mdm.parallel.groups import initialize
     from megatron_mdm.training.build import build_trainer
     from megatron_mdm.training.calibrate import calibrate
     from megatron_mdm.training.inputs import resolve
     from tests.cuda import record
 
+    planned = len(executor("equal segments", "cuda", torch.bfloat16).shapes)
     config, data = resolve(config)
     context = initialize(config.parallel)
     engine = restored_engine(None, config, context, 0)
@@ -129,6 +137,7 @@ def _train(config: RunConfig, folder: Path) -> dict[str, Any]:
         "resumed": (resumed.loss, resumed.grad_norm),
         "loss scales": scales,
         "overlaps": _overlaps(engine),
+        "equal segments": len(executor("equal segments", "cuda", torch.bfloat16).shapes) - planned,
         "synchronisations": dict(synchronisations),
         "unpinned": dict(unpinned),
     }

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from tests.cuda.layouts import LAYOUTS, Layout, generate_all, train_all
+from tests.cuda.layouts import DATA, LAYOUTS, Layout, generate_all, train_all
 from tests.ranks import run_ranks
 from tests.small import write_ids
 
@@ -32,7 +33,7 @@ Results = dict[str, dict[str, Any]]
 def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
     """What each layout gave, by rank."""
     folder = tmp_path_factory.mktemp("cuda")
-    write_ids(folder / "train.jsonl", 40)
+    write_data(folder)
     results: dict[str, list[dict[str, Any]]] = {}
     for num_ranks in sorted({layout.num_ranks for layout in LAYOUTS.values()}):
         mine = {name: layout for name, layout in LAYOUTS.items() if layout.num_ranks == num_ranks}
@@ -45,15 +46,23 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str
 def on_cpu(tmp_path_factory: pytest.TempPathFactory) -> Results:
     """In fp32, one process, by reference()."""
     folder = tmp_path_factory.mktemp("cpu")
-    write_ids(folder / "train.jsonl", 40)
-    layouts = {reference(layout): Layout(method=layout.method, model=layout.model) for layout in LAYOUTS.values()}
+    write_data(folder)
+    layouts = {
+        reference(layout): Layout(method=layout.method, model=layout.model, data=layout.data)
+        for layout in LAYOUTS.values()
+    }
     (results,) = run_ranks(train_all, 1, layouts, folder, False)
     return results
 
 
 def reference(layout: Layout) -> str:
     """The name of the run on the CPU that trains the same."""
-    return " ".join([layout.method, *layout.model])
+    return " ".join([layout.method, layout.data, *layout.model])
+
+
+def write_data(folder: Path) -> None:
+    for name, length in DATA.items():
+        write_ids(folder / f"{name}.jsonl", 40, length=length)
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
@@ -80,6 +89,12 @@ def test_resumed_equals_uninterrupted(name: str, trained: Any) -> None:
         scales = found["loss scales"]
         assert scales["resumed"] == scales["went on"]
         assert bool(scales["resumed"]) == (LAYOUTS[name].precision == "fp16")
+
+
+def test_segments_of_one_length_are_rows_of_a_batch(trained: Any) -> None:
+    """For cuDNN, with one plan for all steps, in bf16; waits and results are those of the tests above."""
+    for name, layout in LAYOUTS.items():
+        assert {found["equal segments"] for found in trained[name]} == {int(layout.data == "one_length")}, name
 
 
 def test_zero_3_reduces_gradients_beside_the_backward_pass(trained: Any, on_cpu: Results) -> None:

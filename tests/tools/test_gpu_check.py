@@ -65,7 +65,9 @@ def test_figures_are_those_of_the_subject(outcomes: dict[str, Outcome]) -> None:
 def test_checks_on_a_pretended_gpu(tmp_path: Path) -> None:
     (outcomes,) = run_ranks(run_pretended, 1, tmp_path)
     assert not [fault for outcome in outcomes.values() for fault in outcome.faults]
-    assert "GQA, causal, float16" in outcomes["varlen"].figures["relative error"]
+    attention = outcomes["varlen"].figures["relative error"]
+    assert "GQA, causal, float16" in attention
+    assert "ms, forward and backward, by the kernel for any lengths" in attention["of one length, MHA, bfloat16"]
     assert "peak MiB" in outcomes["padded"].figures["GQA"]["the layers' choice"]
     assert outcomes["resume"].figures["weights and moments are the same bits"]
 
