@@ -22,8 +22,9 @@ PROGRAMS = {  # each is the module of its name beside this file
     "convert": Program("Hugging Face checkpoints in and out; compare and inspect checkpoints"),
     "plan": Program("memory, communication, time and cost on a cluster; the best layouts"),
     "report": Program("a run's page, many runs, where the variance comes from"),
-    "prepare": Program("make data files: word problems, corpora, public data sets; inspect them"),
+    "prepare": Program("make data files: word problems, corpora, public data sets, pictures; inspect them"),
     "tokenizer": Program("train a sentencepiece tokenizer"),
+    "image_tokenizer": Program("train a small image tokenizer"),
 }
 
 
@@ -52,7 +53,7 @@ def main() -> None:
 
 
 def _help() -> str:
-    lines = [f"  {name:<10} {program.line}" for name, program in PROGRAMS.items()]
+    lines = [f"  {name:<15} {program.line}" for name, program in PROGRAMS.items()]
     ranks = ", ".join(name for name, program in PROGRAMS.items() if program.on_ranks)
     return "\n".join(
         [

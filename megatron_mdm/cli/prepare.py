@@ -7,6 +7,8 @@ mdm prepare corpus FILE … --output PREFIX --tokenizer FILE [--workers 2 --spli
 mdm prepare task gsm8k|hitab|openscience|text-to-image FILE … --output FOLDER
     turns the public files, as they are downloaded, into samples for training and questions for tests, with the paper's
     splits; the shipped configurations expect them in data/TASK
+mdm prepare digits --output FOLDER [--seed 0]
+    scikit-learn's handwritten digits, tinted and captioned ("a red seven"): train.parquet, test.parquet, captions.jsonl
 mdm prepare inspect --config FILE --output FOLDER [section.key=value …]
     shows samples as training sees them, their lengths, and what padding and packing cost
 """
@@ -78,6 +80,12 @@ def task(arguments: argparse.Namespace) -> None:
         print(f"{path}: {len(records):,} samples")
 
 
+def digits(arguments: argparse.Namespace) -> None:
+    from megatron_mdm.cli.prepare_images import write_digits
+
+    write_digits(arguments)
+
+
 def inspect(arguments: argparse.Namespace) -> None:
     from megatron_mdm.parallel import platform
 
@@ -122,6 +130,10 @@ def main() -> None:
     command.set_defaults(run=corpus)
 
     _add_task(commands.add_parser("task", help="public data sets, with the paper's splits"))
+    command = commands.add_parser("digits", help="tinted handwritten digits with captions")
+    command.add_argument("--output", type=Path, required=True)
+    command.add_argument("--seed", type=int, default=0, help="of what is held out")
+    command.set_defaults(run=digits)
     command = commands.add_parser("inspect", help="samples, lengths, efficiency")
     command.add_argument("--config", required=True, help="YAML file, or the name of a packaged one")
     command.add_argument("--output", type=Path, required=True)

@@ -9,6 +9,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional
+
+_LEAST = 1e-6  # probability whose logarithm is taken
 
 
 def codes(z: Tensor) -> Tensor:
@@ -39,14 +42,12 @@ class QuantizerLosses(NamedTuple):
 def losses(z: Tensor) -> QuantizerLosses:
     """What training adds to the reconstruction's loss, for z [B, K, h, w]; scalars."""
     signs = torch.where(z > 0, 1.0, -1.0).to(z.dtype)
-    probability = torch.sigmoid(4.0 * z)
-    of_each = _entropy(probability).mean()
-    of_mean = _entropy(probability.mean((0, 2, 3))).mean()
-    return QuantizerLosses((signs - z).square().mean(), of_each - of_mean)
-
-
-def _entropy(probability: Tensor) -> Tensor:
-    return -(torch.xlogy(probability, probability) + torch.xlogy(1.0 - probability, 1.0 - probability))
+    logit = 4.0 * z
+    probability = torch.sigmoid(logit)
+    of_each = functional.softplus(logit) - logit * probability  # whose derivative is finite however sure a bit is
+    mean = probability.mean((0, 2, 3)).clamp(_LEAST, 1.0 - _LEAST)
+    of_mean = -(mean * mean.log() + (1.0 - mean) * (1.0 - mean).log())
+    return QuantizerLosses((signs - z).square().mean(), of_each.mean() - of_mean.mean())
 
 
 def _places(num_bits: int, device: torch.device) -> Tensor:

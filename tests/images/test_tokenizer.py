@@ -116,8 +116,16 @@ def test_losses_of_the_quantizer_by_numpy() -> None:
     assert found.commitment.item() == pytest.approx(((np.sign(z) - z) ** 2).mean())
     expected = entropy(probability).mean() - entropy(probability.mean((0, 2, 3))).mean()
     assert found.entropy.item() == pytest.approx(expected)
-    sure = torch.tensor([40.0, -40.0]).view(2, 1, 1, 1)  # of each token, and as many of each kind: the least there is
+    sure = torch.tensor([400.0, -400.0]).view(2, 1, 1, 1)  # of each token, and as many of each kind: the least there is
     assert lfq.losses(sure).entropy.item() == pytest.approx(-math.log(2), rel=1e-6)
+
+
+def test_the_quantizers_gradient_is_finite_where_bits_are_sure() -> None:
+    for values in ([400.0, 300.0], [-400.0, -300.0], [400.0, -400.0]):
+        z = torch.tensor(values).view(2, 1, 1, 1).requires_grad_()
+        sum(lfq.losses(z)).backward()
+        assert z.grad is not None
+        assert z.grad.isfinite().all()
 
 
 def test_downsampling_pads_right_and_below() -> None:
