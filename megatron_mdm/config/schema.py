@@ -60,7 +60,9 @@ class ModelConfig(Section):
     # What computes losses and their gradients from logits; auto: torch's kernels. Triton's own, with less than half of
     # the memory traffic, needs CUDA and has not been run on a GPU.
     loss_kernel: Literal["auto", "torch", "triton"] = "auto"
-    fp8: bool = False  # matrix products of the layers in FP8: not built yet, so true is refused
+    # The layers' matrix products in FP8, by a recipe of Transformer Engine: tensorwise scales by the magnitudes of the
+    # tensors themselves, delayed by those of passes before. It has never run on a GPU (models/README.md).
+    fp8: bool | Literal["tensorwise", "delayed"] = False
     # Training passes: every block is compiled (torch.compile, a minute at the start), and micro-batches are padded to
     # batch.micro_tokens, so that all have one shape. Needs batch.mode packed.
     compile: bool = False
@@ -78,6 +80,13 @@ class ModelConfig(Section):
     def kv_channels(self) -> int:
         """Width of one head."""
         return self.head_dim or self.hidden_size // self.num_heads
+
+    @field_validator("fp8")
+    @classmethod
+    def _recipe(cls, value: bool | str) -> bool | str:
+        if value is True:
+            raise ValueError("must be false, 'tensorwise' or 'delayed'")
+        return value
 
     @field_validator("vocab_size")
     @classmethod

@@ -28,6 +28,8 @@ OWNED_DEEPSPEED_KEYS = {
     "tensorboard": "logging",
 }
 
+FP8_MULTIPLE = 16  # of every dimension of a matrix product in FP8, the number of tokens included
+
 
 def validate(config: RunConfig, world_size: int) -> None:
     """Check a configuration against itself and the number of ranks. Raises UserError with the remedy."""
@@ -35,6 +37,7 @@ def validate(config: RunConfig, world_size: int) -> None:
     validate_layout(config, world_size)
     _check_batch(config, world_size)
     _check_compile(config)
+    _check_fp8(config)
     _check_data(config)
     for key, section in OWNED_DEEPSPEED_KEYS.items():
         value: Any = config.deepspeed
@@ -100,11 +103,6 @@ def _check_parallel(config: RunConfig) -> None:
 def _check_model(config: RunConfig) -> None:
     model = config.model
     tensor = config.parallel.tensor
-    if model.fp8:
-        raise UserError(
-            "'model.fp8' is not built yet (Transformer Engine would keep the FP8 weights of its first step); remove it "
-            "and train in 'precision.dtype' bf16"
-        )
     _check_lora(model)
     if not model.head_dim and model.hidden_size % model.num_heads:
         raise UserError(
@@ -169,6 +167,33 @@ def _check_compile(config: RunConfig) -> None:
         )
     if config.model.kernels == "transformer_engine":
         raise UserError("'model.compile' is for torch's kernels; set 'model.kernels' to torch, or leave it out")
+
+
+def _check_fp8(config: RunConfig) -> None:
+    model = config.model
+    if not model.fp8:
+        return
+    if model.kernels != "transformer_engine":
+        raise UserError("'model.fp8' needs Transformer Engine: set 'model.kernels' to transformer_engine")
+    if config.precision.dtype != "bf16":
+        raise UserError(f"'model.fp8' needs 'precision.dtype' bf16, not {config.precision.dtype}")
+    if config.parallel.zero == 3:
+        raise UserError(
+            "'model.fp8' cannot be combined with 'parallel.zero' 3: FP8 copies of all weights stay on every rank; use "
+            "ZeRO 0, 1 or 2"
+        )
+    tensor = config.parallel.tensor
+    dimensions = {
+        "'model.hidden_size'": model.hidden_size,
+        "'model.ffn_hidden_size' / 'parallel.tensor'": model.ffn_hidden_size // tensor,
+        "the width of all heads / 'parallel.tensor'": model.num_heads * model.kv_channels // tensor,
+        "the width of queries, keys and values / 'parallel.tensor'": (
+            (model.num_heads + 2 * model.num_kv_heads) * model.kv_channels // tensor
+        ),
+    }
+    for name, size in dimensions.items():
+        if size % FP8_MULTIPLE:
+            raise UserError(f"'model.fp8' needs matrices of multiples of {FP8_MULTIPLE}; {name} is {size}")
 
 
 def _check_data(config: RunConfig) -> None:

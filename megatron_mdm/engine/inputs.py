@@ -11,6 +11,7 @@ from torch import Tensor
 
 from megatron_mdm.batch import AttentionPattern, LossWeights, ModelInputs, SegmentBounds, Segments
 from megatron_mdm.config.schema import RunConfig
+from megatron_mdm.config.validate import FP8_MULTIPLE
 from megatron_mdm.diffusion.noiser import NoisedBatch
 from megatron_mdm.parallel import platform
 
@@ -39,13 +40,15 @@ class InputLayout:
     """How a run's engine takes its micro-batches."""
 
     pack: bool = False  # rows one after another, without padding
-    # Of the length: the tensor-parallel degree under sequence parallelism; where blocks are compiled, the token budget,
-    # so that there is one length.
+    # Of the length: the tensor-parallel degree under sequence parallelism, with FP8 16 positions on each of its ranks;
+    # where blocks are compiled, the token budget, so that there is one length.
     multiple: int = 1
 
     @classmethod
     def of(cls, config: RunConfig) -> InputLayout:
         degree = config.parallel.tensor if config.parallel.sequence else 1
+        if config.model.fp8:
+            degree *= FP8_MULTIPLE
         multiple = math.lcm(degree, config.batch.micro_tokens) if config.model.compile else degree
         return cls(config.batch.mode == "packed", multiple)
 

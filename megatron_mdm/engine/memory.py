@@ -106,7 +106,7 @@ def rank_memory(
         workspace=saved.workspace(config, micro_batch) if stage.num_blocks else 0.0,
         buffers=bucket * _buckets_in_turn(config, layout)
         + _buffers(config, layout, stage, parameters.total, micro_batch, in_flight),
-        communicators=communicator_bytes(layout, pipeline_rank, config.model.tie_embeddings)
+        communicators=communicator_bytes(layout, pipeline_rank, config.model.tie_embeddings, bool(config.model.fp8))
         if kernels == "cuda"
         else 0.0,
         host=host,

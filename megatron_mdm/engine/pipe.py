@@ -29,6 +29,7 @@ from megatron_mdm.engine.optimizer_state import OptimizerState
 from megatron_mdm.engine.statistics import StatisticsCopy
 from megatron_mdm.models.attention import Visibility
 from megatron_mdm.models.costs import layer_costs
+from megatron_mdm.models.fp8 import Fp8
 from megatron_mdm.models.layers import Head, layer_builders, prepare_parameters
 from megatron_mdm.parallel.groups import ParallelContext, group_of
 from megatron_mdm.parallel.heartbeat import beat
@@ -71,6 +72,7 @@ class PipeEngine:
             self.clipping = PlainClipping(module, config.optimizer.gradient_clipping, context)
             self.engine.clip_fp32_gradients = self.clipping
         self.optimizer_state = OptimizerState(module, self.engine.optimizer, config.model)
+        self.fp8 = module.fp8
         self.loss_scale = LossScale(self.engine.optimizer)
         self.clock = PhaseClock()
         # DeepSpeed runs a schedule of instructions, each by its entry in this table.
@@ -95,6 +97,7 @@ class PipeEngine:
     def train_batch(self, micro_batches: Sequence[ModelInputs], lr: float) -> TrainOutput:
         for group in self.engine.optimizer.param_groups:
             group["lr"] = lr
+        self.fp8.begin_step()
         micro_batches = self._prepare(micro_batches)
         if len(micro_batches) != self.engine.micro_batches:  # a token budget makes more or fewer of them
             per_micro_batch = self.engine.train_micro_batch_size_per_gpu() * self.layout.data
@@ -203,6 +206,7 @@ class _Stage(PipelineModule):
             )
         prepare_parameters(self, config.model, config.parallel, context, seed)
         self._tie(config.model, context)
+        self.fp8 = Fp8(self, config.model, context)
 
         self.inputs: ModelInputs  # the micro-batch of the last forward pass
         self._micro_batches: Iterator[ModelInputs] = iter(())
@@ -221,9 +225,10 @@ class _Stage(PipelineModule):
         beat()
         self.inputs = next(self._micro_batches)
         visible = Visibility(self.inputs)
-        for layer in self.forward_funcs:
-            if not isinstance(layer, Head):
-                hidden = layer(hidden, visible)
+        with self.fp8.micro_batch():
+            for layer in self.forward_funcs:
+                if not isinstance(layer, Head):
+                    hidden = layer(hidden, visible)
         return hidden
 
     def get_tied_weights_and_groups(self) -> list[tuple[nn.Parameter, dist.ProcessGroup]]:

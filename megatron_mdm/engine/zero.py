@@ -20,6 +20,7 @@ from megatron_mdm.engine.optimizer import PlainClipping, adamw, norm_of_step, sc
 from megatron_mdm.engine.optimizer_state import OptimizerState
 from megatron_mdm.engine.partitioned import keep_partition
 from megatron_mdm.engine.statistics import StatisticsCopy
+from megatron_mdm.models.fp8 import Fp8
 from megatron_mdm.models.layers import build_model
 from megatron_mdm.parallel.groups import ModelParallelUnit, ParallelContext
 from megatron_mdm.parallel.heartbeat import beat
@@ -50,18 +51,20 @@ class ZeroEngine:
             self.clipping = PlainClipping(model, config.optimizer.gradient_clipping, context)
             self.engine.clip_fp32_gradients = self.clipping
         self.optimizer_state = OptimizerState(self.engine.module, self.engine.optimizer, config.model)
+        self.fp8 = Fp8(self.engine.module, config.model, context)
         self.loss_scale = LossScale(self.engine.optimizer)
 
     def train_batch(self, micro_batches: Sequence[ModelInputs], lr: float) -> TrainOutput:
         engine = self.engine
         statistics: list[RowStatistics] = []
         engine.train()
+        self.fp8.begin_step()
         for group in engine.optimizer.param_groups:
             group["lr"] = lr
         for index, inputs in enumerate(micro_batches):
             is_last = index == len(micro_batches) - 1
             engine.set_gradient_accumulation_boundary(is_last)
-            with self.clock.measure("forward"):
+            with self.clock.measure("forward"), self.fp8.micro_batch():
                 total, rows = engine(self._prepare(inputs))
                 # Totals are shares of the global batch's mean; DeepSpeed averages gradients over data-parallel ranks.
                 total = scaled_unless_faulty(total, self.context.layout.data)

@@ -17,7 +17,6 @@ from megatron.core.tensor_parallel import (
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from megatron_mdm.batch import ModelInputs, RowStatistics
 from megatron_mdm.config.schema import ModelConfig, ParallelConfig
@@ -28,6 +27,7 @@ from megatron_mdm.models.cache import Window
 from megatron_mdm.models.compiled import compiled
 from megatron_mdm.models.cross_entropy import weighted_cross_entropy
 from megatron_mdm.models.extensions import extensions_of
+from megatron_mdm.models.fp8 import recompute_by
 from megatron_mdm.models.initialize import initialize_weights
 from megatron_mdm.models.loss_kernels import resolve_loss_kernel
 from megatron_mdm.models.naming import Layer, rows_of
@@ -87,6 +87,7 @@ class Block(Layer):
         )
         self.index = index
         self.recompute = parallel.recompute == "full" and index % parallel.recompute_interval == 0
+        self.checkpoint = recompute_by(model)
         self.compiled = compiled(self._layer) if model.compile else None
         _attach_extensions(self, index + 1, model, config)
 
@@ -103,8 +104,7 @@ class Block(Layer):
             visible.rotations[hidden.dtype] = Rotation.of(self._angles(visible), hidden.dtype)
         rotation = visible.rotations[hidden.dtype]
         if self.recompute and torch.is_grad_enabled():
-            # There is no dropout, so no random state has to be kept.
-            return checkpoint(layer, hidden, visible, rotation, use_reentrant=False, preserve_rng_state=False)
+            return self.checkpoint(layer, hidden, visible, rotation)
         return layer(hidden, visible, rotation)
 
     def _layer(self, hidden: Tensor, visible: Visibility, rotation: Rotation) -> Tensor:

@@ -18,6 +18,7 @@ from megatron_mdm.config.errors import UserError
 from megatron_mdm.config.schema import ModelConfig, ParallelConfig
 from megatron_mdm.models.activation import SwiGLU
 from megatron_mdm.models.attention import CoreAttention
+from megatron_mdm.models.fp8 import fp8_settings
 from megatron_mdm.models.norms import RMSNorm
 from megatron_mdm.parallel import platform
 
@@ -49,6 +50,7 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig) -> Transfor
         gradient_accumulation_fusion=False,
         use_cpu_initialization=not platform.is_cuda(),
         perform_initialization=False,
+        **fp8_settings(model),
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -174,7 +175,7 @@ def test_bad_overrides(tmp_path: Path, override: str, message: str) -> None:
         ("checkpoint.keep_best=true", "set 'evaluation.every'"),
         ("model.head_dim=7", "must be even for rotary positions"),
         ("model.compile=true", "needs 'batch.mode' packed and 'batch.micro_tokens'"),
-        ("model.fp8=true", "'model.fp8' is not built yet .* train in 'precision.dtype' bf16"),
+        ("model.fp8=tensorwise", "'model.fp8' needs Transformer Engine: set 'model.kernels' to transformer_engine"),
         ("model.attention=causal", "is for 'objective.name' autoregressive"),
         ("diffusion.calibration.refit_every=5", "needs 'diffusion.t_sampler' ppots"),
         ("diffusion={t_sampler: clipped, clipping: {bounds: adaptive}}", "set 'evaluation.every'"),
@@ -193,6 +194,33 @@ def test_rules_across_sections(tmp_path: Path, override: str, message: str) -> N
     check_run(load_config(path), 4)
     with pytest.raises(UserError, match=message):
         check_run(load_config(path, [override]), 4)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ("precision.dtype=auto", "'model.fp8' needs 'precision.dtype' bf16, not auto"),
+        ("parallel={tensor: 1, zero: 3}", "'model.fp8' cannot be combined with 'parallel.zero' 3"),
+        ("model.ffn_hidden_size=48", "multiples of 16; 'model.ffn_hidden_size' / 'parallel.tensor' is 24"),
+        (
+            "model.num_heads=8 model.num_kv_heads=2 model.head_dim=4",
+            "multiples of 16; the width of queries, keys and values / 'parallel.tensor' is 24",
+        ),
+        ("model.head_dim=4", "multiples of 16; the width of all heads / 'parallel.tensor' is 8"),
+        ("model.fp8=true", "'model.fp8': must be false, 'tensorwise' or 'delayed', got 'true'"),
+    ],
+)
+def test_what_fp8_needs(tmp_path: Path, overrides: str, message: str) -> None:
+    path = tmp_path / "a.yaml"
+    config = small_config(
+        tmp_path,
+        model={"num_kv_heads": 4, "head_dim": 8, "kernels": "transformer_engine", "fp8": "delayed"},
+        parallel={"tensor": 2},
+        precision={"dtype": "bf16"},
+    )
+    path.write_text(dump_config(config), encoding="utf-8")
+    with pytest.raises(UserError, match=message):
+        check_run(load_config(path, re.split(" (?=model)", overrides)), 4)
 
 
 def test_fp32_gradients_of_a_table_that_two_stages_share_need_bf16_on_the_device(tmp_path: Path) -> None:

@@ -252,7 +252,6 @@ def test_predicted_memory_is_that_of_a_real_step(case: list[tuple[RunConfig, Cou
 
 
 BUCKETS: dict[str, tuple[dict[str, Any], bool]] = {  # parallel, whether communication overlaps
-    "ZeRO 1": ({"zero": 1}, False),
     "ZeRO 1, overlapping": ({"zero": 1}, True),
     "ZeRO 3, overlapping": ({"zero": 3}, True),
     "pipeline": ({"zero": 1, "pipeline": 2}, False),

@@ -116,6 +116,14 @@ def test_communicators_of_a_rank(layout: Layout, sizes: list[int], neighbours: i
     assert communicator_bytes(layout, 0, tied=True) == expected
 
 
+def test_fp8_adds_a_communicator_where_a_stage_is_no_group_of_one_axis() -> None:
+    layout = Layout(tensor=2, pipeline=2, data=2)
+    of_stage = groups_of(layout, 0, tied=True, fp8=True) - groups_of(layout, 0, tied=True)
+    assert [len(group) for group in of_stage] == [4]
+    for layout in (Layout(tensor=2, data=4), Layout(tensor=2, pipeline=4), Layout(data=2, pipeline=4)):
+        assert groups_of(layout, 0, tied=True, fp8=True) == groups_of(layout, 0, tied=True)
+
+
 def test_middle_stages_have_two_neighbours_and_no_embedding() -> None:
     layout = Layout(pipeline=4)
     assert communicator_bytes(layout, 1, tied=True) == LARGER_BYTES + 2 * PAIR_BYTES
