@@ -76,6 +76,11 @@ def check_base(folder: Path, config: RunConfig) -> None:
         )
 
 
+def noted_base(folder: Path) -> str:
+    """The fingerprint of the weights that a run's adapters were trained beside; empty where it is not known."""
+    return _noted(folder).get(BASE, "")
+
+
 def _noted(folder: Path) -> dict[str, str]:
     path = folder / INPUTS
     return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}

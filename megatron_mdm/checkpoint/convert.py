@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from megatron_mdm.checkpoint.base import fingerprint
 from megatron_mdm.checkpoint.huggingface import (
     COMPANIONS,
     CONFIG,
@@ -23,12 +24,14 @@ from megatron_mdm.checkpoint.huggingface import (
 from megatron_mdm.checkpoint.imported_tokens import SpecialTokens, special_tokens
 from megatron_mdm.checkpoint.lazy_tensors import LazyTensor, cut, with_grown_tables, with_padding
 from megatron_mdm.checkpoint.manifest import MANIFEST, TENSORS, entry_of, write_manifest
+from megatron_mdm.checkpoint.merged import without_adapters
 from megatron_mdm.checkpoint.native import CHECKPOINTS, HUGGINGFACE, RUN_CONFIG, NativeCheckpoint, keep_companions
 from megatron_mdm.checkpoint.safetensors_file import StoredTensor
 from megatron_mdm.checkpoint.special_tokens import has_chat_template
 from megatron_mdm.checkpoint.store import STATE
 from megatron_mdm.checkpoint.stream import JOURNAL, Output, OutputFile, split, write_files
 from megatron_mdm.checkpoint.tensors import WEIGHT, file_name
+from megatron_mdm.checkpoint.weights import check_no_adapter, whole_tensors
 from megatron_mdm.config.errors import UserError
 from megatron_mdm.config.files import sha256, write_atomically, write_json
 from megatron_mdm.config.load import dump_config
@@ -37,7 +40,7 @@ from megatron_mdm.data.tokenizer import load_tokenizer
 from megatron_mdm.data.tokenizer_folder import TOKENIZER_FILES, tokenizer_file, tokenizer_fingerprint
 from megatron_mdm.models.costs import layer_costs
 from megatron_mdm.models.families import FAMILIES, family_of
-from megatron_mdm.models.families.family import Json
+from megatron_mdm.models.families.family import Family, Json
 from megatron_mdm.models.families.keymap import family_tensors
 from megatron_mdm.models.parameters import parameter_table
 from megatron_mdm.parallel.layout import partition
@@ -61,15 +64,16 @@ def import_checkpoint(source: Path, output: Path, options: ImportOptions) -> lis
     """Write a run's folder with the weights of a Hugging Face checkpoint. Returns lines that say what was chosen where
     the folder leaves a choice. Raises UserError before it writes anything where the checkpoint is not whole, and naming
     the tensor where it meets a bad one."""
+    check_no_adapter(source)
     checkpoint = HuggingFaceCheckpoint.open(source, options.ignore_fields)
     special = special_tokens(checkpoint, options.tokens)
     model = checkpoint.model.model_copy(update={"vocab_size": special.vocab_size})
     _check_layout(model, options)
     tensors = with_grown_tables(checkpoint.lazy_tensors(), model)
-    outputs = {name: _output(tensor, options.dtype) for name, tensor in tensors.items()}
+    outputs = {name: typed_output(tensor, options.dtype) for name, tensor in tensors.items()}
     step = f"{CHECKPOINTS}/step-{0:08d}"
     files = _native_files(outputs, model, options, f"{step}/{TENSORS}")
-    temporary = _temporary(output)
+    temporary = temporary_folder(output)
     entries = write_files(files, temporary, _fingerprint(checkpoint.tensors))
     write_json(temporary / step / STATE, {"imported_from": str(source)})
     names = {path.removeprefix(f"{step}/"): entry for path, entry in entries.items()}
@@ -78,46 +82,61 @@ def import_checkpoint(source: Path, output: Path, options: ImportOptions) -> lis
     run = _run_config(model, special, output, next(iter(outputs.values())).dtype)
     run, template = _with_template(run, special, source)
     write_atomically(temporary / RUN_CONFIG, dump_config(run, output))
-    _publish(temporary, output)
+    publish(temporary, output)
     return [*special.notes, template, *checkpoint.notes]
 
 
 def export_checkpoint(run: NativeCheckpoint, output: Path, family_name: str, dtype: str, shard_bytes: int) -> Json:
-    """Write a run's checkpoint, of any layout, as a Hugging Face checkpoint. Returns its config.json.
+    """Write a run's checkpoint, of any layout, as a Hugging Face checkpoint, adapters merged. Returns its config.json.
 
     family_name: of FAMILIES, or auto: the one it was imported from. dtype auto: as stored where the weights were
     imported, what config.json says (else fp32) where they have been trained.
     """
+    model = without_adapters(run.config.model)
     base = run.huggingface_config()
-    if family_name == "auto" and not base:
-        raise UserError(f"{run.folder}: was not imported; choose its form with --family ({', '.join(FAMILIES)})")
-    if run.config.model.extensions:
-        named = ", ".join(run.config.model.extensions)
+    family = family_to_write(run, family_name)
+    if model.extensions:
+        named = ", ".join(model.extensions)
         raise UserError(f"{run.folder}: what 'model.extensions' {named} adds has no place in a Hugging Face checkpoint")
-    family = family_of(base, f"{run.folder}/{HUGGINGFACE}/{CONFIG}") if family_name == "auto" else FAMILIES[family_name]
     base = base if family.architecture in base.get("architectures", []) else {}
-    config = _huggingface_config(family.write(run.config.model, base), base, run)
-    tensors = mapped(run.lazy_tensors(), family_tensors(family, run.config.model))
+    config = _huggingface_config(family.write(model, base), base, run)
+    tensors = mapped(whole_tensors(run), family_tensors(family, model))
     as_imported = dtype == "auto" and run.weights_only and bool(base)
     if dtype == "auto" and not run.weights_only:
         dtype = _TYPE_NAMES.get(str(config.get("dtype", config.get("torch_dtype"))), "fp32")
-    outputs = {name: _output(tensor, dtype) for name, tensor in tensors.items()}
+    outputs = {name: typed_output(tensor, dtype) for name, tensor in tensors.items()}
     if not as_imported:
         config = _with_dtype(config, {output.dtype for output in outputs.values()})
     groups = split(outputs.items(), shard_bytes)
     files = [OutputFile(shard_name(number, len(groups)), group) for number, group in enumerate(groups, 1)]
-    temporary = _temporary(output)
-    write_files(files, temporary, {"checkpoint": str(run.path), "manifest": sha256(run.path / MANIFEST)})
+    temporary = temporary_folder(output)
+    write_files(files, temporary, inputs_of(run))
     if len(files) > 1:
         total = sum(file.num_bytes for file in files)
         places = {name: file.path for file in files for name in file.tensors}
         write_json(temporary / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))})
     _write_companions(run, temporary, config)
-    _publish(temporary, output)
+    publish(temporary, output)
     return config
 
 
-def _output(tensor: LazyTensor, dtype: str) -> Output:
+def family_to_write(run: NativeCheckpoint, family_name: str) -> Family:
+    """The family in whose form a run is written. Raises UserError where auto leaves it open."""
+    base = run.huggingface_config()
+    if family_name != "auto":
+        return FAMILIES[family_name]
+    if not base:
+        raise UserError(f"{run.folder}: was not imported; choose its form with --family ({', '.join(FAMILIES)})")
+    return family_of(base, f"{run.folder}/{HUGGINGFACE}/{CONFIG}")
+
+
+def inputs_of(run: NativeCheckpoint) -> dict[str, str]:
+    """What tells an interrupted export from one of other weights."""
+    found = {"checkpoint": str(run.path), "manifest": sha256(run.path / MANIFEST)}
+    return {**found, "base": fingerprint(Path(run.config.model.init_from))} if run.config.model.lora.rank else found
+
+
+def typed_output(tensor: LazyTensor, dtype: str) -> Output:
     return Output(tensor, tensor.dtype if dtype == "auto" else TYPES[dtype])
 
 
@@ -255,7 +274,7 @@ def _fingerprint(tensors: Mapping[str, StoredTensor]) -> dict[str, object]:
     return {str(path): [path.stat().st_size, path.stat().st_mtime_ns] for path in paths}
 
 
-def _temporary(output: Path) -> Path:
+def temporary_folder(output: Path) -> Path:
     """The folder where the output grows; a later call with the same output resumes there."""
     if output.exists():
         raise UserError(f"{output}: exists already; remove it or choose another --output")
@@ -264,6 +283,6 @@ def _temporary(output: Path) -> Path:
     return temporary
 
 
-def _publish(temporary: Path, output: Path) -> None:
+def publish(temporary: Path, output: Path) -> None:
     (temporary / JOURNAL).unlink()
     temporary.rename(output)

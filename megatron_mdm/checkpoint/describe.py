@@ -13,8 +13,10 @@ import torch
 from megatron_mdm.checkpoint.huggingface import CONFIG, is_checkpoint, model_section, open_tensors, read_json
 from megatron_mdm.checkpoint.lazy_tensors import LazyTensor, blocks, num_bytes
 from megatron_mdm.checkpoint.native import NativeCheckpoint
+from megatron_mdm.checkpoint.peft import is_adapter, stored_tensors
+from megatron_mdm.checkpoint.peft_config import read_settings
 from megatron_mdm.checkpoint.safetensors_file import NAMES
-from megatron_mdm.config.schema import ModelConfig
+from megatron_mdm.config.schema import LoraConfig, ModelConfig
 from megatron_mdm.models.families import family_of
 from megatron_mdm.models.families.family import ARCHITECTURE
 from megatron_mdm.parallel.progress import progress_bar
@@ -24,25 +26,9 @@ _CHECKSUM_DIGITS = 16  # of sha256, on a line for eyes
 
 
 def description(folder: Path, checksums: bool, ignore_fields: Sequence[str] = ()) -> Json:
-    """{"checkpoint", "architecture", "model": our section, "tensors": name → shape, dtype, bytes[, sha256]}"""
-    tensors: Mapping[str, LazyTensor]
-    if is_checkpoint(folder):
-        config = read_json(folder / CONFIG)
-        family = family_of(config, str(folder / CONFIG))
-        model = model_section(family, config, str(folder / CONFIG), ignore_fields)
-        architecture = family.architecture
-        tensors = open_tensors(folder)
-        path = folder
-    else:
-        run = NativeCheckpoint.open(folder)
-        model = run.config.model
-        architecture = "megatron-mdm run"
-        path = run.path
-        tensors = {
-            f"{name}/{kind}": tensor
-            for kind in sorted(run.reader.kinds())
-            for name, tensor in run.lazy_tensors(kind).items()
-        }
+    """{"checkpoint", "architecture", "model": our section (of an adapter alone, none), ["adapter": its settings],
+    "tensors": name → shape, dtype, bytes[, sha256]}"""
+    about, tensors = _opened(folder, ignore_fields)
     total = sum(num_bytes(tensor, tensor.dtype) for tensor in tensors.values())
     entries: dict[str, Json] = {}
     with progress_bar(total=total, enabled=checksums, unit="B", unit_scale=True, unit_divisor=1024, desc="read") as bar:
@@ -54,17 +40,42 @@ def description(folder: Path, checksums: bool, ignore_fields: Sequence[str] = ()
                 entry["sha256"] = _sha256(tensor)
             entries[name] = entry
             bar.update(entry["bytes"])
-    return {"checkpoint": str(path), "architecture": architecture, "model": _section(model), "tensors": entries}
+    return {**about, "tensors": entries}
+
+
+def _opened(folder: Path, ignore_fields: Sequence[str]) -> tuple[Json, Mapping[str, LazyTensor]]:
+    """(what is told of it, its tensors)"""
+    if is_checkpoint(folder):
+        config = read_json(folder / CONFIG)
+        family = family_of(config, str(folder / CONFIG))
+        model = model_section(family, config, str(folder / CONFIG), ignore_fields)
+        told: Json = {"checkpoint": str(folder), "architecture": family.architecture, "model": _section(model)}
+        return told, open_tensors(folder)
+    if is_adapter(folder):
+        settings = read_settings(folder, num_layers=0)
+        told = {"checkpoint": str(folder), "architecture": "PEFT adapter", "model": {}}
+        return {**told, "adapter": _adapter(settings.lora, settings.base)}, stored_tensors(folder)
+    run = NativeCheckpoint.open(folder)
+    model = run.config.model
+    told = {"checkpoint": str(run.path), "architecture": "megatron-mdm run", "model": _section(model)}
+    if model.lora.rank:
+        told["adapter"] = {**_adapter(model.lora, model.init_from), "targets": list(model.lora.targets)}
+    kinds = sorted(run.reader.kinds())
+    return told, {f"{name}/{kind}": tensor for kind in kinds for name, tensor in run.lazy_tensors(kind).items()}
+
+
+def _adapter(lora: LoraConfig, base: str) -> Json:
+    return {"rank": lora.rank, "alpha": lora.alpha, "rslora": lora.rslora, "base": base}
 
 
 def tree_lines(described: Json) -> list[str]:
     """The description for a terminal."""
     tensors = described["tensors"]
     total = sum(entry["bytes"] for entry in tensors.values())
-    settings = ", ".join(f"{name} {value}" for name, value in described["model"].items())
+    sections = {name: described[name] for name in ("model", "adapter") if described.get(name)}
     lines = [
         f"{described['checkpoint']}: {described['architecture']}, {len(tensors)} tensors, {_bytes(total)}",
-        f"model: {{{settings.replace(' ', ': ').replace(',:', ',')}}}",
+        *(f"{name}: {_inline(section)}" for name, section in sections.items()),
     ]
     tree: Json = {}
     for name, entry in tensors.items():
@@ -75,6 +86,11 @@ def tree_lines(described: Json) -> list[str]:
         node[leaf] = entry
     _add_lines(tree, "", lines)
     return lines
+
+
+def _inline(section: Json) -> str:
+    """A section as YAML takes it on a line."""
+    return "{" + ", ".join(f"{name}: {value}" for name, value in section.items()) + "}"
 
 
 def _add_lines(node: Json, indent: str, lines: list[str]) -> None:

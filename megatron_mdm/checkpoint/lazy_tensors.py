@@ -90,6 +90,20 @@ class Flat:
                 block.copy_(rows[:, column : column + block.shape[1]])
 
 
+class Transposed:
+    """A matrix's columns as rows."""
+
+    def __init__(self, tensor: LazyTensor) -> None:
+        self.tensor = tensor
+        self.dtype = tensor.dtype
+        self.shape: Shape = (tensor.shape[1], tensor.shape[0])
+
+    def read_into(self, out: Tensor, row: int, column: int) -> None:
+        lines = torch.empty(out.shape[1], out.shape[0], dtype=out.dtype)
+        self.tensor.read_into(lines, column, row)
+        out.copy_(lines.t())
+
+
 class RepeatedRow:
     """One row, repeated as often as wanted."""
 

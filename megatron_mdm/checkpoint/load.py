@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import sys
 from argparse import ArgumentParser
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from megatron_mdm.checkpoint.choice import AUTO, CHOICES, choose_together
-from megatron_mdm.checkpoint.initial import InitialWeights
+from megatron_mdm.checkpoint.initial import InitialWeights, fill
 from megatron_mdm.checkpoint.initial_tokens import contradictions
-from megatron_mdm.checkpoint.lazy_tensors import read_elements
+from megatron_mdm.checkpoint.lazy_tensors import cut, read_elements, with_padding
 from megatron_mdm.checkpoint.manifest import MANIFEST
+from megatron_mdm.checkpoint.merged import merged_names, without_adapters
+from megatron_mdm.checkpoint.run_weights import ChosenAdapter, RunWeights
 from megatron_mdm.checkpoint.store import LOSS_SCALE, read_state
 from megatron_mdm.checkpoint.tensors import TensorReader
 from megatron_mdm.config.errors import UserError
@@ -27,26 +30,36 @@ from megatron_mdm.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_mdm.engine.base import Engine, Load
 from megatron_mdm.engine.build import build_engine
 from megatron_mdm.engine.inference import InferenceEngine, PipelinedInferenceEngine, build_stage
-from megatron_mdm.engine.optimizer_state import WEIGHT, Fragment
+from megatron_mdm.engine.optimizer_state import Fragment
 from megatron_mdm.models.layers import build_model
 from megatron_mdm.models.naming import rows_of
 from megatron_mdm.parallel.groups import ParallelContext, rank_from_environment, world_size_from_environment
+from megatron_mdm.parallel.heartbeat import beat
 
 # Keys of a run's data section that may be others when its model is read.
 _READING_KEYS = ("tokenizer", "template", "template_date", "mask_token", "pad_token", "eos_token", "end_tokens")
 
 
-def data_overrides(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
-    """key=value arguments of a program that reads a run: (those of its data section, the others).
+class Overrides(NamedTuple):
+    """key=value arguments of a program that reads a run."""
 
-    Raises UserError naming a key of the section that says nothing about reading.
-    """
-    ours = [argument for argument in arguments if argument.startswith("data.")]
-    for argument in ours:
-        key = argument.partition("=")[0]
-        if key.removeprefix("data.") not in _READING_KEYS:
-            raise UserError(f"'{key}' cannot be set here; of 'data', only {', '.join(_READING_KEYS)} can")
-    return ours, [argument for argument in arguments if argument not in ours]
+    data: list[str]  # of its data section
+    base: list[str]  # where the weights beside its adapters are: model.init_from
+    others: list[str]
+
+    @classmethod
+    def of(cls, arguments: Sequence[str]) -> Overrides:
+        """Raises UserError naming a key of the data section that says nothing about reading."""
+        ours = [argument for argument in arguments if argument.startswith("data.")]
+        for argument in ours:
+            key = argument.partition("=")[0]
+            if key.removeprefix("data.") not in _READING_KEYS:
+                raise UserError(f"'{key}' cannot be set here; of 'data', only {', '.join(_READING_KEYS)} can")
+        base = [argument for argument in arguments if argument.startswith("model.init_from=")]
+        return cls(ours, base, [argument for argument in arguments if argument not in (*ours, *base)])
+
+
+NO_OVERRIDES = Overrides([], [], [])
 
 
 def run_tokenizer(folder: Path, config: RunConfig) -> Tokenizer:
@@ -65,18 +78,24 @@ def add_run_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--pipeline", type=int, default=1, help="pipeline-parallel degree")
 
 
-def run_config(folder: Path, tensor: int = 0, pipeline: int = 1, overrides: Sequence[str] = ()) -> RunConfig:
-    """The resolved configuration of a run, for reading its model, on a layout of its own.
+def run_config(folder: Path, tensor: int = 0, pipeline: int = 1, overrides: Overrides = NO_OVERRIDES) -> RunConfig:
+    """The resolved configuration of a run, for reading its model, on a layout of its own. The model has no adapters:
+    they are merged where it is read.
 
-    tensor: another tensor-parallel degree than it was trained with; 0: the same. overrides: see data_overrides. Raises
-    UserError where the ranks that were started do not form the layout.
+    tensor: another tensor-parallel degree than it was trained with; 0: the same. Raises UserError where the ranks that
+    were started do not form the layout.
     """
     path = folder / "config.yaml"
     if not path.is_file():
         raise UserError(f"{folder}: not a run's folder (it has no config.yaml)")
-    config = load_config(path, overrides)
+    config = load_config(path, [*overrides.data, *overrides.base])
     parallel = {"pipeline": pipeline, "tensor": tensor or config.parallel.tensor, "sequence": False}
-    config = config.model_copy(update={"parallel": config.parallel.model_copy(update=parallel)})
+    config = config.model_copy(
+        update={
+            "parallel": config.parallel.model_copy(update=parallel),
+            "model": without_adapters(config.model),
+        }
+    )
     validate_layout(config, world_size_from_environment())
     return config
 
@@ -89,7 +108,8 @@ def restored_engine(checkpoint: Path | None, config: RunConfig, context: Paralle
     model = config.model
     load: Load | None = _read_afterwards
     if checkpoint is None or model.lora.rank:  # whose checkpoints hold the adapters only
-        load = partial(InitialWeights(model).load, context=context, seed=config.seed) if model.init_from else None
+        initial = InitialWeights(model, with_adapters=checkpoint is None) if model.init_from else None
+        load = partial(initial.load, context=context, seed=config.seed) if initial else None
     engine = build_engine(config, context, load)
     if checkpoint is None:
         return engine
@@ -114,24 +134,65 @@ def restore(engine: Engine, checkpoint: Path, model: ModelConfig, context: Paral
     engine.loss_scale.load(read_state(checkpoint).get(LOSS_SCALE, {}))
 
 
+class LoadedRun:
+    """A run's model for forward passes, which can take one adapter after another."""
+
+    def __init__(
+        self, weights: RunWeights, adapter: ChosenAdapter, config: RunConfig, context: ParallelContext
+    ) -> None:
+        """The model is whole on every data-parallel rank, or on every pipeline's ranks."""
+        self.weights = weights
+        self.adapter = adapter
+        self.context = context
+        model = weights.model
+        dtype = config.precision.dtype
+        name = weights.run.path.name
+        self.module: nn.Module
+        self.engine: InferenceEngine | PipelinedInferenceEngine
+        if context.layout.pipeline > 1:
+            self.module = stages = build_stage(model, config.parallel, context, None, config.data.max_length)
+            self._read(weights.base)
+            self.engine = PipelinedInferenceEngine(stages, model, dtype, context, name)
+        else:
+            self.module = whole = build_model(model, config.parallel, context, None)
+            self._read(weights.base)
+            self.engine = InferenceEngine(whole, dtype, name)
+
+    def take(self, adapter: ChosenAdapter) -> None:
+        """Read what is not the same with this adapter as with the one before."""
+        if adapter is self.adapter:
+            return
+        model = self.weights.model
+        changed = merged_names(self.adapter.weights, model) | merged_names(adapter.weights, model)
+        self.adapter = adapter
+        self._read(changed)
+
+    def _read(self, names: Collection[str]) -> None:
+        tensors = self.weights.tensors(self.adapter)
+        degree = self.context.layout.tensor
+        for row, parameter in rows_of(self.module, self.weights.model):
+            if row.name in names:
+                beat()
+                whole = with_padding(tensors[row.name], row, degree)
+                fill(parameter, cut(whole, row.split.get("tensor"), self.context.tensor_rank, degree))
+
+
 def load_for_inference(
     folder: Path, config: RunConfig, context: ParallelContext, wish: str = AUTO
 ) -> InferenceEngine | PipelinedInferenceEngine:
-    """The model of a run's checkpoint (choice.py says what wishes there are): whole on every data-parallel rank, or on
-    every pipeline's ranks. Says in a line which it is."""
+    """The model of a run's checkpoint (choice.py says what wishes there are), with its adapters, if it has some."""
+    weights = run_weights(folder, config, context, wish)
+    return LoadedRun(weights, weights.adapter(), config, context).engine
+
+
+def run_weights(
+    folder: Path, config: RunConfig, context: ParallelContext, wish: str = AUTO, overrides: Sequence[str] = ()
+) -> RunWeights:
+    """The weights of a run's checkpoint. Says in a line which it is. Collective. overrides: Overrides.base."""
     choice = choose_together(folder, wish, context)
     if context.is_main:
         print(f"weights: {choice}", flush=True)
-    checkpoint = choice.path
-    reader = TensorReader.of(checkpoint, config.model)
-    dtype = config.precision.dtype
-    if context.layout.pipeline > 1:
-        stages = build_stage(config.model, config.parallel, context, None, config.data.max_length)
-        read_weights(stages, reader, config.model, context)
-        return PipelinedInferenceEngine(stages, config.model, dtype, context, checkpoint.name)
-    model = build_model(config.model, config.parallel, context, None)
-    read_weights(model, reader, config.model, context)
-    return InferenceEngine(model, dtype, checkpoint.name)
+    return RunWeights(folder, config.model, choice.path, overrides)
 
 
 def checkpoint_identity(folder: Path, name: str) -> dict[str, str]:
@@ -141,11 +202,3 @@ def checkpoint_identity(folder: Path, name: str) -> dict[str, str]:
 
 def _read_afterwards(_: nn.Module) -> None:
     """Leave an engine's weights unset: they are read once it has been built, together with its moments."""
-
-
-def read_weights(module: nn.Module, reader: TensorReader, model: ModelConfig, context: ParallelContext) -> None:
-    """Fill this rank's parameters from a checkpoint of any layout."""
-    for row, tensor in rows_of(module, model):
-        value = reader.read(row.name, WEIGHT, context.tensor_rank, context.layout.tensor)
-        with torch.no_grad():
-            tensor.copy_(value)

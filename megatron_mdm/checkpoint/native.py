@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,13 +34,14 @@ class NativeCheckpoint:
     reason: str  # why this one
 
     @classmethod
-    def open(cls, folder: Path, wish: str = AUTO) -> NativeCheckpoint:
+    def open(cls, folder: Path, wish: str = AUTO, overrides: Sequence[str] = ()) -> NativeCheckpoint:
         """A checkpoint of a run whose files match their checksums. folder: the run's, for its best where it keeps one,
-        else its newest; or one of the checkpoints in it. Raises UserError where there is none."""
+        else its newest; or one of the checkpoints in it. overrides: of its configuration. Raises UserError where there
+        is none."""
         folder, named = located(folder)
         if not (folder / RUN_CONFIG).is_file():
             raise UserError(f"{folder}: neither a Hugging Face checkpoint ({CONFIG}) nor a run's folder ({RUN_CONFIG})")
-        config = load_config(folder / RUN_CONFIG)
+        config = load_config(folder / RUN_CONFIG, overrides)
         choice = choose(folder, named if wish == AUTO else wish)
         return cls(folder, config, choice.path, TensorReader.of(choice.path, config.model), choice.reason)
 
@@ -49,10 +51,11 @@ class NativeCheckpoint:
         return self.reader.kinds() == {WEIGHT}
 
     def lazy_tensors(self, kind: str = WEIGHT) -> dict[str, LazyTensor]:
-        """Whole tensors by name; moments of what is trained."""
+        """Whole tensors by name, those that it holds: moments of what is trained, and nothing of what adapters stand
+        beside (weights.whole_tensors has the merged weights of such a run)."""
         tensors = {}
         for name, row in parameter_table(self.config.model).items():
-            if kind != WEIGHT and not row.trained:
+            if row.is_base or (kind != WEIGHT and not row.trained):
                 continue
             tensor = self.reader.tensor(name, kind)
             tensors[name] = tensor

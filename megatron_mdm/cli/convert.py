@@ -2,6 +2,7 @@
 
 mdm convert import FOLDER --output runs/llada --tensor 2 --pipeline 2
 mdm convert export runs/mine --output FOLDER --dtype bf16
+mdm convert export runs/lora --output FOLDER --adapter
 mdm convert verify FOLDER-OR-RUN FOLDER-OR-RUN
 mdm convert inspect FOLDER-OR-RUN
 """
@@ -17,6 +18,7 @@ from megatron_mdm.checkpoint.compare import differences
 from megatron_mdm.checkpoint.convert import TYPES, ImportOptions, export_checkpoint, import_checkpoint
 from megatron_mdm.checkpoint.describe import description, tree_lines
 from megatron_mdm.checkpoint.native import NativeCheckpoint
+from megatron_mdm.checkpoint.peft_export import export_adapter
 from megatron_mdm.config.errors import UserError
 from megatron_mdm.models.families import FAMILIES
 
@@ -47,8 +49,15 @@ def run_import(arguments: argparse.Namespace) -> None:
 
 
 def run_export(arguments: argparse.Namespace) -> None:
-    run = NativeCheckpoint.open(arguments.source, arguments.checkpoint)
+    for setting in arguments.settings:
+        if not setting.startswith("model.init_from="):
+            raise UserError(f"'{setting}' cannot be set here; only model.init_from=FOLDER can")
+    run = NativeCheckpoint.open(arguments.source, arguments.checkpoint, arguments.settings)
     print(f"weights: {run.path.name}, {run.reason}", flush=True)
+    if arguments.adapter:
+        notes = export_adapter(run, arguments.output, arguments.family, arguments.dtype)
+        print(f"adapter: {arguments.output}", *notes, sep="\n")
+        return
     config = export_checkpoint(run, arguments.output, arguments.family, arguments.dtype, arguments.shard_size)
     print(f"{config['architectures'][0]}: {arguments.output}")
 
@@ -115,6 +124,12 @@ def main() -> None:
     add_conversion(writing)
     writing.add_argument(
         "--family", choices=["auto", *FAMILIES], default="auto", help="auto: what it was imported from"
+    )
+    writing.add_argument(
+        "--adapter", action="store_true", help="the run's adapters alone, as the peft library has them; else merged"
+    )
+    writing.add_argument(
+        "settings", nargs="*", metavar="model.init_from=FOLDER", help="where the weights beside adapters are by now"
     )
     writing.set_defaults(run=run_export)
     comparing = commands.add_parser(

@@ -9,6 +9,7 @@ from megatron_mdm.parallel import platform
 platform.quiet_libraries()
 
 from megatron_mdm.checkpoint import load  # noqa: E402
+from megatron_mdm.checkpoint.run_weights import ADAPTERS, distinct_labels  # noqa: E402
 from megatron_mdm.config.errors import UserError  # noqa: E402
 from megatron_mdm.config.load import load_section  # noqa: E402
 from megatron_mdm.data.records import ON_ERROR, bad_lines  # noqa: E402
@@ -21,6 +22,12 @@ from megatron_mdm.parallel.watchdog import watch  # noqa: E402
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     load.add_run_arguments(parser)
+    parser.add_argument(
+        "--adapter",
+        action="append",
+        metavar="FOLDER",
+        help=f"{ADAPTERS}; several: each is scored, the model being loaded once",
+    )
     parser.add_argument("--data", default="", help="see megatron_mdm/evaluation/README.md; perplexity: the run's own")
     parser.add_argument("--task", choices=sorted(MEASURES), default="gsm8k")
     parser.add_argument("--harness", default="", metavar="TASK,…", help="tasks of lm-eval, which is asked for the data")
@@ -36,19 +43,24 @@ def main() -> None:
     if arguments.harness:
         from megatron_mdm.evaluation.harness import HARNESS as measure
 
-    data, others = load.data_overrides(arguments.settings)
-    config = load.run_config(arguments.run_dir, arguments.tensor, arguments.pipeline, data)
+    overrides = load.Overrides.of(arguments.settings)
+    config = load.run_config(arguments.run_dir, arguments.tensor, arguments.pipeline, overrides)
     source = Source(arguments.harness or arguments.data, arguments.limit, arguments.on_error or config.data.on_error)
-    settings = load_section(measure.settings, others)
+    settings = load_section(measure.settings, overrides.others)
     tokenizer = load.run_tokenizer(arguments.run_dir, config)
     evaluate = measure.prepare(source, settings, config, tokenizer, objective_of(config))
     context = initialize(config.parallel, hang_minutes=config.faults.hang_minutes)
     watch(arguments.run_dir, config.faults.hang_minutes, context)
-    engine = load.load_for_inference(arguments.run_dir, config, context, arguments.checkpoint)
-    result = evaluate(engine, context)
-    if context.is_main:
-        print("\n".join([*measure.summary(result), *bad_lines(result.get("num_bad", 0), result.get("first_bad", ()))]))
-        about = {"task": "harness" if arguments.harness else arguments.task, "data": source.path}
-        about["checkpoint"] = engine.source
-        for name, path in write_result(arguments.run_dir, measure, {**about, **result}).items():
-            print(f"{name}: {path}", flush=True)
+    weights = load.run_weights(arguments.run_dir, config, context, arguments.checkpoint, overrides.base)
+    adapters = [weights.adapter(wish) for wish in arguments.adapter or [""]]
+    run = load.LoadedRun(weights, adapters[0], config, context)
+    about = {"task": "harness" if arguments.harness else arguments.task, "data": source.path}
+    about["checkpoint"] = run.engine.source
+    for adapter, label in zip(adapters, distinct_labels(adapters)):
+        run.take(adapter)
+        result = evaluate(run.engine, context)
+        if context.is_main:
+            bad = bad_lines(result.get("num_bad", 0), result.get("first_bad", ()))
+            print("\n".join([*adapter.lines(), *measure.summary(result), *bad]))
+            written = write_result(arguments.run_dir, measure, {**about, **adapter.identity(), **result}, label)
+            print(*(f"{name}: {path}" for name, path in written.items()), sep="\n", flush=True)

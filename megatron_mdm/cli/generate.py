@@ -10,6 +10,7 @@ from megatron_mdm.parallel import platform
 platform.quiet_libraries()
 
 from megatron_mdm.checkpoint import load  # noqa: E402
+from megatron_mdm.checkpoint.run_weights import ADAPTERS  # noqa: E402
 from megatron_mdm.config.errors import UserError  # noqa: E402
 from megatron_mdm.config.load import load_section  # noqa: E402
 from megatron_mdm.data.prompts import read_prompts  # noqa: E402
@@ -25,6 +26,7 @@ from megatron_mdm.parallel.watchdog import watch  # noqa: E402
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     load.add_run_arguments(parser)
+    parser.add_argument("--adapter", default="", metavar="FOLDER", help=ADAPTERS)
     parser.add_argument("--prompts", help="JSONL or parquet: prompts, questions, instructions or messages")
     parser.add_argument("--output", type=Path, help="JSONL to write; interrupted, the same command resumes it")
     parser.add_argument("--interactive", action="store_true", help="read prompts from the terminal, a line each")
@@ -34,23 +36,28 @@ def main() -> None:
     arguments = parser.parse_intermixed_args()
     if not arguments.interactive and not (arguments.prompts and arguments.output):
         raise UserError("give --prompts and --output, or --interactive")
-    data, others = load.data_overrides(arguments.settings)
-    generation = load_section(GenerationConfig, others)
-    config = load.run_config(arguments.run_dir, arguments.tensor, arguments.pipeline, data)
+    overrides = load.Overrides.of(arguments.settings)
+    generation = load_section(GenerationConfig, overrides.others)
+    config = load.run_config(arguments.run_dir, arguments.tensor, arguments.pipeline, overrides)
     tokenizer = load.run_tokenizer(arguments.run_dir, config)
     decode = objective_of(config).decoder
     bad = BadRecords(arguments.on_error or config.data.on_error)
     room = generation.room(config.model)
     prompts = [] if arguments.interactive else read_prompts(arguments.prompts, tokenizer, config.data, bad, room)
     context = initialize(config.parallel, hang_minutes=config.faults.hang_minutes)
-    engine = load.load_for_inference(arguments.run_dir, config, context, arguments.checkpoint)
+    weights = load.run_weights(arguments.run_dir, config, context, arguments.checkpoint, overrides.base)
+    adapter = weights.adapter(arguments.adapter)
+    if context.is_main and adapter.name:
+        print(*adapter.lines(), sep="\n", flush=True)
+    engine = load.LoadedRun(weights, adapter, config, context).engine
     if arguments.interactive:
         converse(engine, tokenizer, generation, room, decode, context, sys.stdin, sys.stdout)
         return
     watch(arguments.run_dir, config.faults.hang_minutes, context)  # above, ranks may wait for a person for hours
-    settings = {**load.checkpoint_identity(arguments.run_dir, engine.source), **generation.model_dump(mode="json")}
-    if data:
-        settings["data"] = data
+    identity = {**load.checkpoint_identity(arguments.run_dir, engine.source), **adapter.identity()}
+    settings = {**identity, **generation.model_dump(mode="json")}
+    if overrides.data:
+        settings["data"] = overrides.data
     file = AnswerFile(arguments.output, prompts, settings, context)
     answer_prompts(file, engine, tokenizer, generation, decode, context)
     if context.is_main:

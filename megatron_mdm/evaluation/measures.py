@@ -146,13 +146,18 @@ MEASURES: dict[str, Measure] = {
 }
 
 
-def write_result(folder: Path, measure: Measure, result: Result) -> dict[str, Path]:
-    """Write a result to the run's folder, and its samples, a line each, to a file of their own. Returns the files."""
+def write_result(folder: Path, measure: Measure, result: Result, label: str = "") -> dict[str, Path]:
+    """Write a result to the run's folder, and its samples, a line each, to a file of their own. Returns the files.
+    label: in their names, where there are several results."""
     samples = result.pop("samples", [])
-    write_json(folder / measure.file, result)
-    written = {"result": folder / measure.file}
+    written = {"result": _labelled(folder / measure.file, label)}
+    write_json(written["result"], result)
     if samples:
         lines = (json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples)
-        write_atomically(folder / measure.samples_file, "".join(lines))
-        written["samples"] = folder / measure.samples_file
+        written["samples"] = _labelled(folder / measure.samples_file, label)
+        write_atomically(written["samples"], "".join(lines))
     return written
+
+
+def _labelled(path: Path, label: str) -> Path:
+    return path.with_name(f"{path.stem}.{label}{path.suffix}") if label else path

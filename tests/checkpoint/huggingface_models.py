@@ -102,7 +102,7 @@ _LLADA_CONFIG = {
 
 def write_checkpoint(folder: Path, family: str, dtype: torch.dtype = torch.float32, shard_size: str = "30KB") -> Path:
     """A checkpoint in several files; reference_logits has what it computes."""
-    model = _reference(family).to(dtype)
+    model = reference_model(family).to(dtype)
     model.save_pretrained(folder, max_shard_size=shard_size)
     if family in ("llada", "mmada", "dream"):
         _rename(folder, family)
@@ -113,11 +113,11 @@ def reference_logits(family: str, tokens: torch.Tensor) -> torch.Tensor:
     """transformers' logits of the same weights, every position seeing every other. [R, S, V]"""
     everything = torch.zeros(len(tokens), 1, tokens.shape[1], tokens.shape[1])
     with torch.no_grad():
-        logits = _reference(family)(tokens, attention_mask=everything).logits
+        logits = reference_model(family)(tokens, attention_mask=everything).logits
     return torch.cat([logits[:, :1], logits[:, :-1]], 1) if family == "dream" else logits
 
 
-def _reference(family: str) -> Any:
+def reference_model(family: str) -> Any:
     import transformers
 
     name, extras = REFERENCES[family]
@@ -141,7 +141,7 @@ def _rename(folder: Path, family: str) -> None:
         return
     names: dict[str, str] = {}
     for path in folder.glob("*.safetensors"):
-        tensors = {_llada_name(name): tensor for name, tensor in load_file(path).items()}
+        tensors = {llada_name(name): tensor for name, tensor in load_file(path).items()}
         names |= dict.fromkeys(tensors, path.name)
         save_file(tensors, path, metadata={"format": "pt"})
     index = {"metadata": {}, "weight_map": names}
@@ -153,7 +153,7 @@ def _rename(folder: Path, family: str) -> None:
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
 
 
-def _llada_name(name: str) -> str:
+def llada_name(name: str) -> str:
     for theirs, llada in _LLADA_NAMES:
         name = name.replace(theirs, llada)
     return name

@@ -14,7 +14,7 @@ from megatron_mdm.checkpoint.convert import ImportOptions, export_checkpoint, im
 from megatron_mdm.checkpoint.huggingface import HuggingFaceCheckpoint
 from megatron_mdm.checkpoint.imported_tokens import special_tokens
 from megatron_mdm.checkpoint.initial_tokens import contradictions, with_initial_tokens
-from megatron_mdm.checkpoint.load import data_overrides, run_config, run_tokenizer
+from megatron_mdm.checkpoint.load import Overrides, run_config, run_tokenizer
 from megatron_mdm.checkpoint.native import NativeCheckpoint
 from megatron_mdm.config.errors import UserError
 from megatron_mdm.config.load import dump_config, load_config
@@ -342,9 +342,9 @@ def test_a_run_is_read_with_another_template_or_other_tokens(llada: Path, capsys
     write_tokenizer(llada, chat_template=TEMPLATE)
     imported(llada)
     run = llada.parent / "imported"
-    ours, others = data_overrides(["steps=8", "data.template=plain", "data.eos_token=40", "data.end_tokens=[1, 42]"])
-    assert others == ["steps=8"]
-    config = run_config(run, overrides=ours)
+    overrides = Overrides.of(["steps=8", "data.template=plain", "data.eos_token=40", "data.end_tokens=[1, 42]"])
+    assert overrides.others == ["steps=8"]
+    config = run_config(run, overrides=overrides)
     assert (config.data.template, config.data.eos_token, config.data.end_tokens) == ("plain", 40, (1, 42))
     capsys.readouterr()
     assert run_tokenizer(run, config).eos_id == 40
@@ -352,7 +352,7 @@ def test_a_run_is_read_with_another_template_or_other_tokens(llada: Path, capsys
     run_tokenizer(run, run_config(run))
     assert capsys.readouterr().err == ""
     with pytest.raises(UserError, match=r"'data\.train' cannot be set here; of 'data', only tokenizer, template"):
-        data_overrides(["data.train=x"])
+        Overrides.of(["data.train=x"])
 
 
 def test_a_resumed_run_keeps_what_it_took_from_a_start_that_is_gone(llada: Path) -> None:

@@ -12,5 +12,6 @@ DREAM = CausalFamily(
     silent=QWEN_SILENT | {"attention_bias"},
     defaults=DEFAULTS,
     implies={"qkv_bias": True, "logit_shift": True},
+    peft_task="",
     mask_id=151666,
 )

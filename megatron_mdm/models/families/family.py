@@ -67,6 +67,7 @@ class Family:
     silent: frozenset[str] = frozenset()  # theirs, without influence on what the weights compute
     defaults: Mapping[str, Any] = field(default_factory=dict)  # theirs → what their absence means
     implies: Mapping[str, Any] = field(default_factory=dict)  # ours → what belongs to the family
+    peft_task: str = "CAUSAL_LM"  # the peft library's task_type; empty: none that its models could do
     mask_id: int = -1  # where config.json has no mask_token_id; −1: the family has no mask token
 
     def read(self, config: Json, where: str, ignored: Sequence[str] = ()) -> Json:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from megatron_mdm.config.schema import ModelConfig
+from megatron_mdm.models.adapter_rows import LINEAR_MAPS
 from megatron_mdm.models.families.family import Family, Keys
 from megatron_mdm.models.parameters import EMBEDDING, FINAL_NORM, OUTPUT, layer_prefix, parameter_table
 from megatron_mdm.models.sharding import Shape
@@ -58,6 +59,17 @@ def family_shapes(family: Family, model: ModelConfig) -> dict[str, Shape]:
         name: (sum(part.stop - part.start for part in parts), *ours[parts[0].name].shape[1:])
         for name, parts in family_tensors(family, model).items()
     }
+
+
+def matrices(family: Family, model: ModelConfig) -> dict[str, tuple[str, int]]:
+    """Each of the family's weights that an adapter can stand beside → (target: of adapter_rows.TARGETS, layer; −1 where
+    it is none of a layer)."""
+    keys = family.keys
+    names = {keys.embedding: ("embedding", -1), keys.head: ("head", -1)}
+    for layer in range(model.num_layers):
+        for target in (target for parts in LINEAR_MAPS.values() for target in parts):
+            names[f"{keys.layer.format(layer)}{getattr(keys, target)}.weight"] = (target, layer)
+    return names
 
 
 def _plain(keys: Keys) -> dict[str, str]:
