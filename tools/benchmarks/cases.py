@@ -49,6 +49,7 @@ class Case:
     ffn_hidden_size: int = 688
     num_heads: int = 4
     mode: str = "bucketed"  # batch.mode
+    lora_rank: int = 0  # of adapters; 0: every parameter is trained
 
     def small(self) -> Case:
         """The same case at a size for a smoke test."""
@@ -69,7 +70,12 @@ class Case:
             for name in ("vocab_size", "num_layers", "hidden_size", "ffn_hidden_size", "num_heads")
         }
         sections: dict[str, Any] = {
-            "model": {**model, "num_kv_heads": self.num_heads, "max_sequence_length": 512},
+            "model": {
+                **model,
+                "num_kv_heads": self.num_heads,
+                "max_sequence_length": 512,
+                "lora": {"rank": self.lora_rank},
+            },
             "data": {"train": self.lengths, "mask_token": MASK_ID, "pad_token": PAD_ID, "max_length": 512},
             "parallel": {"zero": zero},
             "batch": {"global_size": self.global_size, "micro_size": self.micro_size, "mode": self.mode},

@@ -19,6 +19,7 @@ from megatron_mdm.models.layers import build_model
 from megatron_mdm.parallel import platform
 from megatron_mdm.parallel.groups import ParallelContext
 from megatron_mdm.training.loop import StepResult, Trainer
+from tools.benchmarks.adapters import MEMORY_TARGET, RANK, TIME_TARGET, adapter_cases
 from tools.benchmarks.baseline import PlainLoop, as_plain
 from tools.benchmarks.cases import Case, LengthSource, Method, dataset, num_parameters, source_of, trainer, whole_model
 from tools.benchmarks.head import head_suite
@@ -125,17 +126,22 @@ def vocab(bench: Bench) -> Iterator[dict[str, Any]]:
         yield result
 
 
+def _memory_of(bench: Bench, variant: str, case: Case, views: int) -> dict[str, float]:
+    """What a process of its own takes for some steps."""
+    arguments = bench.arguments
+    words = ["--memory-of", variant, "--threads", arguments.threads]
+    if arguments.gsm8k:
+        words += ["--gsm8k", arguments.gsm8k, "--tokenizer", arguments.tokenizer]
+    words += ["--zero", arguments.zero, "--memory-case", case.name, "--memory-views", views]
+    words += ["--quick"] if arguments.quick else []
+    return peak_memory([str(value) for value in words])
+
+
 def _memory(bench: Bench, case: Case, views: int, result: dict[str, Any], target: float | None) -> dict[str, Any]:
     """Peak memory of both, each in a process of its own."""
-    arguments = bench.arguments
-    common = ["--threads", arguments.threads]
-    if arguments.gsm8k:
-        common += ["--gsm8k", arguments.gsm8k, "--tokenizer", arguments.tokenizer]
-    common += ["--zero", arguments.zero, "--memory-case", case.name, "--memory-views", views]
-    common += ["--quick"] if arguments.quick else []
     peaks = {}
     for variant in ("ours", "plain"):
-        values = peak_memory([str(value) for value in ["--memory-of", variant, *common]])
+        values = _memory_of(bench, variant, case, views)
         result["memory_mib"][f"{variant}, {VIEWS[views]}"] = values
         peaks[variant] = [values["peak"]]
     return compare(f"peak memory, ours / plain, {VIEWS[views]}", peaks["ours"], peaks["plain"], "<=", target)
@@ -144,7 +150,8 @@ def _memory(bench: Bench, case: Case, views: int, result: dict[str, Any], target
 def measure_memory(bench: Bench) -> None:
     """The inside of a memory measurement: a few steps of one variant in this process."""
     arguments = bench.arguments
-    case = bench.size({case.name: case for case, _, _ in vocab_cases()}[arguments.memory_case])
+    cases = [*(case for case, _, _ in vocab_cases()), *(case for pair in adapter_cases() for case in pair)]
+    case = bench.size({case.name: case for case in cases}[arguments.memory_case])
     method = Method(views=arguments.memory_views, strata="full")
     if arguments.memory_of == "plain":
         import transformers.models.llama.modeling_llama  # noqa: F401  counted with the libraries
@@ -264,6 +271,26 @@ def limit(bench: Bench) -> Iterator[dict[str, Any]]:
         yield result
 
 
+def adapters(bench: Bench) -> Iterator[dict[str, Any]]:
+    """Adapters against training every parameter, on the same batches."""
+    for pair in bench.some(adapter_cases()):
+        cases = dict(zip(("full", "LoRA"), (bench.size(case) for case in pair)))
+        trainers = {name: bench.ours(case, None, [Method(strata="full")])[0] for name, case in cases.items()}
+        seconds = interleaved(
+            {name: ours.train_step for name, ours in trainers.items()}, bench.repeats(15), pair[0].name
+        )
+        result = record(cases["full"], seconds)
+        result["note"] = f"LoRA of rank {RANK} beside all matrices of the layers; memory without the libraries'"
+        result["ratios"] = [compare("step time, LoRA / full", seconds["LoRA"], seconds["full"], "<=", TIME_TARGET)]
+        del trainers
+        gc.collect()
+        values = {name: _memory_of(bench, "ours", case, 1) for name, case in cases.items()}
+        result["memory_mib"] = values
+        lora, full = ([values[name]["peak"] - values[name]["libraries"]] for name in ("LoRA", "full"))
+        result["ratios"].append(compare("peak memory, LoRA / full", lora, full, "<=", MEMORY_TARGET))
+        yield result
+
+
 def record(case: Case, seconds: dict[str, list[float]]) -> dict[str, Any]:
     medians = {name: float(np.median(values)) for name, values in seconds.items()}
     return {
@@ -284,4 +311,5 @@ SUITES: dict[str, Callable[[Bench], Iterator[dict[str, Any]]]] = {
     "method": method,
     "head": lambda bench: head_suite(bench.arguments),
     "limit": limit,
+    "adapters": adapters,
 }
