@@ -1,6 +1,6 @@
 """Prepare data files, and look at them.
 
-mdm prepare arithmetic --output FOLDER [--train 60000 --validation 500 --test 500 --seed 0]
+mdm prepare arithmetic --output FOLDER [--kind remainders --train 60000 --validation 500 --test 500 --seed 0]
     generates word problems in GSM8K's format: train.jsonl, validation.jsonl and test.jsonl, no question twice
 mdm prepare corpus FILE … --output PREFIX --tokenizer FILE [--workers 2 --splits 0.98 0.01 0.01]
     tokenises text, JSON lines, parquet or a `datasets` set into Megatron's .bin/.idx; interrupted, it resumes
@@ -20,7 +20,7 @@ from pathlib import Path
 
 from megatron_mdm.config.errors import UserError
 from megatron_mdm.config.files import write_atomically
-from megatron_mdm.data.word_problems import generate
+from megatron_mdm.data.word_problems import PROBLEMS, generate
 
 MOST_PROBLEMS = 1_000_000  # far below the number of distinct questions, so that generation ends
 
@@ -31,7 +31,7 @@ def arithmetic(arguments: argparse.Namespace) -> None:
         raise UserError(f"sizes must be positive and at most {MOST_PROBLEMS:,} together")
     seen: set[str] = set()
     for index, (name, size) in enumerate(sizes.items()):  # held-out sets first: they do not depend on the others' sizes
-        problems = generate(size, arguments.seed * len(sizes) + index, seen)
+        problems = generate(size, arguments.seed * len(sizes) + index, seen, arguments.kind)
         seen.update(problem["question"] for problem in problems)
         path = arguments.output / f"{name}.jsonl"
         write_atomically(path, "".join(json.dumps(problem) + "\n" for problem in problems))
@@ -108,6 +108,7 @@ def main() -> None:
     command.add_argument("--validation", type=int, default=500)
     command.add_argument("--test", type=int, default=500)
     command.add_argument("--seed", type=int, default=0)
+    command.add_argument("--kind", choices=PROBLEMS, default="arithmetic", help="remainders: a further operator, mod")
     command.set_defaults(run=arithmetic)
 
     command = commands.add_parser("corpus", help="a pretraining corpus in Megatron's format")

@@ -1,6 +1,8 @@
 """Generated two-step arithmetic word problems in GSM8K's format: the quickstart's data, offline and with known answers.
 
 {"question": "Tom has 8 apples. He buys 6 more and then …?", "answer": "8 + 6 = 14. 14 - 5 = 9. #### 9"}
+
+Problems with remainders, an operator that the others do not have, are for tuning a model that has learnt the others.
 """
 
 from __future__ import annotations
@@ -59,8 +61,9 @@ class _Words(NamedTuple):
     good2: str
 
 
-def generate(num: int, seed: int, exclude: Collection[str] = ()) -> list[dict[str, str]]:
-    """num problems with distinct questions, none of them in exclude. A pure function of its arguments."""
+def generate(num: int, seed: int, exclude: Collection[str] = (), kind: str = "arithmetic") -> list[dict[str, str]]:
+    """num problems of a kind (of PROBLEMS) with distinct questions, none of them in exclude. A pure function of its
+    arguments."""
     rng = random.Random(seed)
     seen = set(exclude)
     problems: list[dict[str, str]] = []
@@ -69,7 +72,7 @@ def generate(num: int, seed: int, exclude: Collection[str] = ()) -> list[dict[st
         he = "He" if name in _HE else "She"
         words = _Words(name, he, other, third, rng.choice(_ITEMS), rng.choice(_BOXES), *rng.sample(_GOODS, 2))
         try:
-            question, answer = rng.choice(_TEMPLATES)(rng, words)
+            question, answer = rng.choice(PROBLEMS[kind])(rng, words)
         except _OutOfRange:
             continue
         if question not in seen:
@@ -88,7 +91,7 @@ def _solve(a: int, first: str, b: int, second: str, c: int) -> str:
 def _step(a: int, operator: str, b: int) -> tuple[str, int]:
     if operator == "/" and a % b:
         raise _OutOfRange
-    value = {"+": a + b, "-": a - b, "*": a * b, "/": a // b}[operator]
+    value = {"+": a + b, "-": a - b, "*": a * b, "/": a // b, "mod": a % b}[operator]
     if not 1 <= value <= LARGEST:
         raise _OutOfRange
     return f"{a} {operator} {b} = {value}.", value
@@ -264,7 +267,44 @@ def _saving(rng: random.Random, w: _Words) -> tuple[str, str]:
     return question, _solve(b, "*", c, "-", d)
 
 
-_TEMPLATES: list[Callable[[random.Random, _Words], tuple[str, str]]] = [
+def _left_over(rng: random.Random, w: _Words) -> tuple[str, str]:
+    a = rng.randint(5, LARGEST)
+    b = _small(rng)
+    c = _small(rng)
+    sign = rng.choice("+-")
+    question = (
+        f"{w.name} has {a} {w.items} and fills as many {w.boxes} with {b} each as possible. "
+        f"{w.he} then {_change(rng, w, sign, c)}. How many {w.items} does {w.name} have besides the {w.boxes}?"
+    )
+    return question, _solve(a, "mod", b, sign, c)
+
+
+def _packing(rng: random.Random, w: _Words) -> tuple[str, str]:
+    a = rng.randint(5, LARGEST)
+    b = _small(rng)
+    c = _small(rng)
+    sign = rng.choice("+-")
+    question = (
+        f"{w.name} has {a} {w.items} and {_change(rng, w, sign, b)}. {w.he} fills {w.boxes} with {c} each. "
+        f"How many {w.items} are left over?"
+    )
+    return question, _solve(a, sign, b, "mod", c)
+
+
+def _rows(rng: random.Random, _: _Words) -> tuple[str, str]:
+    a = rng.randint(5, LARGEST)
+    b = _small(rng)
+    c = _small(rng)
+    place, preposition, leave, come = rng.choice(_PLACES)
+    verb, sign = rng.choice([(leave, "-"), (come, "+")])
+    question = (
+        f"There are {a} people {preposition} a {place}. {b} people {verb} and the people form rows of {c}. "
+        "How many people are left without a row?"
+    )
+    return question, _solve(a, sign, b, "mod", c)
+
+
+_ARITHMETIC: list[Callable[[random.Random, _Words], tuple[str, str]]] = [
     _two_changes,
     _two_changes,  # it has the most variety
     _together,
@@ -280,3 +320,4 @@ _TEMPLATES: list[Callable[[random.Random, _Words], tuple[str, str]]] = [
     _ages,
     _saving,
 ]
+PROBLEMS = {"arithmetic": _ARITHMETIC, "remainders": [_left_over, _packing, _rows]}

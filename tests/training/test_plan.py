@@ -12,6 +12,7 @@ from megatron_mdm.config.errors import UserError
 from megatron_mdm.config.load import load_config
 from megatron_mdm.config.schema import RunConfig
 from megatron_mdm.engine.communication import MicroBatchShape, stages
+from megatron_mdm.models.parameters import num_parameters
 from megatron_mdm.training.plan.cluster import PRESETS, read_cluster
 from megatron_mdm.training.plan.plan import Plan, Samples, make_plan
 from megatron_mdm.training.plan.search import search
@@ -21,7 +22,8 @@ from tests.ranks import run_program_ranks, run_ranks
 from tests.small import small_config, small_model, write_ids
 
 ROOT = Path(__file__).parent.parent.parent
-SFT = sorted(ROOT.glob("configs/sft/llada_8b_*.yaml"))
+SFT = sorted(set(ROOT.glob("configs/sft/llada_8b_*.yaml")) - set(ROOT.glob("configs/sft/*_lora.yaml")))
+LORA = sorted(ROOT.glob("configs/sft/*_lora.yaml"))
 STARTS = [*SFT, *(ROOT / f"configs/pretrain/{size}.yaml" for size in ("125m", "1b", "8b"))]
 
 
@@ -31,13 +33,39 @@ def planned(path: Path, *overrides: str, nodes: int = 1, cluster: str = "h100-80
 
 @pytest.mark.parametrize("path", STARTS, ids=lambda path: path.stem)
 @pytest.mark.parametrize("nodes", [1, 4])
-@pytest.mark.parametrize("cluster", PRESETS)
+@pytest.mark.parametrize("cluster", [name for name, cluster in PRESETS.items() if cluster.gpus_per_node == 8])
 def test_the_configurations_to_start_from_fit(path: Path, nodes: int, cluster: str) -> None:
     plan = planned(path, nodes=nodes, cluster=cluster)
     assert plan.is_feasible, plan.obstacle
     assert plan.layout.world_size == 8 * nodes
     assert plan.config.batch.mode == "packed"
     assert 0 < plan.mfu < plan.cluster.efficiency
+
+
+@pytest.mark.parametrize("path", LORA, ids=lambda path: path.stem)
+def test_adapters_of_8b_parameters_fit_one_gpu(path: Path) -> None:
+    """Of 24 GB up to rank 32, of 48 and 80 GB up to rank 128; there without running blocks again, up to rank 64."""
+    ranks = {rank: planned(path, f"model.lora.rank={rank}", cluster="rtx4090-24gb") for rank in (16, 32)}
+    for rank, plan in ranks.items():
+        assert plan.layout.world_size == 1
+        assert plan.is_feasible, plan.obstacle
+        held = plan.memory[0]
+        frozen = 2 * load_and_count(path)
+        adapters = rank * ranks[16].memory[0].optimizer / 16
+        assert held.weights == pytest.approx(frozen + adapters / 6, rel=1e-3)  # two bytes beside twelve
+        assert held.optimizer == pytest.approx(adapters, rel=1e-6)
+    for cluster, rank, recompute, tokens in (
+        ("l40s-48gb", 64, "none", 4096),
+        ("l40s-48gb", 128, "full", 8192),
+        ("h100-80gb", 128, "none", 8192),
+    ):
+        changes = (f"model.lora.rank={rank}", f"parallel.recompute={recompute}", f"batch.micro_tokens={tokens}")
+        plan = make_plan(load_config(path, changes), read_cluster(cluster, 1, 1), Samples(7473))
+        assert plan.is_feasible, plan.obstacle
+
+
+def load_and_count(path: Path) -> int:
+    return num_parameters(load_config(path, ["model.lora.rank=0"]).model)
 
 
 @pytest.mark.parametrize("path", SFT, ids=lambda path: path.stem)

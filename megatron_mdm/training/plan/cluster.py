@@ -55,6 +55,26 @@ class Cluster(Section):
 
 
 PRESETS = {
+    "rtx4090-24gb": Cluster(
+        gpus_per_node=1,
+        memory_gib=23.5,
+        host_memory_gib=64,
+        peak_tflops=165,
+        fp32_share=0.5,
+        memory_gbytes_per_s=1008,
+        intra_node_gbytes_per_s=25,
+        inter_node_gbytes_per_s=1,
+    ),
+    "l40s-48gb": Cluster(
+        gpus_per_node=1,
+        memory_gib=44.5,
+        host_memory_gib=256,
+        peak_tflops=362,
+        fp32_share=0.25,
+        memory_gbytes_per_s=864,
+        intra_node_gbytes_per_s=25,
+        inter_node_gbytes_per_s=10,
+    ),
     "a100-80gb": Cluster(
         memory_gib=79.2,
         peak_tflops=312,
