@@ -61,6 +61,9 @@ class _Words(NamedTuple):
     good2: str
 
 
+_Template = Callable[[random.Random, _Words], tuple[str, str]]
+
+
 def generate(num: int, seed: int, exclude: Collection[str] = (), kind: str = "arithmetic") -> list[dict[str, str]]:
     """num problems of a kind (of PROBLEMS) with distinct questions, none of them in exclude. A pure function of its
     arguments."""
@@ -304,7 +307,7 @@ def _rows(rng: random.Random, _: _Words) -> tuple[str, str]:
     return question, _solve(a, sign, b, "mod", c)
 
 
-_ARITHMETIC: list[Callable[[random.Random, _Words], tuple[str, str]]] = [
+_ARITHMETIC: list[_Template] = [
     _two_changes,
     _two_changes,  # it has the most variety
     _together,
@@ -320,4 +323,4 @@ _ARITHMETIC: list[Callable[[random.Random, _Words], tuple[str, str]]] = [
     _ages,
     _saving,
 ]
-PROBLEMS = {"arithmetic": _ARITHMETIC, "remainders": [_left_over, _packing, _rows]}
+PROBLEMS: dict[str, list[_Template]] = {"arithmetic": _ARITHMETIC, "remainders": [_left_over, _packing, _rows]}
