@@ -62,15 +62,15 @@ class Bernoulli:
 
 
 class ExactCount:
-    """A uniformly random subset of M = ⌊t P⌋ + 1 positions, each with q = M/P: a masked token weighs P/M.
+    """A uniformly random subset of M = ⌊r(t) P⌋ + 1 positions, each with q = M/P: a masked token weighs P/M.
 
-    For uniform t it has the expectation of Bernoulli masks with ε = 0, since ∫ (1/t) t^M (1−t)^(P−M) dt =
-    (M−1)! (P−M)! / P!, but neither the noise of the count nor unbounded weights. MIRROR: view 2 masks the M positions
-    with the highest ranks.
+    For uniform t and linear rates it has the expectation of Bernoulli masks with ε = 0, since ∫ (1/t) t^M (1−t)^(P−M)
+    dt = (M−1)! (P−M)! / P!, but neither the noise of the count nor unbounded weights. MIRROR: view 2 masks the M
+    positions with the highest ranks.
     """
 
     def probability(self, t: Floats, count: Floats, schedule: MaskSchedule) -> Floats:
-        return np.minimum(np.floor(t * count) + 1.0, count) / np.maximum(count, 1.0)
+        return np.minimum(np.floor(schedule.rate(t) * count) + 1.0, count) / np.maximum(count, 1.0)
 
     def draw(self, uniforms: Floats, q: float) -> Bools:
         count = round(q * len(uniforms))
@@ -85,7 +85,18 @@ class ExactCount:
         return np.zeros_like(q)
 
 
-MASKING_RULES: dict[str, MaskingRule] = {"bernoulli": Bernoulli(), "exact_count": ExactCount()}
+class RoundedCount(ExactCount):
+    """MMaDA's for images: M = r(t) P rounded (halves to even), at least 1 (its training/utils.py)."""
+
+    def probability(self, t: Floats, count: Floats, schedule: MaskSchedule) -> Floats:
+        return np.maximum(np.minimum(np.rint(schedule.rate(t) * count), count), 1.0) / np.maximum(count, 1.0)
+
+
+MASKING_RULES: dict[str, MaskingRule] = {
+    "bernoulli": Bernoulli(),
+    "exact_count": ExactCount(),
+    "rounded_count": RoundedCount(),
+}
 
 
 @dataclass(frozen=True)

@@ -8,12 +8,13 @@ from megatron_mdm.batch import LossWeights, ModelInputs
 from megatron_mdm.config.errors import UserError
 from megatron_mdm.config.schema import DiffusionConfig, RunConfig, Section
 from megatron_mdm.config.sections.objective import ObjectiveOptions
-from megatron_mdm.diffusion.mask_schedule import MASK_SCHEDULES, Floats
+from megatron_mdm.diffusion.mask_schedule import Floats, LinearSchedule
 from megatron_mdm.diffusion.masking import MaskDesign
 from megatron_mdm.diffusion.noiser import NoisedBatch, Noiser
 from megatron_mdm.diffusion.objective import NORMALIZATIONS, Normalization
 from megatron_mdm.diffusion.t_samplers import (
     CALIBRATED_SAMPLERS,
+    CENTRES,
     FULL_RANGE,
     T_SAMPLERS,
     SamplerInputs,
@@ -37,7 +38,6 @@ class Masked:
 
     Options: ClassVar[type[ObjectiveOptions]] = ObjectiveOptions
     attention = "bidirectional"
-    scored_share = 0.5  # the mean of t
 
     def __init__(self, config: RunConfig, options: ObjectiveOptions) -> None:
         self.config = config
@@ -61,6 +61,11 @@ class Masked:
         if diffusion.t_sampler == "clipped" and diffusion.clipping.bounds == "adaptive" and not config.evaluation.every:
             raise UserError(
                 "'diffusion.clipping.bounds' adaptive chooses its interval at validations; set 'evaluation.every'"
+            )
+        if diffusion.clipping.bounds == "adaptive" and diffusion.mask_schedule != "linear":
+            raise UserError(
+                "'diffusion.clipping.bounds' adaptive chooses t by validation losses, which are those of "
+                f"'diffusion.mask_schedule' linear, not {diffusion.mask_schedule}; give two numbers"
             )
         _check_calibration(diffusion)
 
@@ -112,7 +117,7 @@ class Masked:
     def validation(self, data: Dataset, special: SpecialIds, context: ParallelContext) -> FixedGridValidation:
         config = self.config
         diffusion = self.config.diffusion
-        schedule = MASK_SCHEDULES[diffusion.mask_schedule](diffusion.epsilon)
+        schedule = LinearSchedule(diffusion.epsilon)  # whatever is trained, so that runs can be compared: a bound
         rows = config.batch.micro_size * diffusion.rows_per_sample
         return FixedGridValidation(data, config.evaluation, schedule, special, rows, context, self.inputs)
 
@@ -123,6 +128,10 @@ class Masked:
     @property
     def scoring(self) -> Scoring:
         return MASK_BOUND
+
+    @property
+    def scored_share(self) -> float:
+        return float(self.design.schedule.rate(CENTRES).mean())
 
     @property
     def description(self) -> Description:

@@ -96,8 +96,8 @@ def build_callbacks(
     if config.evaluation.every and data.validation is not None:
         validation = source.objective.validation(data.validation, data.special_ids, trainer.context)
         callbacks.add(Validate(config, validation, trainer, metrics))
-        one_mask = config.diffusion.rows_per_sample == 1 and config.diffusion.masking == "bernoulli"
-        if artifact and one_mask and isinstance(validation, FixedGridValidation):
+        kinds = (config.diffusion.rows_per_sample, config.diffusion.masking, config.diffusion.mask_schedule)
+        if artifact and kinds == (1, "bernoulli", "linear") and isinstance(validation, FixedGridValidation):
             callbacks.add(JudgeSampler(noiser, artifact, validation, config.evaluation.every, metrics))
         if config.diffusion.t_sampler == "clipped" and config.diffusion.clipping.bounds == "adaptive":
             callbacks.add(AdaptiveClipping(config, cast(FixedGridValidation, validation), noiser, metrics))

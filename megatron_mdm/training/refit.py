@@ -95,8 +95,8 @@ class Refit(Callback):
 
 class JudgeSampler(Callback):
     """At every validation, the efficiency that the present p(t) has on the losses just validated, beside that of the
-    calibration's p(t) and of uniform t (diffusion/judge.py). For estimators of one Bernoulli mask, which is what
-    validation measures."""
+    calibration's p(t) and of uniform t (diffusion/judge.py). For estimators of one Bernoulli mask at linear
+    rates, which is what validation measures."""
 
     order = Order.JUDGE
 

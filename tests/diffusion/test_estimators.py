@@ -10,11 +10,14 @@ import itertools
 import numpy as np
 import pytest
 
-from megatron_mdm.diffusion.masking import MaskDesign
+from megatron_mdm.diffusion.mask_schedule import CosineSchedule
+from megatron_mdm.diffusion.masking import MASKING_RULES, MaskDesign
 from megatron_mdm.diffusion.noiser import Noiser
 from megatron_mdm.diffusion.t_samplers import TabulatedSampler, TSampler, UniformSampler
 from tests.diffusion.toy import (
+    EPSILON,
     KINDS,
+    MASKS,
     P,
     Toy,
     clean_batch,
@@ -76,6 +79,55 @@ def test_estimator_is_unbiased_in_value_and_gradient(name: str, sampler: str, nu
     error = steps.std(0, ddof=1) / np.sqrt(len(steps))
     exact = [exact_mean(toy, rule_of(name)) for toy in toys.values()]
     assert (np.abs(steps.mean(0) - exact) < 4 * error).all()
+
+
+COSINE = CosineSchedule(EPSILON)
+
+
+def steeper(kind: str) -> Toy:
+    """Losses that differ much between rates, as the transformer's hardly do."""
+    toy = Toy(kind)
+    toy.tables = toy.tables * 2.0 ** MASKS.sum(1)[None, :, None]
+    return toy
+
+
+def mean_over_cosine_rates(toy: Toy, rule: str) -> float:
+    """∫ p(r) g(r) dr with MMaDA's density p(r) = 2 / (π √(1 − r²)) of rates, g the mean over masks of Σ c / (q P).
+
+    For counts by the law of M alone: it is M where a ≤ r < b, with probability (2/π) (arcsin b − arcsin a).
+    """
+    total = toy.of_masks(np.ones((1, 1)))[:, 0]  # Σ c / P of every mask [samples, 2^P]
+    number = MASKS.sum(1)
+    if rule == "bernoulli":  # r = sin θ, θ uniform, by quadrature
+        r = np.sin(0.5 * np.pi * midpoints())[:, None]
+        q = (1 - EPSILON) * r + EPSILON
+        return float((total[:, None] * q**number * (1 - q) ** (P - number) / q).sum(2).mean())
+    count = np.arange(1, P + 1)
+    edges = {"exact_count": count / P, "rounded_count": (count + 0.5) / P}[rule]
+    law = np.diff(np.arcsin(np.minimum([0.0, *edges], 1.0))) * 2 / np.pi
+    mean = np.array([total[:, number == m].mean() * P / m for m in count])  # a uniformly random subset of m
+    return float(law @ mean)
+
+
+@pytest.mark.parametrize("complementary", [False, True])
+@pytest.mark.parametrize("rule", MASKING_RULES)
+def test_cosine_rates_are_mmadas_objective(rule: str, complementary: bool) -> None:
+    """By uniform t and by another density of t, as P-POTS finds them, in value and gradient."""
+    toys = [steeper(kind) for kind in KINDS]
+    exact = np.array([mean_over_cosine_rates(toy, rule) for toy in toys])
+    bound = np.array([exact_mean(toy, "bernoulli") for toy in toys])
+    batch = clean_batch(GLOBAL_SIZE)
+    which = np.arange(GLOBAL_SIZE) % 2
+    for sampler in (UniformSampler(), TabulatedSampler.of(lambda t: 0.3 + t**2, 0.02)):
+        make_noise = noiser(sampler, design(rule, complementary, schedule=COSINE), 1)
+        means = []
+        for step in range(NUM_STEPS // 2):
+            noised = make_noise(batch, step)
+            means.append([(noised.sample_weight.numpy() * toy.losses(noised, which)).mean() for toy in toys])
+        steps = np.array(means)
+        error = steps.std(0, ddof=1) / np.sqrt(len(steps))
+        assert (np.abs(steps.mean(0) - exact) < 4 * error).all()
+        assert np.abs(steps.mean(0) - bound)[0] > 8 * error[0]  # another objective than the bound
 
 
 @pytest.mark.parametrize("kind", KINDS)

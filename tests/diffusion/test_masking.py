@@ -6,9 +6,10 @@ from typing import get_args
 
 import numpy as np
 import pytest
+import torch
 
 from megatron_mdm.config.schema import DiffusionConfig
-from megatron_mdm.diffusion.mask_schedule import MASK_SCHEDULES, LinearSchedule
+from megatron_mdm.diffusion.mask_schedule import MASK_SCHEDULES, CosineSchedule, LinearSchedule
 from megatron_mdm.diffusion.masking import MASKING_RULES, MaskDesign
 from tests.diffusion.toy import draw
 
@@ -79,6 +80,30 @@ def test_exact_count_masks_the_share_that_t_says() -> None:
     design = MaskDesign(MASKING_RULES["exact_count"], SCHEDULE)
     counts = [int(draw(design, np.random.default_rng(0), t, NOTHING).masked.sum()) for t in (0.0, 0.19, 0.2, 0.99, 1.0)]
     assert counts == [1, 1, 2, 5, 5]
+
+
+def test_rounded_count_is_mmadas() -> None:
+    """(N · cos(π u / 2)).round().clamp(min=1), in torch; ε is not in it; u = 1 − t is as uniform as t."""
+    t = np.random.default_rng(0).random(2000)
+    for size in (1, 2, 5, 16, 256, 1024):
+        rate = torch.cos(torch.from_numpy(1.0 - t) * np.pi * 0.5)
+        expected = (size * rate).round().clamp(min=1).long()
+        (q, _) = MaskDesign(MASKING_RULES["rounded_count"], CosineSchedule(1e-3)).probabilities(
+            t, np.full(len(t), float(size)), np.zeros(len(t))
+        )
+        assert np.rint(q * size).astype(int).tolist() == expected.tolist()
+    assert CosineSchedule(1e-3).rate(np.linspace(0, 1, 10001)).mean() == pytest.approx(2 / np.pi, abs=1e-4)
+
+
+@pytest.mark.parametrize("rule", ["exact_count", "rounded_count"])
+def test_counts_follow_the_schedule(rule: str) -> None:
+    t = np.linspace(0.0, 1.0, 41)
+    shares = {
+        name: MASKING_RULES[rule].probability(t, np.float64(100.0), schedule(1e-3))
+        for name, schedule in MASK_SCHEDULES.items()
+    }
+    assert (np.abs(shares["linear"] - t) <= 0.01 + 1e-9).all()
+    assert (np.abs(shares["cosine"] - np.sin(np.pi / 2 * t)) <= 0.01 + 1e-9).all()
 
 
 def test_epsilon_bounds_the_weight() -> None:

@@ -13,7 +13,7 @@ import torch
 from megatron_mdm.batch import CleanBatch
 from megatron_mdm.config.schema import DiffusionConfig
 from megatron_mdm.diffusion.exposure import SampleShapes, average_batch
-from megatron_mdm.diffusion.mask_schedule import Floats, LinearSchedule
+from megatron_mdm.diffusion.mask_schedule import CosineSchedule, Floats, LinearSchedule
 from megatron_mdm.diffusion.masking import MASKING_RULES, MaskDesign
 from megatron_mdm.diffusion.noiser import NoisedBatch, noise
 from megatron_mdm.diffusion.objective import NORMALIZATIONS, GlobalBatch, weighted_masked
@@ -95,7 +95,7 @@ PEERS: dict[str, Callable[[Floats, Floats, Floats, Floats], float]] = {
     "unweighted": lambda ce, m, e, q: (ce * m / e.sum(1, keepdims=True)).sum() / len(ce),  # dllm sequence + uniform
     "unweighted_token": lambda ce, m, e, q: (ce * m).sum() / e.sum(),  # dllm token + uniform
     "unweighted_batch": lambda ce, m, e, q: (ce * m).sum() / len(ce),  # dllm batch + uniform
-    "unweighted_masked": lambda ce, m, e, q: ce[m > 0].mean(),  # MMaDA's image loss: cross_entropy's own mean
+    "unweighted_masked": lambda ce, m, e, q: ce[m > 0].mean(),  # MMaDA's loss of images: cross_entropy's own mean
 }
 
 
@@ -109,6 +109,21 @@ def test_normalisations_are_those_of_published_code(name: str) -> None:
     weights = NORMALIZATIONS[name](single, batch_of(single))
     rows = (weights.token.double().numpy() * entropies).sum(1)
     assert weights.row.double().numpy() @ rows == pytest.approx(PEERS[name](entropies, masked, eligible, q), rel=1e-6)
+
+
+def test_rounded_counts_mean_over_masked_tokens_is_mmadas() -> None:
+    """MMaDA's loss of images: the mean over all masked tokens of the micro-batch, which is ours where that is the whole
+    batch; where it is one image (its later stages), (1/M) Σ CE of each, which `sample` is."""
+    design = MaskDesign(MASKING_RULES["rounded_count"], CosineSchedule(1e-3))
+    single = noised([0, 1, 2, 3], design, np.ones(4))
+    entropies = np.random.default_rng(0).exponential(2.0, single.masked.shape)
+    masked = single.masked.numpy()
+    of_all = NORMALIZATIONS["unweighted_masked"](single, batch_of(single))
+    found = of_all.row.double().numpy() @ (of_all.token.double().numpy() * entropies).sum(1)
+    assert found == pytest.approx(entropies[masked].mean(), rel=1e-6)
+    of_each = NORMALIZATIONS["sample"](single, batch_of(single))
+    found = of_each.row.double().numpy() @ (of_each.token.double().numpy() * entropies).sum(1)
+    assert found == pytest.approx(np.mean([e[m].mean() for e, m in zip(entropies, masked)]), rel=1e-6)
 
 
 @pytest.mark.parametrize("name", NORMALIZATIONS)

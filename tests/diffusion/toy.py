@@ -9,7 +9,7 @@ import torch
 
 from megatron_mdm.batch import CleanBatch, Full
 from megatron_mdm.diffusion.exposure import SampleShapes
-from megatron_mdm.diffusion.mask_schedule import Floats, LinearSchedule
+from megatron_mdm.diffusion.mask_schedule import Floats, LinearSchedule, MaskSchedule
 from megatron_mdm.diffusion.masking import MASKING_RULES, Bools, MaskDesign, Masking
 from megatron_mdm.diffusion.moments import RowSums
 from megatron_mdm.diffusion.noiser import NoisedBatch
@@ -26,8 +26,10 @@ MASKS = (np.arange(2**P)[:, None] >> np.arange(P)) & 1  # [2^P, P]
 KINDS = ("loss", "gradient")
 
 
-def design(rule: str = "bernoulli", complementary: bool = False, repeats: int = 1) -> MaskDesign:
-    return MaskDesign(MASKING_RULES[rule], SCHEDULE, complementary, repeats)
+def design(
+    rule: str = "bernoulli", complementary: bool = False, repeats: int = 1, schedule: MaskSchedule = SCHEDULE
+) -> MaskDesign:
+    return MaskDesign(MASKING_RULES[rule], schedule, complementary, repeats)
 
 
 def draw(design: MaskDesign, generator: np.random.Generator, t: float, delimiters: Bools) -> Masking:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
@@ -105,3 +106,18 @@ def test_descriptions(tmp_path: Path, base: Path) -> None:
     assert own.text == "name dropping, dropout 0.2, uniform t, 2 views, strata none, bernoulli masks"
     causal = objective_of(small_config(tmp_path, objective={"name": "autoregressive"})).description
     assert causal == ("autoregressive", "autoregressive", False)
+
+
+def test_plans_know_the_mean_rate_of_the_schedule(tmp_path: Path) -> None:
+    shares = {
+        name: objective_of(small_config(tmp_path, diffusion={"mask_schedule": name})).scored_share
+        for name in ("linear", "cosine")
+    }
+    assert shares == {"linear": 0.5, "cosine": pytest.approx(2 / math.pi, rel=1e-6)}
+
+
+def test_adaptive_clipping_needs_the_schedule_of_validation(tmp_path: Path) -> None:
+    diffusion = {"mask_schedule": "cosine", "t_sampler": "clipped", "clipping": {"bounds": "adaptive"}}
+    config = small_config(tmp_path, diffusion=diffusion, evaluation={"every": 1}, data={"validation_fraction": 0.1})
+    with pytest.raises(UserError, match=r"'diffusion\.mask_schedule' linear, not cosine; give two numbers"):
+        check_run(config, 1)

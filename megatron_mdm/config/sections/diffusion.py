@@ -96,17 +96,21 @@ _Unweighted = Literal["unweighted", "unweighted_token", "unweighted_batch", "unw
 
 
 class DiffusionConfig(Section):
-    mask_schedule: Literal["linear"] = "linear"  # linear: p_mask(t) = (1 - epsilon) t + epsilon
+    # p_mask(t) = (1 - epsilon) r(t) + epsilon with r(t) = t (linear), or sin(pi t / 2) (cosine: MMaDA's for images,
+    # another objective than the bound that validation measures, whatever is trained).
+    mask_schedule: Literal["linear", "cosine"] = "linear"
     epsilon: float = Field(default=1e-3, gt=0.0, lt=1.0)
     t_sampler: Literal["uniform", "ppots", "clipped"] = "uniform"
     views: Literal[1, 2] = 1  # 2: MIRROR, two complementary masks of each sample
     multisample: int = Field(default=1, gt=0)  # k independent masks (MIRROR: pairs of masks) of each sample
     strata: int | Literal["none", "sqrt", "full"] = "none"  # stratified t over the global batch; K or a rule
-    masking: Literal["bernoulli", "exact_count"] = "bernoulli"
+    # Of P eligible tokens: each with probability p_mask(t) (bernoulli), floor(r(t) P) + 1 (exact_count), or r(t) P
+    # rounded, at least 1 (rounded_count: MMaDA's for images). Counts leave epsilon out.
+    masking: Literal["bernoulli", "exact_count", "rounded_count"] = "bernoulli"
     # How token losses add up to the global batch's (megatron_mdm/diffusion/README.md says whose code each equals).
     # sample: mean over a sample's eligible tokens, then over samples; token: mean over all eligible tokens; batch: sum
     # over a sample's, then mean over samples; masked: mean over all masked tokens. unweighted…: the same without the
-    # weights 1/p_mask (MMaDA's loss of images is unweighted_masked).
+    # weights 1/p_mask. MMaDA's loss of images is unweighted_masked with mask_schedule cosine, masking rounded_count.
     normalization: Literal[_Weighted, _Unweighted] = "sample"
     isad: IsadConfig = IsadConfig()
     syrm: SyrmConfig = SyrmConfig()
