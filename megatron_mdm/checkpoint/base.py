@@ -67,7 +67,7 @@ def check_base(folder: Path, config: RunConfig) -> None:
     if not path.is_dir():
         raise UserError(
             f"{folder}: its adapters need the weights of 'model.init_from' {path}: no such folder; where it has been "
-            "moved, give model.init_from=FOLDER"
+            "moved, give model.init_from=FOLDER (to export: --base FOLDER)"
         )
     noted = _noted(folder).get(BASE)
     if noted is not None and noted != fingerprint(path):

@@ -38,6 +38,8 @@ class NativeCheckpoint:
         """A checkpoint of a run whose files match their checksums. folder: the run's, for its best where it keeps one,
         else its newest; or one of the checkpoints in it. overrides: of its configuration. Raises UserError where there
         is none."""
+        if not folder.is_dir():
+            raise UserError(f"{folder}: no such folder")
         folder, named = located(folder)
         if not (folder / RUN_CONFIG).is_file():
             raise UserError(f"{folder}: neither a Hugging Face checkpoint ({CONFIG}) nor a run's folder ({RUN_CONFIG})")

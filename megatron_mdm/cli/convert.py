@@ -49,10 +49,8 @@ def run_import(arguments: argparse.Namespace) -> None:
 
 
 def run_export(arguments: argparse.Namespace) -> None:
-    for setting in arguments.settings:
-        if not setting.startswith("model.init_from="):
-            raise UserError(f"'{setting}' cannot be set here; only model.init_from=FOLDER can")
-    run = NativeCheckpoint.open(arguments.source, arguments.checkpoint, arguments.settings)
+    moved = [f"model.init_from={arguments.base}"] if arguments.base else []
+    run = NativeCheckpoint.open(arguments.source, arguments.checkpoint, moved)
     print(f"weights: {run.path.name}, {run.reason}", flush=True)
     if arguments.adapter:
         notes = export_adapter(run, arguments.output, arguments.family, arguments.dtype)
@@ -128,9 +126,7 @@ def main() -> None:
     writing.add_argument(
         "--adapter", action="store_true", help="the run's adapters alone, as the peft library has them; else merged"
     )
-    writing.add_argument(
-        "settings", nargs="*", metavar="model.init_from=FOLDER", help="where the weights beside adapters are by now"
-    )
+    writing.add_argument("--base", metavar="FOLDER", help="where the weights beside a run's adapters are by now")
     writing.set_defaults(run=run_export)
     comparing = commands.add_parser(
         "verify", help="compare two checkpoints tensor by tensor; exit code 1 if they differ"

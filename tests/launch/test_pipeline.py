@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -194,6 +195,104 @@ def test_autoregressive_baseline(folder: Path) -> None:
     prompts = ["--prompts", str(folder / "test.jsonl"), "--output", str(folder / "autoregressive.jsonl")]
     run("launch/generate.py", "--run-dir", str(target), *prompts, *length, "--tensor", "2", ranks=2)
     assert len((folder / "autoregressive.jsonl").read_text().splitlines()) == 12
+
+
+@pytest.fixture(scope="module")
+def adapted(folder: Path, trained: Path) -> Path:
+    """A run with adapters beside the weights of a copy of the trained one."""
+    shutil.copytree(trained, folder / "base")
+    arguments = ["--config", str(folder / "config.yaml"), f"checkpoint.directory={folder / 'adapted'}"]
+    arguments += [f"model.init_from={folder / 'base'}", "model.lora.rank=4", "optimizer.lr=0.02"]
+    output = run("launch/train.py", *arguments, "schedule.steps=8", "schedule.epochs=0", "diffusion.t_sampler=uniform")
+    assert "; adapters: new ones, 0.0 M parameters" in output
+    return folder / "adapted"
+
+
+def test_several_adapters_are_evaluated(folder: Path, trained: Path, adapted: Path) -> None:
+    """Without its adapter, a run is the one that it began with, bit for bit; PEFT's folder is its own adapter again."""
+    exported = folder / "exported-adapter"
+    lines = run(
+        "tools/convert_checkpoint.py", "export", str(adapted), "--output", str(exported), "--adapter", "--family=llama"
+    )
+    assert "the base is a run: export it, too" in lines
+    settings = [
+        "--data",
+        str(folder / "test.jsonl"),
+        "--task",
+        "perplexity",
+        "num_times=2",
+        "num_repeats=1",
+        "--tensor=2",
+    ]
+    run("launch/evaluate.py", "--run-dir", str(trained), *settings, ranks=2)
+    plain = json.loads((trained / "perplexity.json").read_text())
+    assert "adapter" not in plain
+    wishes = ["--adapter", str(exported), "--adapter", "own", "--adapter", "none"]
+    output = run("launch/evaluate.py", "--run-dir", str(adapted), *wishes, *settings, ranks=2)
+    assert [line for line in output.splitlines() if line.startswith("adapter: ")] == [
+        f"adapter: {exported}",
+        "adapter: own",
+        "adapter: none",
+    ]
+    names = ("exported-adapter", "own", "none")
+    results = {name: json.loads((adapted / f"perplexity.{name}.json").read_text()) for name in names}
+    assert [result["adapter"] for result in results.values()] == list(names)
+    assert results["none"]["perplexity"] == plain["perplexity"]
+    assert results["own"]["perplexity"] == results["exported-adapter"]["perplexity"] != plain["perplexity"]
+    assert results["own"]["adapter (sha256)"] != results["exported-adapter"]["adapter (sha256)"]
+    assert "adapter (sha256)" not in results["none"]
+    run("launch/evaluate.py", "--run-dir", str(trained), "--adapter", str(exported), *settings, ranks=2)
+    beside = json.loads((trained / "perplexity.json").read_text())
+    assert beside["perplexity"] == results["own"]["perplexity"]
+    assert beside["adapter"] == "exported-adapter"
+
+
+def test_answers_belong_to_an_adapter(folder: Path, trained: Path, adapted: Path) -> None:
+    settings = ["--prompts", str(folder / "test.jsonl"), "gen_length=16", "steps=4", "block_length=8", "batch_size=4"]
+    outputs = {name: folder / f"answers-{name}.jsonl" for name in ("plain", "none", "own")}
+    run("launch/generate.py", "--run-dir", str(trained), *settings, "--output", str(outputs["plain"]))
+    beside = ["--run-dir", str(adapted), *settings]
+    run("launch/generate.py", *beside, "--output", str(outputs["none"]), "--adapter", "none")
+    assert outputs["none"].read_bytes() == outputs["plain"].read_bytes()
+    outputs["own"].mkdir()  # so that the job cannot finish its file
+    assert run_program_ranks("launch/generate.py", [*beside, "--output", str(outputs["own"])])[0].exit_code == 1
+    outputs["own"].rmdir()
+    other = [*beside, "--output", str(outputs["own"]), "--adapter", "none"]
+    refused = run_program_ranks("launch/generate.py", other)[0]
+    assert refused.exit_code == 1
+    assert "begun with adapter = 'own', not 'none'; go on with the same settings" in refused.stderr
+    run("launch/generate.py", *beside, "--output", str(outputs["own"]), "--adapter", "own")
+    assert len(outputs["own"].read_text().splitlines()) == 12
+
+
+def test_weights_beside_adapters_that_were_moved_can_be_named(folder: Path, trained: Path, adapted: Path) -> None:
+    moved = (folder / "base").rename(folder / "moved")
+    settings = ["--data", str(folder / "test.jsonl"), "--task", "perplexity", "num_times=1", "num_repeats=1"]
+    evaluate = ["--run-dir", str(adapted), *settings]
+    for arguments, message in (
+        (evaluate, f"'model.init_from' {folder / 'base'}"),
+        ([*evaluate, f"model.init_from={adapted}"], f"{folder / 'base/checkpoints'}"),
+        ([*evaluate, "--adapter", str(folder / "nowhere"), f"model.init_from={moved}"], "no such folder of an adapter"),
+        (["--run-dir", str(trained), *settings, "--adapter=own"], "--adapter own: the run in"),
+        (
+            ["--run-dir", str(trained), *settings, f"model.init_from={moved}"],
+            "has no adapters; its weights are its own",
+        ),
+        (["--run-dir", str(trained), *settings, "--adapter", str(trained)], "the run there has no adapters"),
+    ):
+        result = run_program_ranks("launch/evaluate.py", arguments)[0]
+        assert result.exit_code == 1, arguments
+        assert message in result.stderr
+        assert result.stderr.count("\n") == 1, result.stderr
+    run("launch/evaluate.py", *evaluate, f"model.init_from={moved}")
+    assert json.loads((adapted / "perplexity.json").read_text())["adapter"] == "own"
+    export = ["export", str(adapted), "--family", "llama", "--output", str(folder / "merged")]
+    run("tools/convert_checkpoint.py", *export, "--base", str(moved))
+    moved.rename(folder / "base")
+    run("tools/convert_checkpoint.py", "verify", str(adapted), str(folder / "merged"))
+    described = run("tools/convert_checkpoint.py", "inspect", str(adapted), "--no-checksums")
+    assert "adapter: {rank: 4, alpha: 16.0, rslora: False, base: " in described
+    assert "word_embeddings" not in described
 
 
 def test_calibration_alone_equals_that_of_training(folder: Path, trained: Path) -> None:
