@@ -37,6 +37,8 @@ def main() -> None:
     parallel = config.parallel
     hang_minutes = config.faults.hang_minutes
     context = initialize(parallel, agreement(config, data), hang_minutes)
+    if context.is_main:
+        print(f"device: {platform.describe()}", flush=True)
     watch(arguments.output.parent, hang_minutes, context)
     engine: Engine
     if arguments.run_dir and config.diffusion.calibration.is_judged_by_gradients:  # which takes backward passes

@@ -50,6 +50,8 @@ def main() -> None:
     tokenizer = load.run_tokenizer(arguments.run_dir, config)
     evaluate = measure.prepare(source, settings, config, tokenizer, objective_of(config))
     context = initialize(config.parallel, hang_minutes=config.faults.hang_minutes)
+    if context.is_main:
+        print(f"device: {platform.describe()}", flush=True)
     watch(arguments.run_dir, config.faults.hang_minutes, context)
     weights = load.run_weights(arguments.run_dir, config, context, arguments.checkpoint, overrides.base)
     adapters = [weights.adapter(wish) for wish in arguments.adapter or [""]]

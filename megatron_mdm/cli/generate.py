@@ -45,6 +45,8 @@ def main() -> None:
     room = generation.room(config.model)
     prompts = [] if arguments.interactive else read_prompts(arguments.prompts, tokenizer, config.data, bad, room)
     context = initialize(config.parallel, hang_minutes=config.faults.hang_minutes)
+    if context.is_main:
+        print(f"device: {platform.describe()}", flush=True)
     weights = load.run_weights(arguments.run_dir, config, context, arguments.checkpoint, overrides.base)
     adapter = weights.adapter(arguments.adapter)
     if context.is_main and adapter.name:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,10 +14,11 @@ from torch import Tensor
 from megatron_mdm.config.schema import RunConfig
 from megatron_mdm.models.naming import rows_of
 from megatron_mdm.parallel import platform
+from megatron_mdm.parallel.cores import give_threads, own_cores
 from megatron_mdm.parallel.groups import ParallelContext
 
 
-def adamw(model: torch.nn.Module, config: RunConfig) -> torch.optim.AdamW:
+def adamw(model: torch.nn.Module, config: RunConfig, context: ParallelContext) -> torch.optim.AdamW:
     """AdamW of what is trained here, with decay where the table of parameters says so. The fused kernel exists on CPU
     and CUDA. Collective over the job."""
     settings = config.optimizer
@@ -30,25 +30,8 @@ def adamw(model: torch.nn.Module, config: RunConfig) -> torch.optim.AdamW:
     groups = [group for group in groups if group["params"]]  # a pipeline stage may have no norms
     optimizer = torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas, eps=settings.eps, fused=True)
     if config.parallel.offload != "none" and platform.is_cuda():  # launchers give each rank of a GPU one thread
-        give_threads(optimizer, own_cores())
+        give_threads(optimizer, own_cores(context))
     return optimizer
-
-
-def own_cores() -> int:
-    """The number of cores that this rank may run on, divided by the number of ranks that may. Collective over the
-    job."""
-    here = (platform.host(), os.sched_getaffinity(0))
-    everyone = [here] * dist.get_world_size()
-    dist.all_gather_object(everyone, here)
-    num_sharing = sum(host == here[0] and not cores.isdisjoint(here[1]) for host, cores in everyone)
-    return max(1, len(here[1]) // num_sharing)
-
-
-def give_threads(optimizer: torch.optim.Optimizer, number: int) -> None:
-    """Let the optimizer's steps run on a number of the host's threads; all else runs on as many as before."""
-    before = torch.get_num_threads()
-    optimizer.register_step_pre_hook(lambda *_: torch.set_num_threads(number))
-    optimizer.register_step_post_hook(lambda *_: torch.set_num_threads(before))
 
 
 def scaled_unless_faulty(total: Tensor, factor: float) -> Tensor:

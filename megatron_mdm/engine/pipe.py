@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, cast
 
-import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.pipe import LayerSpec, PipelineModule
@@ -19,13 +18,9 @@ from torch import Tensor, nn
 from megatron_mdm.batch import ModelInputs, RowStatistics
 from megatron_mdm.config.schema import ModelConfig, RunConfig
 from megatron_mdm.engine.base import Load, TrainOutput
-from megatron_mdm.engine.clock import PhaseClock
-from megatron_mdm.engine.deepspeed_config import deepspeed_config, zero_stage
-from megatron_mdm.engine.host_norm import read_norm_once
-from megatron_mdm.engine.inputs import InputLayout
-from megatron_mdm.engine.loss_scale import LossScale
-from megatron_mdm.engine.optimizer import PlainClipping, adamw, norm_of_step, scaled_unless_faulty
-from megatron_mdm.engine.optimizer_state import OptimizerState
+from megatron_mdm.engine.deepspeed_config import deepspeed_config
+from megatron_mdm.engine.deepspeed_engine import DeepSpeedEngine
+from megatron_mdm.engine.optimizer import scaled_unless_faulty
 from megatron_mdm.engine.statistics import StatisticsCopy
 from megatron_mdm.models.attention import Visibility
 from megatron_mdm.models.costs import layer_costs
@@ -45,36 +40,22 @@ _PHASES = {  # by DeepSpeed's instructions; the others are messages to and from 
 }
 
 
-class PipeEngine:
+class PipeEngine(DeepSpeedEngine):
     """engine.base.Engine over a pipeline. Every pipeline rank is given the same inputs and gets the same answers."""
 
     def __init__(self, config: RunConfig, context: ParallelContext, load: Load | None = None) -> None:
         """load: fills this rank's layers, before the optimizer takes its master weights from them."""
-        self.context = context
         self.layout = context.layout
         self.model = config.model
         self.positions_split = config.parallel.tensor if config.parallel.sequence else 1
-        self.input_layout = InputLayout.of(config)
         seed = None if load else config.seed
         module = _Stage(config, context, self._score, seed)
         if load:
             load(module)
-        self.engine, *_ = deepspeed.initialize(
-            model=module,
-            optimizer=adamw(module, config),
-            config=deepspeed_config(config, context.layout.world_size),
-        )
+        super().__init__(module, config, context, deepspeed_config(config, context.layout.world_size))
+        module.fp8 = self.fp8
         assert self.engine.grid.get_data_parallel_rank() == context.data_rank
         assert self.engine.grid.get_pipe_parallel_rank() == context.pipeline_rank
-        read_norm_once(self.engine.optimizer)
-        self.clipping = None
-        if zero_stage(config) == 0:
-            self.clipping = PlainClipping(module, config.optimizer.gradient_clipping, context)
-            self.engine.clip_fp32_gradients = self.clipping
-        self.optimizer_state = OptimizerState(module, self.engine.optimizer, config.model)
-        self.fp8 = module.fp8
-        self.loss_scale = LossScale(self.engine.optimizer)
-        self.clock = PhaseClock()
         # DeepSpeed runs a schedule of instructions, each by its entry in this table.
         self.engine._INSTRUCTION_MAP = {
             instruction: self.clock.timed(_PHASES.get(instruction.__name__, "pipeline"), run)
@@ -95,15 +76,13 @@ class PipeEngine:
         self._copy: StatisticsCopy  # of the last step
 
     def train_batch(self, micro_batches: Sequence[ModelInputs], lr: float) -> TrainOutput:
-        for group in self.engine.optimizer.param_groups:
-            group["lr"] = lr
-        self.fp8.begin_step()
+        self.begin_step(lr)
         micro_batches = self._prepare(micro_batches)
         if len(micro_batches) != self.engine.micro_batches:  # a token budget makes more or fewer of them
             per_micro_batch = self.engine.train_micro_batch_size_per_gpu() * self.layout.data
             self.engine.set_train_batch_size(len(micro_batches) * per_micro_batch)
         self.engine.train_batch(self._batches(micro_batches))
-        norm = norm_of_step(self.engine, self.clipping)
+        norm = self.norm()
         return TrainOutput(self._copy.wait(), norm)
 
     def evaluate(self, micro_batches: Sequence[ModelInputs], row_gradients: bool = False) -> list[RowStatistics]:
@@ -206,8 +185,7 @@ class _Stage(PipelineModule):
             )
         prepare_parameters(self, config.model, config.parallel, context, seed)
         self._tie(config.model, context)
-        self.fp8 = Fp8(self, config.model, context)
-
+        self.fp8: Fp8  # the engine's, which is built around the stage
         self.inputs: ModelInputs  # the micro-batch of the last forward pass
         self._micro_batches: Iterator[ModelInputs] = iter(())
 

@@ -4,36 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import deepspeed
 import torch
 from torch import Tensor, nn
 
 from megatron_mdm.batch import ModelInputs, RowStatistics
 from megatron_mdm.config.schema import RunConfig
 from megatron_mdm.engine.base import Load, TrainOutput
-from megatron_mdm.engine.clock import PhaseClock
 from megatron_mdm.engine.deepspeed_config import deepspeed_config, zero_stage
-from megatron_mdm.engine.host_norm import read_norm_once
-from megatron_mdm.engine.inputs import InputLayout
-from megatron_mdm.engine.loss_scale import LossScale
-from megatron_mdm.engine.optimizer import PlainClipping, adamw, norm_of_step, scaled_unless_faulty
-from megatron_mdm.engine.optimizer_state import OptimizerState
+from megatron_mdm.engine.deepspeed_engine import DeepSpeedEngine
+from megatron_mdm.engine.optimizer import scaled_unless_faulty
 from megatron_mdm.engine.partitioned import keep_partition
 from megatron_mdm.engine.statistics import StatisticsCopy
-from megatron_mdm.models.fp8 import Fp8
 from megatron_mdm.models.layers import build_model
 from megatron_mdm.parallel.groups import ModelParallelUnit, ParallelContext
 from megatron_mdm.parallel.heartbeat import beat
 
 
-class ZeroEngine:
+class ZeroEngine(DeepSpeedEngine):
     """engine.base.Engine without pipeline stages."""
 
     def __init__(self, config: RunConfig, context: ParallelContext, load: Load | None = None) -> None:
         """load: fills each layer, before the optimizer takes its master weights from it."""
-        self.context = context
-        self.clock = PhaseClock()
-        self.input_layout = InputLayout.of(config)
         settings = deepspeed_config(config, context.layout.world_size)
         unit = ModelParallelUnit(context)
 
@@ -44,23 +35,13 @@ class ZeroEngine:
                 keep_partition(layer, config.precision.dtype, unit, settings)
 
         model = build_model(config.model, config.parallel, context, None if load else config.seed, finish)
-        self.engine, *_ = deepspeed.initialize(model=model, optimizer=adamw(model, config), mpu=unit, config=settings)
-        read_norm_once(self.engine.optimizer)
-        self.clipping = None
-        if zero_stage(config) == 0:
-            self.clipping = PlainClipping(model, config.optimizer.gradient_clipping, context)
-            self.engine.clip_fp32_gradients = self.clipping
-        self.optimizer_state = OptimizerState(self.engine.module, self.engine.optimizer, config.model)
-        self.fp8 = Fp8(self.engine.module, config.model, context)
-        self.loss_scale = LossScale(self.engine.optimizer)
+        super().__init__(model, config, context, settings, unit)
 
     def train_batch(self, micro_batches: Sequence[ModelInputs], lr: float) -> TrainOutput:
         engine = self.engine
         statistics: list[RowStatistics] = []
         engine.train()
-        self.fp8.begin_step()
-        for group in engine.optimizer.param_groups:
-            group["lr"] = lr
+        self.begin_step(lr)
         for index, inputs in enumerate(micro_batches):
             is_last = index == len(micro_batches) - 1
             engine.set_gradient_accumulation_boundary(is_last)
@@ -75,7 +56,7 @@ class ZeroEngine:
                 copy = StatisticsCopy.of(statistics)
             with self.clock.measure("optimizer"):
                 engine.step()
-        norm = norm_of_step(engine, self.clipping)
+        norm = self.norm()
         return TrainOutput(copy.wait(), norm)
 
     def evaluate(self, micro_batches: Sequence[ModelInputs], row_gradients: bool = False) -> list[RowStatistics]:

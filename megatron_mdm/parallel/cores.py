@@ -1,4 +1,7 @@
-"""Whether every rank has a core for itself. One that waits for a core is not slow, and its times say little."""
+"""The cores that ranks run on: each one's share of them, and whether it has one for itself.
+
+A rank that waits for a core is not slow, and its times say little.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,11 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
+
 from megatron_mdm.parallel import platform
+from megatron_mdm.parallel.collectives import gather_objects
+from megatron_mdm.parallel.groups import ParallelContext
 
 _SHARE = 0.1  # of a rank's time that it may wait for a core, for its times to be compared
 _SCHEDULE = "/proc/thread-self/schedstat"  # nanoseconds: on a core, ready to run but on none; slices of time
@@ -41,6 +48,21 @@ def core_use(seconds: float, waited: float) -> CoreUse:
     cores = sorted(os.sched_getaffinity(0))
     load = os.getloadavg()[0] / (os.cpu_count() or 1)
     return CoreUse(platform.host(), cores, not platform.is_cuda(), load, seconds, waited)
+
+
+def own_cores(context: ParallelContext) -> int:
+    """The number of cores that this rank may run on, divided by the number of ranks that may. Collective."""
+    here = (platform.host(), os.sched_getaffinity(0))
+    everyone = gather_objects(here, context)
+    num_sharing = sum(host == here[0] and not cores.isdisjoint(here[1]) for host, cores in everyone)
+    return max(1, len(here[1]) // num_sharing)
+
+
+def give_threads(optimizer: torch.optim.Optimizer, number: int) -> None:
+    """Let the optimizer's steps run on a number of the host's threads; all else runs on as many as before."""
+    before = torch.get_num_threads()
+    optimizer.register_step_pre_hook(lambda *_: torch.set_num_threads(number))
+    optimizer.register_step_post_hook(lambda *_: torch.set_num_threads(before))
 
 
 def unfit_hosts(uses: Sequence[CoreUse]) -> dict[str, str]:

@@ -13,7 +13,7 @@ matplotlib.use("Agg")
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from megatron_mdm.config.files import write_atomically
 
@@ -99,12 +99,18 @@ def training_figure(records: Sequence[dict[str, Any]]) -> Figure:
 
 
 def _logarithmic(axes: Axes) -> None:
-    """A logarithmic vertical axis with plain numbers at its ticks: typesetting powers of ten is most of the drawing."""
     axes.set_yscale("log")
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     bottom, top = axes.get_ylim()
-    few = top < 30 * bottom
-    axes.yaxis.set_minor_formatter(FuncFormatter(lambda value, _: f"{value:g}") if few else NullFormatter())
+    plain_ticks(axes.yaxis, top / bottom, True)
+
+
+def plain_ticks(axis: Any, ratio: float, logarithmic: bool) -> None:
+    """Plain numbers at an axis's ticks: typesetting powers of ten is most of the drawing. ratio: of the greatest value
+    on it to the least; of a logarithmic axis, it says how many ticks there are."""
+    if logarithmic:
+        axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if ratio < 300 else (1.0,)))
+        axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
 
 
 def variance_figure(record: dict[str, Any]) -> Figure:

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm, Normalize
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from megatron_mdm.engine.clock import PHASES
-from megatron_mdm.reports.plots import VARIANCES
+from megatron_mdm.reports.plots import VARIANCES, plain_ticks
 
 Page = dict[str, Any]
 
@@ -83,7 +83,7 @@ def _loss_by_t(axes: Axes, page: Page) -> None:
     step_axis(axes, page)
     axes.grid(visible=False)
     bar = axes.figure.colorbar(image, ax=axes, pad=0.02, label="mean loss, nats")
-    _plain_ticks(bar.ax.yaxis, high / low if low > 0 else 1.0, isinstance(norm, LogNorm))
+    plain_ticks(bar.ax.yaxis, high / low if low > 0 else 1.0, isinstance(norm, LogNorm))
     bar.outline.set_visible(False)
     return None
 
@@ -222,14 +222,7 @@ def scale(axes: Axes, values: list[float | None]) -> None:
     finite = array(values)[np.isfinite(array(values))]
     if len(finite) and finite.min() > 0 and finite.max() / finite.min() >= _LOG_FROM:
         axes.set_yscale("log")
-        _plain_ticks(axes.yaxis, finite.max() / finite.min(), True)
-
-
-def _plain_ticks(axis: Any, ratio: float, logarithmic: bool) -> None:
-    if logarithmic:
-        axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if ratio < 300 else (1.0,)))
-        axis.set_minor_locator(NullLocator())
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        plain_ticks(axes.yaxis, finite.max() / finite.min(), True)
 
 
 def _rank_ticks(axes: Axes) -> None:

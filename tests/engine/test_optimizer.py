@@ -6,7 +6,7 @@ import os
 
 import torch
 
-from megatron_mdm.engine.optimizer import give_threads
+from megatron_mdm.parallel.cores import give_threads
 from tests.ranks import run_ranks
 
 
@@ -28,12 +28,12 @@ def test_steps_alone_run_on_the_given_threads() -> None:
 
 def cores_of_each(first: set[int], second: set[int]) -> int:
     """On one of two ranks, bound to these cores."""
-    from megatron_mdm.engine.optimizer import own_cores
+    from megatron_mdm.parallel.cores import own_cores
     from megatron_mdm.parallel.groups import initialize
 
     context = initialize()
     os.sched_setaffinity(0, (first, second)[context.rank])
-    return own_cores()
+    return own_cores(context)
 
 
 def test_cores_are_shared_by_the_ranks_that_may_run_on_them() -> None:

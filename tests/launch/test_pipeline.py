@@ -115,7 +115,9 @@ def test_generate(folder: Path, trained: Path) -> None:
     assert refused.stderr.startswith(f"error: {prompts}, line 1: ")
     assert "64 of gen_length are" in refused.stderr
     assert "more than 'model.max_sequence_length' 64" in refused.stderr
-    assert "1 bad records left out" in run("launch/generate.py", *arguments, "--on-error", "skip", ranks=2)
+    said = run("launch/generate.py", *arguments, "--on-error", "skip", ranks=2)
+    assert said.startswith("device: cpu, ")
+    assert "1 bad records left out" in said
     records = [json.loads(line) for line in output.read_text().splitlines()]
     assert len(records) == 13
     assert all(record.keys() == {"prompt", "response", "steps"} for record in records[:12])
@@ -341,6 +343,7 @@ def test_early_stopping(folder: Path) -> None:
     assert (summary["steps"], summary["best_step"]) == (3, 1)
     arguments = ["--run-dir", str(folder / "early"), "--data", str(folder / "test.jsonl"), "--limit", "1"]
     output = run("launch/evaluate.py", *arguments, "gen_length=4", "steps=1", "block_length=4")
+    assert output.startswith("device: cpu, ")
     assert "weights: step-00000001, the best by validation loss (" in output
     assert json.loads((folder / "early" / "evaluation.json").read_text())["checkpoint"] == "step-00000001"
     arguments = ["export", str(folder / "early"), "--family", "llada", "--output", str(folder / "exported")]
