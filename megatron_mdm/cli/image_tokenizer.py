@@ -21,11 +21,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from megatron_mdm.cli.pictures import Square, notes, squares
+from megatron_mdm.cli.pictures import Faults, Square, notes, squares
 from megatron_mdm.config.errors import UserError
 from megatron_mdm.config.files import write_atomically, write_json
 from megatron_mdm.data.captioned import CaptionedSource
-from megatron_mdm.data.records import ON_ERROR, BadRecords, bad_lines
+from megatron_mdm.data.records import ON_ERROR, bad_lines
 from megatron_mdm.diffusion.randomness import Purpose, stream
 from megatron_mdm.images.digits import DigitJudge
 from megatron_mdm.images.pixels import to_png
@@ -114,16 +114,16 @@ def _pictures(arguments: argparse.Namespace) -> tuple[Pictures, Pictures]:
 
 
 def _read(paths: Sequence[str], arguments: argparse.Namespace) -> Pictures:
-    bad = BadRecords(arguments.on_error)
-    found = list[Square]()
-    for path in paths:
-        source = CaptionedSource(path, needs_captions=False)
-        found += progress_bar(squares(source, arguments.resolution, bad), desc="read", unit="picture")
+    faults = Faults.of(arguments.on_error)
+    sources = [CaptionedSource(path, needs_captions=False) for path in paths]
+    found: list[Square] = list(
+        progress_bar(squares(sources, arguments.resolution, faults), desc="read", unit="picture")
+    )
     if not found:
-        raise UserError(f"{', '.join(paths)}: no pictures{bad.summary()}")
+        raise UserError(f"{', '.join(paths)}: no pictures{faults.pictures.summary()}")
     lines = [
-        *bad_lines(bad.count, bad.first),
-        *notes(len(found), sum(square.is_enlarged for square in found), 0, arguments.resolution),
+        *bad_lines(faults.count, faults.first),
+        *notes(len(found), sum(square.is_enlarged for square in found), arguments.resolution, sources),
     ]
     print("".join(f"{line}\n" for line in lines), end="", file=sys.stderr)
     pixels = torch.from_numpy(np.stack([square.pixels for square in found]))

@@ -7,6 +7,9 @@ mdm prepare corpus FILE … --output PREFIX --tokenizer FILE [--workers 2 --spli
 mdm prepare task gsm8k|hitab|openscience|text-to-image FILE … --output FOLDER
     turns the public files, as they are downloaded, into samples for training and questions for tests, with the paper's
     splits; the shipped configurations expect them in data/TASK
+mdm prepare images DATA … --image-tokenizer FOLDER --resolution 512 --output codes.jsonl
+    encodes pictures with captions (folders with captions.jsonl, tar shards of jpg and json, parquet) into lines of
+    caption and image codes, which `task text-to-image` takes; interrupted, it resumes
 mdm prepare digits --output FOLDER [--seed 0]
     scikit-learn's handwritten digits, tinted and captioned ("a red seven"): train.parquet, test.parquet, captions.jsonl
 mdm prepare inspect --config FILE --output FOLDER [section.key=value …]
@@ -80,8 +83,17 @@ def task(arguments: argparse.Namespace) -> None:
         print(f"{path}: {len(records):,} samples")
 
 
+def images(arguments: argparse.Namespace) -> None:
+    from megatron_mdm.parallel import platform
+
+    platform.quiet_libraries()
+    from megatron_mdm.cli.prepare_images import encode_images
+
+    encode_images(arguments)
+
+
 def digits(arguments: argparse.Namespace) -> None:
-    from megatron_mdm.cli.prepare_images import write_digits
+    from megatron_mdm.cli.prepare_digits import write_digits
 
     write_digits(arguments)
 
@@ -131,6 +143,7 @@ def main() -> None:
     command.set_defaults(run=corpus)
 
     _add_task(commands.add_parser("task", help="public data sets, with the paper's splits"))
+    _add_images(commands.add_parser("images", help="pictures with captions, as image codes"))
     command = commands.add_parser("digits", help="tinted handwritten digits with captions")
     command.add_argument("--output", type=Path, required=True)
     command.add_argument("--seed", type=int, default=0, help="of what is held out")
@@ -148,10 +161,50 @@ def main() -> None:
 
 def _add_task(command: argparse.ArgumentParser) -> None:
     command.add_argument("name", choices=["gsm8k", "hitab", "openscience", "text-to-image"])
-    command.add_argument("input", nargs="+", help="train and test files; for the others, one file or `datasets` name")
+    command.add_argument(
+        "input",
+        nargs="+",
+        help="train and test files; openscience: one file or `datasets` name; text-to-image: any number",
+    )
     command.add_argument("--output", type=Path, required=True)
     command.add_argument("--tables", default="", help="hitab: the folder of its tables; tables/ beside each file")
     command.add_argument("--tokenizer", default="", help="text-to-image: of the captions")
-    command.add_argument("--image-offset", type=int, default=126_349, help="text-to-image: id of image code 0")
+    command.add_argument(
+        "--vocabulary",
+        choices=["mmada", "behind"],
+        default="mmada",
+        help="text-to-image: MMaDA-8B's ids, or ids behind the tokenizer's for a model from scratch",
+    )
+    command.add_argument(
+        "--image-offset", type=_natural, default=126_349, help="text-to-image, mmada: id of image code 0"
+    )
+    command.add_argument(
+        "--samples", type=_natural, default=5000, help="text-to-image: for training and validation; 0: all"
+    )
+    command.add_argument("--test", type=_natural, default=100, help="text-to-image: of those behind them")
     command.add_argument("--seed", type=int, default=0, help="of validation sets that are cut off")
     command.set_defaults(run=task)
+
+
+def _add_images(command: argparse.ArgumentParser) -> None:
+    command.add_argument("input", nargs="+", help="folders, tar or parquet files")
+    command.add_argument("--image-tokenizer", required=True, help="its folder")
+    command.add_argument("--resolution", type=_natural, required=True, help="pixels of the square that is encoded")
+    command.add_argument("--output", type=Path, required=True, help="the .jsonl file to write")
+    command.add_argument("--caption-field", default="", help="of the records; else caption, prompt or text")
+    command.add_argument("--batch-size", type=_positive, default=16, help="pictures encoded at once")
+    command.add_argument("--threads", type=_positive, default=4, help="that read pictures")
+    command.add_argument("--on-error", default="stop", choices=["stop", "skip"])
+    command.set_defaults(run=images)
+
+
+def _natural(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"'{text}' is not a whole number")
+    return int(text)
+
+
+def _positive(text: str) -> int:
+    if not _natural(text):
+        raise argparse.ArgumentTypeError("must be at least 1")
+    return int(text)

@@ -1,47 +1,82 @@
-"""`mdm prepare digits`: pictures with captions without a download."""
+"""`mdm prepare images`: pictures with captions → image codes."""
 
 from __future__ import annotations
 
 import argparse
-import json
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
+from typing import Any
 
+import numpy as np
+import torch
 from PIL import Image
 
+from megatron_mdm.cli.codes_file import CodesFile
+from megatron_mdm.cli.pictures import Faults, Square, notes, squares
 from megatron_mdm.config.errors import UserError
 from megatron_mdm.config.files import write_atomically
-from megatron_mdm.data.captioned import write_captioned
-from megatron_mdm.images.digits import COLORS, DIGITS, HELD_OUT_PAIRS, TintedDigit, caption, load_digits, tinted
-from megatron_mdm.images.pixels import to_png
+from megatron_mdm.data.captioned import CaptionedSource
+from megatron_mdm.data.records import bad_lines
+from megatron_mdm.images.pixels import as_model_input, to_png
 from megatron_mdm.images.sheet import sheet
+from megatron_mdm.images.tokenizer import ImageTokenizer, load_tokenizer
+from megatron_mdm.images.train import reconstruct
+from megatron_mdm.parallel import platform
+from megatron_mdm.parallel.progress import progress_bar
 
-_NUM_SHOWN = 60
+_PREVIEWED = 8
 
 
-def write_digits(arguments: argparse.Namespace) -> None:
-    """train.parquet (without the held-out pairs), test.parquet (all pairs), captions.jsonl (each once), preview.png."""
-    train, test = load_digits(arguments.seed)
-    folder = arguments.output
-    sets = {
-        "train": list(tinted(train, without_held_out_pairs=True)),
-        "test": list(tinted(test, without_held_out_pairs=False)),
-    }
-    captions = [
-        {"caption": caption(digit, color), "digit": digit, "color": color, "held_out": (digit, color) in HELD_OUT_PAIRS}
-        for digit in range(len(DIGITS))
-        for color in COLORS
-    ]
+def encode_images(arguments: argparse.Namespace) -> None:
+    """A line {"caption", "image_codes", "codes_of", "num_codes"} of each picture, and a page: the first pictures above
+    what the tokenizer makes of their codes."""
+    tokenizer = load_tokenizer(arguments.image_tokenizer)
+    tokenizer.num_tokens(arguments.resolution)
+    tokenizer.to(platform.device())
+    sources = [CaptionedSource(path, arguments.caption_field) for path in arguments.input]
+    file = CodesFile(arguments, tokenizer)
+    faults = Faults.of(arguments.on_error)
+    faults.pictures.count, faults.pictures.first = file.state.bad, list(file.state.first_bad)
+    if file.state.done:
+        print(f"{file.partial}: {file.state.rows:,} pictures are there already", flush=True)
+    found = squares(sources, arguments.resolution, faults, skip=file.state.done, threads=arguments.threads)
+    bar = progress_bar(found, desc="encode", unit="picture", initial=file.state.rows)
     try:
-        for name, pictures in sets.items():
-            path = folder / f"{name}.parquet"
-            write_captioned(path, [(to_png(Image.fromarray(picture.pixels)), _record(picture)) for picture in pictures])
-            print(f"{path}: {len(pictures):,} pictures")
-        write_atomically(folder / "captions.jsonl", "".join(json.dumps(line) + "\n" for line in captions))
-        shown = sets["train"][:_NUM_SHOWN]
-        page = sheet([Image.fromarray(picture.pixels) for picture in shown], [picture.caption for picture in shown])
-        write_atomically(folder / "preview.png", to_png(page))
-    except OSError as error:
-        raise UserError(f"{error.filename or folder}: cannot be written ({error.strerror})") from None
+        for batch in _batches(bar, arguments.batch_size):
+            file.add(batch, _codes(tokenizer, [square.pixels for square in batch]), faults)
+    finally:  # what has been encoded is kept, whatever is wrong with the next picture
+        file.save()
+    if not file.state.rows:
+        raise UserError(f"{', '.join(arguments.input)}: no pictures with captions ({faults.count} were bad)")
+    file.finish()
+    _write_preview(arguments, sources, tokenizer)
+    for line in (
+        *bad_lines(faults.count, faults.first),
+        *notes(file.state.rows, file.state.enlarged, arguments.resolution, sources),
+    ):
+        print(line, file=sys.stderr)
+    print(f"{arguments.output}: {file.state.rows:,} pictures, {tokenizer.num_tokens(arguments.resolution)} codes each")
 
 
-def _record(picture: TintedDigit) -> dict[str, object]:
-    return {"caption": picture.caption, "digit": picture.digit, "color": picture.color}
+def _codes(tokenizer: ImageTokenizer, pixels: Sequence[np.ndarray[Any, Any]]) -> list[list[int]]:
+    batch = torch.from_numpy(np.stack(pixels)).to(platform.device())
+    return tokenizer.encode(as_model_input(batch)).tolist()
+
+
+def _batches(found: Iterable[Square], size: int) -> Iterator[list[Square]]:
+    iterator = iter(found)
+    while batch := list(islice(iterator, size)):
+        yield batch
+
+
+def _write_preview(
+    arguments: argparse.Namespace, sources: Sequence[CaptionedSource], tokenizer: ImageTokenizer
+) -> None:
+    shown = list(islice(squares(sources, arguments.resolution, Faults.of("skip")), _PREVIEWED))
+    pixels = torch.from_numpy(np.stack([square.pixels for square in shown]))
+    again = reconstruct(tokenizer, pixels, platform.device(), arguments.batch_size).pixels
+    images = [Image.fromarray(picture.numpy()) for picture in (*pixels, *again)]
+    captions = [*(square.source.caption for square in shown), *["from its codes"] * len(shown)]
+    path = arguments.output.with_name(f"{arguments.output.stem}-preview.png")
+    write_atomically(path, to_png(sheet(images, captions, len(shown))))
