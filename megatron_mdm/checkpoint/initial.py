@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from megatron_mdm.checkpoint.base import fingerprint
 from megatron_mdm.checkpoint.chosen_adapters import first_adapters
 from megatron_mdm.checkpoint.huggingface import HuggingFaceCheckpoint
 from megatron_mdm.checkpoint.lazy_tensors import LazyTensor, as_matrix, cut, with_padding
@@ -49,6 +50,8 @@ class InitialWeights:
             first = first_adapters(model, family_in(source), self.tensors)
             self.tensors |= first.weights.tensors
             self.notes += first.notes
+            if first.base and first.base != fingerprint(path):
+                self.notes += (f"{model.lora.init_from}: its adapters were trained beside other weights than {path}",)
 
     def load(self, module: nn.Module, context: ParallelContext, seed: int) -> None:
         """Fill the parameters that this rank holds. What the checkpoint lacks, since 'model.extensions' or 'model.lora'

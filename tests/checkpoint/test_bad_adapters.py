@@ -22,7 +22,7 @@ from megatron_mdm.config.errors import UserError
 from megatron_mdm.config.schema import LoraConfig, ModelConfig
 from megatron_mdm.models.families import FAMILIES
 from megatron_mdm.models.families.keymap import matrices
-from tests.small import small_model
+from tests.small import VOCAB, small_model
 
 MODEL = small_model()
 LLADA = FAMILIES["llada"]
@@ -177,6 +177,15 @@ def test_names_of_another_family_are_refused(folder: Path) -> None:
     with pytest.raises(UserError, match="holds no adapter of a LlamaForCausalLM, but 'base_model"):
         PeftAdapter.open(folder, MODEL, FAMILIES["llama"])
     assert PeftAdapter.open(folder, MODEL).weights.lora == LoraConfig(rank=2, alpha=4, targets=("query", "value"))
+
+
+def test_an_adapter_of_tied_tables_is_refused(folder: Path) -> None:
+    settings("", target_modules=["q_proj", "v_proj", "transformer.ff_out"])(folder)
+    head = f"{PREFIX}model.transformer.ff_out"
+    tensors("", **{f"{head}.lora_A.weight": torch.zeros(2, 32), f"{head}.lora_B.weight": torch.zeros(VOCAB, 2)})(folder)
+    assert "head" in PeftAdapter.open(folder, MODEL).weights.lora.targets
+    with pytest.raises(UserError, match="the embedding or the head, which are one table in this model"):
+        PeftAdapter.open(folder, small_model(tie_embeddings=True))
 
 
 def test_how_it_was_made_is_told_and_does_not_matter(folder: Path) -> None:
