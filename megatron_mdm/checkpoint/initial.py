@@ -88,11 +88,12 @@ class InitialWeights:
         return "\n".join([f"{text}; mask token {mask_id}: {new}", *self.notes])
 
 
-def fill(parameter: Tensor, tensor: LazyTensor) -> None:
+def fill(parameter: Tensor, tensor: LazyTensor, dtype: torch.dtype | None = None) -> None:
+    """Read a tensor into a parameter of its shape; on the way to a device, in a type of the host; None: its own."""
     with torch.no_grad():
         if parameter.device.type == "cpu":
             tensor.read_into(as_matrix(parameter.data), 0, 0)
             return
-        values = torch.empty(parameter.shape, dtype=tensor.dtype)
+        values = torch.empty(parameter.shape, dtype=dtype or tensor.dtype)
         tensor.read_into(as_matrix(values), 0, 0)
         parameter.copy_(values)

@@ -169,12 +169,14 @@ class LoadedRun:
 
     def _read(self, names: Collection[str]) -> None:
         tensors = self.weights.tensors(self.adapter)
+        merged = merged_names(self.adapter.weights, self.weights.model)
         degree = self.context.layout.tensor
         for row, parameter in rows_of(self.module, self.weights.model):
             if row.name in names:
                 beat()
                 whole = with_padding(tensors[row.name], row, degree)
-                fill(parameter, cut(whole, row.split.get("tensor"), self.context.tensor_rank, degree))
+                shard = cut(whole, row.split.get("tensor"), self.context.tensor_rank, degree)
+                fill(parameter, shard, parameter.dtype if row.name in merged else None)
 
 
 def load_for_inference(

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import pytest
+
 from megatron_mdm.checkpoint.merged import AdapterWeights, merged_names
+from megatron_mdm.checkpoint.peft import target_modules
 from megatron_mdm.checkpoint.run_weights import NONE, OWN, ChosenAdapter, distinct_labels
 from megatron_mdm.config.schema import LoraConfig
+from megatron_mdm.models.families import FAMILIES
 from tests.small import small_model
 
 WEIGHTS = AdapterWeights(LoraConfig(rank=2), {})
@@ -19,6 +23,21 @@ def test_only_matrices_with_an_adapter_are_read_again() -> None:
         *(f"decoder.layers.{layer}.mlp.linear_fc2.weight" for layer in range(2)),
     }
     assert merged_names(None, model) == set()
+
+
+@pytest.mark.parametrize(
+    ("targets", "expected"),
+    [
+        (("query", "value"), ["q_proj", "v_proj"]),
+        (("down",), ["0.ff_out", "1.ff_out"]),
+        (("head", "embedding"), ["wte", "transformer.ff_out"]),
+        (("down", "head"), ["ff_out"]),
+    ],
+)
+def test_modules_are_named_as_shortly_as_no_other_is(targets: tuple[str, ...], expected: list[str]) -> None:
+    """A LLaDA's down projections and its head are all called ff_out."""
+    model = small_model(lora={"rank": 2, "targets": targets})
+    assert target_modules(FAMILIES["llada"], model) == expected
 
 
 def test_results_of_several_adapters_have_names_of_their_own() -> None:
