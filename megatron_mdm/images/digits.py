@@ -52,6 +52,17 @@ def caption(digit: int, color: str) -> str:
     return f"a {color} {DIGITS[digit]}"
 
 
+def read_caption(text: str) -> tuple[int, str]:
+    """(digit, colour) of what caption() wrote. Raises UserError for anything else."""
+    found = _CAPTIONS.get(text)
+    if found is None:
+        raise UserError(f"'{text[:80]}' is no caption of a tinted digit, such as '{caption(7, 'red')}'")
+    return found
+
+
+_CAPTIONS = {caption(digit, color): (digit, color) for digit in range(len(DIGITS)) for color in COLORS}
+
+
 def load_digits(seed: int) -> tuple[Digits, Digits]:
     """(1,500 to train with, 297 held out), shuffled by the seed. Raises UserError where scikit-learn is missing."""
     try:
