@@ -132,6 +132,8 @@ def _check_lora(model: ModelConfig) -> None:
         raise UserError("'model.lora' needs 'model.kernels' torch: Transformer Engine fuses norms into the linear maps")
     if model.lora.base != "model":
         raise UserError("'model.lora.base' nf4 is not built yet; use model")
+    if model.lora.dropout:
+        raise UserError("'model.lora.dropout' is not built yet; set it to 0")
 
 
 def _check_batch(config: RunConfig, world_size: int) -> None:

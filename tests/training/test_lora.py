@@ -212,10 +212,12 @@ def test_impossible_targets_are_refused(changes: dict[str, Any], message: str) -
     [
         ({}, r"'model.lora' trains beside frozen weights: name them by 'model.init_from'"),
         ({"init_from": "x", "kernels": "transformer_engine"}, "Transformer Engine fuses norms into the linear maps"),
+        ({"init_from": "x", "lora": {"dropout": 0.1}}, r"'model.lora.dropout' is not built yet; set it to 0"),
     ],
 )
 def test_impossible_settings_are_refused(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
-    config = config_of(tmp_path, "run", {"zero": 0}, **changes, lora=LORA)
+    lora = {**LORA, **changes.get("lora", {})}
+    config = config_of(tmp_path, "run", {"zero": 0}, **{**changes, "lora": lora})
     with pytest.raises(UserError, match=message):
         validate(config, 1)
 
