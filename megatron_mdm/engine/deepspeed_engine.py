@@ -42,6 +42,9 @@ class DeepSpeedEngine:
         if zero_stage(config) == 0:
             self.clipping = PlainClipping(model, config.optimizer.gradient_clipping, context)
             self.engine.clip_fp32_gradients = self.clipping
+            # Else DeepSpeed copies all gradients into one tensor and back, for a rank that has nobody to sum them with.
+            sums = f"{'pipeline_' * (context.layout.pipeline > 1)}enable_backward_allreduce"
+            setattr(self.engine, sums, context.layout.data > 1)
         self.optimizer_state = OptimizerState(self.engine.module, self.engine.optimizer, config.model)
         self.loss_scale = LossScale(self.engine.optimizer)
         self.fp8 = Fp8(self.engine.module, config.model, context)

@@ -66,7 +66,7 @@ class PlainClipping:
         model-parallel ranks."""
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
         counted = [p.grad for p in self._counted() if p.grad is not None]
-        squares = torch.stack([gradient.float().square().sum() for gradient in counted] or [torch.zeros(())]).sum()
+        squares = torch.stack([_square_sum(gradient) for gradient in counted] or [torch.zeros(())]).sum()
         squares = squares.to(gradients[0].device)
         if self.context.layout.tensor > 1:
             dist.all_reduce(squares, group=self.context.tensor_group)
@@ -87,3 +87,9 @@ class PlainClipping:
             replicated = getattr(parameter, "ds_pipe_replicated", False)
             if parameter.grad is not None and not replicated and (first or is_model_parallel_parameter(parameter)):
                 yield parameter
+
+
+def _square_sum(gradient: Tensor) -> Tensor:
+    """Scalar float32, without a copy of the gradient: row by row, as one sum in float32 over all would lose digits."""
+    rows = gradient.flatten(1) if gradient.dim() > 1 else gradient[None]
+    return torch.linalg.vector_norm(rows, dim=1, dtype=torch.float32).square_().sum()

@@ -97,15 +97,17 @@ class _WeightedCrossEntropy(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         cross_entropy, log_normalizer = torch.empty(2, len(rows), dtype=torch.float32, device=rows.device)
         grad_rows: Any = torch.empty_like(rows) if row_gradients else None
-        grad_head: Any = torch.zeros_like(head, dtype=torch.float32) if head_gradient else None
+        new_total = torch.empty_like if len(rows) else torch.zeros_like
+        grad_head: Any = new_total(head, dtype=torch.float32) if head_gradient else None
         # Gradients are kept for the greatest weight 1, so that they do not vanish in fp16, and scaled in backward.
         scale = weights.max().clamp_min(1e-30) if len(rows) else weights.new_ones(())
         relative = (weights / scale)[:, None]
         gradient_type = head.dtype if row_gradients or head_gradient else None
         chunk = chunks.rows(len(rows), len(head))
+        memory = _common_memory(min(chunk, len(rows)), head)
         for start in range(0, len(rows), chunk):
             part = slice(start, start + chunk)
-            logits = _wide_product(rows[part], head.t()).float()
+            logits = _logits(rows[part], head, memory)
             cross_entropy[part], log_normalizer[part], gradient = LOSS_KERNELS[kernel](
                 logits, labels[part], shard, z_loss, gradient_type
             )
@@ -114,7 +116,7 @@ class _WeightedCrossEntropy(torch.autograd.Function):
                 grad_rows[part] *= relative[part]
             if head_gradient:
                 weighted = (rows[part] * relative[part]).to(head.dtype)  # float32 until here: rounded once
-                _add_product(grad_head, gradient.t(), weighted)
+                _add_product(grad_head, gradient.t(), weighted, is_first=start == 0)
             del logits, gradient  # or they would stay until the next chunk's are there
         gradient_square = torch.zeros_like(cross_entropy)
         if row_gradients:
@@ -144,6 +146,21 @@ class _WeightedCrossEntropy(torch.autograd.Function):
         )
 
 
+def _common_memory(rows: int, head: Tensor) -> Tensor | None:
+    """For the logits of one chunk after another, as the system clears the pages of new memory for each. None where they
+    take new memory: CUDA's allocator keeps what was freed, and a CPU's 16-bit logits have another type first."""
+    if head.device.type != "cpu" or head.dtype != torch.float32:
+        return None
+    return head.new_empty(rows, len(head))
+
+
+def _logits(rows: Tensor, head: Tensor, memory: Tensor | None) -> Tensor:
+    """[r, V] float32, in the memory where there is one."""
+    if memory is None:
+        return _wide_product(rows, head.t()).float()
+    return torch.mm(rows, head.t(), out=memory[: len(rows)])
+
+
 def _wide_product(left: Tensor, right: Tensor) -> Tensor:
     """left [m, k] · right [k, n], of the same 16-bit type or float32: on CUDA in float32, not rounded in between; the
     CPU has no such product of 16-bit numbers, and its result is of their type."""
@@ -152,13 +169,17 @@ def _wide_product(left: Tensor, right: Tensor) -> Tensor:
     return torch.mm(left, right)
 
 
-def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """total [m, n] float32 += left [m, k] · right [k, n], of the same 16-bit type or float32."""
+def _add_product(total: Tensor, left: Tensor, right: Tensor, is_first: bool) -> None:
+    """total [m, n] float32 += left [m, k] · right [k, n], of the same 16-bit type or float32. is_first: = instead."""
     if right.dtype == torch.float32:
-        total.addmm_(left, right)
+        total.addmm_(left, right, beta=0.0 if is_first else 1.0)
         return
     for sums, part in zip(total.split(_PRODUCT_ROWS), left.split(_PRODUCT_ROWS)):
-        sums.add_(_wide_product(part, right))
+        product = _wide_product(part, right)
+        if is_first:
+            sums.copy_(product)
+        else:
+            sums.add_(product)
 
 
 def _round_up(number: int, multiple: int) -> int:

@@ -96,6 +96,43 @@ def counted_step(config: RunConfig) -> tuple[dict[Any, int], dict[str, tuple[int
     return dict(counter.bytes), ranks, shapes, context.pipeline_rank
 
 
+class Joined(TorchDispatchMode):
+    """The sizes of what is put together from several tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func.overloadpacket.__name__ in ("cat", "flatten_dense_tensors"):
+            self.sizes.add(result.numel())
+        return result
+
+
+def joined_in_a_step(config: RunConfig) -> tuple[int, set[int]]:
+    """On a rank: elements of its parameters; sizes that were put together in a step."""
+    from megatron_mdm.checkpoint.load import restored_engine
+    from megatron_mdm.parallel.groups import initialize
+    from megatron_mdm.training import build, inputs
+
+    config, data = inputs.resolve(config)
+    context = initialize(config.parallel)
+    trainer = build.build_trainer(config, data, restored_engine(None, config, context, 0), None, context)
+    with Joined() as joined:
+        trainer.train_step(0)
+    return sum(parameter.numel() for parameter in trainer.engine.engine.module.parameters()), joined.sizes
+
+
+@pytest.mark.parametrize(("num_ranks", "pipeline"), [(1, 1), (2, 2), (2, 1)])
+def test_gradients_are_put_together_for_partners_only(num_ranks: int, pipeline: int, tmp_path: Path) -> None:
+    """In ZeRO 0, DeepSpeed copies all gradients into one tensor, also for a sum over a single rank."""
+    write_ids(tmp_path / "train.jsonl", 20)
+    config = small_config(tmp_path, parallel={"zero": 0, "pipeline": pipeline})
+    for num_elements, sizes in run_ranks(joined_in_a_step, num_ranks, config):
+        assert (num_elements in sizes) == (num_ranks > pipeline)
+
+
 def group_of(axis: str, ranks: dict[str, tuple[int, ...]]) -> tuple[int, ...]:
     """DeepSpeed's stages send over the group of all ranks."""
     everyone = {rank for group in ranks.values() for rank in group}
