@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from argparse import ArgumentParser
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from megatron_mdm.checkpoint.choice import AUTO, CHOICES, choose_together
 from megatron_mdm.checkpoint.initial import InitialWeights, fill
 from megatron_mdm.checkpoint.initial_tokens import contradictions
-from megatron_mdm.checkpoint.lazy_tensors import cut, read_elements, with_padding
+from megatron_mdm.checkpoint.lazy_tensors import LazyTensor, cut, read_elements, with_padding
 from megatron_mdm.checkpoint.manifest import MANIFEST
 from megatron_mdm.checkpoint.merged import merged_names, without_adapters
 from megatron_mdm.checkpoint.run_weights import ChosenAdapter, RunWeights
@@ -170,13 +170,25 @@ class LoadedRun:
     def _read(self, names: Collection[str]) -> None:
         tensors = self.weights.tensors(self.adapter)
         merged = merged_names(self.adapter.weights, self.weights.model)
-        degree = self.context.layout.tensor
-        for row, parameter in rows_of(self.module, self.weights.model):
-            if row.name in names:
-                beat()
-                whole = with_padding(tensors[row.name], row, degree)
-                shard = cut(whole, row.split.get("tensor"), self.context.tensor_rank, degree)
-                fill(parameter, shard, parameter.dtype if row.name in merged else None)
+        _fill_rows(self.module, {name: tensors[name] for name in names}, self.weights.model, self.context, merged)
+
+
+def _fill_rows(
+    module: nn.Module,
+    tensors: Mapping[str, LazyTensor],
+    model: ModelConfig,
+    context: ParallelContext,
+    merged: Collection[str] = (),
+) -> None:
+    """Fill this rank's part of the parameters that there are tensors for, by name and whole. merged: those that are
+    computed, and rounded to the module's type at once."""
+    degree = context.layout.tensor
+    for row, parameter in rows_of(module, model):
+        if row.name in tensors:
+            beat()
+            whole = with_padding(tensors[row.name], row, degree)
+            shard = cut(whole, row.split.get("tensor"), context.tensor_rank, degree)
+            fill(parameter, shard, parameter.dtype if row.name in merged else None)
 
 
 def load_for_inference(
@@ -185,6 +197,17 @@ def load_for_inference(
     """The model of a run's checkpoint (choice.py says what wishes there are), with its adapters, if it has some."""
     weights = run_weights(folder, config, context, wish)
     return LoadedRun(weights, weights.adapter(), config, context).engine
+
+
+def load_for_gradients(folder: Path, config: RunConfig, context: ParallelContext, wish: str = AUTO) -> InferenceEngine:
+    """The model of a run's checkpoint on one pipeline stage, as it is trained: with its adapters beside their base, if
+    it has some. What is frozen asks for no gradient."""
+    weights = run_weights(folder, config, context, wish)
+    adapter = weights.adapter().weights
+    model = weights.model.model_copy(update={"lora": adapter.lora}) if adapter else weights.model
+    whole = build_model(model, config.parallel, context, None)
+    _fill_rows(whole, {**weights.base, **(adapter.tensors if adapter else {})}, model, context)
+    return InferenceEngine(whole, config.precision.dtype, weights.run.path.name)
 
 
 def run_weights(

@@ -9,7 +9,7 @@ from typing import Any, cast
 import numpy as np
 from matplotlib.figure import Figure
 
-from megatron_mdm.checkpoint.load import load_for_inference, run_config
+from megatron_mdm.checkpoint.load import load_for_gradients, run_config
 from megatron_mdm.config.errors import UserError
 from megatron_mdm.config.files import write_json
 from megatron_mdm.config.load import load_config
@@ -54,7 +54,7 @@ def report_variance(options: argparse.Namespace) -> None:
     base = ["parallel.pipeline=1", "parallel.tensor=1", "parallel.sequence=false", *options.overrides]
     config, data = resolve(load_config(options.folder / "config.yaml", base))
     context = initialize()
-    engine = cast(InferenceEngine, load_for_inference(options.folder, config, context))  # of one pipeline stage
+    engine = load_for_gradients(options.folder, config, context)
     output: Path = options.output or options.folder
     output.mkdir(parents=True, exist_ok=True)
     parts = decomposition(engine, config, data, context, options.groups)
@@ -129,7 +129,7 @@ def comparison_table(
         changed = config.model_copy(update={"diffusion": diffusion})
         samplers[name] = _samplers(engine, changed, data, context)
         draws[name] = draw_gradients(
-            engine.model.requires_grad_(True),
+            engine.model,
             cast(SftDataset, data.train),
             samples,
             t,

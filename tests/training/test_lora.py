@@ -230,3 +230,42 @@ def test_rows_have_the_shapes_of_their_matrices() -> None:
         transposed = adapter.target == "embedding"  # its A is kept by tokens
         expected = ((outputs, 4), (inputs, 4)) if transposed else ((4, inputs), (outputs, 4))
         assert (table[adapter.a].shape, table[adapter.b].shape) == expected
+
+
+def measured(folder: Path) -> dict[str, Any]:
+    """On a rank: the run's losses with its adapters merged and beside their base, and what asks for gradients."""
+    from megatron_mdm.checkpoint.load import load_for_gradients, load_for_inference, run_config
+    from megatron_mdm.models.naming import rows_of
+    from megatron_mdm.parallel.groups import initialize
+    from megatron_mdm.reports.variance import Sketch
+    from megatron_mdm.training.build import build_trainer
+    from megatron_mdm.training.inputs import resolve
+    from megatron_mdm.training.source import SupervisedSource
+
+    config, data = resolve(load_config(folder / "config.yaml"))
+    context = initialize(config.parallel)
+    merged = load_for_inference(folder, run_config(folder), context)
+    beside = load_for_gradients(folder, config, context)
+    source = build_trainer(config, data, merged, None, context).source  # type: ignore[arg-type]
+    assert isinstance(source, SupervisedSource)
+    batches = source.prepare(0).micro_batches
+    sketch = Sketch(beside.model)
+    total, _ = beside.model(batches[0])
+    total.backward()
+    square, _ = sketch.take()
+    return {
+        "merged": [statistics.loss.numpy() for statistics in merged.evaluate(batches)],
+        "beside": [statistics.loss.numpy() for statistics in beside.evaluate(batches)],
+        "asking": {row.name for row, tensor in rows_of(beside.model, config.model) if tensor.requires_grad},
+        "square": square,
+    }
+
+
+def test_its_gradients_variance_is_that_of_the_adapters(folder: Path, moment_bytes: dict[str, list[int]]) -> None:
+    """What the variance report draws: forward passes are those of the merged weights, gradients the adapters'."""
+    (found,) = run_ranks(measured, 1, folder / "one")
+    model = small_model(num_layers=4, qkv_bias=True, lora=LORA)
+    assert found["asking"] == {name for name, row in parameter_table(model).items() if row.trained}
+    for merged, beside in zip(found["merged"], found["beside"], strict=True):
+        np.testing.assert_allclose(merged, beside, rtol=1e-5)
+    assert found["square"] > 0
