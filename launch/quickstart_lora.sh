@@ -24,6 +24,10 @@ fi
 python tools/prepare_data.py arithmetic --kind remainders --output "$data" --train 8000 --validation 200 --test 500
 python launch/torchrun.py --nproc-per-node 2 launch/train.py --config configs/quickstart_lora.yaml --overwrite "$@"
 answer=(--task gsm8k gen_length=16 block_length=8 steps=16 batch_size=64)
-evaluate=(python launch/torchrun.py --nproc-per-node 2 launch/evaluate.py)
-echo "the new operator, with the adapters:"
-"${evaluate[@]}" --run-dir "$run" --data "$data/test.jsonl" "${answer[@]}"
+evaluate=(python launch/torchrun.py --nproc-per-node 2 launch/evaluate.py --run-dir "$run")
+echo "the new operator, without the adapters and with them:"
+"${evaluate[@]}" --adapter none --adapter own --data "$data/test.jsonl" "${answer[@]}"
+echo "the old problems, without the adapters:"
+"${evaluate[@]}" --adapter none --data runs/quickstart_data/test.jsonl "${answer[@]}"
+cmp "$run/samples.jsonl" "$base/samples.jsonl"
+echo "without the adapters all answers are those that $base gave, bit for bit"
