@@ -61,6 +61,11 @@ def fingerprint(path: Path) -> str:
     return f"{digest.hexdigest()}@{run.path.name}"
 
 
+def is_of_a_run(found: str) -> bool:
+    """Whether a fingerprint is of a run's checkpoint, not of Hugging Face's."""
+    return "@" in found
+
+
 def check_base(folder: Path, config: RunConfig) -> None:
     """Raise UserError where model.init_from of a run with adapters, which lies in a folder, is gone or has changed."""
     path = Path(config.model.init_from)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from megatron_mdm.checkpoint.base import noted_base
+from megatron_mdm.checkpoint.choice import located
 from megatron_mdm.checkpoint.lazy_tensors import LazyTensor, with_rows
 from megatron_mdm.checkpoint.manifest import MANIFEST
 from megatron_mdm.checkpoint.merged import AdapterWeights, without_adapters
@@ -44,6 +45,10 @@ def read_adapter(
         return FoundAdapter(found.weights, digest.hexdigest(), "", found.notes)
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder of an adapter")
+    if not (located(folder)[0] / RUN_CONFIG).is_file():
+        raise UserError(
+            f"{folder}: neither an adapter of PEFT's ({ADAPTER_CONFIG}) nor a run with adapters ({RUN_CONFIG})"
+        )
     run = NativeCheckpoint.open(folder)
     if not run.config.model.lora.rank:
         raise UserError(f"{folder}: the run there has no adapters; its 'model.lora.rank' is 0")

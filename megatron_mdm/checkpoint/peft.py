@@ -26,6 +26,7 @@ PREFIX = "base_model.model."
 A, B = 0, 1
 # Ends of their names, behind the module's; by whether that is the embedding.
 _ENDS = {False: (".lora_A.weight", ".lora_B.weight"), True: (".lora_embedding_A", ".lora_embedding_B")}
+_BY_TOKENS = {("embedding", A): 1, ("head", B): 0}  # (target, side) → the dimension of tokens
 # Of a table itself, which PEFT writes beside the adapter where it is a target, or has been resized.
 _OF_A_TABLE = (".base_layer.weight", ".weight")
 
@@ -184,9 +185,12 @@ def _check_shape(path: Path, place: _Place, tensor: StoredTensor, rank: int, mod
     if place.target == "embedding":
         outputs, inputs = inputs, outputs  # PEFT takes the table for a map of one-hot tokens
     expected = (rank, inputs) if place.side == A else (outputs, rank)
-    # Rows of tokens that the table has been given since, as for a mask token, have no adapter: theirs is zero.
-    is_shorter = place.target in TABLES and all(size <= limit for size, limit in zip(tensor.shape, expected))
-    if tensor.shape != expected and not (is_shorter and rank in tensor.shape):
+    fits = tensor.shape == expected
+    if (place.target, place.side) in _BY_TOKENS and len(tensor.shape) == 2:
+        dim = _BY_TOKENS[place.target, place.side]
+        # Tokens that the table has been given since, as a mask token, have no adapter: theirs is zero.
+        fits = tensor.shape[dim] <= expected[dim] and tensor.shape[1 - dim] == rank
+    if not fits:
         raise UserError(
             f"{path}: '{tensor.name}' has shape {list(tensor.shape)}; by {ADAPTER_CONFIG} and the model it would be "
             f"{list(expected)}"

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from megatron_mdm.checkpoint.base import fingerprint
+from megatron_mdm.checkpoint.base import fingerprint, is_of_a_run
 from megatron_mdm.checkpoint.chosen_adapters import read_adapter
 from megatron_mdm.checkpoint.lazy_tensors import LazyTensor
 from megatron_mdm.checkpoint.manifest import MANIFEST
@@ -87,9 +87,14 @@ class RunWeights:
             return ChosenAdapter(OWN, adapters_in(self.run), sha256(self.run.path / MANIFEST))
         found = read_adapter(Path(wish), self.model, family_in(self.run), self.base)
         beside = Path(self.run.config.model.init_from) if self.has_adapters else self.run.path
-        if found.base and found.base != fingerprint(beside):
-            raise UserError(f"--adapter {wish}: was trained beside other weights than those of {beside}")
-        return ChosenAdapter(wish, found.weights, found.sha256, found.notes)
+        notes = found.notes
+        if found.base and found.base != (ours := fingerprint(beside)):
+            if is_of_a_run(found.base) == is_of_a_run(ours):
+                raise UserError(f"--adapter {wish}: was trained beside other weights than those of {beside}")
+            kinds = "a run's checkpoint", "a Hugging Face checkpoint"
+            kind = kinds[is_of_a_run(ours)]
+            notes = (*notes, f"{wish}: was trained beside {kind}; that it held the weights of {beside} is not checked")
+        return ChosenAdapter(wish, found.weights, found.sha256, notes)
 
     def tensors(self, adapter: ChosenAdapter) -> dict[str, LazyTensor]:
         """The parameters with an adapter merged into them."""

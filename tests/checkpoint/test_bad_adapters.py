@@ -179,13 +179,46 @@ def test_names_of_another_family_are_refused(folder: Path) -> None:
     assert PeftAdapter.open(folder, MODEL).weights.lora == LoraConfig(rank=2, alpha=4, targets=("query", "value"))
 
 
+def with_tables(folder: Path, **changes: torch.Tensor) -> Path:
+    """The folder, with adapters of both tables; changes: of their tensors."""
+    settings("", target_modules=["q_proj", "v_proj", "wte", "transformer.ff_out"])(folder)
+    added = {
+        "ff_out.lora_A.weight": torch.zeros(2, 32),
+        "ff_out.lora_B.weight": torch.zeros(VOCAB, 2),
+        "wte.lora_embedding_A": torch.zeros(2, VOCAB),
+        "wte.lora_embedding_B": torch.zeros(32, 2),
+        **changes,
+    }
+    tensors("", **{f"{PREFIX}model.transformer.{name}": tensor for name, tensor in added.items()})(folder)
+    return folder
+
+
 def test_an_adapter_of_tied_tables_is_refused(folder: Path) -> None:
-    settings("", target_modules=["q_proj", "v_proj", "transformer.ff_out"])(folder)
-    head = f"{PREFIX}model.transformer.ff_out"
-    tensors("", **{f"{head}.lora_A.weight": torch.zeros(2, 32), f"{head}.lora_B.weight": torch.zeros(VOCAB, 2)})(folder)
-    assert "head" in PeftAdapter.open(folder, MODEL).weights.lora.targets
+    assert {"head", "embedding"} < set(PeftAdapter.open(with_tables(folder), MODEL).weights.lora.targets)
     with pytest.raises(UserError, match="the embedding or the head, which are one table in this model"):
         PeftAdapter.open(folder, small_model(tie_embeddings=True))
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "expected"),
+    [
+        ("ff_out.lora_A.weight", (2, 31), [2, 32]),
+        ("ff_out.lora_B.weight", (VOCAB + 1, 2), [VOCAB, 2]),
+        ("ff_out.lora_B.weight", (VOCAB, 1), [VOCAB, 2]),
+        ("wte.lora_embedding_A", (2, VOCAB + 1), [2, VOCAB]),
+        ("wte.lora_embedding_A", (2 * VOCAB,), [2, VOCAB]),
+        ("wte.lora_embedding_B", (31, 2), [32, 2]),
+    ],
+)
+def test_shapes_of_tables_adapters_are_named(
+    name: str, shape: tuple[int, ...], expected: list[int], folder: Path
+) -> None:
+    """Fewer tokens would do."""
+    with_tables(folder, **{name: torch.zeros(shape)})
+    with pytest.raises(UserError) as raised:
+        PeftAdapter.open(folder, MODEL, LLADA)
+    assert f"{name}' has shape {list(shape)}" in str(raised.value)
+    assert str(raised.value).endswith(f"it would be {expected}")
 
 
 def test_how_it_was_made_is_told_and_does_not_matter(folder: Path) -> None:
@@ -213,6 +246,9 @@ def test_first_adapters_of_other_settings_are_named(lora: dict[str, Any], expect
 def test_an_adapter_is_no_model(folder: Path) -> None:
     with pytest.raises(UserError, match=r"an adapter, without the model beside it; train it further by 'model\.lora"):
         InitialWeights(MODEL.model_copy(update={"init_from": str(folder)}))
+    (folder / ADAPTER_CONFIG).unlink()
+    with pytest.raises(UserError, match=r"neither an adapter of PEFT's \(adapter_config\.json\) nor a run with"):
+        first_adapters(with_lora({"rank": 2, "init_from": str(folder)}), None, {})
     shutil.rmtree(folder)
     with pytest.raises(UserError, match="no such folder of an adapter"):
         first_adapters(with_lora({"rank": 2, "init_from": str(folder)}), None, {})

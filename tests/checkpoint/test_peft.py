@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 from megatron_mdm.checkpoint.compare import differences
-from megatron_mdm.checkpoint.convert import export_checkpoint
+from megatron_mdm.checkpoint.convert import ImportOptions, export_checkpoint, import_checkpoint
 from megatron_mdm.checkpoint.huggingface import HuggingFaceCheckpoint
 from megatron_mdm.checkpoint.initial import InitialWeights
 from megatron_mdm.checkpoint.lazy_tensors import read, with_grown_tables
@@ -23,7 +23,7 @@ from megatron_mdm.checkpoint.merged import merged
 from megatron_mdm.checkpoint.native import NativeCheckpoint
 from megatron_mdm.checkpoint.peft import ADAPTER_FILE, PeftAdapter
 from megatron_mdm.checkpoint.peft_export import export_adapter, tensors_to_write
-from megatron_mdm.checkpoint.run_weights import NONE
+from megatron_mdm.checkpoint.run_weights import NONE, RunWeights
 from megatron_mdm.checkpoint.weights import adapters_in, whole_tensors
 from megatron_mdm.config.errors import UserError
 from megatron_mdm.config.load import load_config
@@ -220,6 +220,31 @@ def test_a_run_with_adapters_is_a_start(folder: Path, runs: Callable[[str], list
     assert f"adapters: those of {source}" in begun.describe(57)
     assert all(torch.equal(read(begun.tensors[name]), read(tensor)) for name, tensor in adapters.items())
     assert InitialWeights(again, with_adapters=False).tensors.keys().isdisjoint(adapters)
+
+
+def test_a_runs_adapters_belong_to_the_weights_beside_them(
+    folder: Path, runs: Callable[[str], list[Logits]], tmp_path: Path
+) -> None:
+    """Those of another folder are refused; whether a run that was imported has the same is not known, and told."""
+    runs("one")
+    adapter = folder / "one/llada"
+    other = opened_weights(folder / "one/llama")
+    with pytest.raises(UserError, match="was trained beside other weights than those of"):
+        other.adapter(str(adapter))
+    options = ImportOptions(1, 1, "auto", 10**9, {"mask": "", "pad": "", "eos": ""})
+    import_checkpoint(folder / "llada", tmp_path / "imported", options)
+    imported = opened_weights(tmp_path / "imported")
+    chosen = imported.adapter(str(adapter))
+    (note,) = chosen.notes
+    assert f"that it held the weights of {imported.run.path} is not checked" in note
+    own = opened_weights(adapter)
+    ours, theirs = imported.tensors(chosen), own.tensors(own.adapter())
+    assert all(torch.equal(read(ours[name]), read(tensor)) for name, tensor in theirs.items())
+
+
+def opened_weights(run: Path) -> RunWeights:
+    found = NativeCheckpoint.open(run)
+    return RunWeights(run, found.config.model, found.path)
 
 
 def test_a_table_that_is_not_the_bases_is_named(folder: Path, tmp_path: Path) -> None:
