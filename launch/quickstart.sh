@@ -3,7 +3,7 @@
 # data-parallel ranks → answers → score. About 5 minutes after installation.
 #   bash launch/quickstart.sh            start from scratch
 #   bash launch/quickstart.sh --resume   resume after an interruption
-#   bash launch/quickstart.sh lora       afterwards: the model learns a further operator by adapters (quickstart_lora.sh)
+#   bash launch/quickstart.sh lora       afterwards: the model learns further operators by adapters (quickstart_lora.sh)
 # Other arguments are overrides of configs/quickstart.yaml: bash launch/quickstart.sh seed=7 optimizer.lr=5e-4
 set -euo pipefail
 if [ "${1:-}" = lora ]; then

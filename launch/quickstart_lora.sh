@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# After launch/quickstart.sh: its model learns an operator that it has never seen, remainders, by adapters beside its frozen
+# After launch/quickstart.sh: its model learns operators that it has never seen, max and min, by adapters beside its frozen
 # weights, and answers as before without them. About 3 minutes on two CPU cores.
 #   bash launch/quickstart.sh lora
 # Other arguments are overrides of configs/quickstart_lora.yaml: bash launch/quickstart.sh lora model.lora.rank=8
@@ -21,11 +21,11 @@ if [ ! -e "$base/evaluation.json" ]; then
     exit 1
 fi
 
-python tools/prepare_data.py arithmetic --kind remainders --output "$data" --train 8000 --validation 200 --test 500
+python tools/prepare_data.py arithmetic --kind comparisons --output "$data" --train 8000 --validation 200 --test 500
 python launch/torchrun.py --nproc-per-node 2 launch/train.py --config configs/quickstart_lora.yaml --overwrite "$@"
 answer=(--task gsm8k gen_length=16 block_length=8 steps=16 batch_size=64)
 evaluate=(python launch/torchrun.py --nproc-per-node 2 launch/evaluate.py --run-dir "$run")
-echo "the new operator, without the adapters and with them:"
+echo "the new problems, without the adapters and with them:"
 "${evaluate[@]}" --adapter none --adapter own --data "$data/test.jsonl" "${answer[@]}"
 echo "the old problems, without the adapters:"
 "${evaluate[@]}" --adapter none --data runs/quickstart_data/test.jsonl "${answer[@]}"

@@ -1,6 +1,6 @@
 """Prepare data files, and look at them.
 
-mdm prepare arithmetic --output FOLDER [--kind remainders --train 60000 --validation 500 --test 500 --seed 0]
+mdm prepare arithmetic --output FOLDER [--kind comparisons --train 60000 --validation 500 --test 500 --seed 0]
     generates word problems in GSM8K's format: train.jsonl, validation.jsonl and test.jsonl, no question twice
 mdm prepare corpus FILE … --output PREFIX --tokenizer FILE [--workers 2 --splits 0.98 0.01 0.01]
     tokenises text, JSON lines, parquet or a `datasets` set into Megatron's .bin/.idx; interrupted, it resumes
@@ -120,7 +120,9 @@ def main() -> None:
     command.add_argument("--validation", type=int, default=500)
     command.add_argument("--test", type=int, default=500)
     command.add_argument("--seed", type=int, default=0)
-    command.add_argument("--kind", choices=PROBLEMS, default="arithmetic", help="remainders: a further operator, mod")
+    command.add_argument(
+        "--kind", choices=PROBLEMS, default="arithmetic", help="comparisons: further operators, max and min"
+    )
     command.set_defaults(run=arithmetic)
 
     command = commands.add_parser("corpus", help="a pretraining corpus in Megatron's format")

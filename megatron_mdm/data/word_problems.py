@@ -2,7 +2,7 @@
 
 {"question": "Tom has 8 apples. He buys 6 more and then …?", "answer": "8 + 6 = 14. 14 - 5 = 9. #### 9"}
 
-Problems with remainders, an operator that the others do not have, are for tuning a model that has learnt the others.
+Comparisons, with operators that the others do not have, are for tuning a model that has learnt the others.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ def _solve(a: int, first: str, b: int, second: str, c: int) -> str:
 def _step(a: int, operator: str, b: int) -> tuple[str, int]:
     if operator == "/" and a % b:
         raise _OutOfRange
-    value = {"+": a + b, "-": a - b, "*": a * b, "/": a // b, "mod": a % b}[operator]
+    value = {"+": a + b, "-": a - b, "*": a * b, "/": a // b, "max": max(a, b), "min": min(a, b)}[operator]
     if not 1 <= value <= LARGEST:
         raise _OutOfRange
     return f"{a} {operator} {b} = {value}.", value
@@ -270,41 +270,43 @@ def _saving(rng: random.Random, w: _Words) -> tuple[str, str]:
     return question, _solve(b, "*", c, "-", d)
 
 
-def _left_over(rng: random.Random, w: _Words) -> tuple[str, str]:
-    a = rng.randint(5, LARGEST)
-    b = _small(rng)
+def _heaps(rng: random.Random, w: _Words) -> tuple[str, str]:
+    a, b = rng.sample(range(2, LARGEST + 1), 2)
     c = _small(rng)
     sign = rng.choice("+-")
+    word, operator = rng.choice([("larger", "max"), ("smaller", "min")])
     question = (
-        f"{w.name} has {a} {w.items} and fills as many {w.boxes} with {b} each as possible. "
-        f"{w.he} then {_change(rng, w, sign, c)}. How many {w.items} does {w.name} have besides the {w.boxes}?"
+        f"{w.name} has a heap of {a} {w.items} and a heap of {b}. {w.he} keeps the {word} heap and then "
+        f"{_change(rng, w, sign, c)}. How many {w.items} does {w.name} have now?"
     )
-    return question, _solve(a, "mod", b, sign, c)
+    return question, _solve(a, operator, b, sign, c)
 
 
-def _packing(rng: random.Random, w: _Words) -> tuple[str, str]:
-    a = rng.randint(5, LARGEST)
-    b = _small(rng)
+def _places(rng: random.Random, _: _Words) -> tuple[str, str]:
+    a, b = rng.sample(range(2, LARGEST + 1), 2)
     c = _small(rng)
-    sign = rng.choice("+-")
-    question = (
-        f"{w.name} has {a} {w.items} and {_change(rng, w, sign, b)}. {w.he} fills {w.boxes} with {c} each. "
-        f"How many {w.items} are left over?"
-    )
-    return question, _solve(a, sign, b, "mod", c)
-
-
-def _rows(rng: random.Random, _: _Words) -> tuple[str, str]:
-    a = rng.randint(5, LARGEST)
-    b = _small(rng)
-    c = _small(rng)
-    place, preposition, leave, come = rng.choice(_PLACES)
+    first, second = rng.sample(_PLACES, 2)
+    place, preposition, leave, come = first
+    other, where = second[:2]
     verb, sign = rng.choice([(leave, "-"), (come, "+")])
+    word, operator = rng.choice([("larger", "max"), ("smaller", "min")])
     question = (
-        f"There are {a} people {preposition} a {place}. {b} people {verb} and the people form rows of {c}. "
-        "How many people are left without a row?"
+        f"There are {a} people {preposition} a {place} and {b} {where} a {other}. {c} people {verb} where the {word} "
+        "group is. How many people are there now?"
     )
-    return question, _solve(a, sign, b, "mod", c)
+    return question, _solve(a, operator, b, sign, c)
+
+
+def _winner(rng: random.Random, w: _Words) -> tuple[str, str]:
+    a, b = rng.sample(range(2, LARGEST + 1), 2)
+    c = _small(rng)
+    sign = rng.choice("+-")
+    word, operator = rng.choice([("larger", "max"), ("smaller", "min")])
+    question = (
+        f"{w.name} has {a} {w.items} and {w.other} has {b}. {w.third} has the {word} of both numbers and then "
+        f"{_change(rng, w._replace(other=w.name), sign, c)}. How many {w.items} does {w.third} have now?"
+    )
+    return question, _solve(a, operator, b, sign, c)
 
 
 _ARITHMETIC: list[_Template] = [
@@ -323,4 +325,4 @@ _ARITHMETIC: list[_Template] = [
     _ages,
     _saving,
 ]
-PROBLEMS: dict[str, list[_Template]] = {"arithmetic": _ARITHMETIC, "remainders": [_left_over, _packing, _rows]}
+PROBLEMS: dict[str, list[_Template]] = {"arithmetic": _ARITHMETIC, "comparisons": [_heaps, _places, _winner]}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -149,11 +150,17 @@ def test_generated_problems_are_right_and_distinct(folder: Path) -> None:
     sets = [(folder / f"{name}.jsonl").read_text().splitlines() for name in ("train", "validation", "test")]
     problems = [json.loads(line) for lines in sets for line in lines]
     assert len({problem["question"] for problem in problems}) == 640
-    for problem in problems:
+    comparisons = generate(300, 5, kind="comparisons")
+    operators = Counter(problem["answer"].split()[1] for problem in comparisons)
+    assert operators.keys() == {"max", "min"}
+    assert min(operators.values()) > 90
+    for problem in (*problems, *comparisons):
         first, second, final = problem["answer"].replace("####", "").rsplit(".", 2)
         for equation in (first, second):
             left, right = equation.split("=")
-            assert eval(left.replace("/", "//")) == int(right)
+            a, operator, b = left.split()
+            value = max(int(a), int(b)) if operator == "max" else min(int(a), int(b))
+            assert int(right) == (value if operator in operators else eval(left.replace("/", "//")))
             assert 1 <= int(right) <= LARGEST
         assert extract_answer(problem["answer"]) == final.strip() == second.split("=")[1].strip()
     assert generate(5, 3) == generate(5, 3)
