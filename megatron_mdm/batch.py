@@ -256,7 +256,7 @@ class ModelInputs(NamedTuple):
     """A micro-batch for the model. R rows (samples × views) of length S.
 
     Packed (engine/inputs.py), its rows stand one after another in a single row of T tokens without padding; what is
-    scored stays by row. The last two fields are made on the host (engine/inputs.py), where they cost no waiting for a
+    scored stays by row. Places and segments are made on the host (engine/inputs.py), where they cost no waiting for a
     device; inputs without them are completed where they are used.
     """
 
@@ -270,6 +270,7 @@ class ModelInputs(NamedTuple):
     row_starts: Tensor | None = None  # [R] int64, of packed inputs only: where the rows begin among the T tokens
     places: Tensor | None = None  # [N] int64: the selected positions' places along [S, R], ascending
     segments: SegmentBounds | None = None  # of a single row of segments
+    dropout_keys: Tensor | None = None  # [R, S] int64 (packed: [1, T]), in training passes with dropout only
 
     @property
     def is_packed(self) -> bool:

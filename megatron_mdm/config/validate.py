@@ -132,8 +132,16 @@ def _check_lora(model: ModelConfig) -> None:
         raise UserError("'model.lora' needs 'model.kernels' torch: Transformer Engine fuses norms into the linear maps")
     if model.lora.base != "model":
         raise UserError("'model.lora.base' nf4 is not built yet; use model")
-    if model.lora.dropout:
-        raise UserError("'model.lora.dropout' is not built yet; set it to 0")
+    if model.lora.dropout and "head" in model.lora.targets:
+        raise UserError(
+            "'model.lora.dropout' cannot be applied to the head, whose adapter is added to the matrix itself; leave "
+            "head out of 'model.lora.targets', or set dropout to 0"
+        )
+    if model.lora.dropout and model.compile:
+        raise UserError(
+            "'model.lora.dropout' cannot be combined with 'model.compile': its masks need integers that wrap, which "
+            "compiled code does not promise; set one of them to 0 or false"
+        )
 
 
 def _check_batch(config: RunConfig, world_size: int) -> None:

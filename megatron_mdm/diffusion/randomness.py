@@ -22,6 +22,7 @@ class Purpose(IntEnum):
     INITIAL_WEIGHTS = 7
     GENERATION = 8
     VARIANCE = 9
+    ADAPTER_DROPOUT = 10
     LIKELIHOOD = 20
     RANDOM_LENGTH = 21
 

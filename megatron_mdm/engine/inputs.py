@@ -82,13 +82,19 @@ def packed(inputs: ModelInputs) -> ModelInputs:
     positions = inputs.positions
     inside = torch.arange(width)[None, :] < rows[:, None]
     tokens = inputs.tokens[inside]
+    keys = inputs.dropout_keys
+    if keys is not None:
+        keys = keys[inside][None]
     if positions is not None:
         positions = positions.expand(num_rows, -1)[inside][None]
     if not len(tokens):  # no rank may skip a forward pass: one token, whose logits nobody asks for
         tokens = inputs.tokens.new_zeros(1)
+        keys = tokens[None] if keys is not None else None
         pattern = Segments(torch.ones(1, 1, dtype=torch.int64))
     starts = rows.cumsum(0) - rows
-    return inputs._replace(tokens=tokens[None], pattern=pattern, positions=positions, row_starts=starts)
+    return inputs._replace(
+        tokens=tokens[None], pattern=pattern, positions=positions, row_starts=starts, dropout_keys=keys
+    )
 
 
 def padded_to_multiple(inputs: ModelInputs, multiple: int) -> ModelInputs:
@@ -97,7 +103,7 @@ def padded_to_multiple(inputs: ModelInputs, multiple: int) -> ModelInputs:
     extra = -width % multiple
     if not extra:
         return inputs
-    of_tokens = {"tokens", "positions"}
+    of_tokens = {"tokens", "positions", "dropout_keys"}
     if not inputs.is_packed:
         of_tokens |= {"selected", "labels", "token_weight"}
     widened: dict[str, Any] = {

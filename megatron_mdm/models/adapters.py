@@ -12,6 +12,7 @@ from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
+from megatron.core.parallel_state import get_tensor_model_parallel_rank
 from megatron.core.tensor_parallel import (
     VocabParallelEmbedding,
     copy_to_tensor_model_parallel_region,
@@ -23,6 +24,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from megatron_mdm.config.schema import ModelConfig
+from megatron_mdm.models.adapter_dropout import AdapterDropout
 from megatron_mdm.models.adapter_rows import LINEAR_MAPS, SPLIT_BY_COLUMNS, matrix_shape, targets_of
 
 
@@ -65,15 +67,27 @@ class AdaptedLinear(Adapted):
                 self.register_parameter(f"lora_{part}_A", _empty(self.rank, inputs))
                 self.register_parameter(f"lora_{part}_B", _empty(outputs, self.rank))
         self.parts = tuple(parts)
+        self.tensor_rank = get_tensor_model_parallel_rank()
+        self.dropout: AdapterDropout | None = None
 
     def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
         """hidden [S, R, in] → (output [S, R, out], the base's bias or None), as the base's."""
         output, bias = self.base(hidden)
         if not self.enabled:
             return output, bias
-        low = self._between_ranks(F.linear(hidden, torch.cat([self._matrix(part, "A") for part in self.adapted])))
-        added = torch.addmm(output.flatten(0, 1), low.flatten(0, 1), self._fused().t(), alpha=self.scaling)
+        read, scaling = self._dropped(hidden)
+        low = self._between_ranks(F.linear(read, torch.cat([self._matrix(part, "A") for part in self.adapted])))
+        added = torch.addmm(output.flatten(0, 1), low.flatten(0, 1), self._fused().t(), alpha=scaling)
         return added.view(output.shape), bias
+
+    def _dropped(self, hidden: Tensor) -> tuple[Tensor, float]:
+        """(what the adapters read of hidden, by how much what they add is multiplied)."""
+        if self.dropout is None or self.dropout.keys is None:
+            return hidden, self.scaling
+        length, _, width = hidden.shape
+        position = self.tensor_rank * length if self.sequence_parallel and not self.by_columns else 0
+        feature = self.tensor_rank * width if self.by_columns else 0
+        return self.dropout(hidden, position, feature), self.scaling / self.dropout.kept
 
     def _between_ranks(self, low: Tensor) -> Tensor:
         """low [S, R, n·r] of this rank's positions or columns → of what the base's output is of."""
@@ -150,14 +164,23 @@ class HeadAdapter(Adapted):
         return torch.addmm(weight, self.lora_head_B, self.lora_head_A, alpha=self.scaling)
 
 
-def attach_adapters(layer: nn.Module, model: ModelConfig, config: TransformerConfig) -> None:
-    """Put an AdaptedLinear around each linear map of a transformer layer that has a target, uninitialised."""
+def attach_adapters(
+    layer: nn.Module, index: int, model: ModelConfig, config: TransformerConfig
+) -> list[AdapterDropout]:
+    """Put an AdaptedLinear around each linear map of the transformer layer with this index that has a target,
+    uninitialised. Returns what is to be given the keys of every micro-batch: their dropouts."""
     targets = targets_of(model)
-    for path, parts in LINEAR_MAPS.items():
+    dropouts = []
+    for number, (path, parts) in enumerate(LINEAR_MAPS.items()):
         if targets.intersection(parts):
             parent, _, name = path.rpartition(".")
             module = layer.get_submodule(parent)
-            setattr(module, name, AdaptedLinear(module.get_submodule(name), parts, model, config))
+            adapted = AdaptedLinear(module.get_submodule(name), parts, model, config)
+            setattr(module, name, adapted)
+            if model.lora.dropout:
+                adapted.dropout = AdapterDropout(model.lora.dropout, index, number)
+                dropouts.append(adapted.dropout)
+    return dropouts
 
 
 @contextmanager

@@ -35,6 +35,7 @@ class Visibility:
         self.length = inputs.tokens.shape[1]
         self.device = inputs.tokens.device
         self._segments = inputs.segments
+        self.dropout_keys = None if inputs.dropout_keys is None else inputs.dropout_keys.t()  # [S, R]
         self.rotations: dict[torch.dtype, Rotation] = {}  # of its positions, by the type of numbers: the first block's
 
         positions = inputs.positions

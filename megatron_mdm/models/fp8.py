@@ -38,7 +38,7 @@ def fp8_settings(model: ModelConfig) -> dict[str, Any]:
 
 def recompute_by(model: ModelConfig) -> Callable[..., Tensor]:
     """Activation checkpointing, (function, its arguments) → its result. Transformer Engine's own runs a layer again
-    with the scales that it ran with before. There is no dropout, so no random state has to be kept."""
+    with the scales that it ran with before. Dropout of adapters draws nothing, so no random state has to be kept."""
     if model.fp8:
         from transformer_engine.pytorch.distributed import checkpoint
 

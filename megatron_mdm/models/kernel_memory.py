@@ -78,8 +78,8 @@ class SavedTensors:
         inputs = 2 * query + 3 * key  # turned queries and keys, and [q, k, v], of which v is a part
         if again:
             return normed + (inputs + query) * size
-        longest = min(shape.length, config.data.max_length)  # that attention runs over
-        if self.kernels == "cpu" and longest <= EXPLICIT_LENGTH[config.precision.dtype]:
+        if self._is_explicit(config, shape):
+            longest = min(shape.length, config.data.max_length)  # that attention runs over
             # Explicit scores: q, k, v of every head, the softmax, and the contexts in another order.
             contexts = query * _keeps_input(model, PROJECTION)
             return normed + (3 * query + contexts + model.num_heads * longest) * size
@@ -102,7 +102,29 @@ class SavedTensors:
             inputs = matrix_shape(model, parts[0])[1] / (tensor if by_columns else 1)
             positions = self._positions(config, shape, split=config.parallel.sequence and by_columns)
             kept += width * (positions + outputs + inputs)
-        return kept * _size(config)
+        return kept * _size(config) + self._dropout(config, shape)
+
+    def _dropout(self, config: RunConfig, shape: Shape) -> float:
+        """Bytes of the masks of what a block's adapters read. What they read of it takes the place of what they would
+        without dropout; but fused attention keeps its contexts for itself, too."""
+        model = config.model
+        if not model.lora.dropout:
+            return 0.0
+        kept = 0.0
+        is_again = config.parallel.recompute == "selective"
+        for module, parts in LINEAR_MAPS.items():
+            if _keeps_input(model, module):
+                by_columns = parts[0] in SPLIT_BY_COLUMNS
+                inputs = matrix_shape(model, parts[0])[1] / (config.parallel.tensor if by_columns else 1)
+                positions = self._positions(config, shape, split=config.parallel.sequence and not by_columns)
+                twice = module == PROJECTION and (is_again or not self._is_explicit(config, shape))
+                kept += positions * inputs * (1 + twice * _size(config))
+        return kept
+
+    def _is_explicit(self, config: RunConfig, shape: Shape) -> bool:
+        """Whether attention has its scores in memory."""
+        longest = min(shape.length, config.data.max_length)  # that attention runs over
+        return self.kernels == "cpu" and longest <= EXPLICIT_LENGTH[config.precision.dtype]
 
     @staticmethod
     def _positions(config: RunConfig, shape: Shape, split: bool = False) -> float:

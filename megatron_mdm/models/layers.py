@@ -77,8 +77,7 @@ class Block(Layer):
         super().__init__()
         spec = LAYER_SPECS[resolve_kernels(model)](model, parallel.recompute == "selective")
         self.layer = TransformerLayer(config, spec, layer_number=index + 1)
-        if model.lora.rank:
-            attach_adapters(self.layer, model, config)
+        self.dropouts = attach_adapters(self.layer, index, model, config) if model.lora.rank else []
         self.rotary = RotaryEmbedding(
             kv_channels=config.kv_channels,
             rotary_percent=1.0,
@@ -108,6 +107,8 @@ class Block(Layer):
         return layer(hidden, visible, rotation)
 
     def _layer(self, hidden: Tensor, visible: Visibility, rotation: Rotation) -> Tensor:
+        for dropout in self.dropouts:  # here, as recomputation comes by here: other micro-batches may have passed
+            dropout.keys = visible.dropout_keys
         return self.layer(hidden, attention_mask=AttentionInputs(visible, rotation))[0]
 
     def _angles(self, visible: Visibility) -> Tensor:

@@ -53,7 +53,8 @@ def build_source(
         first=first_batch,
     )
     noise = objective.noise(cell_density, data.tokenizer.mask_id)
-    return SupervisedSource(context, PrefetchLoader(loader), objective, noise, layout_ahead(config))
+    dropout_seed = config.seed if config.model.lora.rank and config.model.lora.dropout else None
+    return SupervisedSource(context, PrefetchLoader(loader), objective, noise, layout_ahead(config), dropout_seed)
 
 
 def layout_ahead(config: RunConfig) -> InputLayout | None:

@@ -19,6 +19,7 @@ from megatron_mdm.diffusion.objective import GlobalBatch, weighted_masked
 from megatron_mdm.engine.base import TrainOutput
 from megatron_mdm.engine.inputs import InputLayout
 from megatron_mdm.evaluation.losses import WeightSums
+from megatron_mdm.models.adapter_dropout import with_dropout_keys
 from megatron_mdm.objectives.base import Noise, Objective
 from megatron_mdm.parallel.collectives import fill_from_data_ranks
 from megatron_mdm.parallel.groups import ParallelContext
@@ -103,14 +104,16 @@ class SupervisedSource:
         objective: Objective,
         noise: Noise,
         layout: InputLayout | None = None,
+        dropout_seed: int | None = None,
     ) -> None:
         """noise: clean micro-batches → what is scored where. layout: how the engine takes micro-batches, which are then
         made ready for it a step ahead, on a thread; None: they are made when they are asked for, as the objective
-        gives them."""
+        gives them. dropout_seed: with keys for dropout of adapters, drawn by it; None: without."""
         self.context = context
         self.loader = loader
         self.objective = objective
         self.noise = noise
+        self.dropout_seed = dropout_seed
         self.ready = layout.ahead if layout else _as_they_are
         self._draw_step: Callable[[int], DrawnBatches] = self._draw
         self._prepare_step: Callable[[int], Prepared] = self._prepare
@@ -126,6 +129,9 @@ class SupervisedSource:
     def _prepare(self, step: int) -> Prepared:
         batch = self.noised_batch(step)
         inputs = [self.objective.inputs(*pair) for pair in zip(batch.noised, batch.weights)]
+        if self.dropout_seed is not None:
+            positions = [micro_batch.positions for micro_batch in batch.local.micro_batches]
+            inputs = [with_dropout_keys(each, self.dropout_seed, step, at) for each, at in zip(inputs, positions)]
         weights = [WeightSums.of(*pair, batch.local.global_batch) for pair in zip(batch.noised, batch.weights)]
         num_masked = [micro.masked.sum(1).view(micro.views, -1).sum(0) for micro in batch.noised]
         return Prepared([self.ready(each) for each in inputs], Summed(batch, weights, num_masked))

@@ -47,6 +47,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {  # ranks, par
     "lora": (1, {"zero": 2}, {"dtype": "bf16"}),
     "lora_of_queries_and_values": (2, {"zero": 3}, {"dtype": "fp32"}),
     "tp2_sp_lora": (2, {"zero": 1, "tensor": 2, "sequence": True}, {"dtype": "bf16"}),
+    "lora_dropout": (1, {"zero": 1, "recompute": "selective"}, {"dtype": "bf16"}),
     "pp2_lora_recompute": (2, {"zero": 1, "pipeline": 2, "recompute": "full"}, {"dtype": "bf16"}),
 }
 
@@ -64,8 +65,9 @@ STATES = (
 GROUPED = {"num_kv_heads": 2, "qk_norm": True, "qkv_bias": True}
 MODELS: dict[str, dict[str, Any]] = {
     "lora": {"lora": {"rank": 16, "targets": ["all-linear", "embedding", "head"]}},
+    "lora_dropout": {"lora": {"rank": 16, "targets": ["query", "output", "down"], "dropout": 0.1}},
     "lora_of_queries_and_values": {"lora": {"rank": 8, "targets": ["q_proj", "v_proj"]}},
-    "tp2_sp_lora": {"lora": {"rank": 16}, **GROUPED},
+    "tp2_sp_lora": {"lora": {"rank": 16, "dropout": 0.1}, **GROUPED},
     "pp2_lora_recompute": {"lora": {"rank": 16}},
     "tp2": GROUPED,
     "selective": GROUPED,

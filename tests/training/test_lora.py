@@ -24,13 +24,20 @@ from tests.small import small_config, small_model, write_ids
 
 NUM_STEPS = 6
 SAVED_STEP = 3
-LORA = {"rank": 4, "alpha": 32.0, "targets": ["q_proj", "value", "attn_out", "gate", "up", "down_proj"]}
+LORA = {
+    "rank": 4,
+    "alpha": 32.0,
+    "targets": ["q_proj", "value", "attn_out", "gate", "up", "down_proj"],
+    "dropout": 0.25,
+}
 LAYOUTS: dict[str, tuple[int, dict[str, Any], str]] = {
     "one": (1, {"zero": 0}, "fp32"),
-    "dp2_zero3": (2, {"zero": 3}, "fp32"),
+    "dp2_zero3": (2, {"zero": 3, "recompute": "full"}, "fp32"),
     "tp2": (2, {"tensor": 2, "sequence": True, "zero": 2}, "fp32"),
+    "pp2": (2, {"pipeline": 2, "zero": 1, "recompute": "full"}, "fp32"),
     "pp2_bf16": (2, {"pipeline": 2, "zero": 1}, "bf16"),
 }
+PACKED = ("tp2",)
 
 
 def config_of(folder: Path, run: str, parallel: dict[str, Any], dtype: str = "fp32", **model: Any) -> RunConfig:
@@ -47,7 +54,9 @@ def config_of(folder: Path, run: str, parallel: dict[str, Any], dtype: str = "fp
 
 def adapted(folder: Path, run: str, layout: str = "one", base: str = "base", **lora: Any) -> RunConfig:
     _, parallel, dtype = LAYOUTS[layout]
-    return config_of(folder, run, parallel, dtype, init_from=str(folder / base), lora={**LORA, **lora})
+    config = config_of(folder, run, parallel, dtype, init_from=str(folder / base), lora={**LORA, **lora})
+    mode = "packed" if layout in PACKED else "padded"
+    return config.model_copy(update={"batch": config.batch.model_copy(update={"mode": mode})})
 
 
 def trained(configs: list[RunConfig], resume: bool = False) -> list[tuple[int, str]]:
@@ -71,6 +80,29 @@ def trained(configs: list[RunConfig], resume: bool = False) -> list[tuple[int, s
         engine = restored_engine(checkpoint, resolved, context, NUM_STEPS)
         states = engine.optimizer_state._torch_optimizer().state.values()
         results.append((sum(state[moment].nbytes for state in states for moment in ("exp_avg", "exp_avg_sq")), ""))
+    return results
+
+
+def passes(configs: list[RunConfig]) -> list[tuple[bool, Any, Any]]:
+    """On a rank, of each configuration: whether a step's inputs have keys, the rows' losses in its training pass, which
+    changes nothing, and then in passes that are evaluated."""
+    from megatron_mdm.checkpoint.load import restored_engine
+    from megatron_mdm.parallel.groups import initialize
+    from megatron_mdm.training.build import build_source
+    from megatron_mdm.training.inputs import resolve
+
+    results = []
+    for config in configs:
+        context = initialize(config.parallel)
+        resolved, data = resolve(config)
+        engine = restored_engine(None, resolved, context, 0)
+        micro_batches = build_source(resolved, data, None, context).prepare(0).micro_batches
+        has_keys = all(each.dropout_keys is not None for each in micro_batches)
+        in_training = engine.train_batch(micro_batches, 0.0).statistics
+        without_keys = [each._replace(dropout_keys=None) for each in micro_batches]
+        evaluated = engine.evaluate(without_keys)
+        losses = [[rows.loss.cpu().numpy() for rows in found] for found in (in_training, evaluated)]
+        results.append((has_keys, *(np.concatenate(found) for found in losses)))
     return results
 
 
@@ -105,6 +137,18 @@ def test_layouts_train_alike(folder: Path, moment_bytes: dict[str, list[int]]) -
     for name, (_, _, dtype) in LAYOUTS.items():
         tolerance = 1e-5 if dtype == "fp32" else 0.02
         np.testing.assert_allclose(losses(folder / name), expected, rtol=tolerance, err_msg=name)
+
+
+def test_only_training_passes_drop(folder: Path, moment_bytes: dict[str, list[int]]) -> None:
+    """Beside trained adapters. Without dropout there are no keys, and both passes have the same bits."""
+    names = ("with", "without")
+    begun = [adapted(folder, name, init_from=str(folder / "one"), dropout=rate) for name, rate in zip(names, (0.25, 0))]
+    (((has_keys, training, evaluated), (has_none, plain, plainly_evaluated)),) = run_ranks(passes, 1, begun)
+    assert has_keys
+    assert not has_none
+    np.testing.assert_array_equal(plain, plainly_evaluated)
+    np.testing.assert_array_equal(evaluated, plain)
+    assert np.abs(training - plain).max() > 1e-3
 
 
 def test_only_adapters_are_kept(folder: Path, moment_bytes: dict[str, list[int]]) -> None:
@@ -212,7 +256,8 @@ def test_impossible_targets_are_refused(changes: dict[str, Any], message: str) -
     [
         ({}, r"'model.lora' trains beside frozen weights: name them by 'model.init_from'"),
         ({"init_from": "x", "kernels": "transformer_engine"}, "Transformer Engine fuses norms into the linear maps"),
-        ({"init_from": "x", "lora": {"dropout": 0.1}}, r"'model.lora.dropout' is not built yet; set it to 0"),
+        ({"init_from": "x", "lora": {"targets": ["head"]}}, r"'model.lora.dropout' cannot be applied to the head"),
+        ({"init_from": "x", "compile": True}, r"'model.lora.dropout' cannot be combined with 'model.compile'"),
     ],
 )
 def test_impossible_settings_are_refused(changes: dict[str, Any], message: str, tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ class LoraConfig(Section):
     rank: int = Field(default=0, ge=0)  # columns of B, rows of A; 0: no adapters, everything is trained
     alpha: float = Field(default=16.0, gt=0)  # the scaling is alpha / rank
     rslora: bool = False  # alpha / √rank instead (rank-stabilised LoRA, Kalajdzievski 2023)
-    dropout: float = Field(default=0.0, ge=0, lt=1)  # of what A reads, in training passes
+    dropout: float = Field(default=0.0, ge=0, lt=1)  # of what A reads, in training passes; see models/README.md
     # query, key, value, output, gate, up, down, embedding, head, or a family's names (q_proj, attn_out, …); all-linear:
     # those of the layers. Each target of a fused matrix has an adapter of its own, as in PEFT.
     targets: tuple[str, ...] = ALL_LINEAR
