@@ -9,25 +9,25 @@ report.json. One process, on one GPU where there is one; it does not resume: sma
 from __future__ import annotations
 
 import argparse
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from megatron_mdm.cli.pictures import Faults, Square, notes, squares
+from megatron_mdm.cli.numbers import above_zero, whole
+from megatron_mdm.cli.pictures import Pictures, digits_of, read_pictures
 from megatron_mdm.config.errors import UserError
 from megatron_mdm.config.files import write_atomically, write_json
-from megatron_mdm.data.captioned import CaptionedSource
-from megatron_mdm.data.records import ON_ERROR, bad_lines
+from megatron_mdm.data.records import ON_ERROR
 from megatron_mdm.diffusion.randomness import Purpose, stream
-from megatron_mdm.images.digits import DigitJudge
+from megatron_mdm.images.digits import Bytes, DigitJudge
 from megatron_mdm.images.pixels import to_png
 from megatron_mdm.images.sheet import sheet
 from megatron_mdm.images.tokenizer import ImageTokenizer, save_tokenizer
@@ -47,14 +47,6 @@ _HELD_OUT = 10  # of so many pictures, one is held out
 _MOST_HELD_OUT = 1000
 _NUM_SHOWN = 16
 _BATCH_SIZE = 64  # of reconstructions
-
-
-class Pictures(NamedTuple):
-    pixels: Tensor  # uint8 [N, R, R, 3]
-    fields: list[dict[str, Any]]  # of their records
-
-    def part(self, rows: Sequence[int]) -> Pictures:
-        return Pictures(self.pixels[list(rows)], [self.fields[row] for row in rows])
 
 
 def train_tokenizer(arguments: argparse.Namespace) -> None:
@@ -81,12 +73,13 @@ def train_tokenizer(arguments: argparse.Namespace) -> None:
             bar.set_postfix(error=f"{progress.error:.4f}", entropy=f"{progress.entropy:.2f}", refresh=False)
             bar.update()
 
-        tokenizer = train(config, training.pixels, settings, device, report)
+        tokenizer = train(config, torch.from_numpy(training.pixels), settings, device, report)
     seconds = time.perf_counter() - begin
-    shown = reconstruct(tokenizer, held_out.pixels, device, _BATCH_SIZE)
+    real = torch.from_numpy(held_out.pixels)
+    shown = reconstruct(tokenizer, real, device, _BATCH_SIZE)
     result = {
-        "psnr": psnr(held_out.pixels, shown.pixels),
-        **judge(training, held_out, shown.pixels),
+        "psnr": psnr(real, shown.pixels),
+        **judge(training, held_out, shown.pixels.numpy()),
         "codes": code_statistics(shown.codes, tokenizer.num_codes),
         "num_training": len(training.pixels),
         "num_held_out": len(held_out.pixels),
@@ -97,7 +90,7 @@ def train_tokenizer(arguments: argparse.Namespace) -> None:
         "resolution": arguments.resolution,
         "settings": asdict(settings),
     }
-    _write(arguments.output, tokenizer, held_out.pixels, shown.pixels, result)
+    _write(arguments.output, tokenizer, real, shown.pixels, result)
     _check_gates(arguments, result)
 
 
@@ -106,28 +99,23 @@ def _pictures(arguments: argparse.Namespace) -> tuple[Pictures, Pictures]:
     everything = _read(arguments.images, arguments)
     if arguments.held_out:
         return everything, _read(arguments.held_out, arguments)
-    order = stream(arguments.seed, Purpose.SPLIT).permutation(len(everything.pixels)).tolist()
+    order = stream(arguments.seed, Purpose.SPLIT).permutation(len(everything.pixels))
     size = min(len(order) // _HELD_OUT, _MOST_HELD_OUT)
     if not size:
         raise UserError(f"{len(order)} pictures are too few to hold out one in {_HELD_OUT}; name some with --held-out")
-    return everything.part(order[size:]), everything.part(order[:size])
+    return _part(everything, order[size:]), _part(everything, order[:size])
 
 
 def _read(paths: Sequence[str], arguments: argparse.Namespace) -> Pictures:
-    faults = Faults.of(arguments.on_error)
-    sources = [CaptionedSource(path, needs_captions=False) for path in paths]
-    found: list[Square] = list(
-        progress_bar(squares(sources, arguments.resolution, faults), desc="read", unit="picture")
+    return read_pictures(paths, arguments.resolution, arguments.on_error, needs_captions=False)
+
+
+def _part(pictures: Pictures, rows: NDArray[np.int64]) -> Pictures:
+    return Pictures(
+        pictures.pixels[rows],
+        [pictures.captions[row] for row in rows],
+        [pictures.fields[row] for row in rows],
     )
-    if not found:
-        raise UserError(f"{', '.join(paths)}: no pictures{faults.pictures.summary()}")
-    lines = [
-        *bad_lines(faults.count, faults.first),
-        *notes(len(found), sum(square.is_enlarged for square in found), arguments.resolution, sources),
-    ]
-    print("".join(f"{line}\n" for line in lines), end="", file=sys.stderr)
-    pixels = torch.from_numpy(np.stack([square.pixels for square in found]))
-    return Pictures(pixels, [square.source.fields for square in found])
 
 
 def _write(folder: Path, tokenizer: ImageTokenizer, real: Tensor, shown: Tensor, result: dict[str, Any]) -> None:
@@ -158,22 +146,18 @@ def _check_gates(arguments: argparse.Namespace, result: dict[str, Any]) -> None:
             )
 
 
-def _judge_digits(training: Pictures, held_out: Pictures, shown: Tensor) -> dict[str, Any]:
+def _judge_digits(training: Pictures, held_out: Pictures, shown: Bytes) -> dict[str, Any]:
     """Accuracies of a nearest-neighbour classifier of the real training pictures, on pictures of the held-out ones."""
-    labels = []
-    for pictures in (training, held_out):
-        if not all(type(fields.get("digit")) is int for fields in pictures.fields):
-            raise UserError(
-                "--judge digits: every picture's record needs its 'digit', as `mdm prepare digits` writes it"
-            )
-        labels.append(np.array([fields["digit"] for fields in pictures.fields]))
-    verdict = DigitJudge(training.pixels.numpy(), labels[0])(shown.numpy())
+    verdict = DigitJudge(training.pixels, digits_of(training))(shown)
     colors = [fields.get("color") == color for fields, color in zip(held_out.fields, verdict.color)]
-    return {"digit_accuracy": float((verdict.digit == labels[1]).mean()), "color_accuracy": float(np.mean(colors))}
+    return {
+        "digit_accuracy": float((verdict.digit == digits_of(held_out)).mean()),
+        "color_accuracy": float(np.mean(colors)),
+    }
 
 
 # by --judge: (training, held-out, their reconstructions) → what is measured besides
-JUDGES: dict[str, Callable[[Pictures, Pictures, Tensor], dict[str, Any]]] = {
+JUDGES: dict[str, Callable[[Pictures, Pictures, Bytes], dict[str, Any]]] = {
     "none": lambda training, held_out, shown: {},
     "digits": _judge_digits,
 }
@@ -185,35 +169,20 @@ def main() -> None:
     add("--images", nargs="+", required=True, help="folders, tar or parquet files of pictures")
     add("--held-out", nargs="+", default=[], help="those that quality is measured on; else one in ten, at most 1,000")
     add("--output", type=Path, required=True, help="the folder to write")
-    add("--resolution", type=_whole(1, 4096), required=True, help="pixels of a picture's side")
-    add("--down", type=_whole(0, 8), default=1, help="halvings of the side: a token is 2^N × 2^N pixels")
-    add("--bits", type=_whole(1, 24), default=8, help="of a code: 2^N codes")
-    add("--channels", type=_whole(1, 1024), default=16, help="of the first level; they double with each halving")
-    add("--blocks", type=_whole(1, 16), default=1, help="residual blocks a level")
-    add("--steps", type=_whole(1, 10**8), default=900)
-    add("--batch-size", type=_whole(1, 10**5), default=64)
-    add("--lr", type=_above_zero, default=5e-3, help="peak; it warms up and falls to 0 by a cosine")
+    add("--resolution", type=whole(1, 4096), required=True, help="pixels of a picture's side")
+    add("--down", type=whole(0, 8), default=1, help="halvings of the side: a token is 2^N × 2^N pixels")
+    add("--bits", type=whole(1, 24), default=8, help="of a code: 2^N codes")
+    add("--channels", type=whole(1, 1024), default=16, help="of the first level; they double with each halving")
+    add("--blocks", type=whole(1, 16), default=1, help="residual blocks a level")
+    add("--steps", type=whole(1, 10**8), default=900)
+    add("--batch-size", type=whole(1, 10**5), default=64)
+    add("--lr", type=above_zero, default=5e-3, help="peak; it warms up and falls to 0 by a cosine")
     add("--commitment", type=float, default=0.025, help="weight of (sign z − z)² beside the pixels' squared error")
     add("--entropy", type=float, default=0.02, help="weight of E[H(bit)] − H(E[bit])")
     add("--judge", choices=JUDGES, default="none", help="what to measure besides PSNR")
     add("--min-psnr", type=float, default=0.0, help="dB on held-out pictures; below, exit code 1")
     add("--min-accuracy", type=float, default=0.0, help="--judge digits: of reconstructions; below, exit code 1")
     add("--on-error", choices=ON_ERROR, default="stop", help="at a picture that cannot be read")
-    add("--seed", type=_whole(0, 2**63), default=0)
+    add("--seed", type=whole(0, 2**63), default=0)
+    platform.quiet_libraries()
     train_tokenizer(parser.parse_args())
-
-
-def _whole(least: int, most: int) -> Callable[[str], int]:
-    def parse(text: str) -> int:
-        if not text.isdecimal() or not least <= int(text) <= most:
-            raise argparse.ArgumentTypeError(f"'{text}' is not a whole number from {least} to {most}")
-        return int(text)
-
-    return parse
-
-
-def _above_zero(text: str) -> float:
-    value = float(text)
-    if not 0.0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"'{text}' is not a number above 0")
-    return value

@@ -25,6 +25,8 @@ PROGRAMS = {  # each is the module of its name beside this file
     "prepare": Program("make data files: word problems, corpora, public data sets, pictures; inspect them"),
     "tokenizer": Program("train a sentencepiece tokenizer"),
     "image_tokenizer": Program("train a small image tokenizer"),
+    "image_scores": Program("score pictures on disk against their captions: CLIP score, digits"),
+    "small_clip": Program("train a small CLIP, for pictures such as the digits"),
 }
 
 

@@ -21,10 +21,13 @@ import json
 import sys
 from pathlib import Path
 
+from megatron_mdm.cli.numbers import whole
 from megatron_mdm.config.errors import UserError
 from megatron_mdm.config.files import write_atomically
 from megatron_mdm.data.word_problems import PROBLEMS, generate
 
+_NATURAL = whole(0, sys.maxsize)
+_POSITIVE = whole(1, sys.maxsize)
 MOST_PROBLEMS = 1_000_000  # far below the number of distinct questions, so that generation ends
 
 
@@ -178,12 +181,12 @@ def _add_task(command: argparse.ArgumentParser) -> None:
         help="text-to-image: MMaDA-8B's ids, or ids behind the tokenizer's for a model from scratch",
     )
     command.add_argument(
-        "--image-offset", type=_natural, default=126_349, help="text-to-image, mmada: id of image code 0"
+        "--image-offset", type=_NATURAL, default=126_349, help="text-to-image, mmada: id of image code 0"
     )
     command.add_argument(
-        "--samples", type=_natural, default=5000, help="text-to-image: for training and validation; 0: all"
+        "--samples", type=_NATURAL, default=5000, help="text-to-image: for training and validation; 0: all"
     )
-    command.add_argument("--test", type=_natural, default=100, help="text-to-image: of those behind them")
+    command.add_argument("--test", type=_NATURAL, default=100, help="text-to-image: of those behind them")
     command.add_argument("--seed", type=int, default=0, help="of validation sets that are cut off")
     command.set_defaults(run=task)
 
@@ -191,22 +194,10 @@ def _add_task(command: argparse.ArgumentParser) -> None:
 def _add_images(command: argparse.ArgumentParser) -> None:
     command.add_argument("input", nargs="+", help="folders, tar or parquet files")
     command.add_argument("--image-tokenizer", required=True, help="its folder")
-    command.add_argument("--resolution", type=_natural, required=True, help="pixels of the square that is encoded")
+    command.add_argument("--resolution", type=_NATURAL, required=True, help="pixels of the square that is encoded")
     command.add_argument("--output", type=Path, required=True, help="the .jsonl file to write")
     command.add_argument("--caption-field", default="", help="of the records; else caption, prompt or text")
-    command.add_argument("--batch-size", type=_positive, default=16, help="pictures encoded at once")
-    command.add_argument("--threads", type=_positive, default=4, help="that read pictures")
+    command.add_argument("--batch-size", type=_POSITIVE, default=16, help="pictures encoded at once")
+    command.add_argument("--threads", type=_POSITIVE, default=4, help="that read pictures")
     command.add_argument("--on-error", default="stop", choices=["stop", "skip"])
     command.set_defaults(run=images)
-
-
-def _natural(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"'{text}' is not a whole number")
-    return int(text)
-
-
-def _positive(text: str) -> int:
-    if not _natural(text):
-        raise argparse.ArgumentTypeError("must be at least 1")
-    return int(text)

@@ -14,13 +14,14 @@ from typing import Any, NamedTuple
 
 from megatron_mdm.config.errors import UserError
 from megatron_mdm.data.json_files import Record, parse_object
-from megatron_mdm.data.records import BadRecords, read_records, reason
+from megatron_mdm.data.records import BadRecords, read_parquet, read_records, reason
 
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 CAPTION_FILES = ("captions.jsonl", "metadata.jsonl")  # the second is what `datasets` calls it
 CAPTION_FIELDS = ("caption", "prompt", "text")
 FILE_FIELDS = ("image", "file_name", "file", "path")
 _MOST_BYTES = 1 << 28  # of a picture's file
+_ROWS = 16  # of a parquet file at a time: pictures are large
 
 
 class Captioned(NamedTuple):
@@ -183,7 +184,7 @@ def _taken(content: bytes | UserError) -> bytes:
 
 
 def _parquet(source: CaptionedSource, bad: BadRecords) -> Iterator[Found]:
-    for where, record in read_records(source.path, bad):
+    for where, record in read_parquet(source.path, bad, _ROWS):
         with bad.of(where):
             name, image = _column_picture(record)
             yield where, image, {key: value for key, value in record.items() if key != name}

@@ -88,12 +88,13 @@ def _json(path: str, bad: BadRecords) -> Iterator[tuple[str, Record]]:
         yield from read_json(path, file, bad.add)
 
 
-def _parquet(path: str, bad: BadRecords) -> Iterator[tuple[str, Record]]:
+def read_parquet(path: str, bad: BadRecords, rows: int = 1024) -> Iterator[tuple[str, Record]]:
+    """Records of a parquet file, of which so many are in memory at a time."""
     from pyarrow import ArrowException, parquet
 
     number = 0
     try:
-        for batch in parquet.ParquetFile(path).iter_batches(1024):
+        for batch in parquet.ParquetFile(path).iter_batches(rows):
             for record in python_values(batch):
                 number += 1
                 if isinstance(record, Exception):
@@ -123,6 +124,6 @@ def _datasets(name: str, bad: BadRecords) -> Iterator[tuple[str, Record]]:
 READERS: dict[str, Callable[[str, BadRecords], Iterator[tuple[str, Record]]]] = {
     "text": _json,  # by another name
     "jsonl": _json,
-    "parquet": _parquet,
+    "parquet": read_parquet,
     "datasets": _datasets,
 }

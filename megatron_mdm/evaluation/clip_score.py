@@ -27,8 +27,8 @@ from megatron_mdm.parallel import platform
 Floats = NDArray[np.float64]
 
 # of OpenAI's models; a folder's preprocessor_config.json may name others
-_MEAN = (0.48145466, 0.4578275, 0.40821073)
-_STD = (0.26862954, 0.26130258, 0.27577711)
+MEAN = (0.48145466, 0.4578275, 0.40821073)
+STD = (0.26862954, 0.26130258, 0.27577711)
 _LEGACY_EOS = 2  # in text_config: the place of the largest id is pooled, whatever eos is
 
 
@@ -69,8 +69,7 @@ class Clip:
 
     def pixels(self, image: Image.Image) -> Tensor:
         """RGB → [3, R, R]: the shorter side to R (bicubic), the centre cropped, mean and deviation taken out."""
-        square = torch.from_numpy(np.array(center_square(image, self.resolution))).permute(2, 0, 1).float() / 255.0
-        return (square - self.mean[:, None, None]) / self.std[:, None, None]
+        return normalized(torch.from_numpy(np.array(center_square(image, self.resolution))), self.mean, self.std)
 
     @torch.no_grad()
     def embed(self, images: Sequence[Image.Image], captions: Sequence[str], batch_size: int = 32) -> Embeddings:
@@ -96,6 +95,11 @@ class Clip:
         if not (np.isfinite(found.images).all() and np.isfinite(found.texts).all()):
             raise UserError(f"{self.identity['name']}: its embeddings are not numbers; the weights are damaged")
         return found
+
+
+def normalized(pixels: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """uint8 [..., R, R, 3] → float32 [..., 3, R, R], less the channels' mean [3], in units of their deviation [3]."""
+    return ((pixels.float() / 255.0 - mean) / std).movedim(-1, -3)
 
 
 def load_clip(folder: str | Path) -> Clip:
@@ -152,7 +156,7 @@ def _normalization(folder: Path) -> tuple[Tensor, Tensor]:
     try:
         found = [
             torch.tensor(values.get(name, default)).float()
-            for name, default in (("image_mean", _MEAN), ("image_std", _STD))
+            for name, default in (("image_mean", MEAN), ("image_std", STD))
         ]
         if any(each.shape != (3,) for each in found) or bool((found[1] <= 0).any()):
             raise ValueError("image_mean and image_std must be three numbers each")

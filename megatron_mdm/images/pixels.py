@@ -16,7 +16,6 @@ from megatron_mdm.config.errors import UserError
 
 # Others are not tried: EPS, for one, is handed to a program outside.
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 # Pillow's limit is a warning up to twice this number; here it is an error.
 MOST_PIXELS = int(Image.MAX_IMAGE_PIXELS or 0)
 _BACKGROUND = (255, 255, 255)  # of transparent pictures

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 class ImageTokenizer(torch.nn.Module):
-    """Pixels ↔ codes by an encoder and a decoder, in float32: bits near zero would flip in bfloat16."""
+    """Pixels ↔ codes by an encoder and a decoder, in float32 (no TF32 either): bits near zero would flip."""
 
     def __init__(self, config: ImageTokenizerConfig) -> None:
         super().__init__()
@@ -55,7 +56,8 @@ class ImageTokenizer(torch.nn.Module):
     def encode(self, pixels: Tensor) -> Tensor:
         """float32 [B, 3, R, R] in [−1, 1] → codes [B, (R/down)²] int64 in raster order."""
         self.num_tokens(pixels.shape[-1])
-        return lfq.codes(self.encoder(pixels))
+        with _float32():
+            return lfq.codes(self.encoder(pixels))
 
     @torch.no_grad()
     def decode(self, codes: Tensor, height: int, width: int) -> Tensor:
@@ -67,7 +69,8 @@ class ImageTokenizer(torch.nn.Module):
             raise ValueError(f"{codes.shape[1]} codes are not {height} × {width}")
         if codes.numel() and not 0 <= int(codes.min()) <= int(codes.max()) < self.num_codes:
             raise ValueError(f"codes must be from 0 to {self.num_codes - 1}")
-        return self.decoder(lfq.vectors(codes, height, width, self.config.bits))
+        with _float32():
+            return self.decoder(lfq.vectors(codes, height, width, self.config.bits))
 
     def fingerprint(self) -> str:
         """Checksum of what is computed: SHA-256 over the architecture and the weights in float32, whatever the file."""
@@ -76,6 +79,13 @@ class ImageTokenizer(torch.nn.Module):
             digest.update(name.encode())
             digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
         return digest.hexdigest()
+
+
+@contextmanager
+def _float32() -> Iterator[None]:
+    """cuDNN's convolutions round their inputs to TF32 otherwise."""
+    with torch.backends.cudnn.flags(enabled=torch.backends.cudnn.enabled, allow_tf32=False):
+        yield
 
 
 def save_tokenizer(tokenizer: ImageTokenizer, folder: Path) -> None:

@@ -104,7 +104,7 @@ def test_mistakes_are_one_line(digits: Path, tmp_path: Path) -> None:
         (str(plain),): f"error: {plain}/broken.png: not a picture that can be read",
         (str(few),): "error: 1 pictures are too few to hold out one in 10; name some with --held-out",
         (str(digits), "--down", "4"): "error: --resolution 8 is not a multiple of 2^--down = 16",
-        (str(plain), "--on-error", "skip", "--judge", "digits"): "error: --judge digits: every picture's record needs",
+        (str(plain), "--on-error", "skip", "--judge", "digits"): "error: every picture's record needs its 'digit'",
         (str(tmp_path / "none"),): f"error: {tmp_path}/none: no such folder or file of pictures",
         (str(digits), "--lr", "1e30", "--steps", "3"): "error: the loss of step",
     }
