@@ -82,7 +82,7 @@ class AdaptedLinear(Adapted):
 
     def _dropped(self, hidden: Tensor) -> tuple[Tensor, float]:
         """(what the adapters read of hidden, by how much what they add is multiplied)."""
-        if self.dropout is None or self.dropout.keys is None:
+        if self.dropout is None or self.dropout.keys is None or not self.training:
             return hidden, self.scaling
         length, _, width = hidden.shape
         position = self.tensor_rank * length if self.sequence_parallel and not self.by_columns else 0

@@ -85,7 +85,7 @@ def trained(configs: list[RunConfig], resume: bool = False) -> list[tuple[int, s
 
 def passes(configs: list[RunConfig]) -> list[tuple[bool, Any, Any]]:
     """On a rank, of each configuration: whether a step's inputs have keys, the rows' losses in its training pass, which
-    changes nothing, and then in passes that are evaluated."""
+    changes nothing, and then evaluated."""
     from megatron_mdm.checkpoint.load import restored_engine
     from megatron_mdm.parallel.groups import initialize
     from megatron_mdm.training.build import build_source
@@ -99,8 +99,7 @@ def passes(configs: list[RunConfig]) -> list[tuple[bool, Any, Any]]:
         micro_batches = build_source(resolved, data, None, context).prepare(0).micro_batches
         has_keys = all(each.dropout_keys is not None for each in micro_batches)
         in_training = engine.train_batch(micro_batches, 0.0).statistics
-        without_keys = [each._replace(dropout_keys=None) for each in micro_batches]
-        evaluated = engine.evaluate(without_keys)
+        evaluated = engine.evaluate(micro_batches)
         losses = [[rows.loss.cpu().numpy() for rows in found] for found in (in_training, evaluated)]
         results.append((has_keys, *(np.concatenate(found) for found in losses)))
     return results
