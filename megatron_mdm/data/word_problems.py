@@ -270,41 +270,43 @@ def _saving(rng: random.Random, w: _Words) -> tuple[str, str]:
     return question, _solve(b, "*", c, "-", d)
 
 
-def _heaps(rng: random.Random, w: _Words) -> tuple[str, str]:
+def _compared(rng: random.Random) -> tuple[int, int, str, str]:
+    """Two numbers, which of them is meant, in words and as an operator."""
     a, b = rng.sample(range(2, LARGEST + 1), 2)
+    return a, b, *rng.choice([("more", "max"), ("fewer", "min")])
+
+
+def _one_of_two(rng: random.Random, w: _Words) -> tuple[str, str]:
+    a, b, word, operator = _compared(rng)
     c = _small(rng)
     sign = rng.choice("+-")
-    word, operator = rng.choice([("larger", "max"), ("smaller", "min")])
     question = (
-        f"{w.name} has a heap of {a} {w.items} and a heap of {b}. {w.he} keeps the {word} heap and then "
-        f"{_change(rng, w, sign, c)}. How many {w.items} does {w.name} have now?"
+        f"{w.name} has {a} {w.items} and {w.other} has {b}. The one with {word} "
+        f"{_change(rng, w._replace(other=w.third), sign, c)}. How many {w.items} does this one have now?"
     )
     return question, _solve(a, operator, b, sign, c)
 
 
-def _places(rng: random.Random, _: _Words) -> tuple[str, str]:
-    a, b = rng.sample(range(2, LARGEST + 1), 2)
+def _one_of_two_buys(rng: random.Random, w: _Words) -> tuple[str, str]:
+    a, b, word, operator = _compared(rng)
+    c = _small(rng)
+    question = (
+        f"{w.name} has {a} dollars and {w.other} has {b}. The one with {word} buys a {w.good} for {c} dollars. "
+        "How many dollars does this one have left?"
+    )
+    return question, _solve(a, operator, b, "-", c)
+
+
+def _one_of_two_places(rng: random.Random, _: _Words) -> tuple[str, str]:
+    a, b, word, operator = _compared(rng)
     c = _small(rng)
     first, second = rng.sample(_PLACES, 2)
     place, preposition, leave, come = first
     other, where = second[:2]
     verb, sign = rng.choice([(leave, "-"), (come, "+")])
-    word, operator = rng.choice([("larger", "max"), ("smaller", "min")])
     question = (
-        f"There are {a} people {preposition} a {place} and {b} {where} a {other}. {c} people {verb} where the {word} "
-        "group is. How many people are there now?"
-    )
-    return question, _solve(a, operator, b, sign, c)
-
-
-def _winner(rng: random.Random, w: _Words) -> tuple[str, str]:
-    a, b = rng.sample(range(2, LARGEST + 1), 2)
-    c = _small(rng)
-    sign = rng.choice("+-")
-    word, operator = rng.choice([("larger", "max"), ("smaller", "min")])
-    question = (
-        f"{w.name} has {a} {w.items} and {w.other} has {b}. {w.third} has the {word} of both numbers and then "
-        f"{_change(rng, w._replace(other=w.name), sign, c)}. How many {w.items} does {w.third} have now?"
+        f"There are {a} people {preposition} a {place} and {b} {where} a {other}. {c} people {verb} where there are "
+        f"{word}. How many people are there now?"
     )
     return question, _solve(a, operator, b, sign, c)
 
@@ -325,4 +327,7 @@ _ARITHMETIC: list[_Template] = [
     _ages,
     _saving,
 ]
-PROBLEMS: dict[str, list[_Template]] = {"arithmetic": _ARITHMETIC, "comparisons": [_heaps, _places, _winner]}
+PROBLEMS: dict[str, list[_Template]] = {
+    "arithmetic": _ARITHMETIC,
+    "comparisons": [_one_of_two, _one_of_two_buys, _one_of_two_places],
+}

@@ -22,7 +22,7 @@ def adapter_cases() -> list[tuple[Case, Case]]:
             dtype,
             "gsm8k",
             4,
-            4,
+            2,  # samples at a time: what memory is short of is weights and moments, not activations
             num_layers=12,
             hidden_size=768,
             ffn_hidden_size=2048,
