@@ -20,7 +20,8 @@ from torch import Tensor
 from megatron_mdm.config.errors import UserError
 from megatron_mdm.images import lfq
 from megatron_mdm.images.magvit import ImageTokenizerConfig, parameter_shapes
-from megatron_mdm.images.tokenizer import WEIGHTS, load_tokenizer, save_tokenizer
+from megatron_mdm.images.tokenizer import WEIGHTS, ImageTokenizer, load_tokenizer, save_tokenizer
+from tests.images.reference import decoded, encoded
 from tests.images.small import small_image_tokenizer
 
 
@@ -128,25 +129,31 @@ def test_the_quantizers_gradient_is_finite_where_bits_are_sure() -> None:
         assert z.grad.isfinite().all()
 
 
-def test_downsampling_pads_right_and_below() -> None:
-    """As Show-o's does. A step that padded all sides would move every token by half a pixel."""
-    tokenizer = small_image_tokenizer()
-    layer = tokenizer.encoder.down[0].downsample
-    pixels = torch.randn(1, 8, 6, 6)
-    padded = torch.zeros(1, 8, 7, 7)
-    padded[:, :, :6, :6] = pixels
-    expected = torch.nn.functional.conv2d(padded, layer.conv.weight, layer.conv.bias, stride=2)
-    torch.testing.assert_close(layer(pixels), expected)
+def test_both_halves_are_the_reference() -> None:
+    """In float64. A step down that padded all sides would move every token by half a pixel."""
+    tokenizer = small_image_tokenizer().double()
+    for parameter in tokenizer.parameters():
+        parameter.normal_(std=0.3)
+    weights = dict(tokenizer.named_parameters())
+    architecture = tokenizer.config
+    pixels = torch.rand(2, 3, 8, 12, dtype=torch.double) * 2 - 1
+    z = encoded(weights, architecture.encoder.blocks, architecture.groups, pixels)
+    torch.testing.assert_close(tokenizer.encoder(pixels), z)
+    code = tokenizer.encode(pixels)
+    signs = torch.where(z > 0, 1.0, -1.0).double()
+    assert torch.equal(lfq.vectors(code, 4, 6, 5).double(), signs)
+    shown = decoded(weights, architecture.decoder.blocks, architecture.groups, signs)
+    torch.testing.assert_close(tokenizer.decoder(signs), shown)
 
 
-def test_attention_is_one_head_over_all_places() -> None:
-    layer = small_image_tokenizer().encoder.mid.attn_1.double()
-    hidden = torch.randn(2, 16, 3, 4, dtype=torch.double)
-    normed = layer.norm(hidden)
-    query, key, value = (part(normed).flatten(2) for part in (layer.q, layer.k, layer.v))  # [B, C, places]
-    weights = torch.softmax(torch.einsum("bcq,bck->bqk", query, key) / 4.0, -1)
-    mixed = torch.einsum("bqk,bck->bcq", weights, value).view_as(hidden)
-    torch.testing.assert_close(layer(hidden), hidden + layer.proj_out(mixed))
+def test_full_size_makes_1024_codes_of_512_pixels() -> None:
+    """And pixels again; by shapes alone, without numbers."""
+    with torch.device("meta"):
+        tokenizer = ImageTokenizer(ImageTokenizerConfig())
+        z = tokenizer.encoder(torch.empty(1, 3, 512, 512))
+        assert z.shape == (1, 13, 32, 32)
+        assert tokenizer.decoder(z).shape == (1, 3, 512, 512)
+    assert tokenizer.num_tokens(512) == 1024
 
 
 def test_shapes_and_refusals() -> None:
