@@ -22,6 +22,8 @@ PATH_KEYS = (
     ("model", "init_from"),
     ("model", "lora", "init_from"),
     ("diffusion", "calibration", "artifact"),
+    ("image", "tokenizer"),
+    ("image", "preview"),
 )
 
 

@@ -15,6 +15,7 @@ from megatron_mdm.config.sections.diffusion import (
     IsadConfig,
     SyrmConfig,
 )
+from megatron_mdm.config.sections.image import ImageConfig, ImageVocabulary
 from megatron_mdm.config.sections.lora import LoraConfig
 from megatron_mdm.config.sections.objective import ObjectiveConfig
 from megatron_mdm.config.sections.section import Section
@@ -24,6 +25,8 @@ __all__ = [
     "ClippingConfig",
     "DiffusionConfig",
     "EmaConfig",
+    "ImageConfig",
+    "ImageVocabulary",
     "IsadConfig",
     "LoraConfig",
     "ObjectiveConfig",
@@ -256,5 +259,6 @@ class RunConfig(Section):
     logging: LoggingConfig = LoggingConfig()
     faults: FaultsConfig = FaultsConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+    image: ImageConfig = ImageConfig()
     seed: int = Field(default=42, ge=0)
     deepspeed: dict[str, Any] = Field(default_factory=dict)  # further keys of its own; those the stack owns are refused

@@ -1,4 +1,4 @@
-"""The ids of a row of caption and image."""
+"""The section `image`: a run on captions and images; the ids of a row of both."""
 
 from __future__ import annotations
 
@@ -46,3 +46,21 @@ class ImageVocabulary(Section):
             first_id=first_id,
             num_codes=num_codes,
         )
+
+
+class ImageConfig(Section):
+    """Text to image: whose codes the image tokens are, and where they stand in the vocabulary."""
+
+    # Folder of the image tokenizer. Training on codes does without it; pictures are made with it.
+    tokenizer: str = ""
+    # Its fingerprint, which the rows of training carry; empty: the rows did not say. Others are refused.
+    made_by: str = ""
+    vocabulary: ImageVocabulary = ImageVocabulary()
+    caption_dropout: float = Field(default=0.0, ge=0, lt=1)  # share of samples that training shows without caption
+    # Captions, as JSON lines or a line of text each, whose pictures are drawn at validations; empty: none
+    preview: str = ""
+
+    @property
+    def is_used(self) -> bool:
+        """Whether the run says anything about images."""
+        return self != ImageConfig()
