@@ -28,15 +28,18 @@ from megatron_mdm.training.state import SavedState, TrainState, restored_state
 CONFIG = "config.yaml"
 CALIBRATION = "calibration.json"
 CHECKPOINTS = "checkpoints"
-_ARTIFACTS = (  # what --overwrite removes, beside the checkpoints and tensorboard's files
+_ARTIFACTS = (  # patterns of what --overwrite removes, beside the checkpoints and tensorboard's files
     CONFIG,
     CALIBRATION,
     "calibration.png",
     "metrics.jsonl",
     "summary.json",
     "curves.png",
-    "evaluation.json",
-    "samples.jsonl",
+    "evaluation*.json",  # of several adapters a file each
+    "perplexity*.json",
+    "multiple_choice*.json*",
+    "harness*.json*",
+    "samples*.jsonl",
     "run.png",
     "run.json",
     HUGGINGFACE,
@@ -78,8 +81,8 @@ def prepare_folder(folder: Path, config: RunConfig, data: RunData, mode: StartMo
     if context.is_main:
         if mode.overwrite:
             tokenizer = Path(config.data.tokenizer).resolve()  # which may be the run's own
-            for name in (*_ARTIFACTS, CHECKPOINTS, "tensorboard"):
-                path = folder / name
+            patterns = (*_ARTIFACTS, CHECKPOINTS, "tensorboard")
+            for path in [path for pattern in patterns for path in folder.glob(pattern)]:
                 if tokenizer.is_relative_to(path.resolve()):
                     continue
                 if path.is_dir():

@@ -104,7 +104,11 @@ def test_retention_and_a_second_run_in_the_same_folder(tmp_path: Path) -> None:
     assert again.exit_code == 1
     assert "holds a run already" in again.stderr
     before = losses(tmp_path / "run")
+    results = [tmp_path / "run" / name for name in ("evaluation.json", "evaluation.own.json", "samples.none.jsonl")]
+    for path in results:
+        path.write_text("{}", encoding="utf-8")
     assert run_program_ranks("launch/train.py", [*arguments, "--overwrite"])[0].exit_code == 0
+    assert not any(path.exists() for path in results)
     assert losses(tmp_path / "run") == before  # same seed, same losses
 
 
