@@ -20,6 +20,8 @@ FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 MOST_PIXELS = int(Image.MAX_IMAGE_PIXELS or 0)
 _BACKGROUND = (255, 255, 255)  # of transparent pictures
 _REASON_LENGTH = 200
+# Of odd metadata, and of bombs, which are errors here. Once for all: pictures are read by several threads.
+warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
 def read_image(source: Path | bytes) -> Image.Image:
@@ -27,11 +29,9 @@ def read_image(source: Path | bytes) -> Image.Image:
     on white, 16-bit grey in 8 bits. Raises UserError, which names the file if there is one."""
     where = f"{source}: " if isinstance(source, Path) else ""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of odd metadata; a bomb's is checked below
-            with Image.open(source if isinstance(source, Path) else io.BytesIO(source), formats=FORMATS) as opened:
-                _check_size(opened.size)
-                return _rgb(ImageOps.exif_transpose(opened))
+        with Image.open(source if isinstance(source, Path) else io.BytesIO(source), formats=FORMATS) as opened:
+            _check_size(opened.size)
+            return _rgb(ImageOps.exif_transpose(opened))
     except UserError as error:
         raise UserError(f"{where}{error}") from None
     except Image.DecompressionBombError:
