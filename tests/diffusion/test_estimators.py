@@ -10,11 +10,11 @@ import itertools
 import numpy as np
 import pytest
 
-from megatron_mdm.diffusion.mask_schedule import CosineSchedule
 from megatron_mdm.diffusion.masking import MASKING_RULES, MaskDesign
 from megatron_mdm.diffusion.noiser import Noiser
 from megatron_mdm.diffusion.t_samplers import TabulatedSampler, TSampler, UniformSampler
 from tests.diffusion.toy import (
+    COSINE,
     EPSILON,
     KINDS,
     MASKS,
@@ -81,16 +81,6 @@ def test_estimator_is_unbiased_in_value_and_gradient(name: str, sampler: str, nu
     assert (np.abs(steps.mean(0) - exact) < 4 * error).all()
 
 
-COSINE = CosineSchedule(EPSILON)
-
-
-def steeper(kind: str) -> Toy:
-    """Losses that differ much between rates, as the transformer's hardly do."""
-    toy = Toy(kind)
-    toy.tables = toy.tables * 2.0 ** MASKS.sum(1)[None, :, None]
-    return toy
-
-
 def mean_over_cosine_rates(toy: Toy, rule: str) -> float:
     """∫ p(r) g(r) dr with MMaDA's density p(r) = 2 / (π √(1 − r²)) of rates, g the mean over masks of Σ c / (q P).
 
@@ -113,7 +103,7 @@ def mean_over_cosine_rates(toy: Toy, rule: str) -> float:
 @pytest.mark.parametrize("rule", MASKING_RULES)
 def test_cosine_rates_are_mmadas_objective(rule: str, complementary: bool) -> None:
     """By uniform t and by another density of t, as P-POTS finds them, in value and gradient."""
-    toys = [steeper(kind) for kind in KINDS]
+    toys = [Toy(kind).steeper() for kind in KINDS]
     exact = np.array([mean_over_cosine_rates(toy, rule) for toy in toys])
     bound = np.array([exact_mean(toy, "bernoulli") for toy in toys])
     batch = clean_batch(GLOBAL_SIZE)

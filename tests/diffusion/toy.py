@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import copy
 from functools import cache
 
 import numpy as np
@@ -9,7 +10,7 @@ import torch
 
 from megatron_mdm.batch import CleanBatch, Full
 from megatron_mdm.diffusion.exposure import SampleShapes
-from megatron_mdm.diffusion.mask_schedule import Floats, LinearSchedule, MaskSchedule
+from megatron_mdm.diffusion.mask_schedule import CosineSchedule, Floats, LinearSchedule, MaskSchedule
 from megatron_mdm.diffusion.masking import MASKING_RULES, Bools, MaskDesign, Masking
 from megatron_mdm.diffusion.moments import RowSums
 from megatron_mdm.diffusion.noiser import NoisedBatch
@@ -22,6 +23,7 @@ NUM_SAMPLES = 2
 PROMPT = 3
 EPSILON = 0.1  # bounds the weights 1/q, so that sample variances settle
 SCHEDULE = LinearSchedule(EPSILON)
+COSINE = CosineSchedule(EPSILON)
 MASKS = (np.arange(2**P)[:, None] >> np.arange(P)) & 1  # [2^P, P]
 KINDS = ("loss", "gradient")
 
@@ -91,11 +93,17 @@ class Toy:
         """l [samples, T, 2^P] for weights 1/q [T, 2^P or 1]."""
         return (self.tables * MASKS).sum(2)[:, None, :] / (P * q)
 
-    def enumerate(self, t: Floats, rule: str = "bernoulli") -> tuple[Floats, Floats]:
+    def enumerate(self, t: Floats, rule: str = "bernoulli", schedule: MaskSchedule = SCHEDULE) -> tuple[Floats, Floats]:
         """E[l | x0, t] and E[l² | x0, t] of one view over all masks, [samples, T] each."""
-        probability, q = mask_probabilities(t, rule)
+        probability, q = mask_probabilities(t, rule, schedule)
         loss = self.of_masks(q[:, None])
         return (probability * loss).sum(2), (probability * loss**2).sum(2)
+
+    def steeper(self) -> Toy:
+        """Losses that differ much between rates, as the transformer's hardly do."""
+        result = copy(self)
+        result.tables = self.tables * 2.0 ** MASKS.sum(1)[None, :, None]
+        return result
 
     def pair_product(self, t: Floats) -> Floats:
         """E[l₁ l₂ | x0, t] of complementary Bernoulli views [samples, T], over all pairs of masks."""
@@ -114,14 +122,17 @@ class Toy:
         return result
 
 
-def mask_probabilities(t: Floats, rule: str) -> tuple[Floats, Floats]:
+def mask_probabilities(t: Floats, rule: str, schedule: MaskSchedule = SCHEDULE) -> tuple[Floats, Floats]:
     """(probability of every mask [T, 2^P], q [T])"""
     count = MASKS.sum(1)
-    if rule == "exact_count":
-        chosen = np.minimum(np.floor(t * P) + 1, P)
+    if rule != "bernoulli":
+        wanted = schedule.rate(t) * P
+        chosen = np.minimum(
+            {"exact_count": np.floor(wanted) + 1, "rounded_count": np.maximum(np.rint(wanted), 1)}[rule], P
+        )
         ways = np.array([np.count_nonzero(count == number) for number in range(P + 1)])
         return (count[None, :] == chosen[:, None]) / ways[count][None, :], chosen / P
-    q = SCHEDULE.mask_probability(t)
+    q = schedule.mask_probability(t)
     return q[:, None] ** count * (1 - q[:, None]) ** (P - count), q
 
 
