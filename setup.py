@@ -59,6 +59,7 @@ setup(
     ],
     extras_require={
         "eval": ["lm-eval>=0.4.12,<0.5"],
+        "nf4": ["bitsandbytes>=0.50,<0.51"],  # for model.lora.base: nf4
         "images": ["scikit-learn>=1.5"],  # for its handwritten digits
         "test": [
             "scikit-learn>=1.5",

@@ -31,6 +31,7 @@ from megatron_mdm.engine.base import Engine, Load
 from megatron_mdm.engine.build import build_engine
 from megatron_mdm.engine.inference import InferenceEngine, PipelinedInferenceEngine, build_stage
 from megatron_mdm.engine.optimizer_state import Fragment
+from megatron_mdm.models.four_bit import quantize_frozen
 from megatron_mdm.models.layers import build_model
 from megatron_mdm.models.naming import rows_of
 from megatron_mdm.parallel.groups import ParallelContext, rank_from_environment, world_size_from_environment
@@ -207,6 +208,7 @@ def load_for_gradients(folder: Path, config: RunConfig, context: ParallelContext
     model = weights.model.model_copy(update={"lora": adapter.lora}) if adapter else weights.model
     whole = build_model(model, config.parallel, context, None)
     _fill_rows(whole, {**weights.base, **(adapter.tensors if adapter else {})}, model, context)
+    quantize_frozen(whole, model)
     return InferenceEngine(whole, config.precision.dtype, weights.run.path.name)
 
 

@@ -28,6 +28,7 @@ OWNED_DEEPSPEED_KEYS = {
     "tensorboard": "logging",
 }
 
+FOUR_BIT_BLOCK = 64  # neighbours in a row of a matrix that share a scale in 4 bits: bitsandbytes' default
 FP8_MULTIPLE = 16  # of every dimension of a matrix product in FP8, the number of tokens included
 
 
@@ -104,6 +105,7 @@ def _check_model(config: RunConfig) -> None:
     model = config.model
     tensor = config.parallel.tensor
     _check_lora(model)
+    _check_four_bit(config)
     if not model.head_dim and model.hidden_size % model.num_heads:
         raise UserError(
             f"'model.hidden_size' {model.hidden_size} is not a multiple of 'model.num_heads' {model.num_heads}; change "
@@ -130,8 +132,6 @@ def _check_lora(model: ModelConfig) -> None:
         raise UserError("'model.lora' trains beside frozen weights: name them by 'model.init_from'")
     if model.kernels == "transformer_engine":
         raise UserError("'model.lora' needs 'model.kernels' torch: Transformer Engine fuses norms into the linear maps")
-    if model.lora.base != "model":
-        raise UserError("'model.lora.base' nf4 is not built yet; use model")
     if model.lora.dropout and "head" in model.lora.targets:
         raise UserError(
             "'model.lora.dropout' cannot be applied to the head, whose adapter is added to the matrix itself; leave "
@@ -142,6 +142,34 @@ def _check_lora(model: ModelConfig) -> None:
             "'model.lora.dropout' cannot be combined with 'model.compile': its masks need integers that wrap, which "
             "compiled code does not promise; set one of them to 0 or false"
         )
+
+
+def _check_four_bit(config: RunConfig) -> None:
+    model = config.model
+    if not model.lora.rank or model.lora.base != "nf4":
+        return
+    if config.parallel.zero == 3:
+        raise UserError(
+            "'model.lora.base' nf4 cannot be combined with 'parallel.zero' 3, which partitions weights in the type that"
+            " the model computes in; use ZeRO 0 to 2, or model"
+        )
+    if model.compile:
+        raise UserError(
+            "'model.lora.base' nf4 cannot be combined with 'model.compile'; use model, or set compile to false"
+        )
+    tensor = config.parallel.tensor
+    sizes = {
+        "'model.hidden_size'": (model.hidden_size, 1),
+        "'model.num_heads' × the width of a head": (model.num_heads * model.kv_channels, tensor),
+        "'model.ffn_hidden_size'": (model.ffn_hidden_size, tensor),
+    }
+    for name, (size, degree) in sizes.items():
+        if size % (FOUR_BIT_BLOCK * degree):
+            split = f" × 'parallel.tensor' {degree}" * (degree > 1)
+            raise UserError(
+                f"'model.lora.base' nf4 needs rows of whole blocks: {name} {size} is not a multiple of "
+                f"{FOUR_BIT_BLOCK}{split}; use model, or another degree"
+            )
 
 
 def _check_batch(config: RunConfig, world_size: int) -> None:

@@ -14,7 +14,7 @@ from megatron_mdm.engine.communication import MicroBatchShape, Stage, stages
 from megatron_mdm.engine.deepspeed_config import subsection, zero_stage
 from megatron_mdm.models.adapter_rows import targets_of
 from megatron_mdm.models.cross_entropy import CHUNKS
-from megatron_mdm.models.kernel_memory import ELEMENT_BYTES, SAVED, Kernels
+from megatron_mdm.models.kernel_memory import ELEMENT_BYTES, FOUR_BIT_BYTES, SAVED, Kernels
 from megatron_mdm.models.parameters import EMBEDDING, OUTPUT, Held, padded_vocab_size, parameter_table
 from megatron_mdm.parallel.communicators import communicator_bytes
 from megatron_mdm.parallel.layout import Layout
@@ -119,11 +119,12 @@ def _states(config: RunConfig, layout: Layout, parameters: Held) -> tuple[dict[s
     size = ELEMENT_BYTES[config.precision.dtype]
     zero = zero_stage(config)
     data = layout.data
+    weights = size * (parameters.total - parameters.four_bit) + FOUR_BIT_BYTES * parameters.four_bit
     accumulated = 4 if config.precision.gradients == "fp32" else size
     if zero == 0:  # in fp32, where torch's own optimizer updates the model's weights
-        states = {"weights": size * parameters.total, "gradients": size * number, "optimizer": MOMENTS * number}
+        states = {"weights": weights, "gradients": size * number, "optimizer": MOMENTS * number}
         return {**states, "step": 0.0}, 0.0
-    weights = size * parameters.total / (data if zero == 3 else 1)
+    weights /= data if zero == 3 else 1
     # ZeRO 1 sums whole gradients over the micro-batches; in fp32 beside those of the current one, unless DeepSpeed's
     # BF16_Optimizer adds each as soon as it is there and steps on the sum itself.
     gradients = float(accumulated * number / (data if zero > 1 else 1))

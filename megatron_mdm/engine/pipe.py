@@ -24,6 +24,7 @@ from megatron_mdm.engine.optimizer import scaled_unless_faulty
 from megatron_mdm.engine.statistics import StatisticsCopy
 from megatron_mdm.models.attention import Visibility
 from megatron_mdm.models.costs import layer_costs
+from megatron_mdm.models.four_bit import quantize_frozen
 from megatron_mdm.models.fp8 import Fp8
 from megatron_mdm.models.layers import Head, layer_builders, prepare_parameters
 from megatron_mdm.parallel.groups import ParallelContext, group_of
@@ -52,6 +53,7 @@ class PipeEngine(DeepSpeedEngine):
         module = _Stage(config, context, self._score, seed)
         if load:
             load(module)
+        quantize_frozen(module, config.model)
         super().__init__(module, config, context, deepspeed_config(config, context.layout.world_size))
         module.fp8 = self.fp8
         assert self.engine.grid.get_data_parallel_rank() == context.data_rank

@@ -15,6 +15,7 @@ from megatron_mdm.engine.deepspeed_engine import DeepSpeedEngine
 from megatron_mdm.engine.optimizer import scaled_unless_faulty
 from megatron_mdm.engine.partitioned import keep_partition
 from megatron_mdm.engine.statistics import StatisticsCopy
+from megatron_mdm.models.four_bit import quantize_frozen
 from megatron_mdm.models.layers import build_model
 from megatron_mdm.parallel.groups import ModelParallelUnit, ParallelContext
 from megatron_mdm.parallel.heartbeat import beat
@@ -31,6 +32,7 @@ class ZeroEngine(DeepSpeedEngine):
         def finish(layer: nn.Module) -> None:
             if load:
                 load(layer)
+            quantize_frozen(layer, config.model)
             if zero_stage(config) == 3:
                 keep_partition(layer, config.precision.dtype, unit, settings)
 

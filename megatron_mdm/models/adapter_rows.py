@@ -100,7 +100,8 @@ def with_adapters(rows: dict[str, Parameter], model: ModelConfig) -> dict[str, P
         of_layers.setdefault(row_a.layers, []).extend([row_a, row_b])
     result: dict[str, Parameter] = {}
     for name, row in rows.items():
-        result[name] = replace(row, trained=False, is_base=True)
+        is_four_bit = model.lora.base == "nf4" and name.endswith(tuple(f".{module}.weight" for module in LINEAR_MAPS))
+        result[name] = replace(row, trained=False, is_base=True, is_four_bit=is_four_bit)
     for row in (row for group in of_layers.values() for row in group):
         result[row.name] = row
     order = sorted(result, key=lambda name: result[name].layers[0])

@@ -6,14 +6,17 @@ megatron-core's local layers saves; tests/engine/test_memory.py checks those of 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
 from megatron_mdm.config.schema import ModelConfig, RunConfig
+from megatron_mdm.config.validate import FOUR_BIT_BLOCK
 from megatron_mdm.models.adapter_rows import LINEAR_MAPS, SPLIT_BY_COLUMNS, matrix_shape, targets_of
 
 Kernels = Literal["cpu", "cuda"]
 ELEMENT_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+FOUR_BIT_BYTES = 0.5 + 4 / FOUR_BIT_BLOCK  # of a weight and its share of the block's fp32 scale
 # On CPUs, attention keeps its scores in memory up to this many keys: torch 2.13's fused kernel is slower there, in bf16
 # by up to 8 times in its backward pass (64 rows of 44: 28 against 6 ms; 2 of 1024: 59 against 37 ms), in fp32 by 1.6
 # (32 rows of 44). Beyond it the scores take too much memory, or the fused kernel is faster.
@@ -62,9 +65,15 @@ class SavedTensors:
         return 2.0 * shape.length * config.model.kv_channels * _size(config)
 
     def workspace(self, config: RunConfig, shape: Shape) -> float:
-        """The greatest temporary tensors of a block's backward pass: the gated unit's gradients."""
-        width = config.model.hidden_size + 5 * config.model.ffn_hidden_size / config.parallel.tensor
-        return self._positions(config, shape) * width * _size(config)
+        """The greatest temporary tensors of a block's backward pass: the gated unit's gradients, and the greatest
+        matrix where it is dequantised."""
+        model = config.model
+        width = model.hidden_size + 5 * model.ffn_hidden_size / config.parallel.tensor
+        matrix = 0.0
+        if model.lora.rank and model.lora.base == "nf4":
+            shapes = ([matrix_shape(model, part) for part in parts] for parts in LINEAR_MAPS.values())
+            matrix = max(sum(map(math.prod, parts)) for parts in shapes) / config.parallel.tensor
+        return (self._positions(config, shape) * width + matrix) * _size(config)
 
     def _attention(self, config: RunConfig, shape: Shape, again: bool) -> float:
         """Bytes that attention keeps per position, all heads together."""
@@ -111,13 +120,13 @@ class SavedTensors:
         if not model.lora.dropout:
             return 0.0
         kept = 0.0
-        is_again = config.parallel.recompute == "selective"
+        keeps_contexts = config.parallel.recompute != "selective" and not self._is_explicit(config, shape)
         for module, parts in LINEAR_MAPS.items():
             if _keeps_input(model, module):
                 by_columns = parts[0] in SPLIT_BY_COLUMNS
                 inputs = matrix_shape(model, parts[0])[1] / (config.parallel.tensor if by_columns else 1)
                 positions = self._positions(config, shape, split=config.parallel.sequence and not by_columns)
-                twice = module == PROJECTION and (is_again or not self._is_explicit(config, shape))
+                twice = module == PROJECTION and keeps_contexts
                 kept += positions * inputs * (1 + twice * _size(config))
         return kept
 

@@ -27,6 +27,7 @@ from megatron_mdm.models.cache import Window
 from megatron_mdm.models.compiled import compiled
 from megatron_mdm.models.cross_entropy import weighted_cross_entropy
 from megatron_mdm.models.extensions import extensions_of
+from megatron_mdm.models.four_bit import attach_four_bit
 from megatron_mdm.models.fp8 import recompute_by
 from megatron_mdm.models.initialize import initialize_weights
 from megatron_mdm.models.loss_kernels import resolve_loss_kernel
@@ -77,6 +78,8 @@ class Block(Layer):
         super().__init__()
         spec = LAYER_SPECS[resolve_kernels(model)](model, parallel.recompute == "selective")
         self.layer = TransformerLayer(config, spec, layer_number=index + 1)
+        if model.lora.rank and model.lora.base == "nf4":
+            attach_four_bit(self.layer)
         self.dropouts = attach_adapters(self.layer, index, model, config) if model.lora.rank else []
         self.rotary = RotaryEmbedding(
             kv_channels=config.kv_channels,

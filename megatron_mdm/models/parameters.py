@@ -38,6 +38,7 @@ class Held(NamedTuple):
 
     trained: int
     frozen: int
+    four_bit: int  # of the frozen
     # Of the trained: those whose gradients are summed over the tensor-parallel ranks, by gradient_in_parts
     in_parts: Mapping[str, int]
 
@@ -90,13 +91,15 @@ def _table(section: str, extensions: tuple[Extension, ...]) -> Table:
 @functools.lru_cache(maxsize=4096)
 def _held(section: str, extensions: tuple[Extension, ...], layers: range, degree: int) -> Held:
     sizes = Counter[bool]()
+    four_bit = 0
     in_parts = Counter[str]()
     for row in _table(section, extensions).values():
         if any(layer in layers for layer in row.layers):
             size = math.prod(row.local_shape(degree))
             sizes[row.trained] += size
+            four_bit += size * row.is_four_bit
             in_parts[row.gradient_in_parts] += size * row.trained
-    return Held(sizes[True], sizes[False], in_parts)
+    return Held(sizes[True], sizes[False], four_bit, in_parts)
 
 
 def _base_rows(model: ModelConfig) -> dict[str, Parameter]:

@@ -42,6 +42,7 @@ class Parameter:
     decay: bool = True
     trained: bool = True  # else it is frozen: no gradient, no optimizer state
     is_base: bool = False  # frozen, and in no checkpoint of the run: a resumed run reads it from model.init_from again
+    is_four_bit: bool = False  # frozen, and kept in 4 bits (four_bit.py)
     is_buffer: bool = False  # a module's buffer, which is kept with the weights and never trained
     seed_name: str = ""  # initial values are drawn by this name; empty: by `name`
 

@@ -6,6 +6,7 @@ import weakref
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -48,6 +49,8 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {  # ranks, par
     "lora_of_queries_and_values": (2, {"zero": 3}, {"dtype": "fp32"}),
     "tp2_sp_lora": (2, {"zero": 1, "tensor": 2, "sequence": True}, {"dtype": "bf16"}),
     "lora_dropout": (1, {"zero": 1, "recompute": "selective"}, {"dtype": "bf16"}),
+    "lora_nf4": (1, {"zero": 2}, {"dtype": "bf16"}),
+    "tp2_nf4_recompute": (2, {"zero": 1, "tensor": 2, "recompute": "full"}, {"dtype": "bf16"}),
     "pp2_lora_recompute": (2, {"zero": 1, "pipeline": 2, "recompute": "full"}, {"dtype": "bf16"}),
 }
 
@@ -67,6 +70,8 @@ MODELS: dict[str, dict[str, Any]] = {
     "lora": {"lora": {"rank": 16, "targets": ["all-linear", "embedding", "head"]}},
     "lora_dropout": {"lora": {"rank": 16, "targets": ["query", "output", "down"], "dropout": 0.1}},
     "lora_of_queries_and_values": {"lora": {"rank": 8, "targets": ["q_proj", "v_proj"]}},
+    "lora_nf4": {"lora": {"rank": 8, "base": "nf4"}},
+    "tp2_nf4_recompute": {"lora": {"rank": 8, "targets": ["q_proj", "v_proj"], "base": "nf4"}},
     "tp2_sp_lora": {"lora": {"rank": 16, "dropout": 0.1}, **GROUPED},
     "pp2_lora_recompute": {"lora": {"rank": 16}},
     "tp2": GROUPED,
@@ -150,7 +155,7 @@ class _Kept:
 
 def state_bytes(engine: Any) -> int:
     """Storages of weights, gradients and optimizer states, each once, as DeepSpeed's optimizers hold them."""
-    tensors: list[Tensor] = []
+    tensors: list[Tensor] = list(engine.module.buffers())  # of which only matrices in 4 bits count
     for parameter in engine.module.parameters():
         tensors.append(getattr(parameter, "ds_tensor", parameter.data))  # ZeRO 3: its part, not what is gathered
         tensors += [parameter.grad] if parameter.grad is not None else []
@@ -220,6 +225,8 @@ def shapes(trainer: Any) -> Iterator[MicroBatchShape]:
 @pytest.fixture(scope="module", params=LAYOUTS)
 def case(request: Any, tmp_path_factory: Any) -> list[tuple[RunConfig, Counted, RankMemory]]:
     num_ranks, parallel, precision = LAYOUTS[request.param]
+    if "nf4" in request.param and find_spec("bitsandbytes") is None:
+        pytest.skip("bitsandbytes is not installed (nf4)")
     folder: Path = tmp_path_factory.mktemp(request.param)
     shortest = LENGTH - 1 if request.param == "padded" else LENGTH
     write_ids(folder / "train.jsonl", 60, length=(shortest, LENGTH + 1))

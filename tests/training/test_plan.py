@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from megatron_mdm.config.errors import UserError
 from megatron_mdm.config.load import load_config
 from megatron_mdm.config.schema import RunConfig
 from megatron_mdm.engine.communication import MicroBatchShape, stages
+from megatron_mdm.models.adapter_rows import LINEAR_MAPS, matrix_shape
 from megatron_mdm.models.parameters import num_parameters
 from megatron_mdm.training.plan.cluster import PRESETS, read_cluster
 from megatron_mdm.training.plan.plan import Plan, Samples, make_plan
@@ -62,6 +64,17 @@ def test_adapters_of_8b_parameters_fit_one_gpu(path: Path) -> None:
         changes = (f"model.lora.rank={rank}", f"parallel.recompute={recompute}", f"batch.micro_tokens={tokens}")
         plan = make_plan(load_config(path, changes), read_cluster(cluster, 1, 1), Samples(7473))
         assert plan.is_feasible, plan.obstacle
+
+
+@pytest.mark.parametrize("path", LORA, ids=lambda path: path.stem)
+def test_four_bits_of_8b_parameters(path: Path) -> None:
+    """The layers' matrices take 4.5 bits in place of 16, all else what it took."""
+    plain, four_bit = (planned(path, f"model.lora.base={base}", cluster="rtx4090-24gb") for base in ("model", "nf4"))
+    model = four_bit.config.model
+    parts = [part for parts in LINEAR_MAPS.values() for part in parts]
+    size = model.num_layers * sum(math.prod(matrix_shape(model, part)) for part in parts)
+    assert four_bit.memory[0].weights == pytest.approx(plain.memory[0].weights - size * (16 - 4.5) / 8)
+    assert plain.fullest.total - four_bit.fullest.total == pytest.approx(size * (16 - 4.5) / 8, rel=0.05)
 
 
 def load_and_count(path: Path) -> int:

@@ -27,7 +27,7 @@ class LoraConfig(Section):
         ""  # first adapters: a folder of PEFT's, or a run's with the same rank and targets; empty: new ones
     )
     # How the frozen matrices of the layers are kept: model, in the type that the model trains in; nf4, in 4 bits
-    # (QLoRA, Dettmers et al. 2023), by bitsandbytes where it is installed.
+    # (QLoRA, Dettmers et al. 2023), by bitsandbytes where it is installed; with ZeRO 0 to 2.
     base: Literal["model", "nf4"] = "model"
 
     @property
