@@ -103,7 +103,7 @@ def read_parquet(path: str, bad: BadRecords, rows: int = 1024) -> Iterator[tuple
                     yield f"{path}, row {number}", record
     except FileNotFoundError:
         raise UserError(f"{path}: no such data file") from None
-    except (ArrowException, OSError) as error:
+    except (ArrowException, OSError, UnicodeDecodeError) as error:  # the last of a column's name
         raise UserError(f"{path}: not a parquet file that can be read ({' '.join(str(error).split())})") from None
 
 

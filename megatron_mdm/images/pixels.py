@@ -31,7 +31,8 @@ def read_image(source: Path | bytes) -> Image.Image:
     try:
         with Image.open(source if isinstance(source, Path) else io.BytesIO(source), formats=FORMATS) as opened:
             _check_size(opened.size)
-            return _rgb(ImageOps.exif_transpose(opened))
+            is_deep = opened.mode.startswith("I;16") or (opened.format, opened.mode) == ("PPM", "I")
+            return _rgb(ImageOps.exif_transpose(opened), is_deep)
     except UserError as error:
         raise UserError(f"{where}{error}") from None
     except Image.DecompressionBombError:
@@ -100,8 +101,9 @@ def _check_size(size: tuple[int, int]) -> None:
         raise UserError(f"{size[0]} × {size[1]} are more than {MOST_PIXELS:,} pixels; make it smaller")
 
 
-def _rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I;16"):  # Pillow would clip at 255
+def _rgb(image: Image.Image, is_deep: bool) -> Image.Image:
+    """is_deep: grey levels are 16 bits, which Pillow would clip at 255."""
+    if is_deep:
         return Image.fromarray((np.asarray(image).astype(np.uint16) >> 8).astype(np.uint8)).convert("RGB")
     if image.mode in ("I", "F"):
         raise UserError(f"32 bits a pixel (Pillow's mode {image.mode}); save it with 8 or 16")
