@@ -14,6 +14,7 @@ from torch.nn.functional import pad
 from megatron_mdm.config.errors import UserError
 
 _SHORT = 64  # tokens: no segment of padding need be shorter than this
+IdRange = tuple[int, int]  # (first, count) of consecutive token ids
 PATTERNS: dict[str, type[AttentionPattern]] = {}  # every class of them by its name: what from_tensors reads
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from torch import Tensor, nn
 
-from megatron_mdm.batch import ModelInputs, RowStatistics
+from megatron_mdm.batch import IdRange, ModelInputs, RowStatistics
 from megatron_mdm.engine.clock import PhaseClock
 from megatron_mdm.engine.loss_scale import LossScale
 
@@ -44,6 +44,7 @@ class Engine(Forward, Protocol):
         """One optimizer step on the sum of the inputs' totals over all data-parallel ranks."""
         ...
 
-    def logits(self, inputs: ModelInputs) -> Tensor:
-        """Logits [N, V] of the selected positions, in the order of inputs.selected.nonzero()."""
+    def logits(self, inputs: ModelInputs, *, ids: IdRange | None = None) -> Tensor:
+        """Logits [N, V] of the selected positions, in the order of inputs.selected.nonzero(). ids: of these tokens
+        only, [N, count]; the others' are not computed."""
         ...

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from megatron_mdm.batch import ModelInputs, RowStatistics
+from megatron_mdm.batch import IdRange, ModelInputs, RowStatistics
 from megatron_mdm.config.schema import ModelConfig, ParallelConfig
 from megatron_mdm.engine.inputs import InputLayout
 from megatron_mdm.models.attention import Visibility
@@ -39,10 +39,10 @@ class InferenceEngine:
             return [self.model(_on_device(inputs))[1] for inputs in micro_batches]
 
     @torch.no_grad()
-    def logits(self, inputs: ModelInputs, window: Window | None = None) -> Tensor:
+    def logits(self, inputs: ModelInputs, window: Window | None = None, *, ids: IdRange | None = None) -> Tensor:
         """Engine.logits. window: the inputs' tokens are those at its positions of longer rows, which their pattern is
         about; their keys and values are kept in its cache, and the cache's others take part."""
-        return self.model(_on_device(inputs), want_logits=True, window=window and window.to_device())
+        return self.model(_on_device(inputs), want_logits=True, window=window and window.to_device(), ids=ids)
 
 
 class PipelinedInferenceEngine:
@@ -77,14 +77,17 @@ class PipelinedInferenceEngine:
         return results
 
     @torch.no_grad()
-    def logits(self, inputs: ModelInputs, window: Window | None = None) -> Tensor:
+    def logits(self, inputs: ModelInputs, window: Window | None = None, *, ids: IdRange | None = None) -> Tensor:
         """InferenceEngine.logits."""
         inputs = _on_device(inputs)
         window = window and window.to_device()
-        shape = torch.Size((len(inputs.selected_places()), int(self.model.vocab_size)))
-        return self._from_last_stage(self._run(inputs, True, window), shape, self.dtype)
+        width = ids[1] if ids else int(self.model.vocab_size)
+        shape = torch.Size((len(inputs.selected_places()), width))
+        return self._from_last_stage(self._run(inputs, True, window, ids), shape, self.dtype)
 
-    def _run(self, inputs: ModelInputs, want_logits: bool, window: Window | None) -> Tensor | None:
+    def _run(
+        self, inputs: ModelInputs, want_logits: bool, window: Window | None, ids: IdRange | None = None
+    ) -> Tensor | None:
         """Run this rank's layers. Returns the answer on the last stage, None elsewhere."""
         rows, length = inputs.tokens.shape
         hidden = inputs.tokens
@@ -94,7 +97,7 @@ class PipelinedInferenceEngine:
             dist.recv(hidden, self.previous)
         for layer in self.layers.values():
             if isinstance(layer, Head):
-                answer = layer(hidden, inputs, want_logits)
+                answer = layer(hidden, inputs, want_logits, ids)
                 return answer if want_logits else torch.stack(list(answer[1]))
             hidden = layer(hidden, visible)
         dist.send(hidden.contiguous(), self.next)

@@ -15,7 +15,7 @@ from deepspeed.runtime.pipe.schedule import OptimizerStep
 from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 from torch import Tensor, nn
 
-from megatron_mdm.batch import ModelInputs, RowStatistics
+from megatron_mdm.batch import IdRange, ModelInputs, RowStatistics
 from megatron_mdm.config.schema import ModelConfig, RunConfig
 from megatron_mdm.engine.base import Load, TrainOutput
 from megatron_mdm.engine.deepspeed_config import deepspeed_config
@@ -74,6 +74,7 @@ class PipeEngine(DeepSpeedEngine):
         self._micro_batches: list[ModelInputs] = []  # of the step
         self._to_receive: Iterator[ModelInputs] = iter(())  # those of them whose hidden states are still to come
         self._want_logits = False
+        self._ids: IdRange | None = None  # of the logits; None: all
         self._answers: list[Tensor] = []  # on the last stage: row statistics or logits of each micro-batch
         self._copy: StatisticsCopy  # of the last step
 
@@ -94,14 +95,16 @@ class PipeEngine(DeepSpeedEngine):
             self._forward(micro_batches)
         return self._statistics(micro_batches).wait()
 
-    def logits(self, inputs: ModelInputs) -> Tensor:
+    def logits(self, inputs: ModelInputs, *, ids: IdRange | None = None) -> Tensor:
         (inputs,) = self._prepare([inputs])
         self._want_logits = True
+        self._ids = ids
         try:
             self._forward([inputs])
         finally:
             self._want_logits = False
-        shape = torch.Size((len(inputs.selected_places()), int(self.model.vocab_size)))
+        width = ids[1] if ids else int(self.model.vocab_size)
+        shape = torch.Size((len(inputs.selected_places()), width))
         return self._from_last_stage(shape, self._dtype, dim=0)
 
     def _forward(self, micro_batches: Sequence[ModelInputs]) -> None:
@@ -126,7 +129,7 @@ class PipeEngine(DeepSpeedEngine):
     def _score(self, hidden: Tensor, _: tuple[()]) -> Tensor:
         """The last stage's loss function: keeps the micro-batch's answer, returns the total to differentiate."""
         module = self.engine.module
-        result = module.head(hidden, module.inputs, self._want_logits)
+        result = module.head(hidden, module.inputs, self._want_logits, self._ids)
         if self._want_logits:
             self._answers.append(result)
             return result.new_zeros((), dtype=torch.float32)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from megatron_mdm.batch import ModelInputs, RowStatistics
+from megatron_mdm.batch import IdRange, ModelInputs, RowStatistics
 from megatron_mdm.config.schema import RunConfig
 from megatron_mdm.engine.base import Load, TrainOutput
 from megatron_mdm.engine.deepspeed_config import deepspeed_config, zero_stage
@@ -66,10 +66,10 @@ class ZeroEngine(DeepSpeedEngine):
         with torch.no_grad(), self.engine.module[-1].with_row_gradients(row_gradients):
             return [self.engine(self._prepare(inputs))[1] for inputs in micro_batches]
 
-    def logits(self, inputs: ModelInputs) -> Tensor:
+    def logits(self, inputs: ModelInputs, *, ids: IdRange | None = None) -> Tensor:
         self.engine.eval()
         with torch.no_grad():
-            return self.engine(self._prepare(inputs), want_logits=True)
+            return self.engine(self._prepare(inputs), want_logits=True, ids=ids)
 
     def _prepare(self, inputs: ModelInputs) -> ModelInputs:
         beat()

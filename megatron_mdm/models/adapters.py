@@ -27,6 +27,8 @@ from megatron_mdm.config.schema import ModelConfig
 from megatron_mdm.models.adapter_dropout import AdapterDropout
 from megatron_mdm.models.adapter_rows import LINEAR_MAPS, SPLIT_BY_COLUMNS, matrix_shape, targets_of
 
+ALL_ROWS = slice(None)
+
 
 class Adapted(nn.Module):
     """What has adapters, and can do without."""
@@ -157,11 +159,18 @@ class HeadAdapter(Adapted):
         self.lora_head_A = _empty(model.lora.rank, model.hidden_size)
         self.lora_head_B = _empty(rows, model.lora.rank)
 
-    def forward(self, weight: Tensor) -> Tensor:
-        """weight [V, H] → [V, H]."""
+    def forward(self, weight: Tensor, rows: slice = ALL_ROWS) -> Tensor:
+        """weight [v, H] → [v, H]; rows: which of the table's these are."""
         if not self.enabled:
             return weight
-        return torch.addmm(weight, self.lora_head_B, self.lora_head_A, alpha=self.scaling)
+        return torch.addmm(weight, self.lora_head_B[rows], self.lora_head_A, alpha=self.scaling)
+
+
+class NoHeadAdapter(nn.Module):
+    """In its place where the vocabulary projection has none."""
+
+    def forward(self, weight: Tensor, rows: slice = ALL_ROWS) -> Tensor:
+        return weight
 
 
 def attach_adapters(

@@ -13,15 +13,16 @@ from megatron.core.tensor_parallel import (
     VocabParallelEmbedding,
     gather_from_sequence_parallel_region,
     gather_from_tensor_model_parallel_region,
+    reduce_from_tensor_model_parallel_region,
 )
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor, nn
 
-from megatron_mdm.batch import ModelInputs, RowStatistics
+from megatron_mdm.batch import IdRange, ModelInputs, RowStatistics
 from megatron_mdm.config.schema import ModelConfig, ParallelConfig
 from megatron_mdm.models.adapter_rows import targets_of
-from megatron_mdm.models.adapters import AdaptedEmbedding, HeadAdapter, attach_adapters
+from megatron_mdm.models.adapters import AdaptedEmbedding, HeadAdapter, NoHeadAdapter, attach_adapters
 from megatron_mdm.models.attention import AttentionInputs, Visibility
 from megatron_mdm.models.cache import Window
 from megatron_mdm.models.compiled import compiled
@@ -138,7 +139,7 @@ class Head(Layer):
         rows = padded_vocab_size(model, degree) // degree
         self.vocabulary_weight = nn.Parameter(torch.empty(rows, model.hidden_size))
         has_adapter = model.lora.rank and "head" in targets_of(model)
-        self.adapter = HeadAdapter(rows, model) if has_adapter else nn.Identity()
+        self.adapter = HeadAdapter(rows, model) if has_adapter else NoHeadAdapter()
         self.table_names = {
             "final_norm.weight": FINAL_NORM,
             "vocabulary_weight": EMBEDDING if model.tie_embeddings else OUTPUT,
@@ -149,13 +150,13 @@ class Head(Layer):
         return self.table_names.get(own, f"output_layer.{own}")
 
     def forward(
-        self, hidden: Tensor, inputs: ModelInputs, want_logits: bool = False
+        self, hidden: Tensor, inputs: ModelInputs, want_logits: bool = False, ids: IdRange | None = None
     ) -> tuple[Tensor, RowStatistics] | Tensor:
         """(total loss with its gradient, row statistics), or the selected positions' logits [N, V], position-major
-        in each row (the order of inputs.selected.nonzero())."""
+        in each row (the order of inputs.selected.nonzero()). ids: the logits of these tokens only, [N, count]."""
         if self.sequence_parallel:
             hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False)
-        return self.logits(hidden, inputs) if want_logits else self.loss(hidden, inputs)
+        return self.logits(hidden, inputs, ids) if want_logits else self.loss(hidden, inputs)
 
     @contextmanager
     def with_row_gradients(self, wanted: bool) -> Iterator[None]:
@@ -166,16 +167,31 @@ class Head(Layer):
         finally:
             self.row_gradients = False
 
-    def logits(self, hidden: Tensor, inputs: ModelInputs) -> Tensor:
-        """hidden [S, R, H] or packed [T, 1, H] → [N, V]."""
+    def logits(self, hidden: Tensor, inputs: ModelInputs, ids: IdRange | None = None) -> Tensor:
+        """hidden [S, R, H] or packed [T, 1, H] → [N, V]; of some ids, [N, count]."""
         num_rows, length = inputs.selected.shape
         places = inputs.selected_places()
         row = places % num_rows
         position = places // num_rows
         by_row = (row * length + position).argsort()
         rows = self._normed_rows(hidden, self._places_in_hidden(row[by_row], position[by_row], inputs))
+        if ids is not None:
+            return self._logits_of(rows, *ids)
         logits = gather_from_tensor_model_parallel_region(rows @ self.adapter(self.vocabulary_weight).t())
         return logits[:, : self.vocab_size]
+
+    def _logits_of(self, rows: Tensor, first: int, count: int) -> Tensor:
+        """rows [N, H] → [N, count], by these rows of the table alone: a rank fills in what it holds of them."""
+        if not 0 <= first < first + count <= int(self.vocab_size):
+            raise ValueError(f"ids {first} to {first + count - 1} are not all of the {self.vocab_size} of the model")
+        held = len(self.vocabulary_weight)
+        start = torch.distributed.get_rank(self.group) * held
+        mine = slice(max(first - start, 0), min(first + count - start, held))
+        logits = rows.new_zeros(len(rows), count)
+        if mine.start < mine.stop:
+            weight = self.adapter(self.vocabulary_weight[mine], mine)
+            logits[:, mine.start + start - first : mine.stop + start - first] = rows @ weight.t()
+        return cast(Tensor, reduce_from_tensor_model_parallel_region(logits))
 
     def loss(self, hidden: Tensor, inputs: ModelInputs) -> tuple[Tensor, RowStatistics]:
         """hidden [S, R, H] or packed [T, 1, H]. The rest is [S, R], hidden's order where it is not packed."""
@@ -221,14 +237,18 @@ class MaskedDiffusionModel(nn.Sequential):
     """All layers in one process."""
 
     def forward(
-        self, inputs: ModelInputs, want_logits: bool = False, window: Window | None = None
+        self,
+        inputs: ModelInputs,
+        want_logits: bool = False,
+        window: Window | None = None,
+        ids: IdRange | None = None,
     ) -> tuple[Tensor, RowStatistics] | Tensor:
         visible = Visibility(inputs, window)
         *layers, head = self
         hidden = inputs.tokens
         for layer in layers:
             hidden = layer(hidden, visible)
-        return head(hidden, inputs, want_logits)
+        return head(hidden, inputs, want_logits, ids)
 
 
 def layer_builders(

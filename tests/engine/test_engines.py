@@ -15,6 +15,7 @@ from megatron_mdm.models.parameters import FINAL_NORM
 from tests.ranks import run_ranks
 from tests.small import MASK, PAD, VOCAB, small_config, small_model, write_ids
 
+SOME_IDS = [(20, 33), (3, 5), (40, 21)]  # of both tensor-parallel ranks, which hold 32 rows each, of one, of the other
 PROMPTS = [[5, 6, 7], [8, 9], [10, 11, 12, 13, 14], [15]]
 
 
@@ -36,13 +37,15 @@ def forward_only(config: RunConfig) -> dict[str, Any]:
     lengths = torch.tensor([11, 7, 9])
     selected &= torch.arange(11)[None, :] < lengths[:, None]
     logits = engine.logits(logits_inputs(tokens, Padded(lengths), selected))
+    parts = [engine.logits(logits_inputs(tokens, Padded(lengths), selected), ids=ids) for ids in SOME_IDS]
     inputs = ModelInputs(tokens, Padded(lengths), selected, tokens, selected.float(), torch.ones(3))
     whole = inputs._replace(pattern=Full())
     rows = [*engine.evaluate([inputs, whole], row_gradients=True), *engine.evaluate([whole])]
     statistics = [torch.stack(list(micro_batches)).numpy() for micro_batches in rows]
     settings = GenerationConfig(gen_length=8, block_length=4, steps=4, batch_size=2)
     responses = generate(engine, PROMPTS, settings, SpecialIds(MASK, PAD), context)
-    return {"logits": logits.numpy(), "statistics": statistics, "responses": responses}
+    parts = [part.numpy() for part in parts]
+    return {"logits": logits.numpy(), "parts": parts, "statistics": statistics, "responses": responses}
 
 
 @pytest.mark.parametrize(
@@ -62,6 +65,8 @@ def test_forward_passes_equal_one_process(num_ranks: int, parallel: dict[str, An
     assert [bool(statistics[-1].any()) for statistics in expected["statistics"]] == [True, True, False]
     for result in run_ranks(forward_only, num_ranks, small_config(tmp_path, model=model, parallel=parallel)):
         np.testing.assert_allclose(result["logits"], expected["logits"], rtol=1e-4, atol=1e-5)
+        for part, (first, count) in zip(result["parts"], SOME_IDS):
+            np.testing.assert_allclose(part, expected["logits"][:, first : first + count], rtol=1e-4, atol=1e-5)
         for ours, theirs in zip(result["statistics"], expected["statistics"]):
             np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
         assert result["responses"] == expected["responses"]

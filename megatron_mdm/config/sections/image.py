@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from pydantic import Field, model_validator
+import math
+
+from pydantic import Field, field_validator, model_validator
 
 from megatron_mdm.config.sections.section import Section
 
@@ -56,9 +58,17 @@ class ImageConfig(Section):
     # Its fingerprint, which the rows of training carry; empty: the rows did not say. Others are refused.
     made_by: str = ""
     vocabulary: ImageVocabulary = ImageVocabulary()
+    num_tokens: int = Field(default=0, ge=0)  # of an image, a square number; 0: not said, though generation has to know
     caption_dropout: float = Field(default=0.0, ge=0, lt=1)  # share of samples that training shows without caption
     # Captions, as JSON lines or a line of text each, whose pictures are drawn at validations; empty: none
     preview: str = ""
+
+    @field_validator("num_tokens")
+    @classmethod
+    def _square(cls, value: int) -> int:
+        if math.isqrt(value) ** 2 != value:
+            raise ValueError("must be a square number: images are squares")
+        return value
 
     @property
     def is_used(self) -> bool:
