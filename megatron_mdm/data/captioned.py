@@ -128,6 +128,7 @@ def _tar(source: CaptionedSource, bad: BadRecords) -> Iterator[Found]:
             for where, parts in _samples(source.path, archive):
                 with bad.of(where):
                     yield where, _tar_picture(parts), _tar_record(parts)
+            _check_end(archive)
     except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
         raise UserError(f"{source.path}: not a tar file that can be read to its end ({reason(error)})") from None
 
@@ -152,6 +153,15 @@ def _samples(path: str, archive: tarfile.TarFile) -> Iterator[tuple[str, Parts]]
         parts[f".{ending.lower()}"] = _content(archive, member)
     if parts:
         yield f"{path}, {key}", parts
+
+
+def _check_end(archive: tarfile.TarFile) -> None:
+    """tarfile takes a damaged header for the end; a block of zeros is there, or nothing."""
+    file = archive.fileobj
+    assert file is not None
+    file.seek(archive.offset)
+    if file.read(tarfile.BLOCKSIZE).strip(b"\0"):
+        raise tarfile.ReadError(f"damaged at byte {archive.offset}")
 
 
 def _content(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes | UserError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import json
 import tarfile
@@ -160,6 +161,19 @@ def cut_tar(path: Path) -> Path:
     return whole
 
 
+def damaged_tar(name: str, mode: str) -> Callable[[Path], Path]:
+    """With a header in the middle that is none: tarfile takes it for the end."""
+
+    def write(path: Path) -> Path:
+        write_tar(path / "x.tar", [*GOOD_PARTS, ("1.jpg", PICTURE), ("1.json", b'{"prompt": "y"}')])
+        content = bytearray((path / "x.tar").read_bytes())
+        content[2048 + 100 : 2048 + 160] = b"\xff" * 60  # of the third member
+        (path / name).write_bytes(gzip.compress(content) if mode else content)
+        return path / name
+
+    return write
+
+
 def text_file(name: str) -> Callable[[Path], Path]:
     def write(path: Path) -> Path:
         (path / name).write_text("not what its name says")
@@ -178,6 +192,14 @@ BAD_SOURCES: dict[str, tuple[Callable[[Path], Path], str]] = {
     "absent": (lambda path: path / "absent", "no such folder or file of pictures"),
     "no captions file": (bare_folder, "no captions.jsonl with a line"),
     "cut tar": (cut_tar, "not a tar file that can be read to its end"),
+    "damaged tar": (
+        damaged_tar("y.tar", ""),
+        "not a tar file that can be read to its end .ReadError: damaged at byte 2048",
+    ),
+    "damaged tgz": (
+        damaged_tar("y.tgz", "gz"),
+        "not a tar file that can be read to its end .ReadError: damaged at byte 2048",
+    ),
     "no tar": (text_file("x.tar"), "not a tar file"),
     "no gzip": (text_file("x.tar.gz"), "not a tar file"),
     "no parquet": (text_file("x.parquet"), "not a parquet file"),
