@@ -8,8 +8,9 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from megatron_mdm.config.schema import ModelConfig, RunConfig
+from megatron_mdm.config.schema import ImageVocabulary, ModelConfig, RunConfig
 from megatron_mdm.data.conversation import TemplateSource
+from megatron_mdm.data.image_text import image_row
 from megatron_mdm.data.templates import TEMPLATES
 from megatron_mdm.data.tokenizer import Tokenizer
 from megatron_mdm.data.tokenizer_files import Special
@@ -47,6 +48,22 @@ def write_ids(
         ids[prompt:] = ids[np.arange(size - prompt) % prompt]
         lines.append(json.dumps({"input_ids": ids.tolist(), "prompt_length": prompt}))
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+IMAGES = ImageVocabulary(task=40, bos=41, eos=EOS, image_begin=42, image_end=43, first_id=44, num_codes=16)
+
+
+def write_images(path: Path, num_samples: int, codes_of: str = "a" * 64, seed: int = 0) -> Path:
+    """A JSONL file of rows of a caption and an image of 9 codes, each of which is a token of the caption."""
+    generator = np.random.default_rng(seed)
+    lines = []
+    for _ in range(num_samples):
+        caption = generator.integers(2, 2 + IMAGES.num_codes, int(generator.integers(1, 6)))
+        row = image_row(caption.tolist(), (caption[np.arange(9) % len(caption)] - 2).tolist(), IMAGES)
+        record = {"input_ids": row.ids, "spans": [row.span], "caption": "…", "codes_of": codes_of}
+        lines.append(json.dumps(record) + "\n")
+    path.write_text("".join(lines), encoding="utf-8")
     return path
 
 

@@ -30,8 +30,9 @@ def absent_inputs(config: RunConfig, path: Path) -> list[str]:
     absent file is a mistake. path: what config was read from."""
     if not path.resolve().is_relative_to(_folder().resolve()):
         return []
-    named = [config.data.tokenizer, config.data.train, config.data.validation]
-    return [name for name in named if isinstance(name, str) and name and not _exists(Path(name))]
+    train = config.data.train
+    named = [config.data.tokenizer, *([train] if isinstance(train, str) else train), config.data.validation]
+    return [name for name in named if name and not _exists(Path(name))]
 
 
 def _exists(path: Path) -> bool:

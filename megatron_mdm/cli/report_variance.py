@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -35,7 +36,7 @@ from megatron_mdm.reports.variance import (
     decompose,
     draw_gradients,
 )
-from megatron_mdm.training.calibrate import calibration_of, calibrator_of
+from megatron_mdm.training.calibrate import as_trained, calibration_of, calibrator_of
 from megatron_mdm.training.inputs import RunData, resolve
 
 DESIGNS: dict[str, dict[str, Any]] = {  # fields of the section diffusion
@@ -45,6 +46,7 @@ DESIGNS: dict[str, dict[str, Any]] = {  # fields of the section diffusion
     "exact count": {"masking": "exact_count"},
     "exact count + MIRROR": {"masking": "exact_count", "views": 2},
 }
+ROUNDED: dict[str, dict[str, Any]] = {"rounded count": {}, "rounded count + MIRROR": {"views": 2}}  # of runs with it
 CLIPPED = (0.3, 0.8)
 
 
@@ -53,6 +55,7 @@ def report_variance(options: argparse.Namespace) -> None:
     run_config(options.folder)  # says what is wrong with the folder, if anything is
     base = ["parallel.pipeline=1", "parallel.tensor=1", "parallel.sequence=false", *options.overrides]
     config, data = resolve(load_config(options.folder / "config.yaml", base))
+    data = replace(data, train=as_trained(config, data))
     context = initialize()
     engine = load_for_gradients(options.folder, config, context)
     output: Path = options.output or options.folder
@@ -90,7 +93,7 @@ def decomposition(
     t = np.repeat(generator.random((num_samples, num_times)).ravel(), num_masks)
     measure = LossMeasurement(
         data.train,
-        MaskDesign.of(DiffusionConfig(epsilon=config.diffusion.epsilon)),
+        MaskDesign.of(DiffusionConfig(**_common(config))),
         NORMALIZATIONS[config.diffusion.normalization],
         data.special_ids,
         config.batch.micro_size,
@@ -117,15 +120,15 @@ def comparison_table(
 ) -> dict[str, Any]:
     """Draws of every way of masking, and every method's variances on them."""
     designs = dict(DESIGNS)
+    if config.diffusion.masking == "rounded_count":
+        designs |= {name: {"masking": "rounded_count", **fields} for name, fields in ROUNDED.items()}
     if config.diffusion.isad.delimiters:
         designs["ISAD"] = {"isad": config.diffusion.isad}
     samples, t = spread_groups(len(data.train), range(num_draws), config.seed + 1)
     draws = {}
     samplers = {}
     for name, fields in designs.items():
-        diffusion = DiffusionConfig(
-            epsilon=config.diffusion.epsilon, normalization=config.diffusion.normalization, t_sampler="ppots", **fields
-        )
+        diffusion = DiffusionConfig(t_sampler="ppots", **_common(config), **fields)
         changed = config.model_copy(update={"diffusion": diffusion})
         samplers[name] = _samplers(engine, changed, data, context)
         draws[name] = draw_gradients(
@@ -140,6 +143,11 @@ def comparison_table(
             name,
         )
     return {"draws": draws, "rows": compare(_methods(samplers, config.batch.global_size), draws)}
+
+
+def _common(config: RunConfig) -> dict[str, Any]:
+    """Fields of the section diffusion in which every row is the run's: what is estimated, by whatever method."""
+    return config.diffusion.model_dump(include={"epsilon", "mask_schedule", "normalization"})
 
 
 def _samplers(

@@ -109,7 +109,7 @@ class DataConfig(Section):
 
     # sft: JSON lines, parquet, or the name of a `datasets` set. corpus: prefixes of Megatron's .bin/.idx files.
     format: Literal["sft", "corpus"] = "sft"
-    train: str | dict[str, float]  # corpus: several prefixes with weights make a blend
+    train: str | dict[str, float]  # several files or prefixes with weights make a blend
     validation: str = ""  # empty: cut validation_fraction off the training data
     validation_fraction: float = Field(default=0.0, ge=0.0, lt=1.0)
     tokenizer: str = ""  # sentencepiece .model or Hugging Face tokenizer.json; empty: the data are token ids

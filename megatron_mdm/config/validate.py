@@ -237,8 +237,6 @@ def _check_fp8(config: RunConfig) -> None:
 def _check_data(config: RunConfig) -> None:
     data = config.data
     model = config.model
-    if data.format == "sft" and not isinstance(data.train, str):
-        raise UserError("'data.train' is a blend, which only 'data.format' corpus can have")
     if data.eos_padding and data.format == "corpus":
         raise UserError("'data.eos_padding' is for 'data.format' sft: a corpus has no prompts and answers")
     if data.max_length > model.max_sequence_length:

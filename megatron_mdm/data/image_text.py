@@ -8,7 +8,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
+
 from megatron_mdm.config.sections.image import ImageVocabulary
+from megatron_mdm.data.sample import Sample
 
 
 class ImageRow(NamedTuple):
@@ -40,6 +43,28 @@ def null_prefix(vocabulary: ImageVocabulary) -> list[int]:
 def suffix(vocabulary: ImageVocabulary) -> list[int]:
     """What stands behind the image, always visible."""
     return [vocabulary.image_end]
+
+
+def holds_image(sample: Sample, vocabulary: ImageVocabulary) -> bool:
+    """Whether a sample is such a row: from its first token to the one before the targets."""
+    first = first_target(sample)
+    tokens = sample.tokens
+    return first > 1 and tokens[0] == vocabulary.task and tokens[first - 1] == vocabulary.image_begin
+
+
+def without_caption(sample: Sample, vocabulary: ImageVocabulary) -> Sample:
+    """A row whose prefix is that of no caption."""
+    first = first_target(sample)
+    null = null_prefix(vocabulary)
+    return sample._replace(
+        tokens=np.concatenate([np.array(null, dtype=np.int32), sample.tokens[first:]]),
+        eligible=np.concatenate([np.zeros(len(null), dtype=np.bool_), sample.eligible[first:]]),
+    )
+
+
+def first_target(sample: Sample) -> int:
+    """The place of the first target token; of an image row, of the image."""
+    return int(np.argmax(sample.eligible))
 
 
 def is_too_long(caption: Sequence[int], vocabulary: ImageVocabulary) -> bool:

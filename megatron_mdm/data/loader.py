@@ -13,7 +13,9 @@ from numpy.typing import NDArray
 from megatron_mdm.batch import CleanBatch
 from megatron_mdm.config.schema import BatchConfig
 from megatron_mdm.data.batching import computed_tokens, cut
+from megatron_mdm.data.caption_dropout import CaptionDropout
 from megatron_mdm.data.collate import collate
+from megatron_mdm.data.image_text import first_target, holds_image, null_prefix, without_caption
 from megatron_mdm.data.sample import Sample
 from megatron_mdm.diffusion.objective import GlobalBatch
 from megatron_mdm.diffusion.randomness import Purpose, stream
@@ -60,14 +62,17 @@ class TrainLoader:
         pad_id: int,
         seed: int,
         eos_padding: int = NO_EOS_PADDING,
+        caption_dropout: CaptionDropout | None = None,
         first: int = 0,
     ) -> None:
         """eos_padding: a target token that fills each row from its sample's end to the length of the global batch's
-        longest. first: the batch, in the order of the data, that step 0 takes."""
+        longest. caption_dropout: which images are shown without their caption; None: none. first: the batch, in the
+        order of the data, that step 0 takes."""
         self.data = data
         self.pad_id = pad_id
         self.seed = seed
         self.eos_padding = eos_padding
+        self.captions = Captions.of(data.samples, caption_dropout) if caption_dropout else None
         self.config = batch
         self.views = views
         self.global_size = batch.global_size
@@ -92,7 +97,10 @@ class TrainLoader:
 
     def batch(self, step: int) -> LocalBatch:
         ids = self.sample_ids(step)
+        dropped = self.dropped(step, ids)
         lengths = self.lengths[ids]
+        if self.captions:
+            lengths = lengths - dropped * self.captions.lengths[ids]
         padding = np.zeros_like(lengths) if self.eos_padding == NO_EOS_PADDING else lengths.max() - lengths
         lengths = lengths + padding
         of_all_ranks = cut(lengths, self.config, self.views, self.data_size)
@@ -100,8 +108,8 @@ class TrainLoader:
         micro_batches = []
         for positions in mine:
             samples = [
-                _extended(self.data.samples[row], self.eos_padding, int(extra))
-                for row, extra in zip(ids[positions], padding[positions])
+                self.shown(row, bool(is_dropped), int(extra))
+                for row, is_dropped, extra in zip(ids[positions], dropped[positions], padding[positions])
             ]
             micro_batches.append(collate(samples, positions, ids[positions], self.pad_id))
         return LocalBatch(
@@ -111,15 +119,32 @@ class TrainLoader:
             sum(computed_tokens(lengths, positions, self.config.mode) for positions in mine),
         )
 
-    def padded_samples(self) -> Sequence[Sample]:
-        """All samples, by row, with the eos padding that the first epoch gives them."""
+    def dropped(self, step: int, ids: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Which of a global batch's samples [n], by position, are shown without their caption."""
+        if not self.captions:
+            return np.zeros(len(ids), dtype=np.bool_)
+        return self.captions.dropout.drops(step, len(ids)) & self.captions.is_image[ids]
+
+    def first_epoch(self) -> Sequence[Sample]:
+        """All samples, by row, as the first epoch shows them: with its eos padding, without the captions it drops."""
         size = len(self.data)
         extra = np.zeros(size, dtype=np.int64)
-        for start in range(0, size if self.eos_padding != NO_EOS_PADDING else 0, self.global_size):
-            ids = self.sample_ids(start // self.global_size - self.first_batch)
+        dropped = np.zeros(size, dtype=np.bool_)
+        for start in range(0, size, self.global_size):
+            step = start // self.global_size
+            ids = self.sample_ids(step - self.first_batch)
             rows = ids[: size - start]  # the last batch holds some of the next epoch, too
-            extra[rows] = self.lengths[ids].max() - self.lengths[rows]
-        return _Extended(self.data.samples, self.eos_padding, extra)
+            dropped[rows] = self.dropped(step, ids)[: size - start]
+            if self.eos_padding != NO_EOS_PADDING:
+                extra[rows] = self.lengths[ids].max() - self.lengths[rows]
+        return _Shown(self, dropped, extra)
+
+    def shown(self, row: int, is_dropped: bool, extra: int) -> Sample:
+        """A row of the data without its caption, or with `extra` target tokens behind it."""
+        sample = self.data.samples[row]
+        if is_dropped and self.captions:
+            sample = without_caption(sample, self.captions.dropout.vocabulary)
+        return _extended(sample, self.eos_padding, extra)
 
     def _permutation(self, epoch: int) -> NDArray[np.int64]:
         if epoch != self._epoch:
@@ -128,19 +153,33 @@ class TrainLoader:
         return self._order
 
 
-class _Extended(Sequence[Sample]):
-    """Samples with target tokens behind each, made when they are asked for."""
+class Captions(NamedTuple):
+    """What a loader must know of its rows to drop captions."""
 
-    def __init__(self, samples: Sequence[Sample], token: int, extra: NDArray[np.int64]) -> None:
-        self.samples = samples
-        self.token = token
+    dropout: CaptionDropout
+    is_image: NDArray[np.bool_]  # [rows]
+    lengths: NDArray[np.int64]  # [rows]: tokens that a row of an image loses with its caption
+
+    @classmethod
+    def of(cls, samples: Sequence[Sample], dropout: CaptionDropout) -> Captions:
+        is_image = np.array([holds_image(sample, dropout.vocabulary) for sample in samples], dtype=np.bool_)
+        firsts = np.array([first_target(sample) for sample in samples], dtype=np.int64)
+        return cls(dropout, is_image, is_image * (firsts - len(null_prefix(dropout.vocabulary))))
+
+
+class _Shown(Sequence[Sample]):
+    """Samples as an epoch shows them, made when they are asked for."""
+
+    def __init__(self, loader: TrainLoader, dropped: NDArray[np.bool_], extra: NDArray[np.int64]) -> None:
+        self.loader = loader
+        self.dropped = dropped
         self.extra = extra
 
     def __len__(self) -> int:
-        return len(self.samples)
+        return len(self.extra)
 
     def __getitem__(self, row: Any) -> Any:
-        return _extended(self.samples[row], self.token, int(self.extra[row]))
+        return self.loader.shown(row, bool(self.dropped[row]), int(self.extra[row]))
 
 
 def _extended(sample: Sample, token: int, extra: int) -> Sample:

@@ -16,6 +16,7 @@ class Sample(NamedTuple):
     eligible: NDArray[np.bool_]  # [S]: target tokens, which may be masked
     delimiters: NDArray[np.bool_] = _NOTHING  # [S]: marks of an answer (ISAD); empty: none
     segments: NDArray[np.int64] = _WHOLE  # [K]: tokens of parts that do not see each other; empty: one part
+    codes_of: str = ""  # fingerprint of the image tokenizer whose codes it holds; empty: not said, or no image
 
     @classmethod
     def of(cls, tokens: NDArray[np.int32], prompt_length: int) -> Sample:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -18,6 +19,7 @@ from megatron_mdm.config.files import sha256
 from megatron_mdm.config.schema import DataConfig
 from megatron_mdm.data.columns import Prompt, conversation, renamed
 from megatron_mdm.data.conversation import USER, Message, Piece
+from megatron_mdm.data.corpus import blend_counts
 from megatron_mdm.data.json_files import Record
 from megatron_mdm.data.records import BadRecords, all_or_none, read_records
 from megatron_mdm.data.sample import Sample
@@ -90,7 +92,11 @@ def read_sft(path: str, tokenizer: Tokenizer, data: DataConfig, vocab_size: int)
                     "set 'data.too_long' to drop or truncate"
                 )
             if data.too_long == "truncate" and sample.eligible[: data.max_length].any():
-                samples.append(Sample(sample.tokens[: data.max_length], sample.eligible[: data.max_length]))
+                samples.append(
+                    sample._replace(
+                        tokens=sample.tokens[: data.max_length], eligible=sample.eligible[: data.max_length]
+                    )
+                )
                 records.append(record)
     if not samples:
         raise UserError(
@@ -107,6 +113,31 @@ def _contents(samples: Sequence[Sample]) -> str:
     for sample in samples:
         digest.update(np.int64(len(sample.tokens)).tobytes() + sample.tokens.tobytes() + sample.eligible.tobytes())
     return digest.hexdigest()
+
+
+def blended(sets: Sequence[SftDataset], weights: Sequence[float]) -> SftDataset:
+    """One set of several: an epoch shows every sample of the set that lasts longest once, and of the others as their
+    weights ask, several times where they are few. The mean over samples is then Σ weight · loss / Σ weight.
+    """
+    if len(sets) == 1:
+        return sets[0]
+    counts = blend_counts([len(part) for part in sets], weights)
+    return SftDataset(
+        [part.samples[row % len(part)] for part, count in zip(sets, counts) for row in range(count)],
+        sum(part.num_too_long for part in sets),
+        _together([part.fingerprint for part in sets]),
+        sum(part.num_bad for part in sets),
+        tuple(place for part in sets for place in part.first_bad),
+    )
+
+
+def joined(sets: Sequence[SftDataset]) -> SftDataset:
+    """One set of several, each sample once."""
+    return blended(sets, [len(part) for part in sets])
+
+
+def _together(fingerprints: Sequence[str]) -> str:
+    return hashlib.sha256("\n".join(fingerprints).encode()).hexdigest()
 
 
 def split_validation(data: SftDataset, fraction: float, seed: int) -> tuple[SftDataset, SftDataset]:
@@ -197,7 +228,10 @@ def _of_ids(record: Record, vocab_size: int) -> Sample:
         if not 0 <= first <= end <= len(ids):
             raise ValueError(f"the span [{first}, {end}] does not fit {len(ids)} 'input_ids'")
         eligible[first:end] = True
-    return Sample(np.array(ids, dtype=np.int32), eligible)
+    codes_of = record.get("codes_of") or ""
+    if not isinstance(codes_of, str):
+        raise ValueError(f"'codes_of' must be a text, the image tokenizer's fingerprint, not {codes_of!r}")
+    return Sample(np.array(ids, dtype=np.int32), eligible, codes_of=sys.intern(codes_of))
 
 
 def _spans(record: Record, ids: Sequence[int]) -> list[tuple[int, int]]:

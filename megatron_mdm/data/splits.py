@@ -11,7 +11,7 @@ from megatron_mdm.config.schema import RunConfig
 from megatron_mdm.data.corpus import CorpusDataset, read_corpora
 from megatron_mdm.data.documents import format_of
 from megatron_mdm.data.indexed import is_corpus
-from megatron_mdm.data.sft import SftDataset, read_sft, split_validation
+from megatron_mdm.data.sft import SftDataset, blended, joined, read_sft, split_validation
 from megatron_mdm.data.syntax import add_syntax, mark_delimiters
 from megatron_mdm.data.tokenizer import Tokenizer
 
@@ -45,12 +45,16 @@ def read_held_out(path: str, config: RunConfig, tokenizer: Tokenizer) -> Dataset
 def _samples(config: RunConfig, tokenizer: Tokenizer) -> tuple[SftDataset, SftDataset | None]:
     data = config.data
     vocab_size = int(config.model.vocab_size)
-    train = read_sft(str(data.train), tokenizer, data, vocab_size)
+    blend = data.train if isinstance(data.train, dict) else {data.train: 1.0}
+    sets = [read_sft(path, tokenizer, data, vocab_size) for path in blend]
     validation = None
     if data.validation:
         validation = read_sft(data.validation, tokenizer, data, vocab_size)
-    elif data.validation_fraction:
-        train, validation = split_validation(train, data.validation_fraction, config.seed)
+    elif data.validation_fraction:  # of each file, since a blend shows samples several times
+        pairs = [split_validation(part, data.validation_fraction, config.seed) for part in sets]
+        sets = [train for train, _ in pairs]
+        validation = joined([held_out for _, held_out in pairs])
+    train = blended(sets, list(blend.values()))
     train = mark_delimiters(add_syntax(train, config.diffusion.syrm, tokenizer), config.diffusion.isad, tokenizer)
     return train, validation
 

@@ -23,6 +23,7 @@ class Purpose(IntEnum):
     GENERATION = 8
     VARIANCE = 9
     ADAPTER_DROPOUT = 10
+    CAPTION_DROPOUT = 11
     LIKELIHOOD = 20
     RANDOM_LENGTH = 21
 

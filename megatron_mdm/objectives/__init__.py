@@ -9,9 +9,14 @@ from megatron_mdm.config.validate import validate
 from megatron_mdm.objectives.autoregressive import Autoregressive
 from megatron_mdm.objectives.base import Objective
 from megatron_mdm.objectives.masked import Masked
+from megatron_mdm.objectives.text_to_image import TextToImage
 
 # By objective.name. Code outside the package may add to it before it reads a configuration.
-OBJECTIVES: dict[str, type[Objective]] = {"masked": Masked, "autoregressive": Autoregressive}
+OBJECTIVES: dict[str, type[Objective]] = {
+    "masked": Masked,
+    "text_to_image": TextToImage,
+    "autoregressive": Autoregressive,
+}
 
 
 def objective_of(config: RunConfig) -> Objective:
@@ -30,4 +35,9 @@ def check_run(config: RunConfig, world_size: int) -> Objective:
     validate(config, world_size)
     objective = objective_of(config)
     objective.check()
+    if config.image.caption_dropout and not objective.caption_dropout:
+        raise UserError(
+            f"'image.caption_dropout' {config.image.caption_dropout} has no meaning for 'objective.name' "
+            f"{objective.options.name}; use text_to_image, or 0"
+        )
     return objective

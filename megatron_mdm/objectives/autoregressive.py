@@ -16,6 +16,7 @@ from megatron_mdm.batch import CleanBatch, LossWeights, ModelInputs, padded_rows
 from megatron_mdm.config.errors import UserError
 from megatron_mdm.config.schema import DiffusionConfig, EvaluationConfig, RunConfig
 from megatron_mdm.config.sections.objective import ObjectiveOptions
+from megatron_mdm.data.caption_dropout import CaptionDropout
 from megatron_mdm.data.collate import collate
 from megatron_mdm.data.sample import Sample
 from megatron_mdm.diffusion.mask_schedule import Floats
@@ -84,6 +85,10 @@ class Autoregressive:
     @property
     def design(self) -> MaskDesign:
         raise UserError(f"'objective.name' {self.options.name} draws no masks: there is no p(t) to calibrate")
+
+    @property
+    def caption_dropout(self) -> CaptionDropout | None:
+        return None
 
     def inputs(self, noised: NoisedBatch, weights: LossWeights) -> ModelInputs:
         return loss_inputs(noised, weights)

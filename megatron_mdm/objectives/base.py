@@ -2,7 +2,7 @@
 
 The other packages are given its callables and values, never its name. A new objective is a class with these members in
 a file of its own, and an entry in OBJECTIVES (objectives/__init__.py); masked.py and autoregressive.py are examples,
-and may be subclassed.
+and may be subclassed, as in text_to_image.py.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, ClassVar, NamedTuple, Protocol
 from megatron_mdm.batch import CleanBatch, LossWeights, ModelInputs
 from megatron_mdm.config.schema import RunConfig
 from megatron_mdm.config.sections.objective import ObjectiveOptions
+from megatron_mdm.data.caption_dropout import CaptionDropout
 from megatron_mdm.diffusion.mask_schedule import Floats
 from megatron_mdm.diffusion.masking import MaskDesign
 from megatron_mdm.diffusion.noiser import NoisedBatch
@@ -98,6 +99,11 @@ class Objective(Protocol):
     @property
     def design(self) -> MaskDesign:
         """How the masks are drawn that p(t) is calibrated for. Raises UserError where no masks are drawn."""
+        ...
+
+    @property
+    def caption_dropout(self) -> CaptionDropout | None:
+        """Which images of a step training, and calibration, show without their caption."""
         ...
 
     def inputs(self, noised: NoisedBatch, weights: LossWeights) -> ModelInputs:

@@ -8,6 +8,7 @@ from megatron_mdm.batch import LossWeights, ModelInputs
 from megatron_mdm.config.errors import UserError
 from megatron_mdm.config.schema import DiffusionConfig, RunConfig, Section
 from megatron_mdm.config.sections.objective import ObjectiveOptions
+from megatron_mdm.data.caption_dropout import CaptionDropout
 from megatron_mdm.diffusion.mask_schedule import Floats, LinearSchedule
 from megatron_mdm.diffusion.masking import MaskDesign
 from megatron_mdm.diffusion.noiser import NoisedBatch, Noiser
@@ -110,6 +111,10 @@ class Masked:
     @property
     def design(self) -> MaskDesign:
         return MaskDesign.of(self.config.diffusion)
+
+    @property
+    def caption_dropout(self) -> CaptionDropout | None:
+        return None
 
     def inputs(self, noised: NoisedBatch, weights: LossWeights) -> ModelInputs:
         return loss_inputs(noised, weights)

@@ -50,6 +50,7 @@ def build_source(
         pad_id=data.tokenizer.pad_id,
         seed=config.seed,
         eos_padding=data.tokenizer.eos_id if config.data.eos_padding else NO_EOS_PADDING,
+        caption_dropout=objective.caption_dropout,
         first=first_batch,
     )
     noise = objective.noise(cell_density, data.tokenizer.mask_id)

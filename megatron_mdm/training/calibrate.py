@@ -16,7 +16,7 @@ import numpy as np
 from megatron_mdm.config.errors import UserError
 from megatron_mdm.config.files import write_json
 from megatron_mdm.config.schema import RunConfig
-from megatron_mdm.data.loader import TrainLoader
+from megatron_mdm.data.loader import NO_EOS_PADDING, TrainLoader
 from megatron_mdm.data.sft import SftDataset
 from megatron_mdm.data.splits import Dataset
 from megatron_mdm.diffusion.calibrator import Calibrator
@@ -63,10 +63,11 @@ def calibrate(engine: Engine, config: RunConfig, data: RunData, context: Paralle
 
 
 def as_trained(config: RunConfig, data: RunData) -> Dataset:
-    """The training samples with the eos padding that is trained on behind them, if any."""
-    if not config.data.eos_padding:
+    """The training samples as the first epoch shows them: with the eos padding that is trained on behind them, without
+    the captions that it drops."""
+    dropout = objective_of(config).caption_dropout
+    if not config.data.eos_padding and not dropout:
         return data.train
-    padding = data.tokenizer.eos_id
     loader = TrainLoader(
         data.train,
         batch=config.batch,
@@ -75,9 +76,10 @@ def as_trained(config: RunConfig, data: RunData) -> Dataset:
         data_size=1,
         pad_id=data.tokenizer.pad_id,
         seed=config.seed,
-        eos_padding=padding,
+        eos_padding=data.tokenizer.eos_id if config.data.eos_padding else NO_EOS_PADDING,
+        caption_dropout=dropout,
     )
-    return cast(SftDataset, data.train).with_samples(loader.padded_samples())
+    return cast(SftDataset, data.train).with_samples(loader.first_epoch())
 
 
 def calibration_of(

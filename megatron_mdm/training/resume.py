@@ -29,6 +29,8 @@ FREE_KEYS = (
     "model.loss_kernel",
     "model.compile",
     "data.end_tokens",
+    "image.tokenizer",  # whose codes are trained on is image.made_by
+    "image.preview",
 )
 
 

@@ -252,8 +252,6 @@ def test_rules_of_data(tmp_path: Path) -> None:
         check_run(small_config(tmp_path, data={"validation": "a", "validation_fraction": 0.1}), 4)
     with pytest.raises(UserError, match=r"'data.eos_padding' is for 'data.format' sft"):
         check_run(small_config(tmp_path, data={"format": "corpus", "eos_padding": True}), 4)
-    with pytest.raises(UserError, match=r"a blend, which only 'data.format' corpus"):
-        check_run(small_config(tmp_path, data={"train": {"a": 1.0}}), 4)
 
 
 def test_kv_heads_fewer_than_tensor_ranks(tmp_path: Path) -> None:

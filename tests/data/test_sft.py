@@ -14,7 +14,7 @@ import tokenizers
 
 from megatron_mdm.config.errors import UserError
 from megatron_mdm.config.schema import DataConfig
-from megatron_mdm.data.sft import read_sft, split_validation
+from megatron_mdm.data.sft import blended, joined, read_sft, split_validation
 from megatron_mdm.data.tokenizer import Tokenizer, load_tokenizer, resolve_vocabulary
 from megatron_mdm.data.word_problems import LARGEST, generate
 from megatron_mdm.evaluation.tasks.gsm8k import extract_answer
@@ -166,3 +166,18 @@ def test_generated_problems_are_right_and_distinct(folder: Path) -> None:
     assert generate(5, 3) == generate(5, 3)
     lengths = np.array([len(problem["question"].split()) for problem in problems])
     assert lengths.std() > 2  # many templates, not one
+
+
+def test_a_blend_shows_rows_as_its_weights_ask(tmp_path: Path) -> None:
+    data = settings(64, mask_token=60, pad_token=0, eos_token=1)
+    sets = [
+        read_sft(str(write_ids(tmp_path / f"{size}.jsonl", size, seed=size)), load_tokenizer(data), data, 61)
+        for size in (12, 5)
+    ]
+    both = blended(sets, [1.0, 0.5])
+    rows = [tuple(sample.tokens) for sample in both.samples]
+    many, few = ([tuple(sample.tokens) for sample in part.samples] for part in sets)
+    assert rows == [*many, *few, few[0]]  # 12 and half as many
+    assert len(joined(sets)) == 17
+    assert both.fingerprint not in {part.fingerprint for part in sets}
+    assert blended(sets[:1], [0.3]) is sets[0]
