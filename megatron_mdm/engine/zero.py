@@ -12,11 +12,13 @@ from megatron_mdm.config.schema import RunConfig
 from megatron_mdm.engine.base import Load, TrainOutput
 from megatron_mdm.engine.deepspeed_config import deepspeed_config, zero_stage
 from megatron_mdm.engine.deepspeed_engine import DeepSpeedEngine
+from megatron_mdm.engine.inference import DTYPES
 from megatron_mdm.engine.optimizer import scaled_unless_faulty
 from megatron_mdm.engine.partitioned import keep_partition
 from megatron_mdm.engine.statistics import StatisticsCopy
 from megatron_mdm.models.four_bit import quantize_frozen
 from megatron_mdm.models.layers import build_model
+from megatron_mdm.models.naming import rows_of
 from megatron_mdm.parallel.groups import ModelParallelUnit, ParallelContext
 from megatron_mdm.parallel.heartbeat import beat
 
@@ -33,6 +35,7 @@ class ZeroEngine(DeepSpeedEngine):
             if load:
                 load(layer)
             quantize_frozen(layer, config.model)
+            _round_base(layer, config)
             if zero_stage(config) == 3:
                 keep_partition(layer, config.precision.dtype, unit, settings)
 
@@ -74,3 +77,11 @@ class ZeroEngine(DeepSpeedEngine):
     def _prepare(self, inputs: ModelInputs) -> ModelInputs:
         beat()
         return self.input_layout.on_device(inputs)
+
+
+def _round_base(layer: nn.Module, config: RunConfig) -> None:
+    """Bring what stands beside adapters to the type that the model computes in, layer by layer. DeepSpeed would do it
+    once all are there: in fp32, 8 B parameters take more than a GPU of 24 GB has."""
+    for row, tensor in rows_of(layer, config.model):
+        if row.is_base and not row.is_buffer:
+            tensor.data = tensor.data.to(DTYPES[config.precision.dtype])

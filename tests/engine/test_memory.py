@@ -21,6 +21,7 @@ from megatron_mdm.engine.communication import MicroBatchShape
 from megatron_mdm.engine.memory import RankMemory, rank_memory
 from megatron_mdm.models import attention, kernel_memory
 from megatron_mdm.models.extensions import EXTENSIONS, Extension
+from megatron_mdm.models.parameters import parameter_table
 from megatron_mdm.parallel.layout import Layout
 from tests.ranks import run_ranks
 from tests.small import small_config, small_model, write_ids
@@ -258,6 +259,39 @@ def test_predicted_memory_is_that_of_a_real_step(case: list[tuple[RunConfig, Cou
             kept -= predicted.recomputed
         assert counted.saved == pytest.approx(kept, rel=0.15)
         assert counted.peak == pytest.approx(predicted.total, rel=0.15)
+
+
+def peaks_while_building(configs: list[RunConfig]) -> list[int]:
+    """On a rank: the most bytes that were alive at a time."""
+    from megatron_mdm.engine.build import build_engine
+    from megatron_mdm.parallel.groups import initialize
+
+    peaks = []
+    for config in configs:
+        context = initialize(config.parallel)
+        with LiveBytes() as live:
+            build_engine(config, context)
+        peaks.append(live.peak)
+    return peaks
+
+
+@pytest.mark.parametrize("base", ["model", "nf4"])
+def test_frozen_weights_are_in_fp32_one_layer_at_a_time(base: str, tmp_path: Path) -> None:
+    """While an engine is built there are what it holds in the end, and a layer in fp32 with a tensor that is drawn."""
+    if base == "nf4" and find_spec("bitsandbytes") is None:
+        pytest.skip("bitsandbytes is not installed (nf4)")
+    sizes = {"num_layers": 12, "hidden_size": 128, "ffn_hidden_size": 256}
+    config = small_config(
+        tmp_path,
+        model=small_model(**sizes, lora={"rank": 2, "base": base}).model_dump(),
+        parallel={"zero": 1},
+        precision={"dtype": "bf16"},
+        deepspeed={"zero_optimization": {"reduce_bucket_size": BUCKET}},
+    )
+    held = rank_memory(config, Layout.of(1, config.parallel), 0, MicroBatchShape(1, 1, 1), 1, "cpu")
+    layer = sum(row.size for row in parameter_table(config.model).values() if 1 in row.layers)
+    ((peak,),) = run_ranks(peaks_while_building, 1, [config])
+    assert peak <= held.states + 2 * 4 * layer
 
 
 BUCKETS: dict[str, tuple[dict[str, Any], bool]] = {  # parallel, whether communication overlaps
