@@ -22,14 +22,17 @@ class Candidates(NamedTuple):
 
 
 def draw(
-    logits: Tensor, temperature: float, top_p: float, top_k: int, mask_id: int, gumbel_uniforms: Tensor
+    logits: Tensor, temperature: float, top_p: float, top_k: int, mask_id: int | None, gumbel_uniforms: Tensor
 ) -> Candidates:
     """logits [N, V] float32; gumbel_uniforms [N, V], not read at temperature 0, which takes the most likely token.
+    mask_id: the mask's place among the V; None: it is not one of them.
 
     Where the mask is the only token that is kept, the most likely other one is the candidate.
     """
     drawn_from = truncated(logits.double() / temperature if temperature else logits, top_p, top_k)
     noisy = drawn_from + gumbel_noise(gumbel_uniforms.to(logits.device)) if temperature else drawn_from
+    if mask_id is None:
+        return Candidates(noisy.argmax(1), logits, drawn_from)
     best, tokens = without(noisy, mask_id).max(1)
     nothing = best == float("-inf")
     if nothing.any():

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 
 from megatron_mdm.generation.sampler import denoise
-from megatron_mdm.generation.settings import GenerationConfig, LogitsEngine, Response, SpecialIds
+from megatron_mdm.generation.settings import Batches, IdsEngine, LogitsEngine, Response, SpecialIds
 from megatron_mdm.parallel.collectives import gather_objects
 from megatron_mdm.parallel.groups import ParallelContext
 from megatron_mdm.parallel.progress import progress_bar
@@ -15,9 +15,9 @@ Decoder = Callable[..., list[Response]]
 
 
 def generate(
-    engine: LogitsEngine,
+    engine: LogitsEngine | IdsEngine,
     prompts: Sequence[Sequence[int]],
-    config: GenerationConfig,
+    config: Batches,
     special: SpecialIds,
     context: ParallelContext,
     decode: Decoder = denoise,
@@ -30,10 +30,10 @@ def generate(
 
 
 def generate_by_turns(
-    engine: LogitsEngine,
+    engine: LogitsEngine | IdsEngine,
     prompts: Sequence[Sequence[int]],
     prompt_ids: Sequence[int],
-    config: GenerationConfig,
+    config: Batches,
     special: SpecialIds,
     context: ParallelContext,
     decode: Decoder = denoise,

@@ -8,7 +8,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from megatron_mdm.batch import ModelInputs
+from megatron_mdm.batch import IdRange, ModelInputs
 from megatron_mdm.config.schema import ModelConfig, Section
 from megatron_mdm.data.lengths import Room
 from megatron_mdm.data.tokenizer import Tokenizer
@@ -21,6 +21,19 @@ class LogitsEngine(Protocol):
     windows of a cache."""
 
     def logits(self, inputs: ModelInputs, window: Window | None = None) -> Tensor: ...
+
+
+class IdsEngine(Protocol):
+    """What the generation of images asks of one: logits of image tokens only, of which every engine is capable."""
+
+    def logits(self, inputs: ModelInputs, *, ids: IdRange | None = None) -> Tensor: ...
+
+
+class Batches(Protocol):
+    """The setting that all generation has."""
+
+    @property
+    def batch_size(self) -> int: ...
 
 
 class GenerationConfig(Section):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_mdm.config.schema import RunConfig
+from megatron_mdm.config.schema import ImageVocabulary, RunConfig
 from megatron_mdm.engine.deepspeed_config import deepspeed_config
 from megatron_mdm.models.parameters import FINAL_NORM
 from tests.ranks import run_ranks
@@ -21,11 +22,13 @@ PROMPTS = [[5, 6, 7], [8, 9], [10, 11, 12, 13, 14], [15]]
 
 def forward_only(config: RunConfig) -> dict[str, Any]:
     """On a rank: logits of a padded batch, row statistics of two micro-batches, with row gradients and without, and
-    generated responses."""
+    generated responses and images."""
     from megatron_mdm.batch import Full, ModelInputs, Padded
     from megatron_mdm.checkpoint.load import restored_engine
     from megatron_mdm.engine.inputs import logits_inputs
     from megatron_mdm.generation.generate import generate
+    from megatron_mdm.generation.image_sampler import denoise_images
+    from megatron_mdm.generation.image_settings import ImageSampling, ImageTokens
     from megatron_mdm.generation.settings import GenerationConfig, SpecialIds
     from megatron_mdm.parallel.groups import initialize
 
@@ -45,7 +48,16 @@ def forward_only(config: RunConfig) -> dict[str, Any]:
     settings = GenerationConfig(gen_length=8, block_length=4, steps=4, batch_size=2)
     responses = generate(engine, PROMPTS, settings, SpecialIds(MASK, PAD), context)
     parts = [part.numpy() for part in parts]
-    return {"logits": logits.numpy(), "parts": parts, "statistics": statistics, "responses": responses}
+    vocabulary = ImageVocabulary(task=20, bos=21, eos=1, image_begin=22, image_end=23, first_id=25, num_codes=20)
+    draw = partial(denoise_images, image=ImageTokens(vocabulary, 9))
+    images = generate(engine, PROMPTS, ImageSampling(steps=3, batch_size=2), SpecialIds(MASK, PAD), context, draw)
+    return {
+        "logits": logits.numpy(),
+        "parts": parts,
+        "statistics": statistics,
+        "responses": responses,
+        "images": images,
+    }
 
 
 @pytest.mark.parametrize(
@@ -70,6 +82,7 @@ def test_forward_passes_equal_one_process(num_ranks: int, parallel: dict[str, An
         for ours, theirs in zip(result["statistics"], expected["statistics"]):
             np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
         assert result["responses"] == expected["responses"]
+        assert result["images"] == expected["images"]
 
 
 def logits_of_a_zeroed_norm(config: RunConfig) -> np.ndarray:
