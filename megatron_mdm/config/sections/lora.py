@@ -23,9 +23,8 @@ class LoraConfig(Section):
     # query, key, value, output, gate, up, down, embedding, head, or a family's names (q_proj, attn_out, …); all-linear:
     # those of the layers. Each target of a fused matrix has an adapter of its own, as in PEFT.
     targets: tuple[str, ...] = ALL_LINEAR
-    init_from: str = (
-        ""  # first adapters: a folder of PEFT's, or a run's with the same rank and targets; empty: new ones
-    )
+    # First adapters: a folder of PEFT's, or a run's with the same rank and targets; empty: new ones.
+    init_from: str = ""
     # How the frozen matrices of the layers are kept: model, in the type that the model trains in; nf4, in 4 bits
     # (QLoRA, Dettmers et al. 2023), by bitsandbytes where it is installed; with ZeRO 0 to 2.
     base: Literal["model", "nf4"] = "model"
