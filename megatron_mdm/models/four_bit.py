@@ -69,7 +69,8 @@ class FourBitLinear(nn.Module):
         pointer, dtype = weight.data_ptr(), weight.dtype
 
         def keep(tensor: Tensor) -> Tensor | None:
-            return None if tensor.data_ptr() == pointer else tensor
+            is_the_weight = tensor.data_ptr() == pointer and tensor.shape == self.shape and tensor.is_contiguous()
+            return None if is_the_weight else tensor
 
         def use(kept: Tensor | None) -> Tensor:
             return self._weight(dtype) if kept is None else kept

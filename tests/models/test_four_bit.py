@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from megatron_mdm.config.errors import UserError
+from megatron_mdm.config.load import load_config
 from megatron_mdm.config.schema import ModelConfig, RunConfig
 from megatron_mdm.config.validate import FOUR_BIT_BLOCK, validate
 from megatron_mdm.models.parameters import parameter_table
@@ -125,6 +126,49 @@ def test_layouts_train_alike(runs: dict[str, list[list[dict[str, Any]]]]) -> Non
         tolerance = 1e-5 if dtype == "fp32" else 0.02
         for found, _ in runs[name]:
             np.testing.assert_allclose(found["losses"], expected["losses"], rtol=tolerance, err_msg=name)
+
+
+def read_back(base: RunConfig, adapted: RunConfig) -> dict[str, list[Any]]:
+    """On a rank: losses of a run's checkpoint as it is resumed, read for gradients, and merged."""
+    from megatron_mdm.checkpoint.load import load_for_gradients, load_for_inference, restored_engine, run_config
+    from megatron_mdm.parallel.groups import initialize
+    from megatron_mdm.training.build import build_source
+    from megatron_mdm.training.folder import StartMode
+    from megatron_mdm.training.inputs import resolve
+    from megatron_mdm.training.run import train_run
+
+    context = initialize(base.parallel)
+    for config in (base, adapted):
+        train_run(*resolve(config), context, StartMode())
+    folder = Path(adapted.checkpoint.directory)
+    config, data = resolve(load_config(folder / "config.yaml"))
+    (checkpoint,) = (folder / "checkpoints").iterdir()
+    engines = {
+        "resumed": restored_engine(checkpoint, config, context, NUM_STEPS),
+        "gradients": load_for_gradients(folder, config, context),
+        "merged": load_for_inference(folder, run_config(folder), context),
+    }
+    batches = build_source(config, data, None, context).prepare(0).micro_batches
+    return {name: [rows.loss.numpy() for rows in engine.evaluate(batches)] for name, engine in engines.items()}
+
+
+@needs_library
+def test_merged_weights_are_not_rounded(folder: Path) -> None:
+    """Whatever computes beside the base rounds it as the run did, in bf16 by scales in fp32."""
+    configs = []
+    for name, rank in (("base", 0), ("adapted", LORA["rank"])):
+        config = config_of(folder, {"zero": 1}, "bf16", rank=rank, base="nf4")
+        init_from = str(folder / "base") if rank else ""
+        changes = {
+            "model": config.model.model_copy(update={"init_from": init_from}),
+            "schedule": config.schedule.model_copy(update={"steps": NUM_STEPS}),
+            "checkpoint": config.checkpoint.model_copy(update={"directory": str(folder / name)}),
+        }
+        configs.append(config.model_copy(update=changes))
+    (found,) = run_ranks(read_back, 1, *configs)
+    np.testing.assert_array_equal(found["resumed"], found["gradients"])
+    differences = [np.abs(merged - own).max() for merged, own in zip(found["merged"], found["resumed"])]
+    assert max(differences) > 1e-3
 
 
 @pytest.mark.skipif(find_spec("bitsandbytes") is not None, reason="bitsandbytes is installed")
