@@ -37,8 +37,11 @@ from megatron_mdm.models.naming import rows_of
 from megatron_mdm.parallel.groups import ParallelContext, rank_from_environment, world_size_from_environment
 from megatron_mdm.parallel.heartbeat import beat
 
-# Keys of a run's data section that may be others when its model is read.
-_READING_KEYS = ("tokenizer", "template", "template_date", "mask_token", "pad_token", "eos_token", "end_tokens")
+# Keys of a run's sections that may be others when its model is read.
+_READING_KEYS = {
+    "data": ("tokenizer", "template", "template_date", "mask_token", "pad_token", "eos_token", "end_tokens"),
+    "image": ("tokenizer", "num_tokens"),
+}
 
 
 class Overrides(NamedTuple):
@@ -47,17 +50,26 @@ class Overrides(NamedTuple):
     data: list[str]  # of its data section
     base: list[str]  # where the weights beside its adapters are: model.init_from
     others: list[str]
+    image: Sequence[str] = ()  # of its image section
 
     @classmethod
     def of(cls, arguments: Sequence[str]) -> Overrides:
-        """Raises UserError naming a key of the data section that says nothing about reading."""
-        ours = [argument for argument in arguments if argument.startswith("data.")]
-        for argument in ours:
-            key = argument.partition("=")[0]
-            if key.removeprefix("data.") not in _READING_KEYS:
-                raise UserError(f"'{key}' cannot be set here; of 'data', only {', '.join(_READING_KEYS)} can")
+        """Raises UserError naming a key of a section of the run that says nothing about reading."""
+        data = _of_section("data", arguments)
+        image = _of_section("image", arguments)
         base = [argument for argument in arguments if argument.startswith("model.init_from=")]
-        return cls(ours, base, [argument for argument in arguments if argument not in (*ours, *base)])
+        others = [argument for argument in arguments if argument not in (*data, *image, *base)]
+        return cls(data, base, others, image)
+
+
+def _of_section(section: str, arguments: Sequence[str]) -> list[str]:
+    known = _READING_KEYS[section]
+    ours = [argument for argument in arguments if argument.startswith(f"{section}.")]
+    for argument in ours:
+        key = argument.partition("=")[0]
+        if key.removeprefix(f"{section}.") not in known:
+            raise UserError(f"'{key}' cannot be set here; of '{section}', only {', '.join(known)} can")
+    return ours
 
 
 NO_OVERRIDES = Overrides([], [], [])
@@ -89,7 +101,7 @@ def run_config(folder: Path, tensor: int = 0, pipeline: int = 1, overrides: Over
     path = folder / "config.yaml"
     if not path.is_file():
         raise UserError(f"{folder}: not a run's folder (it has no config.yaml)")
-    config = load_config(path, [*overrides.data, *overrides.base])
+    config = load_config(path, [*overrides.data, *overrides.base, *overrides.image])
     parallel = {"pipeline": pipeline, "tensor": tensor or config.parallel.tensor, "sequence": False}
     config = config.model_copy(
         update={

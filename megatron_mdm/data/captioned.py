@@ -17,7 +17,7 @@ from megatron_mdm.data.json_files import Record, parse_object
 from megatron_mdm.data.records import BadRecords, read_parquet, read_records, reason
 
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
-CAPTION_FILES = ("captions.jsonl", "metadata.jsonl")  # the second is what `datasets` calls it
+CAPTION_FILES = ("captions.jsonl", "metadata.jsonl", "images.jsonl")  # of `datasets`; of generated images
 CAPTION_FIELDS = ("caption", "prompt", "text")
 FILE_FIELDS = ("image", "file_name", "file", "path")
 _MOST_BYTES = 1 << 28  # of a picture's file
@@ -58,17 +58,25 @@ class CaptionedSource:
 
     def _caption(self, record: Record) -> str:
         names = (self.caption_field,) if self.caption_field else CAPTION_FIELDS
-        name = next((name for name in names if name in record), None)
-        if name is None and not self.needs_captions:
+        if not self.needs_captions and not any(name in record for name in names):
             return ""
-        if name is None:
-            raise UserError(f"no caption ('{names[0]}'); found {', '.join(record) or 'nothing'}")
-        caption = record[name]
-        if not isinstance(caption, str):
-            raise UserError(f"the caption ('{name}') is no text")
+        caption = caption_of(record, self.caption_field)
         if not caption.strip():
-            raise UserError(f"the caption ('{name}') is empty")
+            raise UserError("the caption is empty")
         return caption
+
+
+def caption_of(record: Record, field: str = "") -> str:
+    """A record's caption, which may be empty. field empty: the first of CAPTION_FIELDS that there is. Raises UserError
+    where there is none."""
+    names = (field,) if field else CAPTION_FIELDS
+    name = next((name for name in names if name in record), None)
+    if name is None:
+        raise UserError(f"no caption ('{names[0]}'); found {', '.join(record) or 'nothing'}")
+    caption = record[name]
+    if not isinstance(caption, str):
+        raise UserError(f"the caption ('{name}') is no text")
+    return caption
 
 
 Found = tuple[str, Path | bytes, Record]  # place, picture, record

@@ -4,18 +4,27 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from megatron_mdm.config.errors import UserError
 from megatron_mdm.config.files import write_atomically
-from megatron_mdm.data.prompts import EncodedPrompt
+from megatron_mdm.data.json_files import Record
 from megatron_mdm.data.tokenizer import Tokenizer
 from megatron_mdm.generation.generate import Decoder, generate_by_turns
 from megatron_mdm.generation.settings import GenerationConfig, LogitsEngine, SpecialIds
 from megatron_mdm.parallel.collectives import gather_objects
 from megatron_mdm.parallel.groups import ParallelContext
+
+
+class Asked(Protocol):
+    """A prompt, or a caption."""
+
+    @property
+    def ids(self) -> list[int]: ...
+
+    def as_record(self) -> Record: ...
 
 
 class AnswerFile:
@@ -26,9 +35,16 @@ class AnswerFile:
     """
 
     def __init__(
-        self, path: Path, prompts: Sequence[EncodedPrompt], settings: dict[str, Any], context: ParallelContext
+        self,
+        path: Path,
+        prompts: Sequence[Asked],
+        settings: dict[str, Any],
+        context: ParallelContext,
+        is_whole: Callable[[Record], bool] = lambda _: True,
     ) -> None:
-        """settings: JSON-able, all that the responses depend on besides the prompts. Collective."""
+        """settings: JSON-able, all that the responses depend on besides the prompts. is_whole: whether what a record
+        stands for is there; else its row is missing. Collective."""
+        self.is_whole = is_whole
         self.path = path
         self.partial = path.with_name(path.name + ".partial")
         self.prompts = prompts
@@ -99,7 +115,9 @@ class AnswerFile:
                     "with the same settings, or remove the file"
                 )
         rows = range(len(self.prompts))
-        self.records = {record.pop("row"): record for record in rest if record.get("row") in rows}
+        self.records = {
+            record.pop("row"): record for record in rest if record.get("row") in rows and self.is_whole(record)
+        }
         self._begin()  # without the line that was being written when the job died
         self.add(self.records)
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from typing import TextIO
 
 from torch import Tensor
@@ -36,26 +37,16 @@ def converse(
     answered costs itself only.
     """
     special = SpecialIds.of(tokenizer)
-    source = iter(lines)
-    for turn in range(2**31):
-        if context.is_main and output.isatty():
-            output.write("> ")
-            output.flush()
-        prompt = gather_objects(next(source, None) if context.is_main else None, context)[0]
-        if prompt is None:
-            return
-        assert isinstance(prompt, str)
-        if not prompt.strip():
-            continue
+    for turn, prompt in typed_lines(context, lines, output):
         try:
-            ids = encode_prompt(prompt.strip(), tokenizer)
+            ids = encode_prompt(prompt, tokenizer)
             room.check(len(ids))
         except (UserError, ValueError) as error:
             output.write(f"error: {error}\n" if context.is_main else "")
             output.flush()
             continue
-        screen = _Screen(tokenizer, output) if context.is_main else None
-        watch = screen.draw if screen and output.isatty() else None
+        screen = Screen(output) if context.is_main else None
+        watch = partial(_draw, screen, tokenizer) if screen and output.isatty() else None
         (response,) = decode(engine, [ids], [turn], config, special, watch)
         if screen:
             screen.clear()
@@ -64,27 +55,46 @@ def converse(
             output.flush()
 
 
-class _Screen:
-    """The lines below the prompt."""
+def typed_lines(context: ParallelContext, lines: Iterable[str], output: TextIO) -> Iterator[tuple[int, str]]:
+    """(number, text) of each line that the main rank reads, on every rank. A terminal shows a prompt. Collective."""
+    source = iter(lines)
+    for turn in range(2**31):
+        if context.is_main and output.isatty():
+            output.write("> ")
+            output.flush()
+        line = gather_objects(next(source, None) if context.is_main else None, context)[0]
+        if line is None:
+            return
+        assert isinstance(line, str)
+        if line.strip():
+            yield turn, line.strip()
 
-    def __init__(self, tokenizer: Tokenizer, output: TextIO) -> None:
-        self.tokenizer = tokenizer
+
+class Screen:
+    """The lines below what was typed."""
+
+    def __init__(self, output: TextIO) -> None:
         self.output = output
         self.num_lines = 0
 
-    def draw(self, responses: Tensor) -> None:
-        """Redraw the lines. responses [1, gen_length]."""
-        text = partly_masked_text(responses[0].tolist(), self.tokenizer)
+    def show(self, lines: Sequence[str]) -> None:
+        """Redraw them; none is wider than the terminal."""
         self.clear()
-        self.output.write(text + "\n")
+        self.output.write("\n".join(lines) + "\n")
         self.output.flush()
-        width = max(1, shutil.get_terminal_size().columns)
-        self.num_lines = sum(-(-max(1, len(line)) // width) for line in text.split("\n"))
+        self.num_lines = len(lines)
 
     def clear(self) -> None:
         if self.num_lines:
             self.output.write(f"\x1b[{self.num_lines}A\r\x1b[J")  # up, to the left, and erase to the end
             self.num_lines = 0
+
+
+def _draw(screen: Screen, tokenizer: Tokenizer, responses: Tensor) -> None:
+    """responses [1, gen_length]."""
+    width = max(1, shutil.get_terminal_size().columns)
+    lines = partly_masked_text(responses[0].tolist(), tokenizer).split("\n")
+    screen.show([line[start : start + width] for line in lines for start in range(0, max(1, len(line)), width)])
 
 
 def partly_masked_text(ids: list[int], tokenizer: Tokenizer) -> str:
