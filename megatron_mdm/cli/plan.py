@@ -32,7 +32,9 @@ def main() -> None:
         default=0.0,
         help="tokens of a sample, eos padding included; default: data.max_length",
     )
-    parser.add_argument("--eligible", type=float, default=1.0, help="share of the tokens that is learnt")
+    parser.add_argument(
+        "--eligible", type=float, default=0.0, help="share of the tokens that is learnt; default: of images, else all"
+    )
     parser.add_argument("--search", action="store_true", help="the best feasible layouts, in place of the config's")
     parser.add_argument("--top", type=int, default=10, help="how many of them")
     parser.add_argument("--json", action="store_true", help="everything, as JSON")

@@ -93,7 +93,7 @@ def decomposition(
     t = np.repeat(generator.random((num_samples, num_times)).ravel(), num_masks)
     measure = LossMeasurement(
         data.train,
-        MaskDesign.of(DiffusionConfig(**_common(config))),
+        MaskDesign.of(DiffusionConfig(**_common(config.diffusion))),
         NORMALIZATIONS[config.diffusion.normalization],
         data.special_ids,
         config.batch.micro_size,
@@ -119,16 +119,10 @@ def comparison_table(
     engine: InferenceEngine, config: RunConfig, data: RunData, context: ParallelContext, num_draws: int
 ) -> dict[str, Any]:
     """Draws of every way of masking, and every method's variances on them."""
-    designs = dict(DESIGNS)
-    if config.diffusion.masking == "rounded_count":
-        designs |= {name: {"masking": "rounded_count", **fields} for name, fields in ROUNDED.items()}
-    if config.diffusion.isad.delimiters:
-        designs["ISAD"] = {"isad": config.diffusion.isad}
     samples, t = spread_groups(len(data.train), range(num_draws), config.seed + 1)
     draws = {}
     samplers = {}
-    for name, fields in designs.items():
-        diffusion = DiffusionConfig(t_sampler="ppots", **_common(config), **fields)
+    for name, diffusion in designs_of(config.diffusion).items():
         changed = config.model_copy(update={"diffusion": diffusion})
         samplers[name] = _samplers(engine, changed, data, context)
         draws[name] = draw_gradients(
@@ -145,9 +139,20 @@ def comparison_table(
     return {"draws": draws, "rows": compare(_methods(samplers, config.batch.global_size), draws)}
 
 
-def _common(config: RunConfig) -> dict[str, Any]:
-    """Fields of the section diffusion in which every row is the run's: what is estimated, by whatever method."""
-    return config.diffusion.model_dump(include={"epsilon", "mask_schedule", "normalization"})
+def designs_of(diffusion: DiffusionConfig) -> dict[str, DiffusionConfig]:
+    """The ways of masking that are compared on a run, each with P-POTS, by name."""
+    designs = dict(DESIGNS)
+    if diffusion.masking == "rounded_count":
+        designs |= {name: {"masking": "rounded_count", **fields} for name, fields in ROUNDED.items()}
+    if diffusion.isad.delimiters:
+        designs["ISAD"] = {"isad": diffusion.isad}
+    common = _common(diffusion)
+    return {name: DiffusionConfig(t_sampler="ppots", **common, **fields) for name, fields in designs.items()}
+
+
+def _common(diffusion: DiffusionConfig) -> dict[str, Any]:
+    """The fields in which every row is the run's: what is estimated, by whatever method."""
+    return diffusion.model_dump(include={"epsilon", "mask_schedule", "normalization"})
 
 
 def _samplers(

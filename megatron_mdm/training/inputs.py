@@ -27,7 +27,7 @@ from megatron_mdm.models.loss_kernels import resolve_loss_kernel
 from megatron_mdm.models.spec import resolve_kernels
 from megatron_mdm.objectives import objective_of
 from megatron_mdm.parallel import platform
-from megatron_mdm.training.image_codes import with_codes_of
+from megatron_mdm.training.image_codes import as_the_rows_say
 
 _LIBRARIES = ("torch", "deepspeed", "megatron-core", "transformers", "numpy", "safetensors")
 
@@ -64,7 +64,7 @@ def resolve(config: RunConfig) -> tuple[RunConfig, RunData]:
     config = config.model_copy(update=resolved)
     train, validation = read_splits(config, tokenizer)
     objective.check_data(train)
-    image, told = with_codes_of(config.image, [train, *([validation] if validation else [])])
+    image, told = as_the_rows_say(config.image, [train, *([validation] if validation else [])])
     config = config.model_copy(update={"image": image})
     return config, RunData(tokenizer, train, validation, (*notes, *told))
 

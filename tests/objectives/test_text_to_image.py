@@ -131,7 +131,7 @@ def test_text_rows_keep_their_tokens(folder: Path) -> None:
 
 def test_the_run_says_whose_codes_it_was_trained_on(folder: Path) -> None:
     config, _ = resolve(image_config(folder))
-    assert config.image.made_by == "a" * 64
+    assert (config.image.made_by, config.image.num_tokens) == ("a" * 64, 9)
     tokenizer = small_image_tokenizer()
     save_tokenizer(tokenizer, folder / "tokenizer")
     write_images(folder / "train.jsonl", 4, codes_of=tokenizer.fingerprint())
@@ -211,7 +211,7 @@ MISTAKES: dict[str, tuple[Callable[[Row], Row], str]] = {
     ),
     "other_tokenizer": (
         lambda row: {**row, "codes_of": "b" * 64},
-        "'data': image codes of several image tokenizers (aaaaaaaaaaaa, bbbbbbbbbbbb): the same ids",
+        "'data': image codes of several image tokenizers (aaaaaaaaaaaa, bbbbbbbbbbbb): the same",
     ),
 }
 
@@ -249,6 +249,11 @@ def test_codes_of_another_tokenizer_are_refused(folder: Path) -> None:
         resolve(image_config(folder, image={**named, "made_by": "c" * 64}))
     with pytest.raises(UserError, match="no such folder of an image tokenizer"):
         resolve(image_config(folder, image={"tokenizer": str(folder / "nowhere")}))
+
+
+def test_images_of_another_size_are_refused(folder: Path) -> None:
+    with pytest.raises(UserError, match=r"images of 9 codes, but 'image\.num_tokens' is 16; set it to 0 for images of"):
+        resolve(image_config(folder, image={"num_tokens": 16}))
 
 
 def test_without_caption_keeps_the_image(folder: Path) -> None:

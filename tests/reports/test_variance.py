@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from megatron_mdm.cli.report_variance import designs_of
+from megatron_mdm.config.schema import DiffusionConfig
 from megatron_mdm.diffusion.mask_schedule import Floats
 from megatron_mdm.diffusion.t_samplers import CENTRES, TabulatedSampler, TSampler, UniformSampler
 from megatron_mdm.reports.variance import FULL, SKETCH_SIZE, Draws, Sketch, decompose, variances
@@ -85,3 +87,12 @@ def test_inner_products_of_sketches_are_unbiased() -> None:
     assert len(vectors[0][1]) == SKETCH_SIZE
     assert vectors[0][0] == pytest.approx(float(gradients[0].square().sum()), rel=1e-5)
     assert abs(np.mean(products) - exact) < 4 * np.std(products) / 200**0.5
+
+
+def test_methods_are_compared_at_the_runs_rates() -> None:
+    run = DiffusionConfig(mask_schedule="cosine", masking="rounded_count", normalization="unweighted_masked", views=2)
+    designs = designs_of(run)
+    assert {(each.mask_schedule, each.normalization) for each in designs.values()} == {("cosine", "unweighted_masked")}
+    assert designs["rounded count + MIRROR"] == run.model_copy(update={"t_sampler": "ppots"})
+    assert designs["standard"].masking == "bernoulli"
+    assert not {name for name in designs_of(DiffusionConfig()) if name.startswith("rounded")}

@@ -11,10 +11,12 @@ import pytest
 
 from megatron_mdm.config.errors import UserError
 from megatron_mdm.config.load import load_config
-from megatron_mdm.config.schema import RunConfig
+from megatron_mdm.config.schema import ImageVocabulary, RunConfig
+from megatron_mdm.data.image_text import image_row
 from megatron_mdm.engine.communication import MicroBatchShape, stages
 from megatron_mdm.models.adapter_rows import LINEAR_MAPS, matrix_shape
 from megatron_mdm.models.parameters import num_parameters
+from megatron_mdm.objectives import check_run
 from megatron_mdm.training.plan.cluster import PRESETS, read_cluster
 from megatron_mdm.training.plan.plan import Plan, Samples, make_plan
 from megatron_mdm.training.plan.search import search
@@ -26,7 +28,8 @@ from tests.small import small_config, small_model, write_ids
 ROOT = Path(__file__).parent.parent.parent
 SFT = sorted(set(ROOT.glob("configs/sft/llada_8b_*.yaml")) - set(ROOT.glob("configs/sft/*_lora.yaml")))
 LORA = sorted(ROOT.glob("configs/sft/*_lora.yaml"))
-STARTS = [*SFT, *(ROOT / f"configs/pretrain/{size}.yaml" for size in ("125m", "1b", "8b"))]
+IMAGES = sorted(ROOT.glob("configs/sft/mmada_8b_*.yaml"))
+STARTS = [*SFT, *IMAGES, *(ROOT / f"configs/pretrain/{size}.yaml" for size in ("125m", "1b", "8b"))]
 
 
 def planned(path: Path, *overrides: str, nodes: int = 1, cluster: str = "h100-80gb") -> Plan:
@@ -98,13 +101,45 @@ def test_fine_tuning_has_the_settings_of_the_paper(path: Path) -> None:
     assert (calibration.num_samples, calibration.num_times, calibration.num_masks) == (15, 70, 15)
 
 
+def test_text_to_image_has_the_settings_of_the_paper_and_of_mmada() -> None:
+    """Rows of 512-pixel pictures: task token, bos, 510 tokens of caption, eos, soi, 1,024 codes, eoi."""
+    configs = {path.stem.removeprefix("mmada_8b_text_to_image"): load_config(path) for path in IMAGES}
+    assert configs.keys() == {"", "_mmada"}
+    for config in configs.values():
+        row = image_row([0] * 510, [0] * config.image.num_tokens, config.image.vocabulary)
+        assert (config.data.max_length, row.is_cut) == (len(row.ids), False)
+        assert (config.objective.name, config.model.vocab_size) == ("text_to_image", 134_656)
+        assert (config.optimizer.lr, config.optimizer.gradient_clipping, config.precision.dtype) == (5e-5, 1.0, "bf16")
+        assert (config.image.vocabulary, config.diffusion.normalization) == (ImageVocabulary(), "sample")
+        check_run(config, 8)
+    paper, own = configs[""], configs["_mmada"]
+    assert (paper.schedule.name, paper.schedule.epochs, paper.schedule.warmup_steps) == ("linear", 5, 0)
+    assert (paper.optimizer.weight_decay, paper.batch.global_size, paper.evaluation.patience) == (0.1, 32, 3)
+    assert (paper.diffusion.mask_schedule, paper.diffusion.masking) == ("linear", "bernoulli")
+    assert (paper.image.caption_dropout, paper.diffusion.t_sampler, paper.diffusion.views) == (0.0, "ppots", 2)
+    assert (own.schedule.name, own.schedule.min_lr_ratio, own.optimizer.weight_decay) == ("cosine", 0.1, 0.01)
+    assert (own.diffusion.mask_schedule, own.diffusion.masking) == ("cosine", "rounded_count")
+    assert (own.image.caption_dropout, own.diffusion.t_sampler, own.diffusion.views) == (0.1, "uniform", 1)
+
+
+def test_of_an_image_row_the_image_is_learnt() -> None:
+    """1,024 of 1,539 tokens, half of which reach the head."""
+    config = load_config(IMAGES[0])
+    whole = planned(IMAGES[0], "image.num_tokens=0")
+    image = planned(IMAGES[0])
+    samples = 32 * config.diffusion.rows_per_sample
+    scored = round(0.5 * (1539 - 1024) * samples)
+    products = 3 * 2 * 4096 * 134_656 * scored  # forward, and backward twice
+    assert whole.flops_per_step - image.flops_per_step == pytest.approx(products, rel=1e-2)
+
+
 def test_8b_has_the_parameters_of_llada() -> None:
     assert planned(STARTS[-1]).num_parameters == pytest.approx(8.02e9, rel=1e-3)
 
 
 def test_fp32_runs_without_tensor_cores() -> None:
     """torch rounds nothing to TF32 unasked: a fifteenth of bf16's rate."""
-    half, single = (planned(STARTS[3], f"precision.dtype={dtype}") for dtype in ("bf16", "fp32"))
+    half, single = (planned(STARTS[-3], f"precision.dtype={dtype}") for dtype in ("bf16", "fp32"))
     assert single.step.compute == pytest.approx(half.step.compute / half.cluster.fp32_share)
     assert half.cluster.fp32_share == pytest.approx(66.9 / 989, rel=0.02)
 

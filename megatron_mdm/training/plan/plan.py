@@ -28,7 +28,7 @@ class Samples:
 
     number: int = 0  # of the training set; 0: unknown
     mean_length: float = 0.0  # tokens; 0: data.max_length
-    eligible: float = 1.0  # share of the tokens that are targets
+    eligible: float = 0.0  # share of the tokens that are targets; 0: image.num_tokens a sample, or all
 
 
 @dataclass(frozen=True)
@@ -176,7 +176,8 @@ def _usual(config: RunConfig, layout: Layout, samples: Samples) -> tuple[MicroBa
     if config.batch.micro_tokens:
         per_batch = min(share, max(1, config.batch.micro_tokens // (views * length)))
     rows = views * per_batch
-    scored = rows * length * samples.eligible * objective_of(config).scored_share
+    eligible = length * samples.eligible or config.image.num_tokens or length
+    scored = rows * eligible * objective_of(config).scored_share
     return MicroBatchShape(rows, length, round(scored)), math.ceil(share / per_batch)
 
 
