@@ -57,6 +57,12 @@ LAYOUTS = {
     "TP 2": Layout(num_ranks=2, parallel={"tensor": 2, "zero": 1}),
     "TP 2, sequence, packed": Layout(num_ranks=2, batch=PACKED, parallel={"tensor": 2, "sequence": True, "zero": 0}),
     "TP 2, fp16": Layout(num_ranks=2, precision="fp16", parallel={"tensor": 2, "zero": 0}),
+    "TP 2, sequence, packed, adapters": Layout(
+        num_ranks=2,
+        batch=PACKED,
+        parallel={"tensor": 2, "sequence": True, "zero": 1},
+        model={"lora": {"rank": 4, "dropout": 0.1}},
+    ),
     "PP 2": Layout(num_ranks=2, parallel={"pipeline": 2, "zero": 0}),
     "PP 2, bf16, packed": Layout(num_ranks=2, batch=PACKED, precision="bf16", parallel={"pipeline": 2, "zero": 1}),
     "PP 2, fp16, tied": Layout(
