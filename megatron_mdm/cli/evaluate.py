@@ -1,6 +1,6 @@
 """Score a run: mdm evaluate [--nproc RANKS] --run-dir DIR --data test.jsonl --task gsm8k [gen_length=128 …]
-Tasks: answers that are exactly right (gsm8k, hitab, openscience), perplexity, multiple_choice; or --harness with names
-of tasks of EleutherAI's lm-eval."""
+Tasks: answers that are exactly right (gsm8k, hitab, openscience), perplexity, multiple_choice; images that are drawn of
+captions: clip_score, image_scores (of tinted digits); or --harness with names of tasks of EleutherAI's lm-eval."""
 
 import argparse
 
@@ -10,10 +10,12 @@ platform.quiet_libraries()
 
 from megatron_mdm.checkpoint import load  # noqa: E402
 from megatron_mdm.checkpoint.run_weights import ADAPTERS, distinct_labels  # noqa: E402
+from megatron_mdm.cli.image_scores import real_digits  # noqa: E402
 from megatron_mdm.config.errors import UserError  # noqa: E402
 from megatron_mdm.config.load import load_section  # noqa: E402
 from megatron_mdm.data.records import ON_ERROR, bad_lines  # noqa: E402
-from megatron_mdm.evaluation.measures import MEASURES, Source, write_result  # noqa: E402
+from megatron_mdm.evaluation.measure import Source  # noqa: E402
+from megatron_mdm.evaluation.measures import MEASURES, write_result  # noqa: E402
 from megatron_mdm.objectives import objective_of  # noqa: E402
 from megatron_mdm.parallel.groups import initialize  # noqa: E402
 from megatron_mdm.parallel.watchdog import watch  # noqa: E402
@@ -31,6 +33,10 @@ def main() -> None:
     parser.add_argument("--data", default="", help="see megatron_mdm/evaluation/README.md; perplexity: the run's own")
     parser.add_argument("--task", choices=sorted(MEASURES), default="gsm8k")
     parser.add_argument("--harness", default="", metavar="TASK,…", help="tasks of lm-eval, which is asked for the data")
+    parser.add_argument("--clip", default="", help="clip_score: folder of a CLIP model of transformers")
+    parser.add_argument(
+        "--digits", nargs=2, default=(), metavar=("TRAIN", "TEST"), help="image_scores: real ones, `mdm prepare digits`"
+    )
     parser.add_argument("--limit", type=int, default=0, help="questions to ask; 0: all")
     parser.add_argument("--on-error", choices=ON_ERROR, default="", help="bad records; else the run's data.on_error")
     parser.add_argument(
@@ -45,7 +51,9 @@ def main() -> None:
 
     overrides = load.Overrides.of(arguments.settings)
     config = load.run_config(arguments.run_dir, arguments.tensor, arguments.pipeline, overrides)
-    source = Source(arguments.harness or arguments.data, arguments.limit, arguments.on_error or config.data.on_error)
+    on_error = arguments.on_error or config.data.on_error
+    digits = real_digits(arguments.digits, on_error) if arguments.digits else None
+    source = Source(arguments.harness or arguments.data, arguments.limit, on_error, arguments.clip, digits)
     settings = load_section(measure.settings, overrides.others)
     tokenizer = load.run_tokenizer(arguments.run_dir, config)
     evaluate = measure.prepare(source, settings, config, tokenizer, objective_of(config))

@@ -7,7 +7,7 @@ mdm image_scores digits/test.parquet --digits digits/train.parquet digits/test.p
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,9 @@ from megatron_mdm.cli.pictures import Pictures, digits_of, read_pictures
 from megatron_mdm.config.errors import UserError
 from megatron_mdm.config.files import write_json
 from megatron_mdm.data.records import ON_ERROR
+from megatron_mdm.evaluation import clip_score, image_scores
 from megatron_mdm.evaluation.clip_score import evaluate_clip, load_clip
-from megatron_mdm.evaluation.image_scores import digit_scores
+from megatron_mdm.evaluation.image_scores import RealDigits, digit_scores
 from megatron_mdm.images.digits import RESOLUTION, DigitJudge
 from megatron_mdm.parallel import platform
 
@@ -50,44 +51,25 @@ def _clip(arguments: argparse.Namespace) -> Score:
 
 
 def _digits(arguments: argparse.Namespace) -> Score:
-    train, test = (
-        read_pictures([path], RESOLUTION, arguments.on_error, needs_captions=False) for path in arguments.digits
-    )
+    real = real_digits(arguments.digits, arguments.on_error)
     pictures = _read(arguments, RESOLUTION)
-    judge = DigitJudge(train.pixels, digits_of(train))
-    return lambda: digit_scores(pictures.pixels, pictures.captions, judge, judge(test.pixels).distance)
+    return lambda: digit_scores(pictures.pixels, pictures.captions, *real)
+
+
+def real_digits(paths: Sequence[str], on_error: str) -> RealDigits:
+    """Of the pictures that were trained on, and of those held out."""
+    train, test = (read_pictures([path], RESOLUTION, on_error, needs_captions=False) for path in paths)
+    return RealDigits.of(DigitJudge(train.pixels, digits_of(train)), test.pixels)
 
 
 def _read(arguments: argparse.Namespace, resolution: int) -> Pictures:
     return read_pictures(arguments.input, resolution, arguments.on_error, caption_field=arguments.caption_field)
 
 
-def _clip_summary(result: dict[str, Any]) -> list[str]:
-    error = result["standard_error"]
-    return [
-        f"CLIP score: {result['clip_score']:.2f}",
-        f"standard error {error if error is None else f'{error:.2f}'}, with other captions {result['shuffled']:.2f}; "
-        f"own caption first of {result['num_captions']}: {result['recall_at_1']:.3f}; {result['num_images']} pictures, "
-        f"{result['num_cut']} captions cut; by {result['clip']['name']}",
-    ]
-
-
-def _digits_summary(result: dict[str, Any]) -> list[str]:
-    low, high = result["digit_interval"]
-    lines = [
-        f"digit accuracy: {result['digit_accuracy']:.2f}",
-        f"95 % interval {low:.3f} to {high:.3f}; colour accuracy {result['color_accuracy']:.3f}; "
-        f"{result['num_images']} pictures, {result['num_digits_seen']} digits seen",
-    ]
-    if result["num_held_out"]:
-        lines.append(
-            f"of pairs that no training picture shows: digit {result['held_out_digit_accuracy']:.3f}, colour "
-            f"{result['held_out_color_accuracy']:.3f}, {result['num_held_out']} pictures"
-        )
-    return lines
-
-
-SUMMARIES: dict[str, Callable[[dict[str, Any]], list[str]]] = {"clip": _clip_summary, "digits": _digits_summary}
+SUMMARIES: dict[str, Callable[[dict[str, Any]], list[str]]] = {
+    "clip": clip_score.summary,
+    "digits": image_scores.summary,
+}
 
 
 def main() -> None:

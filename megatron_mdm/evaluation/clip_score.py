@@ -23,6 +23,7 @@ from megatron_mdm.config.errors import UserError
 from megatron_mdm.config.files import sha256
 from megatron_mdm.images.pixels import center_square
 from megatron_mdm.parallel import platform
+from megatron_mdm.parallel.heartbeat import beat
 
 Floats = NDArray[np.float64]
 
@@ -77,6 +78,7 @@ class Clip:
         encoded = [self.ids(caption) for caption in captions]
         of_images, of_texts = [], []
         for start in range(0, len(captions), batch_size):
+            beat()
             part = slice(start, start + batch_size)
             rows = [ids for ids, _ in encoded[part]]
             longest = max(map(len, rows))
@@ -222,6 +224,17 @@ def evaluate_clip(images: Sequence[Image.Image], captions: Sequence[str], clip: 
         "clip": clip.identity,
         "scores": scores.tolist(),
     }
+
+
+def summary(result: dict[str, Any]) -> list[str]:
+    """Lines that say what evaluate_clip found."""
+    error = result["standard_error"]
+    return [
+        f"CLIP score: {result['clip_score']:.2f}",
+        f"standard error {error if error is None else f'{error:.2f}'}, with other captions {result['shuffled']:.2f}; "
+        f"own caption first of {result['num_captions']}: {result['recall_at_1']:.3f}; {result['num_images']} pictures, "
+        f"{result['num_cut']} captions cut; by {result['clip']['name']}",
+    ]
 
 
 def _standard_error(values: Floats) -> float | None:

@@ -17,7 +17,7 @@ from megatron_mdm.config.schema import RunConfig
 from megatron_mdm.data.lengths import Room
 from megatron_mdm.data.tokenizer import Tokenizer
 from megatron_mdm.evaluation.harness_requests import HarnessConfig, Requests, generation_for, wish
-from megatron_mdm.evaluation.measures import Measure, Result, Source
+from megatron_mdm.evaluation.measure import Measure, Result, Source
 from megatron_mdm.evaluation.trained import TrainedFor
 from megatron_mdm.parallel.collectives import gather_objects
 from megatron_mdm.parallel.groups import ParallelContext

@@ -16,6 +16,18 @@ class Asked(NamedTuple):
     color: str
 
 
+class RealDigits(NamedTuple):
+    """What pictures are judged by."""
+
+    judge: DigitJudge  # of those that were trained on
+    distance: Floats  # [M], the judge's, of real ones that were held out
+
+    @classmethod
+    def of(cls, judge: DigitJudge, held_out: Bytes) -> RealDigits:
+        """held_out [M, 8, 8, 3]."""
+        return cls(judge, judge(held_out).distance)
+
+
 def digit_scores(pixels: Bytes, captions: Sequence[str], judge: DigitJudge, real_distance: Floats) -> dict[str, Any]:
     """Scores of pictures [N, 8, 8, 3] of captions such as "a red seven", with 95 % intervals.
 
@@ -38,6 +50,22 @@ def digit_scores(pixels: Bytes, captions: Sequence[str], judge: DigitJudge, real
         "num_images": len(pixels),
         "num_held_out": int(held_out.sum()),
     }
+
+
+def summary(result: dict[str, Any]) -> list[str]:
+    """Lines that say what digit_scores found."""
+    low, high = result["digit_interval"]
+    lines = [
+        f"digit accuracy: {result['digit_accuracy']:.2f}",
+        f"95 % interval {low:.3f} to {high:.3f}; colour accuracy {result['color_accuracy']:.3f}; "
+        f"{result['num_images']} pictures, {result['num_digits_seen']} digits seen",
+    ]
+    if result["num_held_out"]:
+        lines.append(
+            f"of pairs that no training picture shows: digit {result['held_out_digit_accuracy']:.3f}, colour "
+            f"{result['held_out_color_accuracy']:.3f}, {result['num_held_out']} pictures"
+        )
+    return lines
 
 
 def _accuracy(name: str, right: np.ndarray[Any, Any]) -> dict[str, Any]:

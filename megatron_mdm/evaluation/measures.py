@@ -4,50 +4,25 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from megatron_mdm.config.files import write_atomically, write_json
-from megatron_mdm.config.schema import RunConfig, Section
+from megatron_mdm.config.schema import RunConfig
 from megatron_mdm.data.lengths import Room
 from megatron_mdm.data.records import BadRecords
 from megatron_mdm.data.splits import read_held_out
 from megatron_mdm.data.tokenizer import Tokenizer
 from megatron_mdm.evaluation.exact_match import evaluate_exact_match, read_questions
+from megatron_mdm.evaluation.image_measures import IMAGE_MEASURES
 from megatron_mdm.evaluation.likelihood import LikelihoodConfig
+from megatron_mdm.evaluation.measure import Evaluate, Measure, Result, Source, left_out
 from megatron_mdm.evaluation.perplexity import evaluate_choices, evaluate_perplexity, read_choices, scored_samples
 from megatron_mdm.evaluation.tasks import TASKS
 from megatron_mdm.evaluation.trained import TrainedFor
 from megatron_mdm.generation.settings import GenerationConfig, SpecialIds
 from megatron_mdm.parallel.groups import ParallelContext
-
-Result = dict[str, Any]
-Evaluate = Callable[[Any, ParallelContext], Result]  # of an engine
-
-
-class Source(NamedTuple):
-    """What is asked: the first `limit` records of a file; 0: all."""
-
-    path: str
-    limit: int
-    on_error: str = "stop"  # or "skip": bad records are left out, and counted
-
-
-class Measure(NamedTuple):
-    settings: type[Section]
-    # (source, settings, run's configuration, tokenizer, its objective) → what evaluates an engine. Reading comes first,
-    # so that mistakes in the data show before a model is loaded.
-    prepare: Callable[[Source, Any, RunConfig, Tokenizer, TrainedFor], Evaluate]
-    summary: Callable[[Result], list[str]]
-    file: str  # the result's, in the run's folder
-    samples_file: str  # of its "samples", a line each
-    needs_data: bool = True  # else an empty path stands for the run's own validation data
-
-
-def _left_out(bad: BadRecords) -> Result:
-    return {"num_bad": bad.count, "first_bad": bad.first}
 
 
 def _exact_match(
@@ -65,7 +40,7 @@ def _exact_match(
 
     def run(engine: Any, context: ParallelContext) -> Result:
         result = evaluate_exact_match(engine, questions, task, tokenizer, settings, context, objective.decoder)
-        return {**result, **_left_out(bad)}
+        return {**result, **left_out(bad)}
 
     return run
 
@@ -124,7 +99,7 @@ def _choices(
 
     def run(engine: Any, context: ParallelContext) -> Result:
         result = evaluate_choices(engine, questions, settings, special, context, objective.scoring)
-        return {**result, **_left_out(bad)}
+        return {**result, **left_out(bad)}
 
     return run
 
@@ -143,19 +118,25 @@ MEASURES: dict[str, Measure] = {
     **{name: Measure(GenerationConfig, partial(_exact_match, name), _exact_match_summary, *_ANSWERS) for name in TASKS},
     "perplexity": Measure(LikelihoodConfig, _perplexity, _perplexity_summary, "perplexity.json", "", needs_data=False),
     "multiple_choice": Measure(LikelihoodConfig, _choices, _choices_summary, *_CHOICES),
+    **IMAGE_MEASURES,
 }
 
 
 def write_result(folder: Path, measure: Measure, result: Result, label: str = "") -> dict[str, Path]:
-    """Write a result to the run's folder, and its samples, a line each, to a file of their own. Returns the files.
-    label: in their names, where there are several results."""
+    """Write a result to the run's folder, and its samples, a line each, to a file of their own; its pictures (contents
+    by name) to the folder images. Returns the files. label: in their names, where there are several results."""
     samples = result.pop("samples", [])
+    pictures = result.pop("pictures", {})
     written = {"result": _labelled(folder / measure.file, label)}
     write_json(written["result"], result)
     if samples:
         lines = (json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples)
         written["samples"] = _labelled(folder / measure.samples_file, label)
         write_atomically(written["samples"], "".join(lines))
+    if pictures:
+        written["images"] = _labelled(folder / "images", label)
+        for name, content in pictures.items():
+            write_atomically(written["images"] / name, content)
     return written
 
 

@@ -20,6 +20,8 @@ METRICS = (
     ("exact match", "evaluation.json", "exact_match"),
     ("accuracy", "multiple_choice.json", "accuracy"),
     ("perplexity", "perplexity.json", "perplexity"),
+    ("CLIP score", "clip_score.json", "clip_score"),
+    ("digit accuracy", "image_scores.json", "digit_accuracy"),
     ("best validation loss", "summary.json", "best_validation_loss"),
     ("variance of loss", "summary.json", "variance_of_loss"),
     ("variance of n · batch's loss", "summary.json", "variance_of_estimator"),

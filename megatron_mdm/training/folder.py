@@ -39,6 +39,10 @@ _ARTIFACTS = (  # patterns of what --overwrite removes, beside the checkpoints a
     "perplexity*.json",
     "multiple_choice*.json*",
     "harness*.json*",
+    "clip_score*.json*",
+    "image_scores*.json*",
+    "images*/[0-9][0-9][0-9][0-9][0-9][0-9].png",  # generated for scores
+    "images*/sheet.png",
     "samples*.jsonl",
     "run.png",
     "run.json",

@@ -12,7 +12,8 @@ from megatron_mdm.config.errors import UserError
 from megatron_mdm.data.lengths import Room
 from megatron_mdm.data.prompts import read_prompts
 from megatron_mdm.data.records import BadRecords
-from megatron_mdm.evaluation.measures import MEASURES, Source
+from megatron_mdm.evaluation.measure import Source
+from megatron_mdm.evaluation.measures import MEASURES
 from megatron_mdm.objectives import objective_of
 from tests.small import small_config, small_model, word_tokenizer
 

@@ -1,4 +1,4 @@
-"""Pictures of captions: the folder, how it is resumed, what is refused, and the terminal."""
+"""Pictures of captions: the folder, how it is resumed, what is refused, their scores, and the terminal."""
 
 from __future__ import annotations
 
@@ -17,17 +17,26 @@ from megatron_mdm.checkpoint.load import Overrides
 from megatron_mdm.config.errors import UserError
 from megatron_mdm.config.load import dump_config, load_config
 from megatron_mdm.config.schema import ImageConfig, ImageVocabulary
-from megatron_mdm.data.captioned import CaptionedSource
+from megatron_mdm.data.captioned import CaptionedSource, write_captioned
 from megatron_mdm.data.captions import Caption, read_captions
 from megatron_mdm.data.lengths import Room
 from megatron_mdm.data.records import BadRecords
+from megatron_mdm.data.tokenizer import load_tokenizer as load_words
+from megatron_mdm.evaluation.clip_score import evaluate_clip, load_clip
+from megatron_mdm.evaluation.image_scores import RealDigits
+from megatron_mdm.evaluation.measure import Source
+from megatron_mdm.evaluation.measures import MEASURES
 from megatron_mdm.generation.image_interactive import draw_typed_captions, numbers, partly_known_picture
 from megatron_mdm.generation.image_settings import ImageSampling, ImageTokens
 from megatron_mdm.generation.images import picture, run_image_tokenizer
 from megatron_mdm.generation.settings import SpecialIds
+from megatron_mdm.images.digits import DigitJudge, load_digits, read_caption, tinted
+from megatron_mdm.images.pixels import read_image, to_png
 from megatron_mdm.images.terminal import blocks
 from megatron_mdm.images.tokenizer import load_tokenizer, save_tokenizer
+from megatron_mdm.objectives import objective_of
 from tests.data.test_records import write_byte_tokenizer
+from tests.evaluation.test_clip_score import write_clip
 from tests.images.small import small_image_tokenizer
 from tests.ranks import ProgramResult, run_program_ranks, run_ranks
 from tests.small import MASK, PAD, small_config, small_model, word_tokenizer
@@ -120,6 +129,70 @@ def test_another_image_tokenizer_is_refused(folder: Path) -> None:
     assert refused.exit_code == 1
     assert refused.stderr.startswith(f"error: {folder / 'other'}: another image tokenizer (")
     assert not (folder / "refused").exists()
+
+
+def evaluate(folder: Path, task: str, data: str, *more: str, ranks: int = 1) -> ProgramResult:
+    arguments = ["--run-dir", str(folder / "run"), "--task", task, "--data", str(folder / data), *SETTINGS, *more]
+    return run_program_ranks("launch/evaluate.py", [*arguments, f"image.tokenizer={folder / 'tokenizer'}"], ranks)[0]
+
+
+def test_a_run_is_scored_by_a_clip(folder: Path, drawn: Path) -> None:
+    """By the pictures that generation makes of the same captions."""
+    clip = write_clip(folder / "clip")
+    result = evaluate(folder, "clip_score", "captions.jsonl", "--clip", str(clip), ranks=2)
+    assert result.exit_code == 0, result.stderr
+    written = json.loads((folder / "run" / "clip_score.json").read_text())
+    pictures = {name: content for name, content in contents(drawn).items() if name.endswith(".png")}
+    assert contents(folder / "run" / "images") == pictures
+    images = [read_image(drawn / f"{number:06d}.png") for number in range(6)]
+    captions = [caption for caption in CAPTIONS for _ in range(2)]
+    expected = evaluate_clip(images, captions, load_clip(clip))
+    assert written.items() >= {name: value for name, value in expected.items() if name != "scores"}.items()
+    assert written["settings"]["steps"] == 3
+    assert f"CLIP score: {expected['clip_score']:.2f}\n" in result.stdout
+    lines = (folder / "run" / "clip_score_samples.jsonl").read_text().splitlines()
+    assert [json.loads(line)["score"] for line in lines] == expected["scores"]
+
+
+def test_a_run_on_digits_is_scored_by_real_ones(folder: Path) -> None:
+    for name, digits in zip(("train", "test"), load_digits(0)):
+        pictures = [picture for picture, _ in zip(tinted(digits, without_held_out_pairs=False), range(120))]
+        rows = [(to_png(Image.fromarray(p.pixels)), {"caption": p.caption, "digit": p.digit}) for p in pictures]
+        write_captioned(folder / f"{name}.parquet", rows)
+    real = ["--digits", str(folder / "train.parquet"), str(folder / "test.parquet")]
+    result = evaluate(folder, "image_scores", "test.parquet", *real, "--limit", "7")
+    assert result.exit_code == 0, result.stderr
+    written = json.loads((folder / "run" / "image_scores.json").read_text())
+    assert written["num_images"] == 14
+    assert f"digit accuracy: {written['digit_accuracy']:.2f}\n" in result.stdout
+    lines = [json.loads(line) for line in (folder / "run" / "image_scores_samples.jsonl").read_text().splitlines()]
+    right = [read_caption(line["caption"])[0] == line["digit"] for line in lines]
+    assert sum(right) / 14 == written["digit_accuracy"]
+    assert (folder / "run" / "images" / lines[-1]["file"]).is_file()
+
+
+@pytest.mark.parametrize(
+    ("task", "changes", "given", "message"),
+    [
+        ("clip_score", {}, {}, "name the CLIP model to score by with --clip FOLDER; there is no default"),
+        ("clip_score", {}, {"clip": "none", "limit": 1}, "needs two distinct captions at least"),
+        ("clip_score", {}, {"clip": "none"}, "none: no folder with a CLIP model's config.json"),
+        ("image_scores", {}, {}, "name real tinted digits to judge by with --digits TRAIN TEST"),
+        ("image_scores", {"num_tokens": 4}, {"digits": True}, "have 4 pixels a side, the digits 8"),
+        ("image_scores", {}, {"digits": True}, "'no' is no caption of a tinted digit"),
+    ],
+)
+def test_what_cannot_be_scored_is_told_before_a_model_is_loaded(
+    task: str, changes: dict[str, Any], given: dict[str, Any], message: str, folder: Path
+) -> None:
+    config = load_config(folder / "run" / "config.yaml", [f"image.tokenizer={folder / 'tokenizer'}"])
+    config = config.model_copy(update={"image": config.image.model_copy(update=changes)})
+    judge = DigitJudge(np.zeros((1, 8, 8, 3), dtype=np.uint8), np.zeros(1, dtype=np.int64))
+    if "digits" in given:
+        given = {**given, "digits": RealDigits(judge, np.zeros(1))}
+    source = Source(**{"path": str(folder / "captions.jsonl"), "limit": 0, **given})
+    with pytest.raises(UserError, match=message):
+        MEASURES[task].prepare(source, ImageSampling(), config, load_words(config.data), objective_of(config))
 
 
 @pytest.mark.parametrize(
