@@ -17,7 +17,8 @@ from megatron_mdm.data.json_files import Record, parse_object
 from megatron_mdm.data.records import BadRecords, read_parquet, read_records, reason
 
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
-CAPTION_FILES = ("captions.jsonl", "metadata.jsonl", "images.jsonl")  # of `datasets`; of generated images
+GENERATED_FILE = "images.jsonl"  # of a folder that `mdm generate` wrote: all that its own pictures need
+CAPTION_FILES = ("captions.jsonl", "metadata.jsonl", GENERATED_FILE)  # the second is what `datasets` calls it
 CAPTION_FIELDS = ("caption", "prompt", "text")
 FILE_FIELDS = ("image", "file_name", "file", "path")
 _MOST_BYTES = 1 << 28  # of a picture's file
@@ -60,15 +61,11 @@ class CaptionedSource:
         names = (self.caption_field,) if self.caption_field else CAPTION_FIELDS
         if not self.needs_captions and not any(name in record for name in names):
             return ""
-        caption = caption_of(record, self.caption_field)
-        if not caption.strip():
-            raise UserError("the caption is empty")
-        return caption
+        return caption_of(record, self.caption_field)
 
 
-def caption_of(record: Record, field: str = "") -> str:
-    """A record's caption, which may be empty. field empty: the first of CAPTION_FIELDS that there is. Raises UserError
-    where there is none."""
+def caption_of(record: Record, field: str = "", may_be_empty: bool = False) -> str:
+    """A record's caption. field empty: the first of CAPTION_FIELDS that it has. Raises UserError where it has none."""
     names = (field,) if field else CAPTION_FIELDS
     name = next((name for name in names if name in record), None)
     if name is None:
@@ -76,6 +73,8 @@ def caption_of(record: Record, field: str = "") -> str:
     caption = record[name]
     if not isinstance(caption, str):
         raise UserError(f"the caption ('{name}') is no text")
+    if not caption.strip() and not may_be_empty:
+        raise UserError(f"the caption ('{name}') is empty")
     return caption
 
 
@@ -102,10 +101,10 @@ def pictures_of(folder: Path) -> list[Path]:
 
 
 def num_without_caption(path: str) -> int:
-    """Pictures in a folder that its captions' file does not name; 0 for what is no folder."""
+    """Pictures in a folder that its captions' file does not name; 0 for what is no folder of one's own."""
     folder = Path(path)
     listed = next((folder / name for name in CAPTION_FILES if (folder / name).is_file()), None)
-    if listed is None:
+    if listed is None or listed.name == GENERATED_FILE:  # beside which the sheet lies
         return 0
     ignored = BadRecords("skip")
     names = {_file_name(record) for _, record in read_records(str(listed), ignored)}

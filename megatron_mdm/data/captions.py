@@ -47,7 +47,7 @@ def read_captions(
     captions = []
     for where, record in islice(_records(path, bad), limit or None):
         with bad.of(where):
-            captions.append(Caption.of(caption_of(record).strip(), tokenizer, vocabulary, room))
+            captions.append(Caption.of(caption_of(record, may_be_empty=True).strip(), tokenizer, vocabulary, room))
     if not captions:
         raise UserError(f"{path}: no captions{bad.summary()}")
     return captions

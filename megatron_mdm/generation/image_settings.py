@@ -79,8 +79,11 @@ class ImageTokens(NamedTuple):
 
     @classmethod
     def of(cls, config: RunConfig, special: SpecialIds) -> ImageTokens:
-        """A run's. Raises UserError where it does not say how many, or where they are not all of its model."""
+        """A run's. Raises UserError where its model cannot denoise, where it does not say how many, or
+        where they are not all of its model."""
         vocabulary, number = config.image.vocabulary, config.image.num_tokens
+        if config.model.attention != "bidirectional":
+            raise UserError("images are denoised, which this run's model, which sees only what comes before, cannot do")
         if not number:
             raise UserError("how many tokens an image has is not known; say it: image.num_tokens=256")
         num_ids = int(config.model.vocab_size)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -14,6 +15,7 @@ from PIL import Image
 from megatron_mdm.config.errors import UserError
 from megatron_mdm.config.files import write_atomically
 from megatron_mdm.config.sections.image import ImageConfig
+from megatron_mdm.data.captioned import GENERATED_FILE
 from megatron_mdm.data.captions import Caption
 from megatron_mdm.data.json_files import Record
 from megatron_mdm.generation.answers import AnswerFile
@@ -26,9 +28,8 @@ from megatron_mdm.images.sheet import sheet
 from megatron_mdm.images.tokenizer import ImageTokenizer, load_tokenizer
 from megatron_mdm.parallel import platform
 from megatron_mdm.parallel.collectives import gather_objects
-from megatron_mdm.parallel.groups import ParallelContext
+from megatron_mdm.parallel.groups import ParallelContext, rank_from_environment
 
-LIST = "images.jsonl"
 SHEET = "sheet.png"
 MOST_ON_SHEET = 100
 _SHOWN = 12  # digits of a checksum
@@ -46,6 +47,9 @@ def run_image_tokenizer(config: ImageConfig) -> ImageTokenizer:
             f"{config.tokenizer}: another image tokenizer ({fingerprint[:_SHOWN]}…) than the one that made the codes "
             f"of the run's training data ({config.made_by[:_SHOWN]}…); name that one: image.tokenizer=FOLDER"
         )
+    if not config.made_by and rank_from_environment() == 0:
+        line = f"warning: the run does not say whose codes it was trained on; {config.tokenizer} is taken for theirs"
+        print(line, file=sys.stderr, flush=True)
     if tokenizer.num_codes != config.vocabulary.num_codes:
         raise UserError(
             f"{config.tokenizer}: {tokenizer.num_codes} codes, the run's image vocabulary has "
@@ -72,7 +76,7 @@ class ImageFolder:
     ) -> None:
         """captions: one of every image. settings: as AnswerFile's. Collective."""
         self.path = path
-        self.list = AnswerFile(path / LIST, captions, settings, context, self._is_drawn)
+        self.list = AnswerFile(path / GENERATED_FILE, captions, settings, context, self._is_drawn)
 
     def draw(
         self,

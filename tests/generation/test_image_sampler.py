@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ import torch
 
 from megatron_mdm.batch import Full, IdRange, ModelInputs
 from megatron_mdm.config.errors import UserError
-from megatron_mdm.config.sections.image import ImageVocabulary
+from megatron_mdm.config.schema import ImageVocabulary, RunConfig
 from megatron_mdm.diffusion.randomness import Purpose, stream
 from megatron_mdm.engine.inputs import logits_inputs
 from megatron_mdm.generation.image_sampler import UNKNOWN, denoise_images
@@ -204,8 +205,16 @@ def test_how_confidence_temperature_falls() -> None:
         ),
     ],
 )
-def test_runs_that_cannot_make_images(image: dict[str, Any], message: str, tmp_path: Any) -> None:
-    config = small_config(tmp_path, image=image)
+def test_runs_that_cannot_make_images(image: dict[str, Any], message: str, tmp_path: Path) -> None:
+    refused(small_config(tmp_path, image=image), message)
+
+
+def test_autoregressive_runs_cannot_make_images(tmp_path: Path) -> None:
+    config = small_config(tmp_path, model={"attention": "causal"}, image={"vocabulary": VOCABULARY, "num_tokens": 16})
+    refused(config, "images are denoised, which this run's model, which sees only what comes before, cannot do")
+
+
+def refused(config: RunConfig, message: str) -> None:
     with pytest.raises(UserError) as error:
         ImageTokens.of(config, SPECIAL)
     assert str(error.value) == message

@@ -17,7 +17,7 @@ from megatron_mdm.checkpoint.load import Overrides
 from megatron_mdm.config.errors import UserError
 from megatron_mdm.config.load import dump_config, load_config
 from megatron_mdm.config.schema import ImageConfig, ImageVocabulary
-from megatron_mdm.data.captioned import CaptionedSource, write_captioned
+from megatron_mdm.data.captioned import CaptionedSource, num_without_caption, write_captioned
 from megatron_mdm.data.captions import Caption, read_captions
 from megatron_mdm.data.lengths import Room
 from megatron_mdm.data.records import BadRecords
@@ -103,6 +103,7 @@ def test_a_folder_of_pictures(folder: Path, drawn: Path) -> None:
     assert len({tuple(record["codes"]) for record in records}) == 6
     found = CaptionedSource(str(drawn)).read(BadRecords())  # as `mdm image_scores DIR` reads it
     assert [each.caption for each in found] == [record["caption"] for record in records]
+    assert num_without_caption(str(drawn)) == 0  # the sheet is no picture of a caption
 
 
 def test_it_is_resumed_on_another_layout(folder: Path, drawn: Path) -> None:
@@ -210,6 +211,12 @@ def test_image_tokenizers_that_do_not_fit(
     with pytest.raises(UserError) as error:
         run_image_tokenizer(ImageConfig.model_validate(image))
     assert str(error.value) == message
+
+
+def test_an_image_tokenizer_that_nothing_vouches_for(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    vocabulary = ImageVocabulary(first_id=280, num_codes=32, task=1, bos=1, eos=1, image_begin=1, image_end=1)
+    run_image_tokenizer(ImageConfig(tokenizer=str(folder / "tokenizer"), vocabulary=vocabulary))
+    assert capfd.readouterr().err.startswith("warning: the run does not say whose codes it was trained on; ")
 
 
 def test_what_of_a_run_s_image_section_can_be_set() -> None:

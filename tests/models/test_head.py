@@ -65,6 +65,34 @@ def test_an_image_is_computed_without_logits_of_the_whole_table(tensor_parallel:
     assert sum(flops for _, flops in of_ranks) == 2 * NUM_PLACES * 4 * MMADA.num_codes
 
 
+def of_a_drawn_image() -> int:
+    """On a rank: elements of the largest tensor while an image is drawn in one step, with guidance."""
+    from megatron_mdm.config.schema import ParallelConfig
+    from megatron_mdm.engine.inference import InferenceEngine
+    from megatron_mdm.generation.image_sampler import denoise_images
+    from megatron_mdm.generation.image_settings import ImageSampling, ImageTokens
+    from megatron_mdm.generation.settings import SpecialIds
+    from megatron_mdm.models.layers import build_model
+    from megatron_mdm.parallel.groups import initialize
+
+    context = initialize()
+    model = small_model(
+        num_layers=1, hidden_size=4, num_heads=1, num_kv_heads=1, vocab_size=TABLE, max_sequence_length=2048
+    )
+    engine = InferenceEngine(build_model(model, ParallelConfig(), context, 3), "fp32")
+    image = ImageTokens(MMADA, NUM_PLACES)
+    with Largest() as largest:
+        (response,) = denoise_images(engine, [[5]], [0], ImageSampling(steps=1), SpecialIds(126_336, 0), image=image)
+    assert len(set(response.tokens)) > 900  # of 8,192 drawn about evenly
+    return largest.numel
+
+
+def test_drawing_an_image_holds_no_logits_of_the_whole_table() -> None:
+    """Two rows of 1,024 places and 8,192 ids, with caption and without, are the most that there is."""
+    assert run_ranks(of_a_drawn_image, 1) == [2 * NUM_PLACES * MMADA.num_codes]
+    assert 2 * NUM_PLACES * MMADA.num_codes <= NUM_PLACES * TABLE // 8
+
+
 def of_an_adapted_head(ids: tuple[int, int]) -> dict[str, np.ndarray]:
     from megatron_mdm.batch import Full
     from megatron_mdm.config.schema import ParallelConfig
