@@ -16,15 +16,18 @@ from megatron_mdm.config.load import load_config
 from megatron_mdm.config.schema import DataConfig
 from megatron_mdm.data.corpus_writer import SPLITS
 from megatron_mdm.evaluation.tasks import PREPARERS
+from tests.data.test_text_to_image import write_tokenizer
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 QUESTION = {"question": "1 + 1?", "answer": "#### 2"}
 TABLE = {"title": "t", "table": "| 1 |", "question": "which?", "answer": [1]}
 OPTION = {"input": "which?", "output": "\\boxed{A}"}
+CODES = {"caption": "w4 w5", "image_codes": [0, 1, 2, 3]}
 PUBLIC_FILES: dict[str, list[list[dict[str, Any]]]] = {  # what people download, small
     "gsm8k": [[QUESTION], [QUESTION]],
     "hitab": [[TABLE], [TABLE], [TABLE]],
     "openscience": [[OPTION] * 6000],
+    "text-to-image": [[CODES] * 20, [CODES] * 20],
 }
 
 
@@ -44,7 +47,9 @@ def shipped(form: str) -> dict[str, DataConfig]:
     return found
 
 
-SFT = {name: data for name, data in shipped("sft").items() if name != "quickstart.yaml"}  # generates its data
+GENERATED = ("quickstart.yaml", "quickstart_lora.yaml", "images/digits.yaml")  # by the quickstarts
+OWN = ("sft/dream_7b_lora.yaml",)  # a reader's
+SFT = {name: data for name, data in shipped("sft").items() if name not in (*GENERATED, *OWN)}
 
 
 @pytest.fixture(scope="module")
@@ -57,14 +62,18 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], set[str
         paths = [folder / f"{index}.jsonl" for index in range(len(PUBLIC_FILES[task]))]
         for path, rows in zip(paths, PUBLIC_FILES[task]):
             path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-        sets = PREPARERS[task]([str(path) for path in paths], argparse.Namespace(seed=0, tables=""))
+        captions = {"tokenizer": str(write_tokenizer(folder / "tokenizer.json", 20)), "vocabulary": "behind"}
+        options = {"seed": 0, "tables": "", "samples": 0, "test": 0, "output": folder, **captions}
+        sets = PREPARERS[task]([str(path) for path in paths], argparse.Namespace(**options))
         return {f"{name}.jsonl" for name in sets}
 
     return names
 
 
 def test_every_folder_is_covered() -> None:
-    assert {path.name for path in (CONFIGS / "sft").iterdir()} - {Path(name).name for name in SFT} == {"llada_8b.yaml"}
+    assert {path.name for path in (CONFIGS / "sft").iterdir()} - {Path(name).name for name in (*SFT, *OWN)} == {
+        "llada_8b.yaml"
+    }
     assert shipped("corpus")
 
 
