@@ -2,12 +2,14 @@
 
 mdm image_scores pictures/ --clip clip-vit-base-patch16 --output scores.json
 mdm image_scores digits/test.parquet --digits digits/train.parquet digits/test.parquet --output real.json
+mdm image_scores pictures/ --clip clip --output scores.json --beside real=real.json untrained=untrained.json
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
+import json
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,7 @@ Score = Callable[[], dict[str, Any]]
 
 def score(arguments: argparse.Namespace) -> None:
     """Everything but the arguments. All files are read before anything is scored."""
+    others = {name: read_scores(path) for name, path in arguments.beside}
     wanted: list[tuple[str, Score]] = []
     if arguments.clip:
         wanted.append(("clip", _clip(arguments)))
@@ -42,6 +45,8 @@ def score(arguments: argparse.Namespace) -> None:
         raise UserError(f"{arguments.output}: cannot be written ({error.strerror})") from None
     for name, values in result.items():
         print("\n".join(SUMMARIES[name](values)))
+    if others:
+        print("\n".join(score_table({"these": result, **others})))
 
 
 def _clip(arguments: argparse.Namespace) -> Score:
@@ -72,6 +77,49 @@ SUMMARIES: dict[str, Callable[[dict[str, Any]], list[str]]] = {
 }
 
 
+def read_scores(path: Path) -> dict[str, Any]:
+    """What an earlier call wrote; of an image tokenizer's report.json, what a judge said of its reconstructions."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read as scores ({' '.join(str(error).split())})") from None
+    found = {"digits": values} if isinstance(values, dict) and "digit_accuracy" in values else values
+    if not isinstance(found, dict) or not found.keys() & SUMMARIES.keys():
+        raise UserError(f"{path}: holds no scores ({', '.join(SUMMARIES)}), as mdm image_scores writes them")
+    return found
+
+
+COLUMNS = {  # heading → where the figure is
+    "digit": ("digits", "digit_accuracy"),
+    "colour": ("digits", "color_accuracy"),
+    "held-out digit": ("digits", "held_out_digit_accuracy"),
+    "held-out colour": ("digits", "held_out_color_accuracy"),
+    "CLIP score": ("clip", "clip_score"),
+    "other captions": ("clip", "shuffled"),
+}
+
+
+def score_table(results: Mapping[str, dict[str, Any]]) -> list[str]:
+    """A line of each result, by name, below a heading; a dash where it has no such figure."""
+    rows = [["", *COLUMNS]]
+    for name, result in results.items():
+        figures = [result.get(kind, {}).get(key) for kind, key in COLUMNS.values()]
+        rows.append([name, *("–" if figure is None else f"{figure:.3f}" for figure in figures)])
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return [
+        "  ".join([row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:]))])
+        for row in rows
+    ]
+
+
+def named_file(text: str) -> tuple[str, Path]:
+    """NAME=FILE."""
+    name, separator, path = text.partition("=")
+    if not (name and separator and path):
+        raise argparse.ArgumentTypeError(f"'{text}' is not NAME=FILE")
+    return name, Path(path)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
@@ -79,6 +127,14 @@ def main() -> None:
     add("--output", type=Path, required=True, help="the JSON file to write")
     add("--clip", default="", help="folder of a CLIP model of transformers")
     add("--digits", nargs=2, default=(), metavar=("TRAIN", "TEST"), help="real tinted digits: `mdm prepare digits`")
+    add(
+        "--beside",
+        nargs="+",
+        default=(),
+        type=named_file,
+        metavar="NAME=FILE",
+        help="earlier results, or the report.json of an image tokenizer, to print in one table with this one",
+    )
     add("--caption-field", default="", help="of the records; else caption, prompt or text")
     add("--on-error", choices=ON_ERROR, default="stop", help="at a picture that cannot be read")
     platform.quiet_libraries()

@@ -62,14 +62,24 @@ def test_pictures_on_disk_are_scored(tmp_path: Path) -> None:
     result = run_program_ranks("tools/train_small_clip.py", [*program, "--steps", "2"])[0]
     assert result.exit_code == 0, result.stderr
     data = [str(tmp_path / f"{name}.parquet") for name in ("train", "test")]
-    result = scored(tmp_path / "scores.json", data[1], "--clip", str(tmp_path / "clip"), "--digits", *data)
+    (tmp_path / "report.json").write_text('{"psnr": 23.8, "digit_accuracy": 0.975}')
+    beside = ["--beside", f"reconstructions={tmp_path / 'report.json'}"]
+    arguments = [data[1], "--clip", str(tmp_path / "clip"), "--digits", *data]
+    result = scored(tmp_path / "scores.json", *arguments, *beside)
     assert result.exit_code == 0, result.stderr
     scores = json.loads((tmp_path / "scores.json").read_text())
     assert f"digit accuracy: {scores['digits']['digit_accuracy']:.2f}\n" in result.stdout
     assert f"CLIP score: {scores['clip']['clip_score']:.2f}\n" in result.stdout
     assert scores["digits"]["color_accuracy"] == 1.0
     assert scores["clip"]["clip"]["name"] == "clip"
+    heading, these, others = [line.split() for line in result.stdout.splitlines()[-3:]]
+    assert heading[:2] == ["digit", "colour"]
+    assert these[:3] == ["these", f"{scores['digits']['digit_accuracy']:.3f}", "1.000"]
+    assert others[:3] == ["reconstructions", "0.975", "–"]
+    (tmp_path / "other.json").write_text('{"psnr": 23.8}')
     cases = {
+        (data[0], "--digits", *data, "--beside", f"x={tmp_path / 'none'}"): "none: cannot be read as scores ([Errno 2]",
+        (data[0], "--digits", *data, "--beside", f"x={tmp_path / 'other.json'}"): "other.json: holds no scores (clip, d",
         (data[0],): "nothing to score by: give --clip FOLDER, --digits TRAIN TEST, or both",
         (data[0], "--clip", str(tmp_path)): f"{tmp_path}: no folder with a CLIP model's config.json",
         (data[0], "--digits", str(tmp_path / "none"), data[1]): "none: no such folder or file of pictures",
