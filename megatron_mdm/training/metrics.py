@@ -88,6 +88,9 @@ class MetricsLog:
             self.writer.add_figure(name, figure, step)
 
     def records(self) -> list[dict[str, Any]]:
+        """What was written; nothing where a run is shorter than logging.every."""
+        if not self.path.exists():
+            return []
         return [json.loads(line) for line in self.path.read_text(encoding="utf-8").splitlines()]
 
     def close(self) -> None:

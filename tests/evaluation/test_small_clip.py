@@ -79,7 +79,7 @@ def test_pictures_on_disk_are_scored(tmp_path: Path) -> None:
     (tmp_path / "other.json").write_text('{"psnr": 23.8}')
     cases = {
         (data[0], "--digits", *data, "--beside", f"x={tmp_path / 'none'}"): "none: cannot be read as scores ([Errno 2]",
-        (data[0], "--digits", *data, "--beside", f"x={tmp_path / 'other.json'}"): "other.json: holds no scores (clip, d",
+        (data[0], "--digits", *data, "--beside", f"x={tmp_path / 'other.json'}"): "other.json: holds no scores (clip",
         (data[0],): "nothing to score by: give --clip FOLDER, --digits TRAIN TEST, or both",
         (data[0], "--clip", str(tmp_path)): f"{tmp_path}: no folder with a CLIP model's config.json",
         (data[0], "--digits", str(tmp_path / "none"), data[1]): "none: no such folder or file of pictures",
