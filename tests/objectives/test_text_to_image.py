@@ -156,6 +156,7 @@ def test_the_run_says_whose_codes_it_was_trained_on(folder: Path) -> None:
         ({"data": {"too_long": "truncate"}}, "'data.too_long' truncate would cut images"),
         ({"data": {"eos_padding": True}}, "'data.eos_padding' would put targets behind images"),
         ({"model": {"vocab_size": 59}}, "'model.vocab_size' 59 has no room for the image codes of 'image.vocabulary'"),
+        ({"image": {"preview": "captions.jsonl"}}, "'image.preview' is not built yet; leave it out"),
         ({"objective": {"name": "masked"}}, "'image.caption_dropout' 0.25 has no meaning for 'objective.name' masked"),
         (
             {"objective": {"name": "autoregressive"}, "model": {"attention": "causal"}},

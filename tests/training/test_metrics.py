@@ -26,3 +26,8 @@ def test_lines_that_a_full_disk_refuses_are_written_when_there_is_room(small_dis
     log.write(1002, {"loss": 0.0})
     assert [record["step"] for record in log.records()] == list(range(1, 1003))
     log.close()
+
+
+def test_a_run_without_records_has_none(tmp_path: Path) -> None:
+    """One that is shorter than logging.every, and validates nothing."""
+    assert MetricsLog(tmp_path, tensorboard=False, is_main=True, first_step=0).records() == []
