@@ -7,7 +7,7 @@ a CPU. launch/gpu_check.sh (`compiled`) has it generate code.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -28,7 +28,7 @@ class Trained(NamedTuple):
     graphs: list[int]  # compiled after each step
 
 
-def train(folder: Path, num_layers: int, compile_blocks: bool) -> Trained:
+def train(folder: Path, num_layers: int, compile_blocks: bool, **model: Any) -> Trained:
     from torch._dynamo.utils import counters
 
     from megatron_mdm.checkpoint.load import restored_engine
@@ -41,7 +41,7 @@ def train(folder: Path, num_layers: int, compile_blocks: bool) -> Trained:
     counters.clear()
     config = small_config(
         folder,
-        model=small_model(num_layers=num_layers, compile=compile_blocks).model_dump(),
+        model=small_model(num_layers=num_layers, compile=compile_blocks, **model).model_dump(),
         batch={"global_size": 8, "mode": "packed", "micro_tokens": MICRO_TOKENS},
         diffusion={"views": 2},
     )
@@ -60,8 +60,10 @@ def train(folder: Path, num_layers: int, compile_blocks: bool) -> Trained:
     return Trained([result.loss for result in results], [result.grad_norm for result in results], lengths, graphs)
 
 
-def train_both(folder: Path) -> tuple[Trained, Trained, Trained]:
-    return train(folder, 3, False), train(folder, 3, True), train(folder, 2, True)
+def train_both(folder: Path) -> tuple[Trained, ...]:
+    """Three layers, plain and compiled; two layers; with adapters, plain and compiled."""
+    adapters = [train(folder, 2, compile_blocks, lora={"rank": 4}) for compile_blocks in (False, True)]
+    return train(folder, 3, False), train(folder, 3, True), train(folder, 2, True), *adapters
 
 
 def test_much_padding_is_cut_into_segments() -> None:
@@ -73,7 +75,10 @@ def test_much_padding_is_cut_into_segments() -> None:
 
 def test_compiled_blocks_train_as_others(tmp_path: Path) -> None:
     write_ids(tmp_path / "train.jsonl", 30)
-    ((plain, compiled, shallower),) = run_ranks(train_both, 1, tmp_path)
+    ((plain, compiled, shallower, adapted, adapted_compiled),) = run_ranks(train_both, 1, tmp_path)
+    np.testing.assert_allclose(adapted_compiled.losses, adapted.losses, rtol=SAME)
+    np.testing.assert_allclose(adapted_compiled.norms, adapted.norms, rtol=SAME)
+    assert adapted_compiled.graphs[-1] == adapted_compiled.graphs[0] > 0
     np.testing.assert_allclose(compiled.losses, plain.losses, rtol=SAME)
     np.testing.assert_allclose(compiled.norms, plain.norms, rtol=SAME)
     assert len(plain.lengths) > 1
