@@ -84,5 +84,5 @@ beside+=("no guidance=$run/unguided.json" "untrained=$run/untrained.json")
 quietly "$run/untrained/log.txt" score "${real[1]}" "$run/real.json"
 quietly "$run/untrained/log.txt" score "$run/unguided" "$run/unguided.json"
 quietly "$run/untrained/log.txt" score "$run/untrained/pictures" "$run/untrained.json"
-score "$run/pictures" "$run/image_scores.json" --beside "${beside[@]}"
+score "$run/pictures" "$run/scores.json" --beside "${beside[@]}"
 echo "pictures: $run/pictures, all on one page: $run/pictures/sheet.png"
