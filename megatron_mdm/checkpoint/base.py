@@ -13,13 +13,14 @@ from pathlib import Path
 
 import torch
 
-from megatron_mdm.checkpoint.choice import located
+from megatron_mdm.checkpoint.choice import AUTO, located
 from megatron_mdm.checkpoint.huggingface import is_checkpoint, open_tensors
 from megatron_mdm.checkpoint.manifest import MANIFEST
-from megatron_mdm.checkpoint.native import NativeCheckpoint
+from megatron_mdm.checkpoint.native import RUN_CONFIG, NativeCheckpoint
 from megatron_mdm.checkpoint.safetensors_file import StoredTensor
 from megatron_mdm.config.errors import UserError
 from megatron_mdm.config.files import sha256
+from megatron_mdm.config.load import load_config
 from megatron_mdm.config.schema import RunConfig
 
 INPUTS = "inputs.json"  # in a run's folder: fingerprints of what it reads, by the key that names it
@@ -34,11 +35,11 @@ def pinned(config: RunConfig, resumes: bool) -> RunConfig:
     if not config.model.lora.rank or not config.model.init_from or is_checkpoint(path) or not path.is_dir():
         return config
     folder, named = located(path)
-    noted = _noted(Path(config.checkpoint.directory)) if resumes else {}
-    began_with = noted.get(BASE, "").partition("@")[2]
-    if named == "auto" and began_with and (folder / "checkpoints" / began_with).is_dir():
+    noted = noted_base(Path(config.checkpoint.directory)) if resumes else ""
+    began_with = noted.partition("@")[2]
+    if named == AUTO and began_with and (folder / "checkpoints" / began_with).is_dir():
         path = folder / "checkpoints" / began_with
-    elif named == "auto":
+    elif named == AUTO:
         path = NativeCheckpoint.open(path).path
     model = config.model.model_copy(update={"init_from": str(path)})
     return config.model_copy(update={"model": model})
@@ -54,11 +55,13 @@ def fingerprint(path: Path) -> str:
             digest.update(f"{name} {tensor.dtype} {tensor.shape}".encode())
             digest.update(_ends(tensor))
         return digest.hexdigest()
-    run = NativeCheckpoint.open(path)
-    digest.update(sha256(run.path / MANIFEST).encode())
-    if run.config.model.lora.rank:
-        digest.update(fingerprint(Path(run.config.model.init_from)).encode())
-    return f"{digest.hexdigest()}@{run.path.name}"
+    is_named = located(path)[1] != AUTO and (path / MANIFEST).is_file()
+    checkpoint = path if is_named else NativeCheckpoint.open(path).path  # which reads its files, to verify them
+    digest.update(sha256(checkpoint / MANIFEST).encode())
+    model = load_config(located(checkpoint)[0] / RUN_CONFIG).model
+    if model.lora.rank:
+        digest.update(fingerprint(Path(model.init_from)).encode())
+    return f"{digest.hexdigest()}@{checkpoint.name}"
 
 
 def is_of_a_run(found: str) -> bool:
@@ -74,8 +77,8 @@ def check_base(folder: Path, config: RunConfig) -> None:
             f"{folder}: its adapters need the weights of 'model.init_from' {path}: no such folder; where it has been "
             "moved, give model.init_from=FOLDER (to export: --base FOLDER)"
         )
-    noted = _noted(folder).get(BASE)
-    if noted is not None and noted != fingerprint(path):
+    noted = noted_base(folder)
+    if noted and noted != fingerprint(path):
         raise UserError(
             f"'model.init_from' {path}: holds other weights than the adapters in {folder} were trained beside"
         )
@@ -83,12 +86,8 @@ def check_base(folder: Path, config: RunConfig) -> None:
 
 def noted_base(folder: Path) -> str:
     """The fingerprint of the weights that a run's adapters were trained beside; empty where it is not known."""
-    return _noted(folder).get(BASE, "")
-
-
-def _noted(folder: Path) -> dict[str, str]:
     path = folder / INPUTS
-    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
+    return str(json.loads(path.read_text(encoding="utf-8")).get(BASE, "")) if path.is_file() else ""
 
 
 def _ends(tensor: StoredTensor) -> bytes:
