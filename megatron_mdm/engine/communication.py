@@ -128,7 +128,7 @@ def _tensor_parallel(config: RunConfig, stage: Stage, micro_batch: MicroBatchSha
     blocks = stage.num_blocks
     in_parts = stage.held(config.model, config.parallel.tensor).in_parts  # whose gradients are summed
     recomputed = stage.num_recomputed(config)  # their forward operations once more, but for each block's last
-    targets = targets_of(config.model) if config.model.lora.rank else frozenset()
+    targets = targets_of(config.model)
     frozen = bool(targets)
     again = 1 + ("down" in targets)  # forward reductions of a recomputed block: the last one, too, for its adapter
     # Tokens that are looked up in a frozen table have no gradient: the first matrix hands none on.
@@ -153,12 +153,9 @@ def _tensor_parallel(config: RunConfig, stage: Stage, micro_batch: MicroBatchSha
 
 def _of_adapters(config: RunConfig, stage: Stage, micro_batch: MicroBatchShape, recomputed: int) -> Volume:
     """What travels for adapters: A·x, and its gradient."""
-    lora = config.model.lora
     volume: Volume = Counter()
-    if not lora.rank:
-        return volume
     targets = targets_of(config.model)
-    low = lora.rank * _hidden_bytes(config, micro_batch) // config.model.hidden_size  # of one adapter
+    low = config.model.lora.rank * _hidden_bytes(config, micro_batch) // config.model.hidden_size  # of one adapter
     num_columns = sum(part in targets for part in SPLIT_BY_COLUMNS)  # matrices that are split by columns
     num_rows = len(targets - TABLES.keys()) - num_columns
     forward = {"by_rows": num_rows * (stage.num_blocks + recomputed)}

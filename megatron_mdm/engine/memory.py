@@ -152,7 +152,7 @@ def _head(config: RunConfig, layout: Layout, micro_batch: MicroBatchShape, kerne
     size = ELEMENT_BYTES[config.precision.dtype]
     hidden = config.model.hidden_size
     vocabulary = padded_vocab_size(config.model, layout.tensor) // layout.tensor
-    adapted = config.model.lora.rank > 0 and "head" in targets_of(config.model)
+    adapted = "head" in targets_of(config.model)
     trained = parameter_table(config.model)[EMBEDDING if config.model.tie_embeddings else OUTPUT].trained or adapted
     head = vocabulary * hidden * 4 * trained  # its gradient's sum
     rounded = vocabulary * hidden * (0 if size == 4 else size) * trained

@@ -39,8 +39,10 @@ class Adapter(NamedTuple):
 
 
 def targets_of(model: ModelConfig) -> frozenset[str]:
-    """Of TARGETS, what model.lora.targets names in our words or a family's. Raises UserError naming an unknown one, or
-    a table of tied embeddings."""
+    """Of TARGETS, what model.lora.targets names in our words or a family's; none where there are no adapters. Raises
+    UserError naming an unknown one, or a table of tied embeddings."""
+    if not model.lora.rank:
+        return frozenset()
     names = {name: name for name in TARGETS}
     for family in FAMILIES.values():
         for part in (part for parts in LINEAR_MAPS.values() for part in parts):

@@ -43,8 +43,6 @@ def _matrices(model: ModelConfig) -> float:
 
 def _adapters(model: ModelConfig) -> float:
     """Elements of its adapters' matrices."""
-    if not model.lora.rank:
-        return 0.0
     return float(model.lora.rank * sum(sum(matrix_shape(model, name)) for name in targets_of(model) - TABLES.keys()))
 
 

@@ -99,8 +99,6 @@ class SavedTensors:
         those that the rank goes on with; and the matrices A one below the other, the matrices B as the fused one has
         them, both made anew for every micro-batch."""
         model = config.model
-        if not model.lora.rank:
-            return 0.0
         targets = targets_of(model)
         tensor = config.parallel.tensor
         kept = 0.0

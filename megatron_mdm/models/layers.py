@@ -57,7 +57,7 @@ class Embed(Layer):
             config=config,
             reduce_scatter_embeddings=config.sequence_parallel,
         )
-        if model.lora.rank and "embedding" in targets_of(model):
+        if "embedding" in targets_of(model):
             self.word_embeddings = AdaptedEmbedding(self.word_embeddings, model, config)
         self.sequence_parallel = config.sequence_parallel
         _attach_extensions(self, 0, model, config)
@@ -138,7 +138,7 @@ class Head(Layer):
         self.final_norm = RMSNorm(config, model.hidden_size, eps=model.norm_eps)
         rows = padded_vocab_size(model, degree) // degree
         self.vocabulary_weight = nn.Parameter(torch.empty(rows, model.hidden_size))
-        has_adapter = model.lora.rank and "head" in targets_of(model)
+        has_adapter = "head" in targets_of(model)
         self.adapter = HeadAdapter(rows, model) if has_adapter else NoHeadAdapter()
         self.table_names = {
             "final_norm.weight": FINAL_NORM,
