@@ -21,6 +21,7 @@ ROWS = [  # lowest first; packages of one row do not import each other
     {"evaluation"},
     {"objectives", "reports"},
     {"training"},
+    {"rl"},
     {"cli"},
 ]
 ROW_OF = {package: row for row, packages in enumerate(ROWS) for package in packages}

@@ -18,6 +18,7 @@ from megatron_mdm.config.sections.diffusion import (
 from megatron_mdm.config.sections.image import ImageConfig, ImageVocabulary
 from megatron_mdm.config.sections.lora import LoraConfig
 from megatron_mdm.config.sections.objective import ObjectiveConfig
+from megatron_mdm.config.sections.rl import RewardConfig, RlConfig
 from megatron_mdm.config.sections.section import Section
 
 __all__ = [
@@ -30,6 +31,8 @@ __all__ = [
     "IsadConfig",
     "LoraConfig",
     "ObjectiveConfig",
+    "RewardConfig",
+    "RlConfig",
     "Section",
     "SyrmConfig",
 ]
@@ -260,5 +263,6 @@ class RunConfig(Section):
     faults: FaultsConfig = FaultsConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     image: ImageConfig = ImageConfig()
+    rl: RlConfig = RlConfig()
     seed: int = Field(default=42, ge=0)
     deepspeed: dict[str, Any] = Field(default_factory=dict)  # further keys of its own; those the stack owns are refused

@@ -24,6 +24,10 @@ class Purpose(IntEnum):
     VARIANCE = 9
     ADAPTER_DROPOUT = 10
     CAPTION_DROPOUT = 11
+    ROLLOUT = 12
+    RL_TIMES = 13
+    RL_MASKS = 14
+    RL_PROMPT_MASKS = 15
     LIKELIHOOD = 20
     RANDOM_LENGTH = 21
 

@@ -1,0 +1,1 @@
+"""Reinforcement learning of masked diffusion models: rollouts, rewards, estimators, and a source of batches of them."""
