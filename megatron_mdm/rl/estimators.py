@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from megatron_mdm.config.schema import RlConfig
+from megatron_mdm.config.sections.rl import MASKED
 from megatron_mdm.diffusion.mask_schedule import Floats
 from megatron_mdm.rl.noise import Rows
 
@@ -86,7 +87,7 @@ def _elbo(rl: RlConfig, rows: Rows, totals: Totals) -> Coefficients:
 def _masked_sequence(rl: RlConfig, rows: Rows, totals: Totals) -> Coefficients:
     """UniGRPO's eq. 4: the mean of the masked tokens' log-probabilities, with one ratio a completion."""
     count, length = rows.scored.sum(1), rows.scored.shape[1]
-    size = {"masked": count, "length": np.full_like(count, length), "elbo": length * rows.q}[rl.normalization]
+    size = {MASKED: count, "length": np.full_like(count, length), "elbo": length * rows.q}[rl.normalization]
     c = rows.scored * (rows.weight * _inverse(size) / len(rows.q))[:, None]
     return Coefficients(c, np.array([1.0 / totals.num_completions]), 1.0, rows.parts, True)
 
@@ -94,10 +95,10 @@ def _masked_sequence(rl: RlConfig, rows: Rows, totals: Totals) -> Coefficients:
 Estimator = Callable[[RlConfig, Rows, Totals], Coefficients]
 ESTIMATORS: dict[tuple[str, str], Estimator] = {
     ("one_step", "token"): _one_step,
-    ("masked", "token"): _masked_tokens,
+    (MASKED, "token"): _masked_tokens,
     ("coupled", "token"): _coupled,
     ("elbo", "sequence"): _elbo,
-    ("masked", "sequence"): _masked_sequence,
+    (MASKED, "sequence"): _masked_sequence,
 }
 
 
@@ -123,14 +124,14 @@ Normalizer = Callable[[Rows, Totals], Floats]
 NORMALIZERS: dict[str, Normalizer] = {  # by rl.normalize: n [P] at token level, 1/p(t) included
     "length": _by_length,
     "tokens": _by_tokens,
-    "masked": _by_masked,
+    MASKED: _by_masked,
     "elbo": _by_rate,
 }
 
 
 def _scored(rows: Rows) -> Floats:
     """[P]: 1 where any row scores a token."""
-    return rows.scored.any(0).astype(np.float64)
+    return np.minimum(rows.scored.sum(0), 1.0)
 
 
 def _inverse(values: Floats) -> Floats:

@@ -144,27 +144,27 @@ def metrics(measures: Floats) -> dict[str, float]:
     """Of an optimizer step, by TRL's names, from the Measures of all completions that count, [N, F]."""
     if not len(measures):
         return {}
-    of = Measures(*measures.T)
-    ratios = of.ratios.sum()
-    mean = of.ratio.sum() / ratios
-    low, high = of.clipped_low / of.ratios, of.clipped_high / of.ratios
+    of = dict(zip(Measures._fields, measures.T))
+    ratios = of["ratios"].sum()
+    mean = of["ratio"].sum() / ratios
+    low, high = of["clipped_low"] / of["ratios"], of["clipped_high"] / of["ratios"]
     result = {
-        "objective": of.objective.sum(),
+        "objective": of["objective"].sum(),
         "ratio/mean": mean,
-        "ratio/std": np.sqrt(max(of.ratio_square.sum() / ratios - mean**2, 0.0)),
-        "ratio/min": of.ratio_min.min(),
-        "ratio/max": of.ratio_max.max(),
-        "log_ratio_abs": of.log_ratio_abs.sum() / ratios,
-        "clip_ratio/low_mean": of.clipped_low.sum() / ratios,
+        "ratio/std": np.sqrt(max(of["ratio_square"].sum() / ratios - mean**2, 0.0)),
+        "ratio/min": of["ratio_min"].min(),
+        "ratio/max": of["ratio_max"].max(),
+        "log_ratio_abs": of["log_ratio_abs"].sum() / ratios,
+        "clip_ratio/low_mean": of["clipped_low"].sum() / ratios,
         "clip_ratio/low_min": low.min(),
-        "clip_ratio/high_mean": of.clipped_high.sum() / ratios,
+        "clip_ratio/high_mean": of["clipped_high"].sum() / ratios,
         "clip_ratio/high_max": high.max(),
-        "clip_ratio/region_mean": (of.clipped_low + of.clipped_high).sum() / ratios,
-        "kl": of.kl.sum() / ratios,
-        "kl_k1": of.k1.sum() / ratios,
-        "entropy": of.cross_entropy.sum() / of.scored.sum(),
+        "clip_ratio/region_mean": (of["clipped_low"] + of["clipped_high"]).sum() / ratios,
+        "kl": of["kl"].sum() / ratios,
+        "kl_k1": of["k1"].sum() / ratios,
+        "entropy": of["cross_entropy"].sum() / of["scored"].sum(),
     }
-    noise = of.noise[np.isfinite(of.noise)]
-    if len(noise) and len(of.mean) > 1 and of.mean.var():
-        result["noise_share"] = noise.mean() / of.mean.var(ddof=1)
+    noise = of["noise"][np.isfinite(of["noise"])]
+    if len(noise) and len(of["mean"]) > 1 and of["mean"].var():
+        result["noise_share"] = noise.mean() / of["mean"].var(ddof=1)
     return {name: float(value) for name, value in result.items()}

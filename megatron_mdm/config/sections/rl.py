@@ -9,6 +9,7 @@ from pydantic import Field, field_validator, model_validator
 from megatron_mdm.config.sections.section import Section
 
 Normalization = Literal["masked", "length", "tokens", "elbo"]
+MASKED = "masked"  # an estimator, and a normalisation; no objective is meant
 
 # By rl.estimator: the normalisations that mean something (rl/README.md has the table of constants). "fixed" is 1/N.
 NORMALIZATIONS_OF: dict[str, tuple[str, ...]] = {
