@@ -8,10 +8,13 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from megatron_mdm.checkpoint.manifest import TENSORS, entry_of, find_fault, write_manifest
 from megatron_mdm.checkpoint.tensors import Snapshot
@@ -25,6 +28,7 @@ if TYPE_CHECKING:
     from megatron_mdm.engine.base import Engine  # brings DeepSpeed, which single-process tools do without
 
 STATE = "state.json"
+ARRAYS = "source.npz"  # beside it, of runs whose source of batches has some
 VALIDATION_LOSS = "validation_loss"  # in a state: of the saved weights; absent where they were not validated
 LOSS_SCALE = "loss_scale"  # in a state: fp16's (engine/loss_scale.py); empty or, of earlier code, absent
 
@@ -44,16 +48,18 @@ class CheckpointStore:
         self._pending: Future[None] | None = None
         self._snapshot = Snapshot(context)
 
-    def save(self, step: int, engine: Engine, state: dict[str, Any]) -> None:
+    def save(
+        self, step: int, engine: Engine, state: dict[str, Any], arrays: Mapping[str, NDArray[Any]] | None = None
+    ) -> None:
         """Begin a checkpoint, which finish() ends. Collective.
 
-        The folder appears under its name only when every file is on disk. state is not kept up to date: it must not
-        change afterwards.
+        The folder appears under its name only when every file is on disk. State and arrays, which the main rank writes
+        for all, must not change afterwards.
         """
         assert self._pending is None, "the checkpoint before is still being written"
         self._snapshot.take(engine.optimizer_state.fragments())
         state = {**state, LOSS_SCALE: engine.loss_scale.state()}
-        self._pending = self._writer.submit(self._write, step, state)
+        self._pending = self._writer.submit(self._write, step, state, dict(arrays or {}))
 
     def is_writing(self) -> bool:
         return self._pending is not None and not self._pending.done()
@@ -65,14 +71,14 @@ class CheckpointStore:
         if pending:
             pending.result()
 
-    def _write(self, step: int, state: dict[str, Any]) -> None:
+    def _write(self, step: int, state: dict[str, Any], arrays: dict[str, NDArray[Any]]) -> None:
         """Write this rank's part. Runs on the writing thread of every rank."""
         final = self.folder / f"step-{step:08d}"
         temporary = self.folder / f".{final.name}.tmp"
         try:
             self._together(lambda: _make_empty(temporary), only_main=True)
             entries = self._together(lambda: self._snapshot.write(temporary / TENSORS))
-            self._together(lambda: self._complete(temporary, entries, state, final), only_main=True)
+            self._together(lambda: self._complete(temporary, entries, state, arrays, final), only_main=True)
         except SaveError:
             if self.context.is_main:
                 shutil.rmtree(temporary, ignore_errors=True)  # the space may be what is missing
@@ -80,11 +86,20 @@ class CheckpointStore:
             raise
 
     def _complete(
-        self, temporary: Path, entries: list[tuple[str, dict[str, Any]]], state: dict[str, Any], final: Path
+        self,
+        temporary: Path,
+        entries: list[tuple[str, dict[str, Any]]],
+        state: dict[str, Any],
+        arrays: dict[str, NDArray[Any]],
+        final: Path,
     ) -> None:
-        """Write state and manifest, give the folder its name, remove what this makes superfluous."""
+        """Write state, arrays and manifest, give the folder its name, remove what this makes superfluous."""
         write_json(temporary / STATE, state)
         files = {f"{TENSORS}/{name}": entry for name, entry in entries}
+        if arrays:
+            named: dict[str, Any] = dict(arrays)
+            np.savez(temporary / ARRAYS, **named)
+            files[ARRAYS] = entry_of(temporary / ARRAYS)
         write_manifest(temporary, {**files, STATE: entry_of(temporary / STATE)})
         for folder in (temporary / TENSORS, temporary):
             sync(folder)
@@ -187,3 +202,11 @@ def first_intact(candidates: Sequence[Path]) -> tuple[Path | None, str]:
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
     return json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
+
+
+def read_arrays(checkpoint: Path) -> dict[str, NDArray[Any]]:
+    """The arrays of the run's source of batches by name; none where it has none."""
+    if not (checkpoint / ARRAYS).is_file():
+        return {}
+    with np.load(checkpoint / ARRAYS, allow_pickle=False) as file:
+        return dict(file)

@@ -11,7 +11,8 @@ import torch
 
 from megatron_mdm.parallel import platform
 
-# other: what is left of the step; pipeline: messages to and from other stages, waiting for them included.
+# Of every step. other: what is left of it; pipeline: messages to and from other stages, waiting for them included. A
+# source of batches may measure more.
 PHASES = ("data", "forward", "backward", "optimizer", "pipeline", "other")
 
 
@@ -41,7 +42,7 @@ class PhaseClock:
             if self.is_exact:
                 platform.synchronize()
             elapsed = time.perf_counter() - began
-            self.seconds[phase] += elapsed - self._inner
+            self.seconds[phase] = self.seconds.get(phase, 0.0) + elapsed - self._inner
             self._inner = outer + elapsed
 
     def timed(self, phase: str, function: Callable[..., Any]) -> Callable[..., Any]:

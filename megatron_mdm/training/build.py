@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -26,7 +25,7 @@ from megatron_mdm.training.callbacks.validate import Validate
 from megatron_mdm.training.faults import Faults
 from megatron_mdm.training.inputs import RunData, total_steps
 from megatron_mdm.training.loop import Trainer
-from megatron_mdm.training.metrics import MetricsLog
+from megatron_mdm.training.parts import Run, RunParts
 from megatron_mdm.training.refit import JudgeSampler, Refit
 from megatron_mdm.training.source import SupervisedSource
 from megatron_mdm.training.speed import CompareRanks
@@ -77,31 +76,47 @@ def build_trainer(
     return Trainer(config, context, source, engine, total_steps(config, len(data.train)))
 
 
+class Supervised:
+    """Samples with their targets, or a corpus: the RunParts of every run without a section `rl`."""
+
+    def checked(self, config: RunConfig, world_size: int) -> RunConfig:
+        return config
+
+    def check_data(self, config: RunConfig, data: RunData) -> None:
+        pass
+
+    def source(self, run: Run) -> SupervisedSource:
+        return build_source(run.config, run.data, run.artifact, run.context, run.first_batch)
+
+    def callbacks(self, run: Run, trainer: Trainer) -> list[Callback]:
+        """Those that the configuration asks for."""
+        config, data, artifact, metrics = run.config, run.data, run.artifact, run.metrics
+        source = cast(SupervisedSource, trainer.source)
+        noiser = cast(Noiser, source.noise)  # of an objective with a mask design, which the settings below are about
+        found: list[Callback] = []
+        if artifact and config.diffusion.calibration.refit_every:
+            found.append(Refit(calibrator_of(config, as_trained(config, data)), noiser, artifact, metrics))
+        if config.evaluation.every and data.validation is not None:
+            validation = source.objective.validation(data.validation, data.special_ids, trainer.context)
+            found.append(Validate(config, validation, trainer, metrics))
+            kinds = (config.diffusion.rows_per_sample, config.diffusion.masking, config.diffusion.mask_schedule)
+            if artifact and kinds == (1, "bernoulli", "linear") and isinstance(validation, FixedGridValidation):
+                found.append(JudgeSampler(noiser, artifact, validation, config.evaluation.every, metrics))
+            if config.diffusion.t_sampler == "clipped" and config.diffusion.clipping.bounds == "adaptive":
+                found.append(AdaptiveClipping(config, cast(FixedGridValidation, validation), noiser, metrics))
+        return found
+
+
+SUPERVISED = Supervised()
+
+
 def build_callbacks(
-    trainer: Trainer,
-    source: SupervisedSource,
-    data: RunData,
-    store: CheckpointStore,
-    metrics: MetricsLog,
-    artifact: dict[str, Any] | None,
-    others: Sequence[Callback],
+    run: Run, parts: RunParts, trainer: Trainer, store: CheckpointStore, others: Sequence[Callback]
 ) -> Callbacks:
-    """The callbacks that the configuration asks for, and others."""
-    config = trainer.config
-    folder = Path(trainer.config.checkpoint.directory)
+    """The callbacks of every run, of its kind, and others."""
     callbacks = Callbacks()
-    for callback in (Faults(trainer, metrics, folder), CompareRanks(trainer, metrics, folder), *others):
+    of_every_run = (Faults(trainer, run.metrics, run.folder), CompareRanks(trainer, run.metrics, run.folder))
+    for callback in (*of_every_run, *others, *parts.callbacks(run, trainer)):
         callbacks.add(callback)
-    noiser = cast(Noiser, source.noise)  # of an objective with a mask design, which the settings below are about
-    if artifact and config.diffusion.calibration.refit_every:
-        callbacks.add(Refit(calibrator_of(config, as_trained(config, data)), noiser, artifact, metrics))
-    if config.evaluation.every and data.validation is not None:
-        validation = source.objective.validation(data.validation, data.special_ids, trainer.context)
-        callbacks.add(Validate(config, validation, trainer, metrics))
-        kinds = (config.diffusion.rows_per_sample, config.diffusion.masking, config.diffusion.mask_schedule)
-        if artifact and kinds == (1, "bernoulli", "linear") and isinstance(validation, FixedGridValidation):
-            callbacks.add(JudgeSampler(noiser, artifact, validation, config.evaluation.every, metrics))
-        if config.diffusion.t_sampler == "clipped" and config.diffusion.clipping.bounds == "adaptive":
-            callbacks.add(AdaptiveClipping(config, cast(FixedGridValidation, validation), noiser, metrics))
-    callbacks.add(Save(trainer, store, metrics, data.train.fingerprint, callbacks))
+    callbacks.add(Save(trainer, store, run.metrics, run.data.train.fingerprint, callbacks))
     return callbacks

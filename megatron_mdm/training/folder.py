@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from megatron_mdm.checkpoint.base import INPUTS
 from megatron_mdm.checkpoint.native import HUGGINGFACE, TOKENIZER, keep_tokenizer
-from megatron_mdm.checkpoint.store import CheckpointStore, read_state
+from megatron_mdm.checkpoint.store import CheckpointStore, read_arrays, read_state
 from megatron_mdm.config.errors import UserError
 from megatron_mdm.config.files import write_atomically, write_json
 from megatron_mdm.config.load import dump_config
@@ -44,6 +44,7 @@ _ARTIFACTS = (  # patterns of what --overwrite removes, beside the checkpoints a
     "images*/[0-9][0-9][0-9][0-9][0-9][0-9].png",  # generated for scores
     "images*/sheet.png",
     "samples*.jsonl",
+    "rollouts/[0-9][0-9][0-9][0-9][0-9][0-9].npz",
     "run.png",
     "run.json",
     HUGGINGFACE,
@@ -112,7 +113,7 @@ class Start(NamedTuple):
 
     @classmethod
     def from_scratch(cls) -> Start:
-        return cls(None, TrainState(), SavedState({}, {}))
+        return cls(None, TrainState(), SavedState({}, {}, {}))
 
 
 def newest(store: CheckpointStore, config: RunConfig, data: RunData, context: ParallelContext) -> Start:
@@ -131,7 +132,7 @@ def newest(store: CheckpointStore, config: RunConfig, data: RunData, context: Pa
         )
     if saved["data"] != data.train.fingerprint:
         raise UserError(f"{config.data.train}: the file has changed since {checkpoint} was written")
-    state, parts = restored_state(saved)
+    state, parts = restored_state(saved, read_arrays(checkpoint))
     state.stop_reason = ""
     state.failure = ""
     state.interrupted = False

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from megatron_mdm.config.schema import RunConfig
-from megatron_mdm.engine.base import Engine
+from megatron_mdm.engine.base import Engine, TrainOutput
 from megatron_mdm.engine.clock import CommunicationProfile
 from megatron_mdm.parallel.cores import core_wait
 from megatron_mdm.parallel.groups import ParallelContext
@@ -18,12 +18,15 @@ from megatron_mdm.training.schedules import learning_rate
 from megatron_mdm.training.source import BatchSource, StepFacts
 from megatron_mdm.training.state import TrainState
 
+_NO_UPDATE = TrainOutput([], 0.0)
+
 
 @dataclass(frozen=True, kw_only=True)
 class StepResult(StepFacts):
     """One optimizer step: what its source says of it, and what it took. Times are this rank's."""
 
     step: int  # from 0
+    is_empty: bool  # nothing in it had a gradient: no optimizer step
     grad_norm: float
     lr: float
     seconds: float
@@ -53,6 +56,7 @@ class Trainer:
             enter(f"step {state.step + 1}")
             result = self.train_step(state.step)
             state.step += 1
+            state.num_empty += result.is_empty
             for callback in callbacks:
                 callback.after_step(state, result)
             if state.rewinding:
@@ -71,13 +75,15 @@ class Trainer:
             with clock.measure("data"):
                 prepared = self.source.prepare(step)
             lr = learning_rate(step, self.num_steps, self.config.optimizer.lr, self.config.schedule)
-            output = self.engine.train_batch(prepared.micro_batches, lr)
+            micro_batches = prepared.micro_batches
+            output = self.engine.train_batch(micro_batches, lr) if micro_batches else _NO_UPDATE
             facts = self.source.collect(step, prepared, output)
             seconds = time.perf_counter() - began
             waited = core_wait() - waited
         return StepResult(
             **vars(facts),
             step=step,
+            is_empty=not micro_batches,
             grad_norm=output.grad_norm,
             lr=lr,
             seconds=seconds,

@@ -8,7 +8,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from megatron_mdm.checkpoint.load import restore
-from megatron_mdm.checkpoint.store import CheckpointStore, read_state
+from megatron_mdm.checkpoint.store import CheckpointStore, read_arrays, read_state
 from megatron_mdm.parallel.heartbeat import enter
 from megatron_mdm.training.callbacks.base import Callbacks
 from megatron_mdm.training.faults import append_fault
@@ -47,7 +47,7 @@ def rewind(
 
 def rewound(state: TrainState, checkpoint: Path) -> tuple[TrainState, SavedState]:
     """A checkpoint's states, less the batches that were trained on since."""
-    before, saved = restored_state(read_state(checkpoint))
+    before, saved = restored_state(read_state(checkpoint), read_arrays(checkpoint))
     before.skipped_batches = state.skipped_batches + state.step - before.step
     before.num_rewinds = state.num_rewinds + 1
     before.stop_reason = state.stop_reason

@@ -21,7 +21,7 @@ from megatron_mdm.parallel.collectives import barrier
 from megatron_mdm.parallel.groups import ParallelContext
 from megatron_mdm.parallel.heartbeat import enter
 from megatron_mdm.reports.plots import calibration_figure, save_figure, training_figure
-from megatron_mdm.training.build import build_callbacks, build_source
+from megatron_mdm.training.build import SUPERVISED, build_callbacks
 from megatron_mdm.training.calibrate import calibrate, load_artifact, save_artifact
 from megatron_mdm.training.callbacks.log import Log
 from megatron_mdm.training.faults import FAULTS
@@ -29,6 +29,7 @@ from megatron_mdm.training.folder import CALIBRATION, CHECKPOINTS, Start, StartM
 from megatron_mdm.training.inputs import RunData, total_steps
 from megatron_mdm.training.loop import Trainer
 from megatron_mdm.training.metrics import MetricsLog, truncate_records
+from megatron_mdm.training.parts import Run, RunParts
 from megatron_mdm.training.preflight import preflight
 from megatron_mdm.training.rewind import rewind
 from megatron_mdm.training.signals import StopOnSignal
@@ -36,8 +37,13 @@ from megatron_mdm.training.speed import Speed, job_peak_flops
 from megatron_mdm.training.summary import summarize
 
 
-def train_run(config: RunConfig, data: RunData, context: ParallelContext, mode: StartMode) -> dict[str, Any]:
-    """Train (or finish training) one run. Collective. Returns the summary that is also written to summary.json."""
+def train_run(
+    config: RunConfig, data: RunData, context: ParallelContext, mode: StartMode, parts: RunParts = SUPERVISED
+) -> dict[str, Any]:
+    """Train (or finish training) one run. Collective. Returns the summary that is also written to summary.json.
+
+    parts: the kind of the run.
+    """
     folder = Path(config.checkpoint.directory)
     config = pinned(config, mode.resume)
     prepare_folder(folder, config, data, mode, context)
@@ -60,11 +66,12 @@ def train_run(config: RunConfig, data: RunData, context: ParallelContext, mode: 
         truncate_records(folder / FAULTS, state.step)
     peak = job_peak_flops(config.precision.dtype, context)
     while True:
-        source = build_source(config, data, artifact, context, state.skipped_batches)
+        run = Run(config, data, context, engine, artifact, metrics, state.skipped_batches)
+        source = parts.source(run)
         trainer = Trainer(config, context, source, engine, total_steps(config, len(data.train)))
-        log = Log(trainer, source.noise, metrics, state, Speed(config.model, peak))
-        callbacks = build_callbacks(trainer, source, data, store, metrics, artifact, [log, signals])
-        source.load_state_dict(saved.source)
+        log = Log(trainer, metrics, state, Speed(config.model, peak))
+        callbacks = build_callbacks(run, parts, trainer, store, [log, signals])
+        source.load_state_dict(saved.source, saved.arrays)
         callbacks.load_state_dict(saved.callbacks)
         trainer.train(state, callbacks)
         if not state.rewinding:
@@ -72,7 +79,7 @@ def train_run(config: RunConfig, data: RunData, context: ParallelContext, mode: 
         state, saved = rewind(state, callbacks, trainer, store, metrics)
     if state.failure:
         raise UserError(state.failure)
-    summary = {**summarize(state, log, artifact, source.noise), "peak_flops_per_second": peak}
+    summary = {**summarize(state, log, artifact, source), "peak_flops_per_second": peak}
     if context.is_main:
         write_json(folder / "summary.json", summary)
         records = metrics.records()

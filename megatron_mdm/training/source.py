@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
@@ -58,7 +58,8 @@ class BatchSource(Protocol):
     are collective."""
 
     def prepare(self, step: int) -> Prepared:
-        """The micro-batches of a step, which counts from 0."""
+        """The micro-batches of a step, which counts from 0. None on any rank: the step has no gradient and is counted
+        without an update."""
         ...
 
     def collect(self, step: int, prepared: Prepared, output: TrainOutput) -> StepFacts: ...
@@ -67,7 +68,17 @@ class BatchSource(Protocol):
         """The source's state after a step, JSON-able: it is part of every checkpoint."""
         ...
 
-    def load_state_dict(self, saved: dict[str, Any]) -> None: ...
+    def state_arrays(self) -> Mapping[str, NDArray[Any]]:
+        """What of it is too large for JSON, by name, the same on every rank. Nothing changes them afterwards."""
+        ...
+
+    def load_state_dict(self, saved: dict[str, Any], arrays: Mapping[str, NDArray[Any]]) -> None:
+        """Take back what state_dict and state_arrays gave."""
+        ...
+
+    def times(self, step: int) -> tuple[Floats, Floats]:
+        """Mask rate t and importance weight of a step's samples."""
+        ...
 
 
 class DrawnBatches(NamedTuple):
@@ -140,7 +151,7 @@ class SupervisedSource:
         summed: Summed = prepared.content
         batch = summed.batch
         values = self._values(summed, output)
-        t, weight = self.noise.times(step)
+        t, weight = self.times(step)
         return StepFacts(
             loss=float(values[:, 0].sum()),
             t=t,
@@ -158,8 +169,14 @@ class SupervisedSource:
     def state_dict(self) -> dict[str, Any]:
         return {}
 
-    def load_state_dict(self, saved: dict[str, Any]) -> None:
+    def state_arrays(self) -> Mapping[str, NDArray[Any]]:
+        return {}
+
+    def load_state_dict(self, saved: dict[str, Any], arrays: Mapping[str, NDArray[Any]]) -> None:
         pass
+
+    def times(self, step: int) -> tuple[Floats, Floats]:
+        return self.noise.times(step)
 
     def noised_batch(self, step: int) -> NoisedBatches:
         """This data-parallel rank's part of a step's batch: a function of the step and the sampler of t alone.

@@ -47,13 +47,13 @@ class Speed:
 
     def add(self, result: StepResult) -> None:
         tokens = result.num_tokens
-        samples = len(result.sample_ids)
+        samples = max(1, len(result.sample_ids))
         self.num_steps += 1
         self.num_tokens += tokens
         self.flops += training_flops(self.model, tokens * result.num_views, tokens / samples, result.num_selected)
         self.seconds += result.seconds
         for phase, seconds in result.phases.items():
-            self.phases[phase] += seconds
+            self.phases[phase] = self.phases.get(phase, 0.0) + seconds
 
     @property
     def tokens_per_second(self) -> float:

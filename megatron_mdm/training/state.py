@@ -4,8 +4,11 @@ no place here; what one callback alone needs is its own (callbacks/base.py)."""
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
+
+from numpy.typing import NDArray
 
 from megatron_mdm.training.callbacks.base import Callbacks, State
 from megatron_mdm.training.source import BatchSource
@@ -36,7 +39,8 @@ class TrainState:
     best_step: int = -1  # of the validation with the least loss
     validated_step: int = -1  # the last validation's step …
     validation_loss: float = float("inf")  # … and loss
-    num_skipped: int = 0  # steps without an update, since loss or gradient was infinite or not a number
+    num_skipped: int = 0  # steps without an update, since loss or gradient was infinite or not a number …
+    num_empty: int = 0  # … or since nothing in them had a gradient
     skipped_batches: int = 0  # of the data, since a loss jumped in them: step s takes batch s + skipped_batches
     num_rewinds: int = 0
     rewinding: bool = False  # go back to the newest checkpoint before the next step
@@ -47,7 +51,7 @@ class TrainState:
     @property
     def num_updates(self) -> int:
         """Steps that the optimizer has taken."""
-        return self.step - self.num_skipped
+        return self.step - self.num_skipped - self.num_empty
 
 
 class SavedState(NamedTuple):
@@ -55,23 +59,25 @@ class SavedState(NamedTuple):
 
     callbacks: dict[str, State]  # by name
     source: State
+    arrays: Mapping[str, NDArray[Any]]  # the source's, in a file of their own
 
     @classmethod
     def of(cls, callbacks: Callbacks, source: BatchSource) -> SavedState:
         """A copy, as training continues while it is written."""
-        return cls(copy.deepcopy(callbacks.state_dict()), copy.deepcopy(source.state_dict()))
+        states = copy.deepcopy((callbacks.state_dict(), source.state_dict()))
+        return cls(*states, source.state_arrays())
 
 
 def saved_state(state: TrainState, parts: SavedState) -> dict[str, Any]:
-    """What a checkpoint holds of training."""
-    return {"train": asdict(state), **parts._asdict()}
+    """What a checkpoint's state holds of training, JSON-able: all but the arrays."""
+    return {"train": asdict(state), "callbacks": parts.callbacks, "source": parts.source}
 
 
-def restored_state(saved: dict[str, Any]) -> tuple[TrainState, SavedState]:
-    """The training state in a checkpoint's content, and its parts' states."""
+def restored_state(saved: dict[str, Any], arrays: Mapping[str, NDArray[Any]]) -> tuple[TrainState, SavedState]:
+    """The training state in a checkpoint's content, and its parts' states. arrays: the source's, in the checkpoint."""
     train = saved["train"]
     state = TrainState(**{key: value for key, value in train.items() if key in TrainState.__dataclass_fields__})
     if "callbacks" in saved:
-        return state, SavedState(saved["callbacks"], saved["source"])
+        return state, SavedState(saved["callbacks"], saved["source"], arrays)
     of_callbacks = {name: {key: train[key] for key in keys if key in train} for name, keys in _IN_FORMAT_1.items()}
-    return state, SavedState(of_callbacks, {})
+    return state, SavedState(of_callbacks, {}, {})

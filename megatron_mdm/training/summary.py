@@ -7,17 +7,17 @@ from typing import Any
 import numpy as np
 
 from megatron_mdm.config.schema import RunConfig
-from megatron_mdm.objectives.base import Noise
 from megatron_mdm.training.callbacks.log import Log
+from megatron_mdm.training.source import BatchSource
 from megatron_mdm.training.state import TrainState
 
 _CALIBRATION = ("efficiency", "efficiency_interval", "efficiency_of_uniform", "uniform_floor", "forwards", "seconds")
 
 
-def summarize(state: TrainState, log: Log, artifact: dict[str, Any] | None, noise: Noise) -> dict[str, Any]:
+def summarize(state: TrainState, log: Log, artifact: dict[str, Any] | None, source: BatchSource) -> dict[str, Any]:
     """Content of summary.json. log: of the whole run. artifact: the calibration, where there is one."""
     drawn = np.array(log.t_histogram) / max(1, sum(log.t_histogram))
-    t, _ = noise.times(max(0, state.step - 1))
+    t, _ = source.times(max(0, state.step - 1))
     variances = {
         "variance_of_loss": log.run_variance.of_loss(),
         "variance_of_loss_eq_23": log.run_variance.of_loss_eq_23(),
@@ -29,6 +29,7 @@ def summarize(state: TrainState, log: Log, artifact: dict[str, Any] | None, nois
         "tokens": state.num_tokens,
         "stopped_early": state.stop_reason,
         "skipped_steps": state.num_skipped,
+        **({"empty_steps": state.num_empty} if state.num_empty else {}),
         "rewinds": state.num_rewinds,
         "best_validation_loss": state.best_validation if np.isfinite(state.best_validation) else None,
         "best_step": state.best_step if np.isfinite(state.best_validation) else None,

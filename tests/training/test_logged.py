@@ -77,7 +77,7 @@ def trained(config: RunConfig, decayed: RunConfig) -> dict[str, Any]:
     state = TrainState(step=1)
     recorder = Recorder()
     folder = Path(config.checkpoint.directory)
-    log = Log(trainer, trainer.source.noise, MetricsLog(folder, False, True, 0), state, Speed(one.model, 1e12))
+    log = Log(trainer, MetricsLog(folder, False, True, 0), state, Speed(one.model, 1e12))
     for callback in (log, recorder):
         callback.after_step(state, result)
     trainer.train(state, [log, recorder])

@@ -11,11 +11,11 @@ from megatron_mdm.config.schema import EmaConfig
 from megatron_mdm.diffusion.control_variate import CONTROL_VARIATES, ControlVariate, WeightedLosses, bins_of
 from megatron_mdm.diffusion.noiser import Noiser
 from megatron_mdm.diffusion.variance import BatchMeans, OnlineVariance
-from megatron_mdm.objectives.base import Noise
 from megatron_mdm.parallel.progress import progress_bar
 from megatron_mdm.training.callbacks.base import Callback, Order, State
 from megatron_mdm.training.loop import StepResult, Trainer
 from megatron_mdm.training.metrics import MetricsLog
+from megatron_mdm.training.source import SupervisedSource
 from megatron_mdm.training.speed import Speed
 from megatron_mdm.training.state import TrainState
 
@@ -31,12 +31,12 @@ class Log(Callback):
     name = "log"
     order = Order.LOG
 
-    def __init__(self, trainer: Trainer, noise: Noise, metrics: MetricsLog, state: TrainState, speed: Speed) -> None:
+    def __init__(self, trainer: Trainer, metrics: MetricsLog, state: TrainState, speed: Speed) -> None:
         config = trainer.config
         self.every = config.logging.every
         self.metrics = metrics
         self.speed = speed
-        self.noise = noise
+        self.source = trainer.source
         self.ema = config.diffusion.ema
         self.control_variate = _new_variate(self.ema) if self.ema.enabled else None
         self.run_variance = OnlineVariance()  # over the whole run
@@ -73,7 +73,7 @@ class Log(Callback):
             self.control_variate = CONTROL_VARIATES[self.ema.variate](**variate)
 
     def after_step(self, state: TrainState, result: StepResult) -> None:
-        if not result.is_skipped:
+        if not (result.is_skipped or result.is_empty):
             self._count(result)
         self.speed.add(result)
         state.num_tokens += result.num_tokens
@@ -105,8 +105,9 @@ class Log(Callback):
         self.window_bins = [losses.tolist(), counts.tolist()]
 
     def _adjust(self, variate: ControlVariate, result: StepResult) -> None:
-        assert isinstance(self.noise, Noiser)
-        mass = self.noise.sampler.weighted_mass(self.ema.num_bins)
+        assert isinstance(self.source, SupervisedSource)
+        assert isinstance(self.source.noise, Noiser)
+        mass = self.source.noise.sampler.weighted_mass(self.ema.num_bins)
         batch = WeightedLosses(result.t, result.weight, result.term / result.weight, mass)
         adjusted = float(variate.adjusted(batch).mean())
         for means in (self.adjusted_means, self.run_adjusted_means):

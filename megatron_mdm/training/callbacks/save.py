@@ -72,11 +72,12 @@ class Save(Callback):
 
     def _begin(self, state: TrainState) -> None:
         enter(f"the checkpoint of step {state.step}", extra_seconds=self.seconds)
-        content = {"data": self.fingerprint, **saved_state(state, SavedState.of(self.callbacks, self.source))}
+        parts = SavedState.of(self.callbacks, self.source)
+        content = {"data": self.fingerprint, **saved_state(state, parts)}
         if state.validated_step == state.step:
             content[VALIDATION_LOSS] = state.validation_loss
         self.last_step = state.step
-        self.store.save(state.step, self.engine, content)
+        self.store.save(state.step, self.engine, content, parts.arrays)
 
     def _finish(self) -> None:
         """Wait for what is being written, if anything is; say so where it could not be."""
