@@ -108,10 +108,11 @@ Column = Literal[
 
 
 class DataConfig(Section):
-    """Samples with a prompt and a response, or a corpus. See megatron_mdm/data/README.md."""
+    """Samples with a prompt and a response, a corpus, or prompts. See megatron_mdm/data/README.md."""
 
     # sft: JSON lines, parquet, or the name of a `datasets` set. corpus: prefixes of Megatron's .bin/.idx files.
-    format: Literal["sft", "corpus"] = "sft"
+    # prompts: sft's files, for reinforcement learning: the model answers them itself, rewards read their columns.
+    format: Literal["sft", "corpus", "prompts"] = "sft"
     train: str | dict[str, float]  # several files or prefixes with weights make a blend
     validation: str = ""  # empty: cut validation_fraction off the training data
     validation_fraction: float = Field(default=0.0, ge=0.0, lt=1.0)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,6 +29,8 @@ from megatron_mdm.diffusion.randomness import Purpose, stream
 _RECORDS_AT_ONCE = 1024  # that the tokenizer is given
 _IGNORED_LABEL = -100  # a label, as torch's and transformers' losses skip it
 
+Set = TypeVar("Set", bound="SftDataset")
+
 
 @dataclass(frozen=True)
 class SftDataset:
@@ -40,6 +42,8 @@ class SftDataset:
     num_bad: int = 0  # left out: not readable
     first_bad: tuple[str, ...] = ()  # where some of them are, and what is wrong
     records: Sequence[int] = ()  # of each sample; empty: every sample is a record of its own
+
+    BY_ROW: ClassVar[tuple[str, ...]] = ("samples", "records")  # fields with an entry for every row
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -58,9 +62,11 @@ class SftDataset:
     def with_samples(self, samples: Sequence[Sample]) -> SftDataset:
         return replace(self, samples=samples)
 
-    def subset(self, rows: Sequence[int] | NDArray[np.int64]) -> SftDataset:
-        records = [self.records[row] for row in rows] if self.records else ()
-        return SftDataset([self.samples[row] for row in rows], 0, self.fingerprint, records=records)
+    def subset(self: Set, rows: Sequence[int] | NDArray[np.int64]) -> Set:
+        """These rows; what was left out in reading is not said of them."""
+        by_row = [name for name in self.BY_ROW if getattr(self, name)]
+        taken: dict[str, Any] = {name: [getattr(self, name)[row] for row in rows] for name in by_row}
+        return replace(self, **taken, num_too_long=0, num_bad=0, first_bad=())
 
 
 def read_sft(path: str, tokenizer: Tokenizer, data: DataConfig, vocab_size: int) -> SftDataset:
@@ -102,12 +108,12 @@ def read_sft(path: str, tokenizer: Tokenizer, data: DataConfig, vocab_size: int)
         raise UserError(
             f"{path}: no sample left; {num_too_long} longer than 'data.max_length' {data.max_length}{bad.summary()}"
         )
-    fingerprint = sha256(Path(path)) if Path(path).is_file() else _contents(samples)
+    fingerprint = sha256(Path(path)) if Path(path).is_file() else contents(samples)
     records = records if len(set(records)) < len(records) else []
     return SftDataset(samples, num_too_long, fingerprint, bad.count, tuple(bad.first), records)
 
 
-def _contents(samples: Sequence[Sample]) -> str:
+def contents(samples: Sequence[Sample]) -> str:
     """sha256 of the samples, where the data are no file."""
     digest = hashlib.sha256()
     for sample in samples:
@@ -115,23 +121,25 @@ def _contents(samples: Sequence[Sample]) -> str:
     return digest.hexdigest()
 
 
-def blended(sets: Sequence[SftDataset], weights: Sequence[float]) -> SftDataset:
+def blended(sets: Sequence[Set], weights: Sequence[float]) -> Set:
     """One set of several: an epoch shows every sample of the set that lasts longest once, and of the others as their
     weights ask, several times where they are few. The mean over samples is then Σ weight · loss / Σ weight.
     """
     if len(sets) == 1:
         return sets[0]
     counts = blend_counts([len(part) for part in sets], weights)
-    return SftDataset(
-        [part.samples[row % len(part)] for part, count in zip(sets, counts) for row in range(count)],
-        sum(part.num_too_long for part in sets),
-        _together([part.fingerprint for part in sets]),
-        sum(part.num_bad for part in sets),
-        tuple(place for part in sets for place in part.first_bad),
+    parts = [replace(part, records=()).subset(np.arange(count) % len(part)) for part, count in zip(sets, counts)]
+    return replace(
+        parts[0],
+        **{name: [row for part in parts for row in getattr(part, name)] for name in parts[0].BY_ROW},
+        num_too_long=sum(part.num_too_long for part in sets),
+        fingerprint=_together([part.fingerprint for part in sets]),
+        num_bad=sum(part.num_bad for part in sets),
+        first_bad=tuple(place for part in sets for place in part.first_bad),
     )
 
 
-def joined(sets: Sequence[SftDataset]) -> SftDataset:
+def joined(sets: Sequence[Set]) -> Set:
     """One set of several, each sample once."""
     return blended(sets, [len(part) for part in sets])
 
@@ -140,7 +148,7 @@ def _together(fingerprints: Sequence[str]) -> str:
     return hashlib.sha256("\n".join(fingerprints).encode()).hexdigest()
 
 
-def split_validation(data: SftDataset, fraction: float, seed: int) -> tuple[SftDataset, SftDataset]:
+def split_validation(data: Set, fraction: float, seed: int) -> tuple[Set, Set]:
     """(training, validation): a random, seeded share of at least one record, with all its samples, for validation."""
     records = np.unique(data.records, return_inverse=True)[1] if data.records else np.arange(len(data))
     num_records = int(records.max()) + 1
@@ -161,8 +169,12 @@ def encode_prompt(prompt: str | Prompt, tokenizer: Tokenizer) -> list[int]:
         pieces = tokenizer.prompt_of(turns)
     except ValueError as error:
         raise UserError(f"the prompt {turns[-1].content[:40]!r}: {error}") from None
-    ids = tokenizer.ids_of(pieces)
-    return [token for piece, own in zip(pieces, ids) for token in _ended(piece, own, tokenizer.eos_id)]
+    return [token for own in encoded(pieces, tokenizer) for token in own]
+
+
+def encoded(pieces: Sequence[Piece], tokenizer: Tokenizer) -> list[list[int]]:
+    """The ids of each piece, with the end token that it may have."""
+    return [_ended(piece, own, tokenizer.eos_id) for piece, own in zip(pieces, tokenizer.ids_of(pieces))]
 
 
 class _Draft(NamedTuple):
@@ -195,7 +207,7 @@ def _drafts(path: str, tokenizer: Tokenizer, data: DataConfig, vocab_size: int, 
         with bad.of(where):
             ids = renamed(record, data)
             if ids.get("input_ids") is not None:
-                yield _Draft(number, where, _of_ids(ids, vocab_size))
+                yield _Draft(number, where, sample_of_ids(ids, vocab_size))
                 continue
             turns = conversation(record, data)
             for pieces in tokenizer.samples_of(turns, last_only=data.eligible_turns == "last"):
@@ -216,7 +228,7 @@ def _ended(piece: Piece, ids: list[int], eos_id: int) -> list[int]:
     return [*ids, eos_id] if piece.ends and ids else ids
 
 
-def _of_ids(record: Record, vocab_size: int) -> Sample:
+def sample_of_ids(record: Record, vocab_size: int) -> Sample:
     """A sample of token ids; eligible from prompt_length on, or in 'spans' ([first, end) pairs), or where 'labels' do
     not say -100."""
     ids = _integers(record["input_ids"], "input_ids")

@@ -11,7 +11,8 @@ from megatron_mdm.config.schema import RunConfig
 from megatron_mdm.data.corpus import CorpusDataset, read_corpora
 from megatron_mdm.data.documents import format_of
 from megatron_mdm.data.indexed import is_corpus
-from megatron_mdm.data.sft import SftDataset, blended, joined, read_sft, split_validation
+from megatron_mdm.data.prompt_set import PromptDataset, read_prompt_set
+from megatron_mdm.data.sft import Set, SftDataset, blended, joined, read_sft, split_validation
 from megatron_mdm.data.syntax import add_syntax, mark_delimiters
 from megatron_mdm.data.tokenizer import Tokenizer
 
@@ -43,20 +44,31 @@ def read_held_out(path: str, config: RunConfig, tokenizer: Tokenizer) -> Dataset
 
 
 def _samples(config: RunConfig, tokenizer: Tokenizer) -> tuple[SftDataset, SftDataset | None]:
-    data = config.data
     vocab_size = int(config.model.vocab_size)
+    train, validation = _held_apart(config, lambda path: read_sft(path, tokenizer, config.data, vocab_size))
+    train = mark_delimiters(add_syntax(train, config.diffusion.syrm, tokenizer), config.diffusion.isad, tokenizer)
+    return train, validation
+
+
+def _prompts(config: RunConfig, tokenizer: Tokenizer) -> tuple[PromptDataset, PromptDataset | None]:
+    vocab_size = int(config.model.vocab_size)
+    gen_length = config.rl.gen_length
+    return _held_apart(config, lambda path: read_prompt_set(path, tokenizer, config.data, vocab_size, gen_length))
+
+
+def _held_apart(config: RunConfig, read: Callable[[str], Set]) -> tuple[Set, Set | None]:
+    """(training, validation) from the files that the configuration names."""
+    data = config.data
     blend = data.train if isinstance(data.train, dict) else {data.train: 1.0}
-    sets = [read_sft(path, tokenizer, data, vocab_size) for path in blend]
+    sets = [read(path) for path in blend]
     validation = None
     if data.validation:
-        validation = read_sft(data.validation, tokenizer, data, vocab_size)
+        validation = read(data.validation)
     elif data.validation_fraction:  # of each file, since a blend shows samples several times
         pairs = [split_validation(part, data.validation_fraction, config.seed) for part in sets]
         sets = [train for train, _ in pairs]
         validation = joined([held_out for _, held_out in pairs])
-    train = blended(sets, list(blend.values()))
-    train = mark_delimiters(add_syntax(train, config.diffusion.syrm, tokenizer), config.diffusion.isad, tokenizer)
-    return train, validation
+    return blended(sets, list(blend.values())), validation
 
 
 def _corpora(config: RunConfig, tokenizer: Tokenizer) -> tuple[CorpusDataset, CorpusDataset | None]:
@@ -85,4 +97,5 @@ def _read_corpora(config: RunConfig) -> Callable[..., tuple[CorpusDataset, Corpu
 _SPLITS: dict[str, Callable[[RunConfig, Tokenizer], tuple[Dataset, Dataset | None]]] = {  # by data.format
     "sft": _samples,
     "corpus": _corpora,
+    "prompts": _prompts,
 }

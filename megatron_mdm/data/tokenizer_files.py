@@ -28,6 +28,7 @@ from megatron_mdm.data.tokenizer_folder import (
 )
 
 Json = dict[str, Any]
+_WORTH_THREADS = 64  # texts at once: for fewer, starting threads takes longer than encoding
 _TAG = re.compile(r"<.+>|\[.+\]", re.DOTALL)  # what a special token looks like, even where no file says that it is one
 
 
@@ -170,8 +171,14 @@ class SentencePiece:
         }
 
     def encode_batch(self, texts: Sequence[str], parse_special: bool = False) -> list[list[int]]:
+        if len(texts) >= _WORTH_THREADS:
+            return self._encode(list(texts))
+        return [self._encode(text) for text in texts]
+
+    def _encode(self, text: str | list[str]) -> Any:
+        """Ids of a text, or of each of several, for which the library starts threads."""
         return self.processor.encode(
-            list(texts), add_bos=False, add_eos=False, reverse=False, emit_unk_piece=False, enable_sampling=False
+            text, add_bos=False, add_eos=False, reverse=False, emit_unk_piece=False, enable_sampling=False
         )
 
     def decode(self, ids: Sequence[int]) -> str:

@@ -20,6 +20,9 @@ NORMALIZATIONS_OF: dict[str, tuple[str, ...]] = {
 }
 
 
+GEN_LENGTH = 128  # tokens of a completion, where rl.generation does not say it: generation's own default
+
+
 class RewardConfig(Section):
     """One reward function, and what it counts."""
 
@@ -88,6 +91,11 @@ class RlConfig(Section):
     def num_completions(self) -> int:
         """Of a rollout."""
         return self.prompts_per_rollout * self.num_generations
+
+    @property
+    def gen_length(self) -> int:
+        """Tokens of a completion, at most."""
+        return int(self.generation.get("gen_length", GEN_LENGTH))
 
     @property
     def clip_range(self) -> tuple[float, float]:
