@@ -62,8 +62,9 @@ def weighted_cross_entropy(
 
     rows [R, H], the same on every rank of the group; head [V_local, H], this rank's slice, all of one size; rows of
     the whole head from vocab_size on are padding and take no probability; labels [R] int64, global ids; weights [R]
-    float32. The softmax is in float32 whatever the inputs, and so is the sum over chunks of the head's gradient, which
-    is rounded to the head's type once, in the backward pass. The gradient of rows is already summed over the group.
+    float32, of either sign. The softmax is in float32 whatever the inputs, and so is the sum over chunks of the head's
+    gradient, which is rounded to the head's type once, in the backward pass. The gradient of rows is already summed
+    over the group.
     Only gradients that are required are computed: a frozen head's costs no product and no memory.
     chunks: None for the device's own.
     row_gradients: compute gradient_square where rows require no gradient, too.
@@ -99,8 +100,8 @@ class _WeightedCrossEntropy(torch.autograd.Function):
         grad_rows: Any = torch.empty_like(rows) if row_gradients else None
         new_total = torch.empty_like if len(rows) else torch.zeros_like
         grad_head: Any = new_total(head, dtype=torch.float32) if head_gradient else None
-        # Gradients are kept for the greatest weight 1, so that they do not vanish in fp16, and scaled in backward.
-        scale = weights.max().clamp_min(1e-30) if len(rows) else weights.new_ones(())
+        # Gradients are kept for the greatest |weight| 1, so that they do not vanish in fp16, and scaled in backward.
+        scale = weights.abs().max().clamp_min(1e-30) if len(rows) else weights.new_ones(())
         relative = (weights / scale)[:, None]
         gradient_type = head.dtype if row_gradients or head_gradient else None
         chunk = chunks.rows(len(rows), len(head))

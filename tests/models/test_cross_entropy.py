@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from megatron_mdm.config.schema import ParallelConfig
 from megatron_mdm.models.cross_entropy import CHUNKS, Chunks, weighted_cross_entropy
+from tests.models.test_loss_kernels import KERNELS
 from tests.ranks import run_ranks
 
 ROWS = 37
@@ -29,8 +31,20 @@ def inputs(dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, ...]:
     return rows, head, labels, torch.rand(ROWS, generator=generator)
 
 
-def reference(dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, ...]:
+# Signs of the weights, as reinforcement learning has them; the largest positive one may be small, or there may be none.
+SIGNED: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "negative": lambda weights: -weights,
+    "mixed": lambda weights: torch.where(torch.arange(ROWS) % 3 == 0, weights, -weights),
+    "hardly positive": lambda weights: torch.where(torch.arange(ROWS) == 5, 1e-20, -weights),
+    "small": lambda weights: -1e-9 * weights,  # whose gradients fp16 cannot hold
+}
+
+
+def reference(
+    dtype: torch.dtype = torch.float32, weights_of: Callable[[torch.Tensor], torch.Tensor] = torch.clone
+) -> tuple[torch.Tensor, ...]:
     rows, head, labels, weights = inputs(dtype)
+    weights = weights_of(weights)
     rows.requires_grad_(), head.requires_grad_()
     cross_entropy = F.cross_entropy((rows @ head[:VOCAB].t()).float(), labels, reduction="none")
     (3.0 * (weights * cross_entropy).sum()).backward()
@@ -124,6 +138,44 @@ def test_z_loss() -> None:
     torch.testing.assert_close(head.grad, grad_head, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("sign", SIGNED)
+def test_signed_weights(sign: str, kernel: str, dtype: torch.dtype) -> None:
+    """Values and gradients against float64 from the same inputs, whatever the signs; in chunks, with a frozen head, and
+    where gradients are only measured. A loss scale brings the smallest gradients into fp16's range, as in training."""
+    rows, head, labels, weights = inputs(dtype)
+    weights = SIGNED[sign](weights)
+    exact_rows, exact_head = (tensor.double().requires_grad_() for tensor in (rows, head))
+    exact = F.cross_entropy(exact_rows @ exact_head[:VOCAB].t(), labels, reduction="none")
+    (weights * exact).sum().backward()
+    assert exact_rows.grad is not None
+    assert exact_head.grad is not None
+    loss_scale = 1.0 / float(weights.abs().max())
+    # A chunk's gradient, its product, the weighted one and the result are rounded: four times, the head's rows once more
+    tolerance = {torch.float32: 1e-5, torch.bfloat16: 5 * 2.0**-8, torch.float16: 5 * 2.0**-11}[dtype]
+
+    def close(ours: torch.Tensor, theirs: torch.Tensor, scale: float = 1.0) -> None:
+        error = torch.linalg.vector_norm(ours.double() / scale - theirs) / torch.linalg.vector_norm(theirs)
+        assert error < tolerance
+
+    for trained in ({"rows", "head"}, {"rows"}, {"head"}):
+        ours_rows = rows.clone().requires_grad_("rows" in trained)
+        ours_head = head.clone().requires_grad_("head" in trained)
+        losses = weighted_cross_entropy(
+            ours_rows, ours_head, labels, weights, VOCAB, chunks=Chunks(10 * PADDED), row_gradients=True, kernel=kernel
+        )
+        (loss_scale * losses.total).backward()
+        close(losses.cross_entropy, exact.detach())
+        close(losses.total.detach(), (weights * exact).sum().detach())
+        close(losses.gradient_square.sqrt(), exact_rows.grad.norm(dim=1))
+        if "rows" in trained:
+            close(ours_rows.grad, exact_rows.grad, loss_scale)
+        if "head" in trained:
+            close(ours_head.grad, exact_head.grad, loss_scale)
+    assert all(torch.isfinite(value).all() for value in losses)
+
+
 def test_no_rows_and_no_gradient() -> None:
     rows, head, labels, weights = inputs()
     head.requires_grad_()
@@ -207,25 +259,33 @@ def test_gradients_of_rows_are_measured_while_only_the_head_trains() -> None:
     torch.testing.assert_close(3.0 * head.grad, reference()[2])
 
 
-def sharded() -> list[Any]:
-    """On a tensor-parallel rank: its slice of the head."""
+def sharded() -> dict[str, list[Any]]:
+    """On a tensor-parallel rank: its slice of the head, by the weights' signs."""
     from megatron_mdm.parallel.groups import initialize
 
     context = initialize(ParallelConfig(tensor=2))
-    rows, head, labels, weights = inputs()
-    mine = head.chunk(2)[context.tensor_rank].clone().requires_grad_()
-    rows.requires_grad_()
-    total, cross_entropy, _ = weighted_cross_entropy(
-        rows, mine, labels, weights, VOCAB, context.tensor_group, Chunks(5 * PADDED)
-    )
-    (3.0 * total).backward()
-    return [value.numpy() for value in (cross_entropy, rows.grad, mine.grad)]
+    results = {}
+    for sign, of in {"positive": torch.clone, **SIGNED}.items():
+        rows, head, labels, weights = inputs()
+        mine = head.chunk(2)[context.tensor_rank].clone().requires_grad_()
+        rows.requires_grad_()
+        total, cross_entropy, _ = weighted_cross_entropy(
+            rows, mine, labels, of(weights), VOCAB, context.tensor_group, Chunks(5 * PADDED)
+        )
+        (3.0 * total).backward()
+        assert rows.grad is not None
+        assert mine.grad is not None
+        results[sign] = [value.numpy() for value in (cross_entropy, rows.grad, mine.grad)]
+    return results
 
 
 def test_vocabulary_parallel_equals_torch() -> None:
-    expected, grad_rows, grad_head = reference()
-    for rank, result in enumerate(run_ranks(sharded, 2)):
-        cross_entropy, rows, head = (torch.from_numpy(value) for value in result)
-        torch.testing.assert_close(cross_entropy, expected)
-        torch.testing.assert_close(rows, grad_rows)
-        torch.testing.assert_close(head, grad_head.chunk(2)[rank])
+    results = run_ranks(sharded, 2)
+    for sign, of in {"positive": torch.clone, **SIGNED}.items():
+        expected, grad_rows, grad_head = reference(weights_of=of)
+        scale = float(grad_rows.abs().max())
+        for rank, result in enumerate(results):
+            cross_entropy, rows, head = (torch.from_numpy(value) for value in result[sign])
+            torch.testing.assert_close(cross_entropy, expected)
+            torch.testing.assert_close(rows / scale, grad_rows / scale)
+            torch.testing.assert_close(head / scale, grad_head.chunk(2)[rank] / scale)
