@@ -32,6 +32,12 @@ class Forward(Protocol):
         stages of a pipeline busy."""
         ...
 
+    def token_losses(self, micro_batches: Sequence[ModelInputs]) -> list[Tensor]:
+        """Cross-entropies [R, S] float32, on the host, of this data-parallel rank's micro-batches, one or more: 0 where
+        a position is not selected. Forward only, by the kernels of train_batch's forward pass and without dropout: for
+        the same micro-batches and weights they are those that it trains on, on a CPU to the last bit."""
+        ...
+
 
 class Engine(Forward, Protocol):
     """A model with its optimizer on this rank. All calls are collective: every rank makes them in the same order."""

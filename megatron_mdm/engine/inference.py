@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from megatron_mdm.batch import IdRange, ModelInputs, RowStatistics
 from megatron_mdm.config.schema import ModelConfig, ParallelConfig
 from megatron_mdm.engine.inputs import InputLayout
+from megatron_mdm.engine.statistics import TokenLossesCopy
 from megatron_mdm.models.attention import Visibility
 from megatron_mdm.models.cache import Window
 from megatron_mdm.models.costs import layer_costs
@@ -37,6 +38,12 @@ class InferenceEngine:
     def evaluate(self, micro_batches: Sequence[ModelInputs], row_gradients: bool = False) -> list[RowStatistics]:
         with cast(Head, self.model[-1]).with_row_gradients(row_gradients):
             return [self.model(_on_device(inputs))[1] for inputs in micro_batches]
+
+    @torch.no_grad()
+    def token_losses(self, micro_batches: Sequence[ModelInputs]) -> list[Tensor]:
+        with cast(Head, self.model[-1]).with_token_losses():
+            losses = [self.model(_on_device(inputs))[1] for inputs in micro_batches]
+        return TokenLossesCopy.of(losses).wait(micro_batches)
 
     @torch.no_grad()
     def logits(self, inputs: ModelInputs, window: Window | None = None, *, ids: IdRange | None = None) -> Tensor:
@@ -67,7 +74,7 @@ class PipelinedInferenceEngine:
     def evaluate(self, micro_batches: Sequence[ModelInputs], row_gradients: bool = False) -> list[RowStatistics]:
         """Several micro-batches at once keep the stages busy."""
         micro_batches = [_on_device(inputs) for inputs in micro_batches]
-        head = next((layer for layer in self.layers.values() if isinstance(layer, Head)), None)
+        head = self._head
         with head.with_row_gradients(row_gradients) if head else nullcontext():
             answers = [self._run(inputs, False, None) for inputs in micro_batches]
         results = []
@@ -77,6 +84,18 @@ class PipelinedInferenceEngine:
         return results
 
     @torch.no_grad()
+    def token_losses(self, micro_batches: Sequence[ModelInputs]) -> list[Tensor]:
+        """Several micro-batches at once keep the stages busy."""
+        prepared = [_on_device(inputs) for inputs in micro_batches]
+        head = self._head
+        with head.with_token_losses() if head else nullcontext():
+            answers = [self._run(inputs, False, None) for inputs in prepared]
+        shapes = [inputs.selected.shape for inputs in prepared]
+        size = torch.Size([sum(shape.numel() for shape in shapes)])
+        whole = torch.cat([answer.reshape(-1) for answer in answers if answer is not None]) if self.is_last else None
+        return TokenLossesCopy(self._from_last_stage(whole, size, torch.float32), shapes).wait(micro_batches)
+
+    @torch.no_grad()
     def logits(self, inputs: ModelInputs, window: Window | None = None, *, ids: IdRange | None = None) -> Tensor:
         """InferenceEngine.logits."""
         inputs = _on_device(inputs)
@@ -84,6 +103,11 @@ class PipelinedInferenceEngine:
         width = ids[1] if ids else int(self.model.vocab_size)
         shape = torch.Size((len(inputs.selected_places()), width))
         return self._from_last_stage(self._run(inputs, True, window, ids), shape, self.dtype)
+
+    @property
+    def _head(self) -> Head | None:
+        """On the last stage."""
+        return next((layer for layer in self.layers.values() if isinstance(layer, Head)), None)
 
     def _run(
         self, inputs: ModelInputs, want_logits: bool, window: Window | None, ids: IdRange | None = None
@@ -98,7 +122,9 @@ class PipelinedInferenceEngine:
         for layer in self.layers.values():
             if isinstance(layer, Head):
                 answer = layer(hidden, inputs, want_logits, ids)
-                return answer if want_logits else torch.stack(list(answer[1]))
+                if want_logits:
+                    return answer
+                return answer[1] if layer.token_losses else torch.stack(list(answer[1]))
             hidden = layer(hidden, visible)
         dist.send(hidden.contiguous(), self.next)
         return None

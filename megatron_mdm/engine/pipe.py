@@ -21,7 +21,7 @@ from megatron_mdm.engine.base import Load, TrainOutput
 from megatron_mdm.engine.deepspeed_config import deepspeed_config
 from megatron_mdm.engine.deepspeed_engine import DeepSpeedEngine
 from megatron_mdm.engine.optimizer import scaled_unless_faulty
-from megatron_mdm.engine.statistics import StatisticsCopy
+from megatron_mdm.engine.statistics import StatisticsCopy, TokenLossesCopy
 from megatron_mdm.models.attention import Visibility
 from megatron_mdm.models.costs import layer_costs
 from megatron_mdm.models.four_bit import quantize_frozen
@@ -95,6 +95,16 @@ class PipeEngine(DeepSpeedEngine):
             self._forward(micro_batches)
         return self._statistics(micro_batches).wait()
 
+    def token_losses(self, micro_batches: Sequence[ModelInputs]) -> list[Tensor]:
+        prepared = self._prepare([inputs._replace(dropout_keys=None) for inputs in micro_batches])
+        head = self.engine.module.head if self.engine.is_last_stage() else None
+        with self.engine.module.always_training(), head.with_token_losses() if head else contextlib.nullcontext():
+            self._forward(prepared)
+        shapes = [inputs.selected.shape for inputs in prepared]
+        size = torch.Size([sum(shape.numel() for shape in shapes)])
+        losses = self._from_last_stage(size, torch.float32, dim=0)
+        return TokenLossesCopy(losses, shapes).wait(micro_batches)
+
     def logits(self, inputs: ModelInputs, *, ids: IdRange | None = None) -> Tensor:
         (inputs,) = self._prepare([inputs])
         self._want_logits = True
@@ -133,8 +143,8 @@ class PipeEngine(DeepSpeedEngine):
         if self._want_logits:
             self._answers.append(result)
             return result.new_zeros((), dtype=torch.float32)
-        total, statistics = result
-        self._answers.append(torch.stack(list(statistics)))
+        total, losses = result
+        self._answers.append(losses.reshape(-1) if module.head.token_losses else torch.stack(list(losses)))
         # The engine divides by the accumulation steps and averages over data-parallel ranks; the total wants neither.
         return scaled_unless_faulty(total, self.engine.gradient_accumulation_steps() * self.layout.data)
 
@@ -176,6 +186,7 @@ class _Stage(PipelineModule):
     def __init__(
         self, config: RunConfig, context: ParallelContext, loss_fn: Callable[..., Tensor], seed: int | None
     ) -> None:
+        self._always_training = False
         self._costs = layer_costs(config.model, config.data.max_length)
         builders = layer_builders(config.model, config.parallel, context.tensor_group)
         layout = context.layout
@@ -197,6 +208,18 @@ class _Stage(PipelineModule):
     @property
     def head(self) -> nn.Module:
         return self._modules[str(self._num_layers - 1)]
+
+    @contextlib.contextmanager
+    def always_training(self) -> Iterator[None]:
+        """Inside, DeepSpeed's evaluation runs the kernels of training: blocks are compiled for that only."""
+        self._always_training = True
+        try:
+            yield
+        finally:
+            self._always_training = False
+
+    def train(self, mode: bool = True) -> _Stage:
+        return super().train(mode or self._always_training)
 
     def take(self, micro_batches: Sequence[ModelInputs]) -> None:
         """The micro-batches of the forward passes to come, which DeepSpeed's schedules run in this order."""

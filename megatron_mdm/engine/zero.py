@@ -15,7 +15,7 @@ from megatron_mdm.engine.deepspeed_engine import DeepSpeedEngine
 from megatron_mdm.engine.inference import DTYPES
 from megatron_mdm.engine.optimizer import scaled_unless_faulty
 from megatron_mdm.engine.partitioned import keep_partition
-from megatron_mdm.engine.statistics import StatisticsCopy
+from megatron_mdm.engine.statistics import StatisticsCopy, TokenLossesCopy
 from megatron_mdm.models.four_bit import quantize_frozen
 from megatron_mdm.models.layers import build_model
 from megatron_mdm.models.naming import rows_of
@@ -68,6 +68,12 @@ class ZeroEngine(DeepSpeedEngine):
         self.engine.eval()
         with torch.no_grad(), self.engine.module[-1].with_row_gradients(row_gradients):
             return [self.engine(self._prepare(inputs))[1] for inputs in micro_batches]
+
+    def token_losses(self, micro_batches: Sequence[ModelInputs]) -> list[Tensor]:
+        self.engine.train()  # or other kernels would run: blocks are compiled for training only
+        with torch.no_grad(), self.engine.module[-1].with_token_losses():
+            losses = [self.engine(self._prepare(inputs._replace(dropout_keys=None)))[1] for inputs in micro_batches]
+        return TokenLossesCopy.of(losses).wait(micro_batches)
 
     def logits(self, inputs: ModelInputs, *, ids: IdRange | None = None) -> Tensor:
         self.engine.eval()

@@ -133,6 +133,7 @@ class Head(Layer):
         self.z_loss = model.z_loss
         self.loss_kernel = resolve_loss_kernel(model)
         self.row_gradients = False  # compute RowStatistics.gradient_square without autograd, too
+        self.token_losses = False  # give the tokens' own losses in place of row statistics
         self.logit_shift = model.logit_shift
         self.sequence_parallel = config.sequence_parallel
         self.final_norm = RMSNorm(config, model.hidden_size, eps=model.norm_eps)
@@ -151,7 +152,7 @@ class Head(Layer):
 
     def forward(
         self, hidden: Tensor, inputs: ModelInputs, want_logits: bool = False, ids: IdRange | None = None
-    ) -> tuple[Tensor, RowStatistics] | Tensor:
+    ) -> tuple[Tensor, RowStatistics | Tensor] | Tensor:
         """(total loss with its gradient, row statistics), or the selected positions' logits [N, V], position-major
         in each row (the order of inputs.selected.nonzero()). ids: the logits of these tokens only, [N, count]."""
         if self.sequence_parallel:
@@ -166,6 +167,15 @@ class Head(Layer):
             yield
         finally:
             self.row_gradients = False
+
+    @contextmanager
+    def with_token_losses(self) -> Iterator[None]:
+        """Inside, loss() gives the cross-entropies of the selected positions in place of row statistics."""
+        self.token_losses = True
+        try:
+            yield
+        finally:
+            self.token_losses = False
 
     def logits(self, hidden: Tensor, inputs: ModelInputs, ids: IdRange | None = None) -> Tensor:
         """hidden [S, R, H] or packed [T, 1, H] → [N, V]; of some ids, [N, count]."""
@@ -193,8 +203,9 @@ class Head(Layer):
             logits[:, mine.start + start - first : mine.stop + start - first] = rows @ weight.t()
         return cast(Tensor, reduce_from_tensor_model_parallel_region(logits))
 
-    def loss(self, hidden: Tensor, inputs: ModelInputs) -> tuple[Tensor, RowStatistics]:
-        """hidden [S, R, H] or packed [T, 1, H]. The rest is [S, R], hidden's order where it is not packed."""
+    def loss(self, hidden: Tensor, inputs: ModelInputs) -> tuple[Tensor, RowStatistics | Tensor]:
+        """hidden [S, R, H] or packed [T, 1, H] → (total loss, row statistics; or, with_token_losses, cross-entropies
+        [R, S], 0 where nothing is selected). The rest is [S, R], hidden's order where it is not packed."""
         selected = inputs.selected.t()
         token_weight = inputs.token_weight.t()
         places = inputs.selected_places()
@@ -216,6 +227,8 @@ class Head(Layer):
         grids[0, places] = cross_entropy
         grids[1, places] = gradient_square
         grids = grids.view(2, *selected.shape)
+        if self.token_losses:
+            return total, grids[0].t()
         weighted = grids[0] * token_weight
         gradient = grids[1].sum(0) / inputs.row_weight.square().clamp_min(1e-30)  # without the rows' weights
         return total, RowStatistics(weighted.sum(0), weighted.square().sum(0), gradient)
@@ -242,7 +255,7 @@ class MaskedDiffusionModel(nn.Sequential):
         want_logits: bool = False,
         window: Window | None = None,
         ids: IdRange | None = None,
-    ) -> tuple[Tensor, RowStatistics] | Tensor:
+    ) -> tuple[Tensor, RowStatistics | Tensor] | Tensor:
         visible = Visibility(inputs, window)
         *layers, head = self
         hidden = inputs.tokens

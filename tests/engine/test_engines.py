@@ -21,11 +21,11 @@ PROMPTS = [[5, 6, 7], [8, 9], [10, 11, 12, 13, 14], [15]]
 
 
 def forward_only(config: RunConfig) -> dict[str, Any]:
-    """On a rank: logits of a padded batch, row statistics of two micro-batches, with row gradients and without, and
-    generated responses and images."""
+    """On a rank: logits of a padded batch, row statistics of two micro-batches, with row gradients and without,
+    generated responses and images, and the tokens' losses, which a training step's rows are summed from."""
     from megatron_mdm.batch import Full, ModelInputs, Padded
     from megatron_mdm.checkpoint.load import restored_engine
-    from megatron_mdm.engine.inputs import logits_inputs
+    from megatron_mdm.engine.inputs import logits_inputs, packed
     from megatron_mdm.generation.generate import generate
     from megatron_mdm.generation.image_sampler import denoise_images
     from megatron_mdm.generation.image_settings import ImageSampling, ImageTokens
@@ -51,13 +51,43 @@ def forward_only(config: RunConfig) -> dict[str, Any]:
     vocabulary = ImageVocabulary(task=20, bos=21, eos=1, image_begin=22, image_end=23, first_id=25, num_codes=20)
     draw = partial(denoise_images, image=ImageTokens(vocabulary, 9))
     images = generate(engine, PROMPTS, ImageSampling(steps=3, batch_size=2), SpecialIds(MASK, PAD), context, draw)
+    weighted = inputs._replace(token_weight=torch.randn(3, 11, generator=generator) * selected)
+    narrow = ModelInputs(
+        tokens[:, :8], Full(), selected[:, :8], tokens[:, :8], weighted.token_weight[:, :8], torch.ones(3)
+    )
+    scored = [weighted, packed(weighted), narrow]
+    losses = engine.token_losses(scored)
+    by_inference = inference_engine(config, context).token_losses(scored)
+    trained = engine.train_batch(scored, 1e-3).statistics
     return {
+        "token losses": [each.numpy() for each in losses],
+        "by inference": [each.numpy() for each in by_inference],
+        "row losses": [row_losses(each, engine.input_layout(of)).numpy() for each, of in zip(losses, scored)],
+        "trained": [rows.loss.numpy() for rows in trained],
         "logits": logits.numpy(),
         "parts": parts,
         "statistics": statistics,
         "responses": responses,
         "images": images,
     }
+
+
+def inference_engine(config: RunConfig, context: Any) -> Any:
+    """The run's initial model without an optimizer."""
+    from megatron_mdm.engine.inference import InferenceEngine, PipelinedInferenceEngine, build_stage
+    from megatron_mdm.models.layers import build_model
+
+    parallel = config.parallel.model_copy(update={"sequence": False})  # which inference does without
+    arguments = config.model, parallel, context, config.seed
+    if config.parallel.pipeline > 1:
+        return PipelinedInferenceEngine(build_stage(*arguments, 11), config.model, "fp32", context)
+    return InferenceEngine(build_model(*arguments), "fp32")
+
+
+def row_losses(losses: torch.Tensor, inputs: Any) -> torch.Tensor:
+    """Σ token_weight · CE of rows, in the order in which the head sums: along S of [S, R], padding included."""
+    wide = torch.nn.functional.pad(losses, (0, inputs.token_weight.shape[1] - losses.shape[1]))
+    return (wide.t().contiguous() * inputs.token_weight.t()).sum(0)
 
 
 @pytest.mark.parametrize(
@@ -72,7 +102,7 @@ def forward_only(config: RunConfig) -> dict[str, Any]:
     ids=str,
 )
 def test_forward_passes_equal_one_process(num_ranks: int, parallel: dict[str, Any], tmp_path: Path) -> None:
-    model = small_model(num_layers=4, init_std=0.2).model_dump()
+    model = small_model(num_layers=4, init_std=0.2, logit_shift=num_ranks == 4).model_dump()
     expected = run_ranks(forward_only, 1, small_config(tmp_path, model=model, parallel={"zero": 0}))[0]
     assert [bool(statistics[-1].any()) for statistics in expected["statistics"]] == [True, True, False]
     for result in run_ranks(forward_only, num_ranks, small_config(tmp_path, model=model, parallel=parallel)):
@@ -81,6 +111,12 @@ def test_forward_passes_equal_one_process(num_ranks: int, parallel: dict[str, An
             np.testing.assert_allclose(part, expected["logits"][:, first : first + count], rtol=1e-4, atol=1e-5)
         for ours, theirs in zip(result["statistics"], expected["statistics"]):
             np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
+        for name in ("token losses", "by inference"):
+            for ours, theirs in zip(result[name], expected["token losses"], strict=True):
+                np.testing.assert_array_equal(ours == 0, theirs == 0)
+                np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
+        for ours, theirs in zip(result["row losses"], result["trained"], strict=True):
+            np.testing.assert_array_equal(ours, theirs)
         assert result["responses"] == expected["responses"]
         assert result["images"] == expected["images"]
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from megatron_mdm.batch import Segments
+from megatron_mdm.batch import ModelInputs, Segments
 from tests.ranks import run_ranks
 from tests.small import small_config, small_model, write_ids
 
@@ -26,6 +26,7 @@ class Trained(NamedTuple):
     norms: list[float]
     lengths: set[int]  # of what the blocks were given
     graphs: list[int]  # compiled after each step
+    graphs_of_losses: int  # of three layers: compiled for tokens' losses after these
 
 
 def train(folder: Path, num_layers: int, compile_blocks: bool, **model: Any) -> Trained:
@@ -57,7 +58,19 @@ def train(folder: Path, num_layers: int, compile_blocks: bool, **model: Any) -> 
     for step in range(NUM_STEPS):
         results.append(trainer.train_step(step))
         graphs.append(counters["stats"]["unique_graphs"])
-    return Trained([result.loss for result in results], [result.grad_norm for result in results], lengths, graphs)
+    if num_layers == 3:
+        check_token_losses(engine, trainer.source.prepare(0).micro_batches)
+    graphs_of_losses = counters["stats"]["unique_graphs"] - graphs[-1]
+    losses = [result.loss for result in results]
+    return Trained(losses, [result.grad_norm for result in results], lengths, graphs, graphs_of_losses)
+
+
+def check_token_losses(engine: Any, micro_batches: list[ModelInputs]) -> None:
+    """They are those of a step that changes nothing."""
+    losses = engine.token_losses(micro_batches)
+    rows = engine.train_batch(micro_batches, 0.0).statistics
+    for row, of_tokens, each in zip(rows, losses, micro_batches, strict=True):
+        np.testing.assert_allclose((of_tokens * each.token_weight).sum(1), row.loss, rtol=SAME)
 
 
 def train_both(folder: Path) -> tuple[Trained, ...]:
@@ -86,4 +99,5 @@ def test_compiled_blocks_train_as_others(tmp_path: Path) -> None:
     assert plain.graphs == [0] * NUM_STEPS
     assert len(set(compiled.graphs)) == 1  # after the first step nothing is compiled
     assert 0 < compiled.graphs[0] <= 12
+    assert (plain.graphs_of_losses, compiled.graphs_of_losses > 0) == (0, True)  # what trains is what measures
     assert shallower.graphs[0] == 0  # another model of these blocks is not compiled anew

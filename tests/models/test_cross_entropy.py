@@ -152,7 +152,7 @@ def test_signed_weights(sign: str, kernel: str, dtype: torch.dtype) -> None:
     assert exact_rows.grad is not None
     assert exact_head.grad is not None
     loss_scale = 1.0 / float(weights.abs().max())
-    # A chunk's gradient, its product, the weighted one and the result are rounded: four times, the head's rows once more
+    # A chunk's gradient, its product, the weighted one and the result are rounded, the head's rows once more.
     tolerance = {torch.float32: 1e-5, torch.bfloat16: 5 * 2.0**-8, torch.float16: 5 * 2.0**-11}[dtype]
 
     def close(ours: torch.Tensor, theirs: torch.Tensor, scale: float = 1.0) -> None:

@@ -85,7 +85,7 @@ def trained(configs: list[RunConfig], resume: bool = False) -> list[tuple[int, s
 
 def passes(configs: list[RunConfig]) -> list[tuple[bool, Any, Any]]:
     """On a rank, of each configuration: whether a step's inputs have keys, the rows' losses in its training pass, which
-    changes nothing, and then evaluated."""
+    changes nothing, and then evaluated, as which tokens' losses have no dropout."""
     from megatron_mdm.checkpoint.load import restored_engine
     from megatron_mdm.parallel.groups import initialize
     from megatron_mdm.training.build import build_source
@@ -100,6 +100,11 @@ def passes(configs: list[RunConfig]) -> list[tuple[bool, Any, Any]]:
         has_keys = all(each.dropout_keys is not None for each in micro_batches)
         in_training = engine.train_batch(micro_batches, 0.0).statistics
         evaluated = engine.evaluate(micro_batches)
+        by_token = zip(engine.token_losses(micro_batches), micro_batches)
+        assert all(
+            np.allclose((tokens * inputs.token_weight).sum(1), rows.loss, rtol=1e-5)
+            for (tokens, inputs), rows in zip(by_token, evaluated)
+        )
         losses = [[rows.loss.cpu().numpy() for rows in found] for found in (in_training, evaluated)]
         results.append((has_keys, *(np.concatenate(found) for found in losses)))
     return results
