@@ -57,8 +57,10 @@ def run_program(main: Callable[[], None]) -> None:
         traceback.print_exc()
         may_pass = isinstance(error, _MAY_PASS) and not isinstance(error, _COMES_AGAIN)
         _exit_now(_CRASHED if may_pass else _MISTAKE)
-    unwatch()
+    has_stopped = unwatch()
     shut_down()
+    if not has_stopped:
+        _exit_now(0)
 
 
 def _described(error: BaseException) -> str:

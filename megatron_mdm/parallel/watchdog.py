@@ -36,6 +36,7 @@ _LONGEST_PERIOD = 10.0  # seconds between two looks
 _SECONDS_TO_WRITE = 5.0  # at most, the looking included: a recorder, a disk or a terminal may be what hangs
 _SECONDS_TO_ANSWER = 2.0  # of the store, at least
 _SECONDS_TO_HEAR = 1.0  # that the line is printed
+_SECONDS_TO_STOP = 2.0  # of each thread, at the end of the program
 _SECONDS_AT_MOST = 60.0  # beyond the sum of all that may take time
 _watchdog: Watchdog | None = None
 
@@ -54,12 +55,13 @@ def watch(
         _watchdog.start()
 
 
-def unwatch() -> None:
-    """Stop it, at the end of the program."""
+def unwatch() -> bool:
+    """Stop it, at the end of the program. False: a thread of it is still within the store's code, where the end of the
+    interpreter would abort the process (C++: "terminate called without an active exception")."""
     global _watchdog
-    if _watchdog:
-        _watchdog.stop()
+    has_stopped = _watchdog.stop() if _watchdog else True
     _watchdog = None
+    return has_stopped
 
 
 def wait_if_hanging() -> None:
@@ -105,11 +107,14 @@ class Watchdog(threading.Thread):
                 self.is_ending = True
                 self._end()
 
-    def stop(self) -> None:
+    def stop(self) -> bool:
+        """Returns whether both threads have ended."""
         if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # else the store may be gone with rank 0
             report = encode(Report(platform.host(), state="ended"))
             self.board.ask(lambda store: store.set(f"report/{self.rank}", report))
         self._stop_asked.set()
+        self.join(_SECONDS_TO_STOP)
+        return self.board.close() and not self.is_alive()
 
     def _job_moved(self, moved: int) -> tuple[bool, int] | None:
         """(whether a rank has found that the job hangs, looks at which a rank had moved), this rank's told first."""
@@ -203,13 +208,20 @@ class Board:
         self.seconds = seconds
         self.is_lost = False
         self.lost = ""
-        self._questions: queue.SimpleQueue[tuple[Callable[[dist.Store], Any], queue.SimpleQueue[Any]]]
-        self._questions = queue.SimpleQueue()
+        self._questions: queue.SimpleQueue[tuple[Callable[[dist.Store], Any], queue.SimpleQueue[Any]] | None]
+        self._questions = queue.SimpleQueue()  # None: there are no more
         store: Any = dist.distributed_c10d._get_default_store()
         while hasattr(store, "underlying_store"):
             store = store.underlying_store
         self._address = store.host, store.port
-        threading.Thread(target=self._serve, name="watchdog's store", daemon=True).start()
+        self._thread = threading.Thread(target=self._serve, name="watchdog's store", daemon=True)
+        self._thread.start()
+
+    def close(self) -> bool:
+        """No more questions. Returns whether the thread has ended."""
+        self._questions.put(None)
+        self._thread.join(_SECONDS_TO_STOP)
+        return not self._thread.is_alive()
 
     def ask(self, question: Callable[[dist.Store], Any]) -> Any:
         """The answer; None where there is none, now or before."""
@@ -230,8 +242,8 @@ class Board:
     def _serve(self) -> None:
         """Answer questions over a connection of its own: one that another thread waits on cannot be used."""
         connection: dist.Store | None = None
-        while True:
-            question, answer = self._questions.get()
+        while asked := self._questions.get():
+            question, answer = asked
             try:
                 if connection is None:
                     host, port = self._address

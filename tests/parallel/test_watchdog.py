@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import socket
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -198,6 +200,53 @@ def test_a_recorder_that_fails_does_not_keep_the_process(tmp_path: Path) -> None
         assert f"no progress for 2 s at start: rank 0 (host {HOST}) is in program.py:14 <module>; stacks: " in line
         (written,) = (tmp_path / fault / "hangs").iterdir()
         assert "time.sleep(1000)" in written.read_text(encoding="utf-8")
+
+
+# A program that ends while the watchdog waits for an answer of the store.
+ENDING = """
+import contextlib, sys, threading, time
+from datetime import timedelta
+from pathlib import Path
+import torch.distributed as dist
+from megatron_mdm.parallel import watchdog
+from megatron_mdm.parallel.groups import initialize
+from megatron_mdm.parallel.program import run_program
+
+def main():
+    watchdog.watch(Path(sys.argv[1]), 10.0, initialize())
+    end = time.monotonic() + float(sys.argv[2])
+
+    def ask_until_the_end(store):
+        store.set_timeout(timedelta(milliseconds=20))
+        while time.monotonic() < end:
+            with contextlib.suppress(dist.DistError):
+                store.get("never")
+
+    threading.Thread(target=watchdog._watchdog.board.ask, args=(ask_until_the_end,), daemon=True).start()
+    time.sleep(0.2)
+    print("trained", flush=True)
+
+run_program(main)
+"""
+
+
+def test_a_program_ends_cleanly_while_the_store_is_asked(tmp_path: Path) -> None:
+    """Whether the answer comes before the program stops waiting for it (1 s) or not. A question that fails while the
+    interpreter ends would abort the process."""
+    program = tmp_path / "program.py"
+    program.write_text(ENDING, encoding="utf-8")
+    jobs = [
+        subprocess.Popen(
+            [sys.executable, str(program), str(tmp_path), seconds],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for seconds in ("1", "1000")
+    ]
+    for job in jobs:
+        output, errors = job.communicate(timeout=SECONDS)
+        assert (job.returncode, output) == (0, "trained\n"), errors
 
 
 def report(collective: str = "", where: str = "f.py:1 f", host: str = "a", state: str = "") -> Report:
