@@ -32,7 +32,7 @@ def absent_inputs(config: RunConfig, path: Path) -> list[str]:
         return []
     train = config.data.train
     named = [config.data.tokenizer, *([train] if isinstance(train, str) else train), config.data.validation]
-    named.append(config.image.tokenizer)
+    named += [config.image.tokenizer, config.image.preview]
     return [name for name in named if name and not _exists(Path(name))]
 
 

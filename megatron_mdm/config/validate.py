@@ -40,6 +40,7 @@ def validate(config: RunConfig, world_size: int) -> None:
     _check_compile(config)
     _check_fp8(config)
     _check_data(config)
+    _check_preview(config)
     for key, section in OWNED_DEEPSPEED_KEYS.items():
         value: Any = config.deepspeed
         for part in key.split("."):
@@ -258,3 +259,11 @@ def _check_data(config: RunConfig) -> None:
         raise UserError("'checkpoint.keep_best' judges by validation loss; set 'evaluation.every'")
     if data.validation and data.validation_fraction:
         raise UserError("set either 'data.validation' or 'data.validation_fraction', not both")
+
+
+def _check_preview(config: RunConfig) -> None:
+    if not config.image.preview:
+        return
+    for name, value in (("evaluation.every", config.evaluation.every), ("image.tokenizer", config.image.tokenizer)):
+        if not value:
+            raise UserError(f"'image.preview' draws pictures at validations: set '{name}', too")

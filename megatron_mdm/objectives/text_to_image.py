@@ -34,8 +34,6 @@ class TextToImage(Masked):
             raise UserError(f"'data.too_long' truncate would cut images; {name} needs drop or error")
         if data.eos_padding:
             raise UserError(f"'data.eos_padding' would put targets behind images; {name} needs false")
-        if self.config.image.preview:
-            raise UserError("'image.preview' is not built yet; leave it out, and draw checkpoints by mdm generate")
         if isinstance(num_ids, int) and num_ids < vocabulary.num_ids:
             raise UserError(
                 f"'model.vocab_size' {num_ids} has no room for the image codes of 'image.vocabulary', which end at id "

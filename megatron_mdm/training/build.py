@@ -20,6 +20,7 @@ from megatron_mdm.parallel.groups import ParallelContext
 from megatron_mdm.training.calibrate import as_trained, calibrator_of
 from megatron_mdm.training.callbacks.base import Callback, Callbacks
 from megatron_mdm.training.callbacks.clipping import AdaptiveClipping
+from megatron_mdm.training.callbacks.preview import Preview
 from megatron_mdm.training.callbacks.save import Save
 from megatron_mdm.training.callbacks.validate import Validate
 from megatron_mdm.training.faults import Faults
@@ -104,6 +105,8 @@ class Supervised:
                 found.append(JudgeSampler(noiser, artifact, validation, config.evaluation.every, metrics))
             if config.diffusion.t_sampler == "clipped" and config.diffusion.clipping.bounds == "adaptive":
                 found.append(AdaptiveClipping(config, cast(FixedGridValidation, validation), noiser, metrics))
+        if config.image.preview:
+            found.append(Preview(config, data.tokenizer, trainer.engine, trainer.context, metrics))
         return found
 
 

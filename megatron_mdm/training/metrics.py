@@ -9,7 +9,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from matplotlib.figure import Figure
+from PIL import Image
 from tqdm import tqdm
 
 SHOWN = ("loss", "validation_loss", "lr", "grad_norm")
@@ -86,6 +88,11 @@ class MetricsLog:
     def figure(self, name: str, figure: Figure, step: int) -> None:
         if self.writer:
             self.writer.add_figure(name, figure, step)
+
+    def picture(self, name: str, image: Image.Image, step: int) -> None:
+        """An RGB picture for tensorboard."""
+        if self.writer:
+            self.writer.add_image(name, np.asarray(image), step, dataformats="HWC")
 
     def records(self) -> list[dict[str, Any]]:
         """What was written; nothing where a run is shorter than logging.every."""

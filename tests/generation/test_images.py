@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from megatron_mdm.batch import IdRange, ModelInputs
 from megatron_mdm.checkpoint.load import Overrides
@@ -130,6 +131,26 @@ def test_another_image_tokenizer_is_refused(folder: Path) -> None:
     assert refused.exit_code == 1
     assert refused.stderr.startswith(f"error: {folder / 'other'}: another image tokenizer (")
     assert not (folder / "refused").exists()
+
+
+def test_previews_at_validations_are_what_generation_draws_of_the_checkpoint(folder: Path) -> None:
+    """By a training engine with two stages, and later by one rank from its checkpoint."""
+    arguments = ["--config", str(folder / "config.yaml"), f"checkpoint.directory={folder / 'previewed'}"]
+    arguments += ["parallel.pipeline=2", "schedule.steps=2", "data.validation_fraction=0.5", "evaluation.every=1"]
+    arguments += [f"image.preview={folder / 'captions.jsonl'}", f"image.tokenizer={folder / 'tokenizer'}"]
+    image = load_config(folder / "run" / "config.yaml").image
+    arguments += [f"image.vocabulary={json.dumps(image.vocabulary.model_dump())}", f"image.num_tokens={NUM_TOKENS}"]
+    result = run_program_ranks("launch/train.py", [*arguments, "logging.tensorboard=true"], 2)[0]
+    assert result.exit_code == 0, result.stderr
+    arguments = ["--run-dir", str(folder / "previewed"), "--prompts", str(folder / "captions.jsonl")]
+    result = run_program_ranks("launch/generate.py", [*arguments, "--output", str(folder / "afterwards")])[0]
+    assert result.exit_code == 0, result.stderr
+    pages = contents(folder / "previewed" / "samples")
+    assert [*pages] == ["step-00000001.png", "step-00000002.png"]
+    assert pages["step-00000002.png"] == (folder / "afterwards" / "sheet.png").read_bytes()
+    assert pages["step-00000001.png"] != pages["step-00000002.png"]
+    events = EventAccumulator(str(folder / "previewed" / "tensorboard")).Reload()
+    assert [image.step for image in events.Images("samples")] == [1, 2]
 
 
 def evaluate(folder: Path, task: str, data: str, *more: str, ranks: int = 1) -> ProgramResult:

@@ -156,7 +156,14 @@ def test_the_run_says_whose_codes_it_was_trained_on(folder: Path) -> None:
         ({"data": {"too_long": "truncate"}}, "'data.too_long' truncate would cut images"),
         ({"data": {"eos_padding": True}}, "'data.eos_padding' would put targets behind images"),
         ({"model": {"vocab_size": 59}}, "'model.vocab_size' 59 has no room for the image codes of 'image.vocabulary'"),
-        ({"image": {"preview": "captions.jsonl"}}, "'image.preview' is not built yet; leave it out"),
+        (
+            {"image": {"preview": "captions.jsonl"}},
+            "'image.preview' draws pictures at validations: set 'evaluation.every'",
+        ),
+        (
+            {"image": {"preview": "c.jsonl"}, "evaluation": {"every": 2}, "data": {"validation_fraction": 0.2}},
+            "'image.preview' draws pictures at validations: set 'image.tokenizer'",
+        ),
         ({"objective": {"name": "masked"}}, "'image.caption_dropout' 0.25 has no meaning for 'objective.name' masked"),
         (
             {"objective": {"name": "autoregressive"}, "model": {"attention": "causal"}},

@@ -60,7 +60,7 @@ class ImageConfig(Section):
     vocabulary: ImageVocabulary = ImageVocabulary()
     num_tokens: int = Field(default=0, ge=0)  # of an image, a square number; 0: not said, though generation has to know
     caption_dropout: float = Field(default=0.0, ge=0, lt=1)  # share of samples that training shows without caption
-    # Captions, as JSON lines or a line of text each, whose pictures are drawn at validations; empty: none
+    # Captions, as JSON lines or a line of text each: 16 of them are drawn at validations, to samples/; empty: none
     preview: str = ""
 
     @field_validator("num_tokens")

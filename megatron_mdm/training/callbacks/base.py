@@ -21,6 +21,7 @@ class Order(IntEnum):
     RANKS = 20
     REFIT = 30
     VALIDATE = 40
+    PREVIEW = 45
     JUDGE = 50  # reads the losses just validated, as clipping does
     CLIPPING = 60
     SIGNALS = 90
