@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from megatron_mdm.config.errors import UserError
+from megatron_mdm.config.rl_rules import check_rl
 from megatron_mdm.config.schema import ModelConfig, RunConfig
 
 # DeepSpeed keys that follow from other sections: setting them raw would let the two disagree.
@@ -41,6 +42,7 @@ def validate(config: RunConfig, world_size: int) -> None:
     _check_fp8(config)
     _check_data(config)
     _check_preview(config)
+    check_rl(config)
     for key, section in OWNED_DEEPSPEED_KEYS.items():
         value: Any = config.deepspeed
         for part in key.split("."):

@@ -16,7 +16,7 @@ from megatron_mdm.diffusion.masking import Bools, MaskDesign
 from megatron_mdm.diffusion.randomness import Purpose, stream
 from megatron_mdm.diffusion.t_samplers import TSampler
 from megatron_mdm.rl.masks import pair_rule
-from megatron_mdm.rl.times import QUANTILES
+from megatron_mdm.rl.times import QUANTILES, gauss_legendre
 
 
 class Shape(NamedTuple):
@@ -35,7 +35,7 @@ class Rows(NamedTuple):
     t: Floats  # [K]: mask rate
     q: Floats  # [K]: marginal probability of a scored position (M/(P + 1) for complementary counts: rl/masks.py)
     weight: Floats  # [K]: importance weight 1/p(t) of the rate that was drawn; 1 where importance_weight is off
-    parts: int  # how many independent rows or pairs there are, without the full pass
+    parts: int  # how many independent rows or pairs there are, without the full pass; 1 at a quadrature's nodes
 
 
 class RlNoise:
@@ -49,8 +49,9 @@ class RlNoise:
         self.seed = seed
         self.per_step = per_step
         self.num_rows = diffusion.rows_per_sample + rl.full_pass
-        self._pair = pair_rule(rl.partner, diffusion.masking)
+        self._pair = pair_rule(rl.pairing, diffusion.masking)
         self._counts = diffusion.masking != "bernoulli"
+        self._nodes = gauss_legendre(self.design.repeats) if rl.times == "quadrature" else None
 
     def use(self, sampler: TSampler) -> None:
         """Draw t from another density from the next rollout on."""
@@ -96,7 +97,8 @@ class RlNoise:
         """Part of the completion is masked, in each of the views."""
         views = 2 if self.design.complementary else 1
         uniforms = self._uniforms(Purpose.RL_MASKS, update, completion, shape.length)
-        pairs = [self._pair(self.design, numbers, shape.scored, t) for numbers in uniforms]
+        rates, weights = self._rates(t, weight)
+        pairs = [self._pair(self.design, numbers, shape.scored, rate) for numbers, rate in zip(uniforms, rates)]
         masked = np.zeros((self.design.views, shape.prompt + shape.length), dtype=np.bool_)
         masked[:, shape.prompt :] = np.concatenate([pair.masked[:views] for pair in pairs])
         if self.rl.tail == "keep":
@@ -106,9 +108,17 @@ class RlNoise:
             masked[:, shape.prompt : shape.prompt + shape.scored],
             np.concatenate([pair.t[:views] for pair in pairs]),
             np.concatenate([pair.q[:views] for pair in pairs]),
-            np.full(self.design.views, weight),
-            self.design.repeats,
+            weights.repeat(views),
+            1 if self._nodes else self.design.repeats,
         )
+
+    def _rates(self, t: float, weight: float) -> tuple[Floats, Floats]:
+        """Rate and weight [repeats] of each independent row or pair: those of the completion, or a quadrature's."""
+        if self._nodes is None:
+            return np.full(self.design.repeats, t), np.full(self.design.repeats, weight)
+        u, shares = self._nodes
+        low, high = self.rl.rate_range
+        return low + (high - low) * u, weight * shares
 
     def _one_step(self, update: int, completion: int, shape: Shape, t: float, weight: float) -> Rows:
         """The whole completion is masked, and the prompt in part: each token with probability p = mask_prompt, or p of

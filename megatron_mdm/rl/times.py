@@ -47,9 +47,22 @@ def iid_sorted(generator: np.random.Generator, num_units: int, num_iterations: i
     return np.sort(generator.random((num_iterations, num_units)), axis=0)
 
 
+def centre(generator: np.random.Generator, num_units: int, num_iterations: int) -> Floats:
+    """1/2 for all: where the rows of a completion are at a quadrature's nodes, it has no rate of its own."""
+    return np.full((num_iterations, num_units), 0.5)
+
+
 QUANTILES: dict[str, QuantileRule] = {  # by rl.times
     "stratified": stratified,
     "systematic": systematic,
     "paper": paper,
     "iid_sorted": iid_sorted,
+    "quadrature": centre,
 }
+
+
+def gauss_legendre(number: int) -> tuple[Floats, Floats]:
+    """Nodes in (0, 1) and weights of mean 1: mean(weights · f(nodes)) is ∫ f(t) dt for polynomials of degree
+    2 · number − 1 (GDPO, arXiv 2510.08554)."""
+    nodes, weights = np.polynomial.legendre.leggauss(number)
+    return (nodes + 1.0) / 2.0, weights * number / 2.0

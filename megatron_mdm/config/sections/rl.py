@@ -8,10 +8,11 @@ from pydantic import Field, field_validator, model_validator
 
 from megatron_mdm.config.sections.section import Section
 
-Normalization = Literal["masked", "length", "tokens", "elbo"]
+Normalization = Literal["auto", "masked", "length", "tokens", "elbo"]
+Partner = Literal["auto", "mirror", "complement"]
 MASKED = "masked"  # an estimator, and a normalisation; no objective is meant
 
-# By rl.estimator: the normalisations that mean something (rl/README.md has the table of constants). "fixed" is 1/N.
+# By rl.estimator: the normalisations that mean something, auto's first (rl/README.md has the table of constants).
 NORMALIZATIONS_OF: dict[str, tuple[str, ...]] = {
     "one_step": ("length", "tokens"),
     "masked": ("masked", "length", "tokens", "elbo"),
@@ -55,17 +56,21 @@ class RlConfig(Section):
     kl: Literal["k2", "k2_split", "k3"] = "k3"  # its estimate
     # Mask rates of the updates. stratified: of each prompt over its updates, and of each update over its prompts;
     # systematic: one for all prompts, evenly spaced over updates; paper: UniGRPO's formula as printed; iid_sorted:
-    # independent draws in ascending order (the paper's appendix A.9)
-    times: Literal["stratified", "systematic", "paper", "iid_sorted"] = "stratified"
+    # independent draws in ascending order (the paper's appendix A.9); quadrature: the rows of a completion are at the
+    # nodes of Gauss–Legendre's rule, of which there are diffusion.multisample (GDPO; estimator elbo)
+    times: Literal["stratified", "systematic", "paper", "iid_sorted", "quadrature"] = "stratified"
     importance_weight: bool = True  # 1/p(t) weights a row
     # What the completions of a group have in common: nothing, the mask rate, or the masks by position, too
     share_noise: Literal["none", "group_time", "group_masks"] = "group_time"
-    normalize: Normalization = "masked"  # masked: 1/|M|; length: 1/P; tokens: 1/Σ P of the step; elbo: 1/(P q)
+    # masked: 1/|M|; length: 1/P; tokens: 1/Σ P of the step; elbo: 1/(P q); auto: masked for that estimator, else length
+    normalize: Normalization = "auto"
     scope: Literal["to_eos", "all"] = "to_eos"  # which tokens of a completion are scored
     tail: Literal["noise", "keep", "drop"] = "noise"  # those behind its end: masked like others, shown, or cut off
     rate_range: tuple[float, float] = (0.0, 1.0)  # of the mask rate t
     mask_prompt: float = Field(default=0.0, ge=0, lt=1)  # one_step: each prompt token is masked with this probability
-    partner: Literal["mirror", "complement"] = "mirror"  # with diffusion.views 2: what the second row of a pair is
+    # With diffusion.views 2, the second row of a pair masks as many tokens, others as far as possible (mirror), or
+    # exactly the tokens that the first one shows (complement). auto: complement for estimator coupled, else mirror
+    partner: Partner = "auto"
     full_pass: bool = False  # coupled: one more row with everything masked; each token's value is then the mean of two
     pair_weight: Literal["none", "rate"] = "none"  # coupled: rate weights a token by 1/q of the row that masks it
     # Settings of the completions: keys of generation (generation/settings.py) other than seed. Defaults differ there:
@@ -111,11 +116,19 @@ class RlConfig(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> RlConfig:
-        allowed = NORMALIZATIONS_OF[self.estimator]
-        if self.normalize not in allowed and "normalize" in self.model_fields_set:
+        allowed = ("auto", *NORMALIZATIONS_OF[self.estimator])
+        if self.normalize not in allowed:
             raise ValueError(
                 f"normalize for estimator {self.estimator} is one of {', '.join(allowed)}, not {self.normalize}"
             )
+        if self.normalize == "tokens" and self.importance_sampling_level == "sequence":
+            raise ValueError("normalize tokens is for importance_sampling_level token, not sequence")
+        if (self.estimator, self.partner) in (("coupled", "mirror"), ("one_step", "complement")):
+            raise ValueError(f"partner {self.partner} is not for estimator {self.estimator}: leave it at auto")
+        if self.times == "quadrature" and self.estimator != "elbo":
+            raise ValueError(f"times quadrature is for estimator elbo, not {self.estimator}")
+        if self.times == "quadrature" and self.kl == "k2_split":
+            raise ValueError("kl k2_split averages over rows of one kind, which times quadrature does not have")
         if self.importance_sampling_level == "sequence" and self.estimator not in ("masked", "elbo"):
             raise ValueError(f"importance_sampling_level sequence needs estimator masked or elbo, not {self.estimator}")
         if self.importance_sampling_level == "token" and self.estimator == "elbo":
@@ -131,6 +144,12 @@ class RlConfig(Section):
 
     @property
     def normalization(self) -> str:
-        """normalize, or what the estimator has in its place."""
-        allowed = NORMALIZATIONS_OF[self.estimator]
-        return self.normalize if self.normalize in allowed else allowed[0]
+        """normalize, with the estimator's own for auto."""
+        return NORMALIZATIONS_OF[self.estimator][0] if self.normalize == "auto" else self.normalize
+
+    @property
+    def pairing(self) -> str:
+        """partner, with the estimator's own for auto."""
+        if self.partner != "auto":
+            return self.partner
+        return "complement" if self.estimator == "coupled" else "mirror"
