@@ -6,6 +6,7 @@ and θ, θ_old and the reference see the same rows.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -51,103 +52,106 @@ class RlNoise:
         self.num_rows = diffusion.rows_per_sample + rl.full_pass
         self._pair = pair_rule(rl.pairing, diffusion.masking)
         self._counts = diffusion.masking != "bernoulli"
-        self._nodes = gauss_legendre(self.design.repeats) if rl.times == "quadrature" else None
 
     def use(self, sampler: TSampler) -> None:
         """Draw t from another density from the next rollout on."""
         self.sampler = sampler
 
     def times(self, rollout: int) -> tuple[Floats, Floats]:
-        """t and importance weight 1/p(t), [μ, B·G] each, of a rollout's updates and completions; equal within a group
-        unless share_noise is none.
+        """t and importance weight 1/p(t), [μ, B·G, repeats] each, of a rollout's updates and completions, and of the
+        independent rows or pairs of each (diffusion.multisample); equal within a group unless share_noise is none.
 
-        t = lo + (hi − lo) F⁻¹(u) in the rate_range; the weight is the density's on that range, so its mean is 1.
+        t = lo + (hi − lo) F⁻¹(u) in the rate_range; the weight is the density's on that range, so its mean is 1. At
+        token level a completion has one rate, since a token's value is its mean over masks of that rate; at sequence
+        level each repeat has one of its own, so that repeats are independent.
         """
         rl = self.rl
         size = 1 if rl.share_noise == "none" else rl.num_generations
-        num_units = self.per_step // size
-        u = np.concatenate(
-            [
-                QUANTILES[rl.times](
-                    stream(self.seed, Purpose.RL_TIMES, rollout, minibatch), num_units, rl.num_iterations
-                )
-                for minibatch in range(rl.num_completions // self.per_step)
-            ],
-            axis=1,
-        ).repeat(size, axis=1)
-        quantile, weight = self.sampler.quantile(u)
+        minibatches = [self._quantiles(rollout, index, size) for index in range(rl.num_completions // self.per_step)]
+        quantile, weight = self.sampler.quantile(np.concatenate(minibatches, axis=1).repeat(size, axis=1))
+        if rl.times == "quadrature":
+            weight = weight * gauss_legendre(self.design.repeats).weights
         low, high = rl.rate_range
         return low + (high - low) * quantile, weight if rl.importance_weight else np.ones_like(weight)
 
-    def rows(self, rollout: int, iteration: int, completion: int, shape: Shape, t: float, weight: float) -> Rows:
-        """The rows of a completion of the rollout (0 … B·G − 1) at an update; t, weight: its times()."""
-        draw = self._one_step if self.rl.estimator == "one_step" else self._at_rate
-        rows = draw(rollout * self.rl.num_iterations + iteration, completion, shape, t, weight)
-        return _with_full_pass(rows, shape, self.rl.tail == "noise", weight) if self.rl.full_pass else rows
+    def _quantiles(self, rollout: int, minibatch: int, size: int) -> Floats:
+        """u [μ, units, repeats] of an optimizer step's completions, by units of so many."""
+        rl, repeats = self.rl, self.design.repeats
+        units = self.per_step // size
+        if rl.times == "quadrature":
+            return np.broadcast_to(gauss_legendre(repeats).nodes, (rl.num_iterations, units, repeats))
+        generator = stream(self.seed, Purpose.RL_TIMES, rollout, minibatch)
+        number = repeats if rl.importance_sampling_level == "sequence" else 1
+        draws = [QUANTILES[rl.times](generator, units, rl.num_iterations) for _ in range(number)]
+        return np.stack(draws * (repeats // number), axis=2)
 
-    def _uniforms(self, purpose: Purpose, update: int, completion: int, size: int) -> Floats:
-        """[repeats, size], by position: where a group shares its masks, completions of any length have the same."""
+    def rows(self, rollout: int, iteration: int, completion: int, shape: Shape, t: Floats, weight: Floats) -> Rows:
+        """The rows of a completion of the rollout (0 … B·G − 1) at an update; t, weight [repeats]: its times()."""
+        update = rollout * self.rl.num_iterations + iteration
         unit = completion // self.rl.num_generations if self.rl.share_noise == "group_masks" else completion
-        repeats = self.design.repeats
-        return np.stack(
-            [stream(self.seed, purpose, update, unit * repeats + index).random(size) for index in range(repeats)]
+        purpose, size = (
+            (Purpose.RL_PROMPT_MASKS, shape.prompt)
+            if self.rl.estimator == "one_step"
+            else (Purpose.RL_MASKS, shape.length)
         )
+        repeats = range(self.design.repeats)
+        streams = [stream(self.seed, purpose, update, unit * len(repeats) + index) for index in repeats]
+        return self.rows_of([generator.random(size) for generator in streams], shape, t, weight)
 
-    def _at_rate(self, update: int, completion: int, shape: Shape, t: float, weight: float) -> Rows:
+    def rows_of(self, uniforms: Sequence[Floats], shape: Shape, t: Floats, weight: Floats) -> Rows:
+        """The rows that uniform numbers give: for each repeat one by position of the completion (by position, so that
+        completions of any length that share them have the same), or of the prompt for estimator one_step."""
+        draw = self._one_step if self.rl.estimator == "one_step" else self._at_rates
+        rows = draw(uniforms, shape, t, weight)
+        hidden = {"noise": shape.length, "keep": shape.scored, "drop": shape.scored}[self.rl.tail]
+        rows.masked[:, shape.prompt + hidden :] = False
+        return _with_full_pass(rows, shape.prompt, hidden) if self.rl.full_pass else rows
+
+    def _at_rates(self, uniforms: Sequence[Floats], shape: Shape, t: Floats, weight: Floats) -> Rows:
         """Part of the completion is masked, in each of the views."""
         views = 2 if self.design.complementary else 1
-        uniforms = self._uniforms(Purpose.RL_MASKS, update, completion, shape.length)
-        rates, weights = self._rates(t, weight)
-        pairs = [self._pair(self.design, numbers, shape.scored, rate) for numbers, rate in zip(uniforms, rates)]
-        masked = np.zeros((self.design.views, shape.prompt + shape.length), dtype=np.bool_)
-        masked[:, shape.prompt :] = np.concatenate([pair.masked[:views] for pair in pairs])
-        if self.rl.tail == "keep":
-            masked[:, shape.prompt + shape.scored :] = False
+        pairs = [self._pair(self.design, numbers, shape.scored, float(rate)) for numbers, rate in zip(uniforms, t)]
+        completion = np.concatenate([pair.masked[:views] for pair in pairs])
+        prompt = np.zeros((len(completion), shape.prompt), dtype=np.bool_)
         return Rows(
-            masked,
-            masked[:, shape.prompt : shape.prompt + shape.scored],
+            np.concatenate([prompt, completion], axis=1),
+            completion[:, : shape.scored],
             np.concatenate([pair.t[:views] for pair in pairs]),
             np.concatenate([pair.q[:views] for pair in pairs]),
-            weights.repeat(views),
-            1 if self._nodes else self.design.repeats,
+            weight.repeat(views),
+            1 if self.rl.times == "quadrature" else len(pairs),
         )
 
-    def _rates(self, t: float, weight: float) -> tuple[Floats, Floats]:
-        """Rate and weight [repeats] of each independent row or pair: those of the completion, or a quadrature's."""
-        if self._nodes is None:
-            return np.full(self.design.repeats, t), np.full(self.design.repeats, weight)
-        u, shares = self._nodes
-        low, high = self.rl.rate_range
-        return low + (high - low) * u, weight * shares
-
-    def _one_step(self, update: int, completion: int, shape: Shape, t: float, weight: float) -> Rows:
+    def _one_step(self, uniforms: Sequence[Floats], shape: Shape, t: Floats, weight: Floats) -> Rows:
         """The whole completion is masked, and the prompt in part: each token with probability p = mask_prompt, or p of
         all, rounded; mirrored in the second view. There is no rate, and so no importance weight."""
         share = self.rl.mask_prompt
         if self._counts:
             share = float(np.rint(share * shape.prompt)) / max(shape.prompt, 1)
-        uniforms = self._uniforms(Purpose.RL_PROMPT_MASKS, update, completion, shape.prompt)
         views = 2 if self.design.complementary else 1
-        prompts = np.concatenate([self.design.rule.draw(numbers, share)[:views] for numbers in uniforms])
-        shown = self.rl.tail != "noise"
-        ends = np.ones((len(prompts), shape.length), dtype=np.bool_)
-        ends[:, shape.scored :] = not shown
-        ones = np.ones(len(prompts))
+        prompt = np.concatenate([self.design.rule.draw(numbers, share)[:views] for numbers in uniforms])
+        completion = np.ones((len(prompt), shape.length), dtype=np.bool_)
+        ones = np.ones(len(prompt))
         return Rows(
-            np.concatenate([prompts, ends], axis=1), ends[:, : shape.scored], ones, ones, ones, self.design.repeats
+            np.concatenate([prompt, completion], axis=1),
+            completion[:, : shape.scored],
+            ones,
+            ones,
+            ones,
+            len(uniforms),
         )
 
 
-def _with_full_pass(rows: Rows, shape: Shape, hide_tail: bool, weight: float) -> Rows:
-    """One more row, in which the whole completion is masked."""
-    last = np.zeros((1, shape.prompt + shape.length), dtype=np.bool_)
-    last[:, shape.prompt : shape.prompt + (shape.length if hide_tail else shape.scored)] = True
+def _with_full_pass(rows: Rows, prompt: int, hidden: int) -> Rows:
+    """One more row, in which the completion is masked: its first `hidden` tokens."""
+    last = np.zeros((1, rows.masked.shape[1]), dtype=np.bool_)
+    last[:, prompt : prompt + hidden] = True
     one = np.ones(1)
     return Rows(
         np.concatenate([rows.masked, last]),
-        np.concatenate([rows.scored, last[:, shape.prompt : shape.prompt + shape.scored]]),
+        np.concatenate([rows.scored, np.ones((1, rows.scored.shape[1]), dtype=np.bool_)]),
         np.concatenate([rows.t, one]),
         np.concatenate([rows.q, one]),
-        np.concatenate([rows.weight, one * weight]),
+        np.concatenate([rows.weight, rows.weight[:1]]),
         rows.parts,
     )

@@ -7,6 +7,7 @@ their rate (or, with share_noise none, a completion).
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 
@@ -47,22 +48,22 @@ def iid_sorted(generator: np.random.Generator, num_units: int, num_iterations: i
     return np.sort(generator.random((num_iterations, num_units)), axis=0)
 
 
-def centre(generator: np.random.Generator, num_units: int, num_iterations: int) -> Floats:
-    """1/2 for all: where the rows of a completion are at a quadrature's nodes, it has no rate of its own."""
-    return np.full((num_iterations, num_units), 0.5)
-
-
 QUANTILES: dict[str, QuantileRule] = {  # by rl.times
     "stratified": stratified,
     "systematic": systematic,
     "paper": paper,
     "iid_sorted": iid_sorted,
-    "quadrature": centre,
 }
 
 
-def gauss_legendre(number: int) -> tuple[Floats, Floats]:
-    """Nodes in (0, 1) and weights of mean 1: mean(weights · f(nodes)) is ∫ f(t) dt for polynomials of degree
-    2 · number − 1 (GDPO, arXiv 2510.08554)."""
+class Quadrature(NamedTuple):
+    """mean(weights · f(nodes)) ≈ ∫ f(t) dt."""
+
+    nodes: Floats  # [number] in (0, 1)
+    weights: Floats  # [number], of mean 1
+
+
+def gauss_legendre(number: int) -> Quadrature:
+    """Exact for polynomials of degree 2 · number − 1 (GDPO, arXiv 2510.08554)."""
     nodes, weights = np.polynomial.legendre.leggauss(number)
-    return (nodes + 1.0) / 2.0, weights * number / 2.0
+    return Quadrature((nodes + 1.0) / 2.0, weights * number / 2.0)
