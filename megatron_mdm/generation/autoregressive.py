@@ -47,7 +47,7 @@ def decode_greedily(
         pattern = Padded(lengths + step, causal=True)
         logits = engine.logits(logits_inputs(tokens, pattern, last), Window(cache, positions)).float()
         uniforms = _uniforms(prompt_ids, step, logits.shape[1], config)
-        found = draw(logits, config.temperature, config.top_p, config.top_k, special.mask, uniforms)
+        found = draw(logits, config.temperature, config.top_p, config.top_k, special.mask, uniforms.__getitem__)
         chosen = found.tokens.cpu()
         responses[:, step] = chosen
         if watch:

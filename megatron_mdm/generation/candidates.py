@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from megatron_mdm.generation.noise import TokenUniforms
+
+# Numbers of a table [N, V] that are worked on at a time, in float64: on a CPU what its caches hold
+_ELEMENTS = {"cpu": 1 << 16, "cuda": 1 << 21}
 
 
 class Candidates(NamedTuple):
@@ -22,22 +28,43 @@ class Candidates(NamedTuple):
 
 
 def draw(
-    logits: Tensor, temperature: float, top_p: float, top_k: int, mask_id: int | None, gumbel_uniforms: Tensor
+    logits: Tensor, temperature: float, top_p: float, top_k: int, mask_id: int | None, uniforms: TokenUniforms
 ) -> Candidates:
-    """logits [N, V] float32; gumbel_uniforms [N, V], not read at temperature 0, which takes the most likely token.
-    mask_id: the mask's place among the V; None: it is not one of them.
+    """logits [N, V] float32; uniforms: not asked at temperature 0, which takes the most likely token. mask_id: the
+    mask's place among the V; None: it is not one of them.
 
     Where the mask is the only token that is kept, the most likely other one is the candidate.
     """
-    drawn_from = truncated(logits.double() / temperature if temperature else logits, top_p, top_k)
-    noisy = drawn_from + gumbel_noise(gumbel_uniforms.to(logits.device)) if temperature else drawn_from
+    drawn_from = truncated(logits.double().div_(temperature) if temperature else logits, top_p, top_k)
+    found = [
+        _best(drawn_from[part], uniforms(part).to(logits.device) if temperature else None, mask_id)
+        for part in parts(logits)
+    ]
+    best, tokens = (torch.cat(of_parts) for of_parts in zip(*found))
     if mask_id is None:
-        return Candidates(noisy.argmax(1), logits, drawn_from)
-    best, tokens = without(noisy, mask_id).max(1)
+        return Candidates(tokens, logits, drawn_from)
     nothing = best == float("-inf")
     if nothing.any():
         tokens[nothing] = without(logits[nothing], mask_id).argmax(1)
     return Candidates(tokens, logits, drawn_from)
+
+
+def _best(drawn_from: Tensor, uniforms: Tensor | None, mask_id: int | None) -> tuple[Tensor, Tensor]:
+    """(values, tokens) [n] of the greatest of [n, V], with Gumbel noise where there are uniforms; never the mask's."""
+    if uniforms is None:
+        noisy = drawn_from if mask_id is None else drawn_from.clone()
+    else:
+        noisy = gumbel_noise(uniforms).add_(drawn_from)
+    if mask_id is not None:
+        noisy[:, mask_id] = float("-inf")
+    return noisy.max(1)
+
+
+def parts(logits: Tensor) -> Iterator[slice]:
+    """Slices of the rows of [N, V], at least one, so that what is made of a part takes little memory."""
+    size = max(_ELEMENTS[logits.device.type] // logits.shape[1], 1)
+    for start in range(0, max(len(logits), 1), size):
+        yield slice(start, start + size)
 
 
 def without(logits: Tensor, *token_ids: int) -> Tensor:
@@ -63,4 +90,4 @@ def truncated(logits: Tensor, top_p: float = 1.0, top_k: int = 0) -> Tensor:
 
 def gumbel_noise(uniforms: Tensor) -> Tensor:
     """Gumbel numbers from uniform ones, float64: argmax(logits + noise) samples the softmax."""
-    return -torch.log(-torch.log(uniforms.double()))
+    return torch.log(uniforms.double()).neg_().log_().neg_()

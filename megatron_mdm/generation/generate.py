@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from megatron_mdm.generation.sampler import denoise
 from megatron_mdm.generation.settings import Batches, IdsEngine, LogitsEngine, Response, SpecialIds
@@ -31,15 +31,16 @@ def generate(
 
 def generate_by_turns(
     engine: LogitsEngine | IdsEngine,
-    prompts: Sequence[Sequence[int]],
+    prompts: Sequence[Sequence[int]] | Mapping[int, Sequence[int]],
     prompt_ids: Sequence[int],
     config: Batches,
     special: SpecialIds,
     context: ParallelContext,
     decode: Decoder = denoise,
+    shows_progress: bool = True,
 ) -> Iterator[dict[int, Response]]:
     """The responses to the prompts of these ids, turn by turn: after one batch on every data-parallel rank, theirs by
-    prompt id, on every rank. Collective.
+    prompt id, on every rank. Collective. prompts: by id; ids are any numbers, of which randomness is a function.
 
     Prompts are sorted by length into batches; a prompt's response does not depend on its batch.
     """
@@ -47,7 +48,7 @@ def generate_by_turns(
     batches = [order[start : start + config.batch_size] for start in range(0, len(order), config.batch_size)]
     ranks = context.layout.data
     turns = range(-(-len(batches) // ranks))
-    for turn in progress_bar(turns, desc="generate", unit="batch", enabled=context.is_main):
+    for turn in progress_bar(turns, desc="generate", unit="batch", enabled=shows_progress and context.is_main):
         index = turn * ranks + context.data_rank
         batch = batches[min(index, len(batches) - 1)]  # ranks without work repeat the last batch, to keep step
         responses = decode(engine, [prompts[row] for row in batch], batch, config, special)

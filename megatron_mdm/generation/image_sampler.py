@@ -9,10 +9,11 @@ from torch import Tensor
 
 from megatron_mdm.batch import padded_rows
 from megatron_mdm.data.image_text import null_prefix, prefix, suffix
-from megatron_mdm.diffusion.randomness import Purpose, stream
+from megatron_mdm.diffusion.randomness import Purpose
 from megatron_mdm.engine.inputs import logits_inputs
 from megatron_mdm.generation.candidates import draw, gumbel_noise
 from megatron_mdm.generation.image_settings import CONFIDENCE_SCHEDULES, ImageSampling, ImageTokens
+from megatron_mdm.generation.noise import NOISES, Noise
 from megatron_mdm.generation.remask import COMMIT_SCHEDULES, Ranking, low_confidence, most_confident
 from megatron_mdm.generation.settings import IdsEngine, Response, SpecialIds
 
@@ -38,12 +39,13 @@ def denoise_images(
     """
     canvas = _Canvas(captions, image, special, is_guided=config.cfg_scale > 0)
     amounts = COMMIT_SCHEDULES[config.schedule](image.number, config.steps, config.eps)
+    noise = [NOISES[config.noise](config.seed, Purpose.GENERATION, [index]) for index in image_ids]
     num_passes = 0
     for step, amount in enumerate(amounts):
         if not amount.count:
             continue
         logits = _guided_logits(engine, canvas, config)
-        canvas.commit(*_ranked(logits, canvas.unknown, image_ids, step, config), amount.count)
+        canvas.commit(*_ranked(logits, canvas.unknown, noise, step, config), amount.count)
         num_passes += 1
         if watch:
             watch(canvas.codes)
@@ -102,21 +104,20 @@ def _guided_logits(engine: IdsEngine, canvas: _Canvas, config: ImageSampling) ->
 
 
 def _ranked(
-    logits: Tensor, unknown: Tensor, image_ids: Sequence[int], step: int, config: ImageSampling
+    logits: Tensor, unknown: Tensor, noise: Sequence[Noise], step: int, config: ImageSampling
 ) -> tuple[Tensor, Ranking]:
     """Codes [R, N] and their ranking; logits [R, M, codes] of the unknown places.
 
     Row by row: the noise of one image has as many numbers as its logits.
     """
-    noise = config.confidence_temperature * CONFIDENCE_SCHEDULES[config.confidence_schedule](step + 1, config.steps)
+    of_order = config.confidence_temperature * CONFIDENCE_SCHEDULES[config.confidence_schedule](step + 1, config.steps)
     codes = torch.zeros(unknown.shape, dtype=torch.int64)
     scores = torch.full(unknown.shape, float("-inf"), dtype=torch.float64)
-    for row, image_id in enumerate(image_ids):
-        generator = stream(config.seed, Purpose.GENERATION, step, image_id)
-        order = torch.from_numpy(generator.random(logits.shape[1]))
-        uniforms = torch.from_numpy(generator.random(logits.shape[1:])) if config.temperature else torch.empty(0)
-        found = draw(logits[row], config.temperature, config.top_p, config.top_k, None, uniforms)
-        confidence = low_confidence(found, order).cpu().clamp_min(_LEAST).log()
+    num_drawn = logits.shape[2] if config.temperature else 0
+    for row, of_image in enumerate(noise):
+        drawn = of_image.at(step, unknown[row : row + 1], num_drawn, logits.device)
+        found = draw(logits[row], config.temperature, config.top_p, config.top_k, None, drawn.tokens)
+        confidence = low_confidence(found, drawn.orders).cpu().clamp_min(_LEAST).log()
         codes[row, unknown[row]] = found.tokens.cpu()
-        scores[row, unknown[row]] = confidence + noise * gumbel_noise(order)
+        scores[row, unknown[row]] = confidence + of_order * gumbel_noise(drawn.orders)
     return codes, Ranking(scores, unknown, torch.zeros_like(unknown))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from pydantic import Field, model_validator
 
@@ -53,6 +53,7 @@ class ImageSampling(Section):
     batch_size: int = Field(
         default=8, gt=0
     )  # images per forward pass and data-parallel rank; guidance doubles the rows
+    noise: Literal["host", "device"] = "host"  # where random numbers are made, as of text (settings.py)
     seed: int = 0
 
     @model_validator(mode="after")

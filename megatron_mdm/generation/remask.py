@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from megatron_mdm.generation.candidates import Candidates
+from megatron_mdm.generation.candidates import Candidates, parts
 
 
 class Step(NamedTuple):
@@ -59,7 +59,10 @@ def entropy(found: Candidates, _: Tensor) -> Tensor:
 
 
 def _probability(tokens: Tensor, logits: Tensor) -> Tensor:
-    logits = logits.double()
+    return torch.cat([_of_part(tokens[part], logits[part].double()) for part in parts(logits)])
+
+
+def _of_part(tokens: Tensor, logits: Tensor) -> Tensor:
     return (logits.gather(1, tokens[:, None]).squeeze(1) - logits.logsumexp(1)).exp()
 
 

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from megatron_mdm.batch import Padded, padded_rows
-from megatron_mdm.diffusion.randomness import Purpose, stream
+from megatron_mdm.diffusion.randomness import Purpose
 from megatron_mdm.engine.inputs import logits_inputs
 from megatron_mdm.generation.candidates import draw, gumbel_noise
+from megatron_mdm.generation.noise import NO_NOISE, NOISES, StepNoise
 from megatron_mdm.generation.remask import COMMIT_SCHEDULES, REMASKING, Ranking, confident_enough
 from megatron_mdm.generation.settings import GenerationConfig, LogitsEngine, Response, SpecialIds
 from megatron_mdm.models.cache import KeyValueCache, Window
@@ -26,10 +27,13 @@ def denoise(
     config: GenerationConfig,
     special: SpecialIds,
     watch: Watch | None = None,
+    *,
+    purpose: Purpose = Purpose.GENERATION,
 ) -> list[Response]:
-    """The responses to one batch of prompts, gen_length ids each. Randomness is a function of (seed, prompt id, block,
-    step)."""
+    """The responses to one batch of prompts, gen_length ids each. Randomness is a function of (seed, purpose, prompt
+    id, block, step)."""
     canvas = _Canvas(prompts, config, special)
+    noise = NOISES[config.noise](config.seed, purpose, prompt_ids)
     amounts, select = _plan(config)
     for block in range(config.num_blocks):
         places = canvas.block(block)
@@ -41,7 +45,9 @@ def denoise(
                 continue
             logits = _guided_logits(engine, canvas, block, places, masked)
             counter = block * max(config.steps_per_block, config.block_length) + step
-            candidates, ranking = _ranked(logits, masked, prompt_ids, counter, config, special)
+            num_drawn = logits.shape[1] if config.temperature else 0
+            drawn = noise.at(counter, masked, num_drawn, logits.device) if config.draws else NO_NOISE
+            candidates, ranking = _ranked(logits, masked, drawn, config, special)
             canvas.commit(places, select(ranking, amount), candidates)
             canvas.steps += masked.any(1)
             if watch:
@@ -137,23 +143,17 @@ def _guided_logits(engine: LogitsEngine, canvas: _Canvas, block: int, places: Te
 
 
 def _ranked(
-    logits: Tensor,
-    masked: Tensor,
-    prompt_ids: Sequence[int],
-    counter: int,
-    config: GenerationConfig,
-    special: SpecialIds,
+    logits: Tensor, masked: Tensor, drawn: StepNoise, config: GenerationConfig, special: SpecialIds
 ) -> tuple[Tensor, Ranking]:
     """Candidates [R, block] and their ranking. logits [N, V] of the masked positions."""
-    orders, gumbels = _uniforms(prompt_ids, counter, masked, logits.shape[1], config)
-    found = draw(logits, config.temperature, config.top_p, config.top_k, special.mask, gumbels)
+    found = draw(logits, config.temperature, config.top_p, config.top_k, special.mask, drawn.tokens)
     ends = torch.zeros(len(logits), dtype=torch.bool)
     if config.eos == "last":
         ends = special.ends(found.tokens).cpu()
         found = found.without(*special.end_ids)
-    scores = REMASKING[config.remasking].confidence(found, orders).double().cpu()
+    scores = REMASKING[config.remasking].confidence(found, drawn.orders).double().cpu()
     if config.alg_temp:
-        scores = scores / config.alg_temp + gumbel_noise(orders)
+        scores = scores / config.alg_temp + gumbel_noise(drawn.orders)
     ranking = Ranking(_placed(scores, masked, float("-inf")), masked, _placed(ends, masked, False))
     return _placed(found.tokens.cpu(), masked, 0), ranking
 
@@ -161,20 +161,3 @@ def _ranked(
 def _placed(values: Tensor, masked: Tensor, elsewhere: float) -> Tensor:
     """values [N] of the masked positions → [R, block]."""
     return torch.full(masked.shape, elsewhere, dtype=values.dtype).masked_scatter_(masked, values)
-
-
-def _uniforms(
-    prompt_ids: Sequence[int], counter: int, masked: Tensor, vocab_size: int, config: GenerationConfig
-) -> tuple[Tensor, Tensor]:
-    """(order [N], Gumbel [N, V]) uniforms of the masked positions; what the settings do not use is left empty."""
-    if config.temperature == 0.0 and config.alg_temp == 0.0 and not REMASKING[config.remasking].is_chance:
-        return torch.empty(0), torch.empty(0)
-    orders = []
-    gumbels = []
-    for row, prompt in enumerate(prompt_ids):
-        generator = stream(config.seed, Purpose.GENERATION, counter, prompt)
-        num_masked = int(masked[row].sum())
-        orders.append(torch.from_numpy(generator.random(num_masked)))
-        if config.temperature > 0.0:
-            gumbels.append(torch.from_numpy(generator.random((num_masked, vocab_size))))
-    return torch.cat(orders), torch.cat(gumbels) if gumbels else torch.empty(0)

@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from megatron_mdm.batch import IdRange, ModelInputs
+from megatron_mdm.config.errors import UserError
 from megatron_mdm.config.schema import ModelConfig, Section
 from megatron_mdm.data.lengths import Room
 from megatron_mdm.data.tokenizer import Tokenizer
@@ -63,6 +64,9 @@ class GenerationConfig(Section):
     # Approximate: within a block, keys and values from the pass that began it are used again. prefix: of the prompt and
     # the finished blocks; dual: of the blocks to come, too.
     cache: Literal["none", "prefix", "dual"] = "none"
+    # Where random numbers are made: on the host, V of them for each masked position; or hashed where the logits are,
+    # the same on every device. With either, a response depends on the seed, the prompt's number and the settings only.
+    noise: Literal["host", "device"] = "host"
     batch_size: int = Field(default=16, gt=0)  # prompts per forward pass and data-parallel rank
     seed: int = 0
 
@@ -90,12 +94,26 @@ class GenerationConfig(Section):
         return Room.of(model, self.extrapolate, self.gen_length)
 
     @property
+    def draws(self) -> bool:
+        """Whether chance decides anything."""
+        return bool(self.temperature or self.alg_temp or REMASKING[self.remasking].is_chance)
+
+    @property
     def num_blocks(self) -> int:
         return self.gen_length // self.block_length
 
     @property
     def steps_per_block(self) -> int:
         return self.steps // self.num_blocks
+
+
+def check_without_windows(config: GenerationConfig, where: str) -> None:
+    """Raises UserError where settings need windows of a cache, which engines that train do not take. where: of the
+    settings, for the message."""
+    if config.cache != "none":
+        raise UserError(
+            f"'{where}.cache' {config.cache}: the engine that trains keeps no keys and values between passes; use none"
+        )
 
 
 class SpecialIds(NamedTuple):

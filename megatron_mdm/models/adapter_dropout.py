@@ -3,7 +3,7 @@
 A mask depends on the run's seed, the step, a sample's place in the global batch, its view, the token's place in the
 row, the layer, the linear map and the feature, and on nothing else: every layout, a resumed run and a layer that runs
 again in the backward pass have the same one, and no random state is kept. On the host each token gets a key, on the
-device key, layer, linear map and feature are hashed in 64-bit integers, which wrap.
+device key, layer, linear map and feature are hashed (diffusion/hashing.py).
 """
 
 from __future__ import annotations
@@ -13,21 +13,11 @@ import torch
 from torch import Tensor
 
 from megatron_mdm.batch import ModelInputs
+from megatron_mdm.diffusion.hashing import DISTANCE, mixed
 from megatron_mdm.diffusion.randomness import Purpose, stream
 
 _LANES = 4  # numbers of 16 bits in a hash: each decides on a feature of its own
 _LEVELS = 1 << 16
-
-
-def _signed(value: int) -> int:
-    """The signed 64-bit integer of the same bits."""
-    return (value + (1 << 63)) % (1 << 64) - (1 << 63)
-
-
-# SplitMix64 (Steele, Lea, Flood 2014): distance of neighbours before mixing, then (shift, factor) of its rounds
-_DISTANCE = _signed(0x9E3779B97F4A7C15)
-_ROUNDS = ((30, _signed(0xBF58476D1CE4E5B9)), (27, _signed(0x94D049BB133111EB)))
-_LAST_SHIFT = 31
 
 
 def with_dropout_keys(inputs: ModelInputs, seed: int, step: int, positions: Tensor) -> ModelInputs:
@@ -43,7 +33,7 @@ def with_dropout_keys(inputs: ModelInputs, seed: int, step: int, positions: Tens
         generator = stream(seed, Purpose.ADAPTER_DROPOUT, step, position)
         keys[:, column] = generator.integers(-(1 << 63), 1 << 63, size=views)
     of_rows = torch.from_numpy(keys.reshape(-1, 1))
-    return inputs._replace(dropout_keys=_mixed(of_rows + _DISTANCE * torch.arange(width)))
+    return inputs._replace(dropout_keys=mixed(of_rows + DISTANCE * torch.arange(width)))
 
 
 class AdapterDropout:
@@ -65,18 +55,6 @@ class AdapterDropout:
         before = first_feature % _LANES
         first = first_feature // _LANES
         hashes = torch.arange(first, first + (before + width + _LANES - 1) // _LANES, device=hidden.device)
-        keys = _mixed(self.keys[first_position : first_position + length] ^ self._site)
-        bits = _mixed(keys[..., None] + _DISTANCE * hashes).view(torch.int16)
+        keys = mixed(self.keys[first_position : first_position + length] ^ self._site)
+        bits = mixed(keys[..., None] + DISTANCE * hashes).view(torch.int16)
         return hidden.masked_fill(bits[..., before : before + width] < self._below, 0)
-
-
-def _mixed(values: Tensor) -> Tensor:
-    """A bijection of 64-bit integers under which neighbours become unlike: SplitMix64's. In place."""
-    for shift, factor in _ROUNDS:
-        values = values.bitwise_xor_(_shifted(values, shift)).mul_(factor)
-    return values.bitwise_xor_(_shifted(values, _LAST_SHIFT))
-
-
-def _shifted(values: Tensor, by: int) -> Tensor:
-    """Shifted to the right, with zeros from the left: torch's shift repeats the sign."""
-    return (values >> by).bitwise_and_((1 << (64 - by)) - 1)

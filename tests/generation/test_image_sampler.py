@@ -19,6 +19,7 @@ from megatron_mdm.diffusion.randomness import Purpose, stream
 from megatron_mdm.engine.inputs import logits_inputs
 from megatron_mdm.generation.image_sampler import UNKNOWN, denoise_images
 from megatron_mdm.generation.image_settings import CONFIDENCE_SCHEDULES, ImageSampling, ImageTokens
+from megatron_mdm.generation.noise import DeviceNoise
 from megatron_mdm.generation.remask import COMMIT_SCHEDULES
 from megatron_mdm.generation.settings import Response, SpecialIds
 from tests.generation.test_sampler import built_engine
@@ -34,6 +35,7 @@ SETTINGS: list[dict[str, Any]] = [
     {"cfg_scale": 3.5},
     {"cfg_scale": 1.0, "confidence_schedule": "linear", "confidence_temperature": 4.0, "seed": 3},
     {"temperature": 0.0, "confidence_temperature": 0.0},
+    {"noise": "device"},
 ]
 
 
@@ -71,6 +73,7 @@ def one_image(
     confidence_temperature: float = 1.0,
     confidence_schedule: str = "product",
     seed: int = 0,
+    noise: str = "host",
 ) -> list[int]:
     """MMaDA's modeling_mmada.py:118-211 in other words."""
     num_places, num_steps, first = 16, 6, VOCABULARY.first_id
@@ -88,9 +91,16 @@ def one_image(
         probability = np.exp(logits - logits.max(1, keepdims=True))
         probability /= probability.sum(1, keepdims=True)
         unknown = [place for place in range(num_places) if ids[place] == MASK]
-        noise = stream(seed, Purpose.GENERATION, step - 1, number)
-        of_order = -np.log(-np.log(noise.random(len(unknown))))
-        of_values = -np.log(-np.log(noise.random((len(unknown), VOCABULARY.num_codes)))) if temperature else 0.0
+        if noise == "device":
+            masked = torch.tensor(ids)[None] == MASK
+            hashed = DeviceNoise(seed, Purpose.GENERATION, [number])
+            of_orders, of_tokens = hashed.at(step - 1, masked, VOCABULARY.num_codes, torch.device("cpu"))
+            orders, tokens = of_orders.numpy(), of_tokens(slice(None)).numpy()
+        else:
+            generator = stream(seed, Purpose.GENERATION, step - 1, number)
+            orders, tokens = (generator.random((len(unknown), *more)) for more in ((), (VOCABULARY.num_codes,)))
+        of_order = -np.log(-np.log(orders))
+        of_values = -np.log(-np.log(tokens)) if temperature else 0.0
         drawn[unknown] = (logits[unknown] + of_values).argmax(1)  # argmax of log p + Gumbel is multinomial
         tau *= 1 - step / num_steps
         if confidence_schedule == "linear":

@@ -71,9 +71,9 @@ def test_tokens_per_step(masked: int, steps: int) -> None:
 def test_gumbel_rule_samples_the_softmax() -> None:
     logits = torch.tensor([0.0, 1.0, 2.0, 9.0])  # the last is the mask's
     uniforms = torch.from_numpy(np.random.default_rng(0).random((40_000, 4)))
-    tokens = draw(logits.expand(40_000, 4), 0.5, 1.0, 0, 3, uniforms).tokens
+    tokens = draw(logits.expand(40_000, 4), 0.5, 1.0, 0, 3, uniforms.__getitem__).tokens
     torch.testing.assert_close(tokens.bincount(minlength=3) / 40_000, (2 * logits[:3]).softmax(0), atol=0.01, rtol=0.0)
-    assert draw(logits[None], 0.0, 1.0, 0, 3, torch.empty(0)).tokens == 2
+    assert draw(logits[None], 0.0, 1.0, 0, 3, torch.empty(0).__getitem__).tokens == 2
 
 
 def test_nucleus_and_the_most_likely_tokens() -> None:
@@ -96,7 +96,7 @@ def test_nucleus_and_the_most_likely_tokens() -> None:
 def test_where_only_the_mask_is_kept_the_next_best_is_the_candidate() -> None:
     logits = torch.tensor([[1.0, 2.0, 9.0], [3.0, 2.0, 1.0]])
     for temperature, uniforms in ((0.0, torch.empty(0)), (0.5, torch.full((2, 3), 0.5))):
-        found = draw(logits, temperature, 1.0, 1, 2, uniforms)
+        found = draw(logits, temperature, 1.0, 1, 2, uniforms.__getitem__)
         assert found.tokens.tolist() == [1, 0]
         scores = REMASKING["maskgit_plus"].confidence(found, torch.empty(0))
         assert scores.tolist() == [0.0, 1.0]  # of no probability, so the last to be committed
@@ -163,6 +163,9 @@ SETTINGS: list[dict[str, Any]] = [
     {"remasking": "topk_margin", "schedule": "cosine", "steps": 4, "temperature": 0.8, "top_k": 5, "eos": "last"},
     {"remasking": "origin", "schedule": "epsilon", "temperature": 1.0, "top_p": 0.9, "cache": "prefix"},
     {"remasking": "maskgit_plus", "threshold": 0.2, "temperature": 0.3, "stop_at_eos": True},
+    {"temperature": 1.0, "noise": "device"},
+    {"remasking": "origin", "schedule": "epsilon", "temperature": 0.7, "noise": "device", "cache": "prefix"},
+    {"remasking": "entropy", "temperature": 0.7, "alg_temp": 0.2, "noise": "device", "steps": 4},
 ]
 
 
