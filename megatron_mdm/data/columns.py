@@ -27,6 +27,9 @@ PAIRS = (
 PROMPTS = tuple(dict.fromkeys(prompt for prompt, _ in PAIRS))
 INPUTS = ("input", "context")  # what an instruction is about; it follows it on a new line
 SYSTEMS = ("system", "system_prompt")
+# What is added to the columns of a prompt that is to be answered and rewarded, unless its record has such columns
+REFERENCE = "reference"  # the record's own response, as text
+WHERE = "where"  # its place, "file, line n"
 # of a turn
 ROLE_NAMES = ("role", "from")
 CONTENT_NAMES = ("content", "value")

@@ -12,7 +12,7 @@ import numpy as np
 from megatron_mdm.config.errors import UserError
 from megatron_mdm.config.files import sha256
 from megatron_mdm.config.schema import DataConfig
-from megatron_mdm.data.columns import Prompt, conversation, prompt_and_response, prompt_of, renamed
+from megatron_mdm.data.columns import REFERENCE, WHERE, Prompt, conversation, prompt_and_response, prompt_of, renamed
 from megatron_mdm.data.conversation import USER, Message
 from megatron_mdm.data.json_files import Record
 from megatron_mdm.data.prompts import EncodedPrompt
@@ -20,9 +20,6 @@ from megatron_mdm.data.records import BadRecords, read_records
 from megatron_mdm.data.sample import Sample
 from megatron_mdm.data.sft import SftDataset, contents, encoded, sample_of_ids
 from megatron_mdm.data.tokenizer import Tokenizer
-
-REFERENCE = "reference"  # the column of a record's own response, as text
-WHERE = "where"  # the column of a record's place, "file, line n"
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ TOLERANCE = Fraction(1, 100_000)
 
 # Between the answers of a list: not the comma of "1,234".
 _BETWEEN = re.compile(r"[;\n]|(?<![0-9]),|,(?![0-9]{3}(?![0-9]))")
-_AND = re.compile(r"(?:^|\s+)(?:and|&)\s+")
+_AND = re.compile(r"(?:^|(?<!\s)\s+)(?:and|&)\s+")
 
 
 def prepare(paths: Sequence[str], arguments: argparse.Namespace) -> Sets:

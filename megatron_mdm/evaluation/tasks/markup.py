@@ -21,7 +21,8 @@ _CHARACTERS = str.maketrans(
 _TAG = re.compile(r"</?[A-Za-z][^<>]*>")
 _ONE_CHARACTER_FRACTION = re.compile(r"([0-9]?)([¼½¾⅐-⅞])")
 _WRAPPER = re.compile(r"\\(?:boxed|fbox|mbox|text\w*|math(?:bf|rm|it|sf|tt)|bm|emph|underline)\s*\{([^{}]*)\}")
-_FRACTION = re.compile(r"([0-9]?)\s*\\[dt]?frac(?:\s*\{([^{}]*)\}\s*\{([^{}]*)\}|\s*([0-9])\s*([0-9]))")
+# White space is looked at from its beginning only: a run of it must not be searched from each of its places.
+_FRACTION = re.compile(r"([0-9]?)(?:(?<!\s)\s+)?\\[dt]?frac(?:\s*\{([^{}]*)\}\s*\{([^{}]*)\}|\s*([0-9])\s*([0-9]))")
 _LATEX = [
     (re.compile(r"\\\\"), "\n"),
     (re.compile(r"\{,\}"), ","),
@@ -30,6 +31,7 @@ _LATEX = [
     (re.compile(r"\\([$%&#_])"), r"\1"),
 ]
 _BOX = re.compile(r"\\boxed\s*\{")
+_DEEPEST = 32  # wrappers within each other; more than that is a model that repeats itself
 
 
 def plain(text: str) -> str:
@@ -41,7 +43,10 @@ def plain(text: str) -> str:
     text = _TAG.sub("", text.translate(_CHARACTERS))
     for pattern, replacement in _LATEX:
         text = pattern.sub(replacement, text)
-    while (inner := _unwrapped(text)) != text:
+    for _ in range(_DEEPEST):
+        inner = _unwrapped(text)
+        if inner == text:
+            break
         text = inner
     return _ONE_CHARACTER_FRACTION.sub(lambda m: _apart(m[1]) + unicodedata.normalize("NFKC", m[2]), text)
 

@@ -24,7 +24,7 @@ _DECIMAL = rf"(?P<decimal>(?:(?:{_GROUPED}|[0-9]+)(?:\.[0-9]*)?|\.[0-9]+)(?:[eE]
 _RATIO = r"(?:(?P<whole>[0-9]+) )?(?P<top>[0-9]+) ?(?P<bar>[/\u2044]) ?(?P<bottom>[0-9]+)"
 _SCALE = rf"(?: (?P<scale>{'|'.join(SCALES)})s?\b)?"
 _BEHIND = rf'(?: ?%)?(?:[*_`"]| ?{_CURRENCY})*'
-_NUMBER = re.compile(rf"{_BEFORE}(?P<sign>[-+]?){_BEFORE}(?:{_RATIO}|{_DECIMAL}){_SCALE}{_BEHIND}")
+_NUMBER = re.compile(rf"{_BEFORE}(?:(?P<sign>[-+]){_BEFORE})?(?:{_RATIO}|{_DECIMAL}){_SCALE}{_BEHIND}")
 
 
 def parse_number(text: str, slash: bool = False) -> Fraction | None:
