@@ -56,6 +56,21 @@ count_devices() { # ranks that a node can take: the GPUs that they will see, or 
     echo "$((${#devices[@]} > 0 ? ${#devices[@]} : 1))"
 }
 
+# shellcheck disable=SC2034 # the quickstarts use them
+read_arguments() { # $@: a quickstart's; sets mode and overrides, for launch/train.py, and run and base, where overrides do
+    local argument
+    mode=--overwrite
+    overrides=()
+    for argument in "$@"; do
+        case "$argument" in
+            --resume) mode=--resume && continue ;;
+            checkpoint.directory=*) run=${argument#*=} ;;
+            model.init_from=*) base=${argument#*=} ;;
+        esac
+        overrides+=("$argument")
+    done
+}
+
 free_port() {
     python -c 'import socket; probe = socket.socket(); probe.bind(("", 0)); print(probe.getsockname()[1])'
 }

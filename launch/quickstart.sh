@@ -15,22 +15,14 @@ prepare_environment ""
 
 data=runs/quickstart_data
 run=runs/quickstart
-mode=--overwrite
-overrides=()
-for argument in "$@"; do
-    case "$argument" in
-        --resume) mode=--resume ;;
-        checkpoint.directory=*) run=${argument#*=} && overrides+=("$argument") ;;
-        *) overrides+=("$argument") ;;
-    esac
-done
+read_arguments "$@"
 
 if [ "$mode" = --overwrite ] || [ ! -e "$data/tokenizer.model" ]; then
     python tools/prepare_data.py arithmetic --output "$data" --train 60000 --validation 500 --test 500
     python tools/train_tokenizer.py --data "$data/train.jsonl" --output "$data/tokenizer.model" \
         --model-type bpe --vocab-size 384 --whole-numbers 16
 fi
-python launch/torchrun.py --nproc-per-node 2 launch/train.py --config configs/quickstart.yaml $mode \
+python launch/torchrun.py --nproc-per-node 2 launch/train.py --config configs/quickstart.yaml "$mode" \
     ${overrides[@]+"${overrides[@]}"}
 python launch/torchrun.py --nproc-per-node 2 launch/evaluate.py --run-dir "$run" --data "$data/test.jsonl" \
     --task gsm8k gen_length=16 block_length=8 steps=16 batch_size=64

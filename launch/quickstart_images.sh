@@ -11,15 +11,7 @@ prepare_environment "[images]"
 
 data=runs/quickstart_images_data
 run=runs/quickstart_images
-mode=--overwrite
-overrides=()
-for argument in "$@"; do
-    case "$argument" in
-        --resume) mode=--resume ;;
-        checkpoint.directory=*) run=${argument#*=} && overrides+=("$argument") ;;
-        *) overrides+=("$argument") ;;
-    esac
-done
+read_arguments "$@"
 real=("$data/digits/train.parquet" "$data/digits/test.parquet")
 
 make_data() {

@@ -10,19 +10,15 @@ prepare_environment ""
 base=runs/quickstart
 data=runs/quickstart_lora_data
 run=runs/quickstart_lora
-for argument in "$@"; do
-    case "$argument" in
-        model.init_from=*) base=${argument#*=} ;;
-        checkpoint.directory=*) run=${argument#*=} ;;
-    esac
-done
+read_arguments "$@"
 if [ ! -e "$base/evaluation.json" ]; then
     echo "error: $base: holds no evaluated model; run bash launch/quickstart.sh first" >&2
     exit 1
 fi
 
 python tools/prepare_data.py arithmetic --kind comparisons --output "$data" --train 8000 --validation 200 --test 500
-python launch/torchrun.py --nproc-per-node 2 launch/train.py --config configs/quickstart_lora.yaml --overwrite "$@"
+python launch/torchrun.py --nproc-per-node 2 launch/train.py --config configs/quickstart_lora.yaml "$mode" \
+    ${overrides[@]+"${overrides[@]}"}
 answer=(--task gsm8k gen_length=16 block_length=8 steps=16 batch_size=64)
 evaluate=(python launch/torchrun.py --nproc-per-node 2 launch/evaluate.py --run-dir "$run")
 echo "the new problems, without the adapters and with them:"
