@@ -141,27 +141,27 @@ def _spread(coefficients: Coefficients, log_probs: Floats) -> dict[str, float]:
 
 
 def metrics(measures: Floats) -> dict[str, float]:
-    """Of an optimizer step, by TRL's names, from the Measures of all completions that count, [N, F]."""
-    if not len(measures):
+    """Of an optimizer step, by TRL's names, from the Measures of all completions that count, [N, F]; empty where no row
+    scores anything."""
+    of = dict(zip(Measures._fields, measures[measures[:, Measures._fields.index("scored")] > 0].T))
+    number = of["ratios"].sum()
+    if not number:
         return {}
-    of = dict(zip(Measures._fields, measures.T))
-    ratios = of["ratios"].sum()
-    mean = of["ratio"].sum() / ratios
-    low, high = of["clipped_low"] / of["ratios"], of["clipped_high"] / of["ratios"]
+    mean = of["ratio"].sum() / number
     result = {
         "objective": of["objective"].sum(),
         "ratio/mean": mean,
-        "ratio/std": np.sqrt(max(of["ratio_square"].sum() / ratios - mean**2, 0.0)),
+        "ratio/std": np.sqrt(max(of["ratio_square"].sum() / number - mean**2, 0.0)),
         "ratio/min": of["ratio_min"].min(),
         "ratio/max": of["ratio_max"].max(),
-        "log_ratio_abs": of["log_ratio_abs"].sum() / ratios,
-        "clip_ratio/low_mean": of["clipped_low"].sum() / ratios,
-        "clip_ratio/low_min": low.min(),
-        "clip_ratio/high_mean": of["clipped_high"].sum() / ratios,
-        "clip_ratio/high_max": high.max(),
-        "clip_ratio/region_mean": (of["clipped_low"] + of["clipped_high"]).sum() / ratios,
-        "kl": of["kl"].sum() / ratios,
-        "kl_k1": of["k1"].sum() / ratios,
+        "log_ratio_abs": of["log_ratio_abs"].sum() / number,
+        "clip_ratio/low_mean": of["clipped_low"].sum() / number,
+        "clip_ratio/low_min": (of["clipped_low"] / of["ratios"]).min(),
+        "clip_ratio/high_mean": of["clipped_high"].sum() / number,
+        "clip_ratio/high_max": (of["clipped_high"] / of["ratios"]).max(),
+        "clip_ratio/region_mean": (of["clipped_low"] + of["clipped_high"]).sum() / number,
+        "kl": of["kl"].sum() / number,
+        "kl_k1": of["k1"].sum() / number,
         "entropy": of["cross_entropy"].sum() / of["scored"].sum(),
     }
     noise = of["noise"][np.isfinite(of["noise"])]
