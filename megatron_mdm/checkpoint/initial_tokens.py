@@ -48,7 +48,7 @@ def with_initial_tokens(config: RunConfig) -> tuple[RunConfig, list[str]]:
     changes, told = _tokens(data, start.stated)
     data = data.model_copy(update=changes)
     template = start.template
-    if template != data.template and "template" not in data.model_fields_set and data.format == "sft":
+    if template != data.template and "template" not in data.model_fields_set and data.format != "corpus":
         data, line = _with_template(data, template, folder)
         told.append(line)
     return config.model_copy(update={"model": _with_rows(config.model, data, start.rows), "data": data}), [

@@ -2,6 +2,10 @@
 
 mdm prepare arithmetic --output FOLDER [--kind comparisons --train 60000 --validation 500 --test 500 --seed 0]
     generates word problems in GSM8K's format: train.jsonl, validation.jsonl and test.jsonl, no question twice
+mdm prepare countdown --output FOLDER [--style tags --train 15000 --validation 500 --test 2000 --seed 0]
+mdm prepare sudoku --output FOLDER [the same]
+    generates puzzles for reinforcement learning, solved, so that they can be fine-tuned on, too: numbers that make a
+    target, 4×4 grids; no three numbers and no solved grid are in two of the files
 mdm prepare corpus FILE … --output PREFIX --tokenizer FILE [--workers 2 --splits 0.98 0.01 0.01]
     tokenises text, JSON lines, parquet or a `datasets` set into Megatron's .bin/.idx; interrupted, it resumes
 mdm prepare task gsm8k|hitab|openscience|text-to-image FILE … --output FOLDER
@@ -22,6 +26,7 @@ import sys
 from pathlib import Path
 
 from megatron_mdm.cli.numbers import whole
+from megatron_mdm.cli.prepare_puzzles import add_puzzles
 from megatron_mdm.config.errors import UserError
 from megatron_mdm.config.files import write_atomically
 from megatron_mdm.data.word_problems import PROBLEMS, generate
@@ -128,6 +133,8 @@ def main() -> None:
     )
     command.set_defaults(run=arithmetic)
 
+    add_puzzles(commands.add_parser("countdown", help="generated: make a target of three numbers"))
+    add_puzzles(commands.add_parser("sudoku", help="generated: 4x4 grids with one solution"))
     command = commands.add_parser("corpus", help="a pretraining corpus in Megatron's format")
     command.add_argument("input", nargs="+", help="files of one format, or names for `datasets`")
     command.add_argument("--output", required=True, help="PREFIX of the .bin and .idx files")

@@ -9,8 +9,11 @@ from megatron_mdm.config.schema import RunConfig
 def check_rl(config: RunConfig) -> None:
     """Of a run that names rewards. Raises UserError with the remedy."""
     if not config.rl.is_used:
+        if config.data.format == "prompts":
+            raise UserError("'data.format' prompts is for reinforcement learning: name its 'rl.rewards', or use sft")
         return
     _check_counts(config)
+    _check_prompts(config)
     rl, diffusion = config.rl, config.diffusion
     has_no_rate = rl.estimator == "one_step" or rl.times == "quadrature"
     for broken, message in (
@@ -51,4 +54,20 @@ def _check_counts(config: RunConfig) -> None:
         raise UserError(
             f"'rl.prompts_per_rollout' × 'rl.num_generations' = {rl.num_completions} completions are not whole "
             f"optimizer steps of 'batch.global_size' {size}"
+        )
+
+
+def _check_prompts(config: RunConfig) -> None:
+    rl, data = config.rl, config.data
+    if data.too_long == "truncate":
+        raise UserError("'data.too_long' truncate would ask another question: use drop or error for 'rl'")
+    if rl.gen_length >= data.max_length:
+        raise UserError(
+            f"'rl.generation.gen_length' {rl.gen_length} leaves no room for prompts in 'data.max_length' "
+            f"{data.max_length}; change one of them"
+        )
+    if rl.evaluate_every and not data.validation and not data.validation_fraction:
+        raise UserError(
+            "'rl.evaluate_every' is set, but neither 'data.validation' nor 'data.validation_fraction' is; name "
+            "held-out prompts, or set it to 0"
         )

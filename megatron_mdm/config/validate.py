@@ -240,8 +240,8 @@ def _check_fp8(config: RunConfig) -> None:
 def _check_data(config: RunConfig) -> None:
     data = config.data
     model = config.model
-    if data.eos_padding and data.format == "corpus":
-        raise UserError("'data.eos_padding' is for 'data.format' sft: a corpus has no prompts and answers")
+    if data.eos_padding and data.format != "sft":
+        raise UserError(f"'data.eos_padding' is for 'data.format' sft: {data.format} has no answers to be padded")
     if data.max_length > model.max_sequence_length:
         raise UserError(
             f"'data.max_length' {data.max_length} exceeds 'model.max_sequence_length' {model.max_sequence_length}"

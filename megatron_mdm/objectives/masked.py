@@ -57,8 +57,8 @@ class Masked:
             "diffusion.isad.delimiters": bool(diffusion.isad.delimiters),
         }
         for name, used in needs_prompts.items():
-            if used and config.data.format == "corpus":
-                raise UserError(f"'{name}' is for 'data.format' sft: a corpus has no prompts and answers")
+            if used and config.data.format != "sft":
+                raise UserError(f"'{name}' is for 'data.format' sft: {config.data.format} has no prompts with answers")
         if diffusion.t_sampler == "clipped" and diffusion.clipping.bounds == "adaptive" and not config.evaluation.every:
             raise UserError(
                 "'diffusion.clipping.bounds' adaptive chooses its interval at validations; set 'evaluation.every'"
@@ -83,6 +83,11 @@ class Masked:
                 f"'diffusion.normalization' {diffusion.normalization} divides by the batch's masked tokens, which "
                 f"'diffusion.t_sampler' {diffusion.t_sampler} takes to be as many as on average: p(t) is calibrated "
                 "for the sum alone"
+            )
+        if self.config.rl.is_used and self.config.parallel.pipeline > 1:
+            found.append(
+                f"'parallel.pipeline' {self.config.parallel.pipeline} decodes one batch at a time: rollouts take as "
+                "long as on one stage; tensor parallelism or ZeRO 3 splits a model without that"
             )
         return found
 
