@@ -14,6 +14,7 @@ from megatron_mdm.objectives import check_run  # noqa: E402
 from megatron_mdm.parallel.environment import variable  # noqa: E402
 from megatron_mdm.parallel.groups import initialize, world_size_from_environment  # noqa: E402
 from megatron_mdm.parallel.watchdog import watch  # noqa: E402
+from megatron_mdm.rl.run import parts_of  # noqa: E402
 from megatron_mdm.training.dry_run import describe, describe_without_data  # noqa: E402
 from megatron_mdm.training.folder import StartMode  # noqa: E402
 from megatron_mdm.training.inputs import agreement, describe_data, resolve, total_steps  # noqa: E402
@@ -38,6 +39,8 @@ def main() -> None:
     path = config_path(arguments.config)
     config = load_config(path, arguments.overrides)
     objective = check_run(config, arguments.world_size)
+    parts = parts_of(config)
+    config = parts.checked(config, arguments.world_size)
     absent = absent_inputs(config, path)
     if arguments.dry_run and absent:
         made = f"not there yet: {', '.join(absent)}; {path} says in its first lines how to make them"
@@ -45,6 +48,7 @@ def main() -> None:
         return
     resume = arguments.resume or has_begun(Path(config.checkpoint.directory))
     config, data = resolve(as_the_run_began(config) if resume else config)
+    parts.check_data(config, data)
     description = describe(config, arguments.world_size, total_steps(config, len(data.train)))
     if arguments.dry_run:
         _print_once(f"{description}\n{describe_data(data, config)}")
@@ -60,7 +64,7 @@ def main() -> None:
             print(f"warning: {line}", file=sys.stderr)
         print(f"device: {platform.describe()}\n{description}\n{describe_data(data, config)}", flush=True)
     watch(Path(config.checkpoint.directory), hang_minutes, context)
-    summary = train_run(config, data, context, StartMode.agreed(resume, arguments.overwrite))
+    summary = train_run(config, data, context, StartMode.agreed(resume, arguments.overwrite), parts)
     if context.is_main:
         print("\n".join(outcome(config, summary)), flush=True)
 

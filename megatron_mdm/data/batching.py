@@ -21,7 +21,7 @@ def cut(lengths: Lengths, batch: BatchConfig, views: int, num_ranks: int) -> lis
     lengths [n]: tokens of the samples. Every rank gets the same number of micro-batches, of similar cost in each turn
     and in total; where there are too few samples for that, some are empty. The result is the same on every rank.
     """
-    micro_batches = CUTS[batch.mode](lengths, batch, views, num_ranks)
+    micro_batches = _evened(CUTS[batch.mode](lengths, batch, views, num_ranks), num_ranks)
     costs = [computed_tokens(lengths, positions, batch.mode) for positions in micro_batches]
     assigned = list(micro_batches)
     loads = [0] * num_ranks
@@ -59,14 +59,14 @@ def _bucketed(lengths: Lengths, batch: BatchConfig, views: int, num_ranks: int) 
         rows = max(1, batch.micro_tokens // (views * int(lengths[by_length[end - 1]])))
         buckets.append(by_length[max(0, end - rows) : end])
         end = max(0, end - rows)
-    buckets = _evened(buckets, num_ranks)
+    buckets = _evened(buckets, num_ranks)  # before they are put in order
     return sorted(buckets, key=lambda bucket: -len(bucket) * int(lengths[bucket].max()) if len(bucket) else 0)
 
 
 def _packed(lengths: Lengths, batch: BatchConfig, views: int, num_ranks: int) -> list[Positions]:
     """As few packs as the token budget allows (else global / micro size), with their tokens balanced."""
     if not batch.micro_tokens:
-        return _balanced(lengths, len(lengths) // batch.micro_size)
+        return _balanced(lengths, _rounded_up(math.ceil(len(lengths) / batch.micro_size), num_ranks))
     budget = batch.micro_tokens // views
     num_packs = _rounded_up(math.ceil(int(lengths.sum()) / budget), num_ranks)
     while True:

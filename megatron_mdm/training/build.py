@@ -99,7 +99,7 @@ class Supervised:
             found.append(Refit(calibrator_of(config, as_trained(config, data)), noiser, artifact, metrics))
         if config.evaluation.every and data.validation is not None:
             validation = source.objective.validation(data.validation, data.special_ids, trainer.context)
-            found.append(Validate(config, validation, trainer, metrics))
+            found.append(Validate(config.evaluation.every, config.evaluation.patience, validation, trainer, metrics))
             kinds = (config.diffusion.rows_per_sample, config.diffusion.masking, config.diffusion.mask_schedule)
             if artifact and kinds == (1, "bernoulli", "linear") and isinstance(validation, FixedGridValidation):
                 found.append(JudgeSampler(noiser, artifact, validation, config.evaluation.every, metrics))

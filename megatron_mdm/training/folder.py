@@ -45,6 +45,7 @@ _ARTIFACTS = (  # patterns of what --overwrite removes, beside the checkpoints a
     "images*/sheet.png",
     "samples*.jsonl",
     "rollouts/[0-9][0-9][0-9][0-9][0-9][0-9].npz",
+    "rollouts/samples.jsonl",
     "samples/step-*.png",  # previews
     "run.png",
     "run.json",

@@ -124,10 +124,14 @@ def code_fingerprint(package: Path) -> str:
 
 
 def total_steps(config: RunConfig, num_samples: int) -> int:
-    """Optimizer steps of the run; epochs are rounded up to whole global batches."""
+    """Optimizer steps of the run; epochs are rounded up to whole global batches, or to whole rollouts."""
     if config.schedule.steps:
         return config.schedule.steps
     epochs = Fraction(str(config.schedule.epochs))  # exactly what was written: 0.1 × 30 samples are 3
+    if config.rl.is_used:
+        rl = config.rl
+        num_steps = rl.num_completions // config.batch.global_size * rl.num_iterations
+        return math.ceil(epochs * num_samples / rl.prompts_per_rollout) * num_steps
     return math.ceil(epochs * num_samples / config.batch.global_size)
 
 

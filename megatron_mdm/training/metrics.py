@@ -14,13 +14,13 @@ from matplotlib.figure import Figure
 from PIL import Image
 from tqdm import tqdm
 
-SHOWN = ("loss", "validation_loss", "lr", "grad_norm")
+SHOWN = ("loss", "reward", "validation_loss", "exact_match", "lr", "grad_norm")
 _MEASURED = ("time_", "memory_", "tokens_per_second", "mfu", "slowest_rank")  # how such keys begin
 
 
 def is_measured(key: str) -> bool:
     """Whether a record's value is of the clock or the machine, and so another in every run."""
-    return key.startswith(_MEASURED)
+    return key.startswith(_MEASURED) or key.endswith("_seconds")
 
 
 class MetricsLog:

@@ -27,6 +27,7 @@ class Run:
     engine: Engine
     artifact: dict[str, Any] | None  # the calibration, where the sampler needs one
     metrics: MetricsLog
+    first_step: int = 0  # what was done before is in the folder
     first_batch: int = 0  # the one that step 0 takes, in the data's order
 
     @property

@@ -31,6 +31,12 @@ FREE_KEYS = (
     "data.end_tokens",
     "image.tokenizer",  # whose codes are trained on is image.made_by
     "image.preview",
+    "rl.generation.batch_size",
+    "rl.reference",
+    "rl.evaluate_every",
+    "rl.num_eval_prompts",
+    "rl.log_completions",
+    "rl.record",
 )
 
 

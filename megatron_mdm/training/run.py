@@ -66,7 +66,7 @@ def train_run(
         truncate_records(folder / FAULTS, state.step)
     peak = job_peak_flops(config.precision.dtype, context)
     while True:
-        run = Run(config, data, context, engine, artifact, metrics, state.skipped_batches)
+        run = Run(config, data, context, engine, artifact, metrics, state.step, state.skipped_batches)
         source = parts.source(run)
         trainer = Trainer(config, context, source, engine, total_steps(config, len(data.train)))
         log = Log(trainer, metrics, state, Speed(config.model, peak))

@@ -14,6 +14,7 @@ from megatron_mdm.checkpoint.tensors import TensorReader
 from megatron_mdm.config.load import flatten
 from megatron_mdm.config.schema import ImageConfig, ObjectiveConfig, RunConfig
 from tests.ranks import run_ranks
+from tests.rl.layouts import gradient_by_autograd, record_base, replay_and_watch, replay_config
 from tests.small import IMAGES, small_config, small_model, write_ids, write_images
 
 METHOD = {
@@ -56,11 +57,12 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any], int]] = {  # name: (ranks, paralle
 
 
 def train_in_turn(configs: dict[str, RunConfig], folder: Path) -> dict[str, dict[str, Any]]:
-    """On a rank: train_and_watch of configurations of one layout, each with a folder of its own."""
+    """On a rank: configurations of one layout, each with a folder of its own, trained and watched."""
     from megatron_mdm.parallel.groups import initialize
 
     context = initialize(next(iter(configs.values())).parallel)
-    return {name: train_and_watch(config, folder / name, context) for name, config in configs.items()}
+    watch = {True: replay_and_watch, False: train_and_watch}
+    return {name: watch[config.rl.is_used](config, folder / name, context) for name, config in configs.items()}
 
 
 def train_and_watch(config: RunConfig, folder: Path, context: Any) -> dict[str, Any]:
@@ -111,6 +113,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("layouts")
     write_ids(folder / "train.jsonl", 40)
     write_images(folder / "images.jsonl", 24)
+    (folder / "rl").mkdir()
+    run_ranks(record_base, 1, folder / "rl")
     return folder
 
 
@@ -127,7 +131,7 @@ def config_of(folder: Path, parallel: dict[str, Any], micro_size: int, **model: 
 
 def configs_of(folder: Path, parallel: dict[str, Any], micro_size: int) -> dict[str, RunConfig]:
     """All parameters; adapters of every matrix, with a rate at which their product soon counts; images and text, with
-    captions dropped and the mean over the global batch's masked tokens."""
+    captions dropped and the mean over the global batch's masked tokens; updates on recorded rollouts."""
     adapted = config_of(folder, parallel, micro_size, lora=LORA)
     without_calibration = adapted.diffusion.model_copy(update={"t_sampler": "uniform"})
     return {
@@ -139,6 +143,7 @@ def configs_of(folder: Path, parallel: dict[str, Any], micro_size: int) -> dict[
             }
         ),
         "images": image_config_of(folder, parallel, micro_size),
+        "rl": replay_config(folder / "rl", parallel, micro_size),
     }
 
 
@@ -185,8 +190,38 @@ def test_layout_equals_one_process(name: str, folder: Path, reference: dict[str,
         del configs["images"]
     results = run_ranks(train_in_turn, num_ranks, configs, folder / name)
     for kind, config in configs.items():
-        assert_equal_runs([result[kind] for result in results], reference[kind])
+        equal = assert_equal_updates if config.rl.is_used else assert_equal_runs
+        equal([result[kind] for result in results], reference[kind])
         assert_same_tensors(folder / name / kind, folder / "reference" / kind, config)
+
+
+def test_an_update_has_the_gradient_of_the_whole_objective(folder: Path, reference: dict[str, dict[str, Any]]) -> None:
+    """Two passes, in one process, against autograd through everything at once; of the other layouts, the first moment
+    is the same, as test_layout_equals_one_process finds."""
+    from safetensors.numpy import load_file
+
+    config = replay_config(folder / "rl", {"zero": 0}, 8)
+    (expected,) = run_ranks(gradient_by_autograd, 1, config)
+    (moments,) = (load_file(path) for path in (folder / "reference/rl").glob("*.safetensors"))
+    assert {key.split("/")[0] for key in moments} == expected.keys()
+    for name, gradient in expected.items():
+        found = moments[f"{name}/exp_avg"] / (1 - config.optimizer.betas[0])
+        np.testing.assert_allclose(found, gradient, rtol=0, atol=1e-5 * np.abs(gradient).max(), err_msg=name)
+    whole = np.sqrt(sum(np.square(gradient, dtype=np.float64).sum() for gradient in expected.values()))
+    assert reference["rl"]["first_norm"] == pytest.approx(whole, rel=1e-5)
+
+
+def assert_equal_updates(results: list[dict[str, Any]], reference: dict[str, Any]) -> None:
+    """Losses are sums that cancel: of their terms, which are about 1, they have 1e-5."""
+    for result in results:
+        for name in ("losses", "weighted_losses"):
+            np.testing.assert_allclose(result[name], reference[name], rtol=1e-5, atol=1e-5, err_msg=name)
+        np.testing.assert_allclose(result["grad_norms"], reference["grad_norms"], rtol=1e-4)
+        np.testing.assert_allclose(result["first_norm"], reference["first_norm"], rtol=1e-5)
+        for name in ("sample_losses", "ratios", "kl", "old"):
+            np.testing.assert_allclose(result[name], reference[name], rtol=1e-4, atol=1e-5, err_msg=name)
+        np.testing.assert_array_equal(result["t"], reference["t"])
+        assert result["recompute_gap"] < 1e-6
 
 
 TIED = {"tie_embeddings": True, "z_loss": 1e-2}
@@ -247,6 +282,7 @@ def test_training_lowers_the_losses(folder: Path, reference: dict[str, dict[str,
     still = {
         kind: config.model_copy(update={"optimizer": config.optimizer.model_copy(update={"lr": 1e-12})})
         for kind, config in configs_of(folder, {"zero": 0}, 8).items()
+        if not config.rl.is_used  # whose loss is no measure of it
     }
     untrained = run_ranks(train_in_turn, 1, still, folder / "untrained")[0]
     for kind, result in untrained.items():

@@ -73,7 +73,7 @@ class Log(Callback):
             self.control_variate = CONTROL_VARIATES[self.ema.variate](**variate)
 
     def after_step(self, state: TrainState, result: StepResult) -> None:
-        if not (result.is_skipped or result.is_empty):
+        if not (result.is_skipped or result.is_empty) and np.isfinite(result.sample_loss).all():
             self._count(result)
         self.speed.add(result)
         state.num_tokens += result.num_tokens

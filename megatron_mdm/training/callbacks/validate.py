@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from megatron_mdm.config.schema import RunConfig
+from collections.abc import Callable, Mapping
+
 from megatron_mdm.evaluation.validation import Validation
 from megatron_mdm.parallel.heartbeat import enter
 from megatron_mdm.training.callbacks.base import Callback, Order, State
@@ -12,15 +13,26 @@ from megatron_mdm.training.state import TrainState
 
 
 class Validate(Callback):
-    """Validation loss every `evaluation.every` steps and at the end; stops a run that no longer improves."""
+    """Validation loss every so many steps and at the end; stops a run that no longer improves."""
 
     name = "validate"
     order = Order.VALIDATE
 
-    def __init__(self, config: RunConfig, validation: Validation, trainer: Trainer, metrics: MetricsLog) -> None:
-        self.every = config.evaluation.every
-        self.patience = config.evaluation.patience
+    def __init__(
+        self,
+        every: int,
+        patience: int,
+        validation: Validation,
+        trainer: Trainer,
+        metrics: MetricsLog,
+        found: Callable[[], Mapping[str, float]] = dict,
+    ) -> None:
+        """every: steps. patience: validations without a new best; 0: it never stops a run. found: what else there is to
+        log of the last validation."""
+        self.every = every
+        self.patience = patience
         self.validation = validation
+        self.found = found
         self.trainer = trainer
         self.metrics = metrics
         self.last_step = -1
@@ -52,6 +64,7 @@ class Validate(Callback):
             self.validations_without_best = 0
         else:
             self.validations_without_best += 1
-        self.metrics.write(state.step, {"validation_loss": loss, "best_validation_loss": state.best_validation})
+        values = {"validation_loss": loss, "best_validation_loss": state.best_validation, **self.found()}
+        self.metrics.write(state.step, values)
         if self.patience and self.validations_without_best >= self.patience:
             state.stop_reason = f"no better validation loss in {self.patience} validations"
