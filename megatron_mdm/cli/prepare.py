@@ -8,7 +8,7 @@ mdm prepare sudoku --output FOLDER [the same]
     target, 4×4 grids; no three numbers and no solved grid are in two of the files
 mdm prepare corpus FILE … --output PREFIX --tokenizer FILE [--workers 2 --splits 0.98 0.01 0.01]
     tokenises text, JSON lines, parquet or a `datasets` set into Megatron's .bin/.idx; interrupted, it resumes
-mdm prepare task gsm8k|hitab|openscience|text-to-image FILE … --output FOLDER
+mdm prepare task gsm8k|gsm8k_tags|hitab|openscience|text-to-image FILE … --output FOLDER
     turns the public files, as they are downloaded, into samples for training and questions for tests, with the paper's
     splits; the shipped configurations expect them in data/TASK
 mdm prepare images DATA … --image-tokenizer FOLDER --resolution 512 --output codes.jsonl
@@ -172,7 +172,7 @@ def main() -> None:
 
 
 def _add_task(command: argparse.ArgumentParser) -> None:
-    command.add_argument("name", choices=["gsm8k", "hitab", "openscience", "text-to-image"])
+    command.add_argument("name", choices=["gsm8k", "gsm8k_tags", "hitab", "openscience", "text-to-image"])
     command.add_argument(
         "input",
         nargs="+",

@@ -6,20 +6,10 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from megatron_mdm.config.errors import UserError
+from megatron_mdm.data.answer_tags import CLOSING, FORM, OPENING
 from megatron_mdm.data.json_files import Record
 
 SPLITS = ("train", "validation", "test")
-
-# Of an answer's tags; short: for small models from scratch, which learn the task from their data
-_FORM = """Respond in the following format:
-<reasoning>
-...
-</reasoning>
-<answer>
-...
-</answer>
-
-"""
 
 
 class Puzzle(NamedTuple):
@@ -38,13 +28,13 @@ def record_of(puzzle: Puzzle, style: str) -> Record:
 
 def _short(puzzle: Puzzle) -> tuple[str, str]:
     steps = f"{puzzle.steps} " if puzzle.steps else ""
-    return puzzle.short, f"{steps}<answer>{puzzle.answer}</answer>"
+    return puzzle.short, f"{steps}{OPENING}{puzzle.answer}{CLOSING}"
 
 
 def _tags(puzzle: Puzzle) -> tuple[str, str]:
     """d1's form: reasoning and answer between tags."""
-    response = f"<reasoning>\n{puzzle.steps}\n</reasoning>\n<answer>\n{puzzle.answer}\n</answer>\n"
-    return f"{_FORM}{puzzle.long}", response
+    response = f"<reasoning>\n{puzzle.steps}\n</reasoning>\n{OPENING}\n{puzzle.answer}\n{CLOSING}\n"
+    return f"{FORM}{puzzle.long}", response
 
 
 STYLES = {"short": _short, "tags": _tags}

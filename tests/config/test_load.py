@@ -272,3 +272,22 @@ def test_every_method_fits_the_quickstart(path: Path, tmp_path: Path) -> None:
     top = tmp_path / "top.yaml"
     top.write_text(f"defaults: [{CONFIGS / 'quickstart.yaml'}, {path}]\n", encoding="utf-8")
     check_run(load_config(top), 2)
+
+
+METHODS_OF_RL = ("coupled_grpo", "diffu_grpo", "espo", "gdpo", "unigrpo", "unigrpo_ppots_mirror")
+
+
+@pytest.mark.parametrize("name", METHODS_OF_RL)
+def test_every_method_of_reinforcement_learning_fits_its_quickstart(name: str, tmp_path: Path) -> None:
+    top = tmp_path / "top.yaml"
+    top.write_text(f"defaults: [{CONFIGS}/rl/arithmetic.yaml, {CONFIGS}/rl/{name}.yaml]\n", encoding="utf-8")
+    check_run(load_config(top), 2)
+
+
+@pytest.mark.parametrize("path", sorted((CONFIGS / "rl").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_run_of_reinforcement_learning_fits_its_ranks(path: Path) -> None:
+    if path.stem in (*METHODS_OF_RL, "method", "llada_8b_gsm8k"):  # parts of others
+        return
+    config = load_config(path)
+    check_run(config, 8 if "8b" in path.stem else 2)
+    assert config.rl.is_used == (config.data.format == "prompts")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import random
 from fractions import Fraction
@@ -205,3 +206,25 @@ def test_openscience_answers(text: str, answer: str | None) -> None:
 def write(path: Path, rows: list[dict[str, Any]]) -> str:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return str(path)
+
+
+def test_answers_between_tags_are_numbers_and_nothing_else(tmp_path: Path) -> None:
+    task = TASKS["gsm8k_tags"]
+    for text, answer in (
+        ("<reasoning>\n9 + 9\n</reasoning>\n<answer>\n18\n</answer>\n", "18"),
+        ("<answer>5</answer> no: <answer>$1,018.0</answer>", "1018"),
+        ("<answer>18</answer> no: <answer>19", "18"),
+        ("<answer>18 apples</answer>", None),
+        ("<answer></answer>", None),
+        ("18", None),
+        ("#### 18", None),
+    ):
+        assert task.extract(text) == answer, text
+    official = {"question": "9 + 9?", "answer": "9 + 9 = 18. #### 18"}
+    file = tmp_path / "test.jsonl"
+    file.write_text(json.dumps(official) + "\n")
+    (asked,) = questions(str(file), "gsm8k_tags")
+    (prepared,) = task.prepare([str(file)] * 2, argparse.Namespace())["test"]
+    file.write_text(json.dumps(prepared) + "\n")
+    assert questions(str(file), "gsm8k_tags") == [asked] == [(prepared["prompt"], "18")]
+    assert prepared["prompt"].endswith("</answer>\n\n9 + 9?")

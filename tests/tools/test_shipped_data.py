@@ -25,6 +25,7 @@ OPTION = {"input": "which?", "output": "\\boxed{A}"}
 CODES = {"caption": "w4 w5", "image_codes": [0, 1, 2, 3]}
 PUBLIC_FILES: dict[str, list[list[dict[str, Any]]]] = {  # what people download, small
     "gsm8k": [[QUESTION], [QUESTION]],
+    "gsm8k_tags": [[QUESTION], [QUESTION]],
     "hitab": [[TABLE], [TABLE], [TABLE]],
     "openscience": [[OPTION] * 6000],
     "text-to-image": [[CODES] * 20, [CODES] * 20],
@@ -47,9 +48,17 @@ def shipped(form: str) -> dict[str, DataConfig]:
     return found
 
 
-GENERATED = ("quickstart.yaml", "quickstart_lora.yaml", "images/digits.yaml")  # by the quickstarts
+GENERATED = (  # by the quickstarts, and by mdm prepare
+    "quickstart.yaml",
+    "quickstart_lora.yaml",
+    "images/digits.yaml",
+    "rl/countdown_sft.yaml",
+    "rl/sudoku4_sft.yaml",
+)
+GENERATED_PROMPTS = ("rl/arithmetic.yaml", "rl/countdown.yaml", "rl/sudoku4.yaml")
 OWN = ("sft/dream_7b_lora.yaml",)  # a reader's
 SFT = {name: data for name, data in shipped("sft").items() if name not in (*GENERATED, *OWN)}
+PROMPTS = {name: data for name, data in shipped("prompts").items() if name not in GENERATED_PROMPTS}
 
 
 @pytest.fixture(scope="module")
@@ -77,9 +86,9 @@ def test_every_folder_is_covered() -> None:
     assert shipped("corpus")
 
 
-@pytest.mark.parametrize("name", SFT)
+@pytest.mark.parametrize("name", [*SFT, *PROMPTS])
 def test_samples_are_those_that_the_task_prepares(name: str, written: Callable[[str], set[str]]) -> None:
-    data = SFT[name]
+    data = {**SFT, **PROMPTS}[name]
     train = Path(str(data.train))
     task = train.parent.name  # as tools/prepare_data.py task NAME … --output data/NAME has it
     assert train.parent.parent.name == "data"

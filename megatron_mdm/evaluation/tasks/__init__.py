@@ -27,6 +27,7 @@ class Task(NamedTuple):
 
 TASKS: dict[str, Task] = {
     "gsm8k": Task(gsm8k.prepare, gsm8k.question, gsm8k.extract_answer, gsm8k.reference_answer),
+    "gsm8k_tags": Task(gsm8k.prepare_tagged, gsm8k.tagged_question, gsm8k.extract_tagged, gsm8k.reference_answer),
     "hitab": Task(hitab.prepare, hitab.question, hitab.extract_answer, hitab.reference_answer, hitab.same),
     "openscience": Task(
         openscience.prepare, openscience.question, openscience.extract_answer, openscience.reference_answer

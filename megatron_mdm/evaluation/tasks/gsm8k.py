@@ -3,6 +3,9 @@
 The answer is what stands on the line behind the last `####` that has anything behind it: a number (numbers.py), and
 behind it at most words. "18 apples" and "18. The end" are 18, as in OpenAI's scorer and lm-eval's strict match. Unlike
 theirs, a line that continues with what could change the number (digits, an operator, "and a half") is no answer.
+
+gsm8k_tags asks the same questions for an answer between tags (data/answer_tags.py), as d1 does: the number, and nothing
+else, in the last <answer>…</answer>.
 """
 
 import argparse
@@ -11,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_mdm.config.errors import UserError
+from megatron_mdm.data.answer_tags import FORM, tagged_answer
 from megatron_mdm.data.public_sets import Sets, check_number, field
 from megatron_mdm.data.records import Record, read_records
 from megatron_mdm.evaluation.tasks.markup import plain
@@ -32,6 +36,28 @@ def prepare(paths: Sequence[str], arguments: argparse.Namespace) -> Sets:
 
 def question(record: Record, where: str, folder: Path) -> None:
     """None: the official records, question and answer, are as they are prepared."""
+
+
+def prepare_tagged(paths: Sequence[str], arguments: argparse.Namespace) -> Sets:
+    """The same with prompts that ask for tags; responses stay as they are."""
+    return {
+        name: [{"prompt": f"{FORM}{row['question']}", "response": row["answer"]} for row in rows]
+        for name, rows in prepare(paths, arguments).items()
+    }
+
+
+def tagged_question(record: Record, where: str, folder: Path) -> tuple[str, str] | None:
+    """(prompt, reference response) of an official record."""
+    if not {"question", "answer"} <= record.keys():
+        return None
+    return FORM + field(record, ("question",), where), field(record, ("answer",), where)
+
+
+def extract_tagged(response: str) -> str | None:
+    """The number between the tags in its one way of writing; None where there is none, or more than a number."""
+    answer = tagged_answer(response)
+    value = parse_number(answer, slash=True) if answer else None
+    return None if value is None else written(value)
 
 
 def extract_answer(response: str) -> str | None:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from megatron_mdm.data.answer_tags import tagged_answer
 from megatron_mdm.rl.rewards.arithmetic import MAX_LENGTH, value_of
 from megatron_mdm.rl.rewards.function import Function
-from megatron_mdm.rl.rewards.tags import answer_of
 
 RIGHT = 1.0
 WRONG = 0.1  # an answer of any kind, in its tags
@@ -23,7 +23,8 @@ def countdown(bare: bool = False, wrong: float = WRONG) -> Function:
     def function(completions: list[str], *, numbers: list[Any], target: list[Any]) -> list[float | None]:
         tasks = [_task(given, wanted) for given, wanted in zip(numbers, target)]
         return [
-            _reward(text.strip() if bare else answer_of(text), *task, wrong) for text, task in zip(completions, tasks)
+            _reward(text.strip() if bare else tagged_answer(text), *task, wrong)
+            for text, task in zip(completions, tasks)
         ]
 
     return function

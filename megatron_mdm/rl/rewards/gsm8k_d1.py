@@ -16,8 +16,8 @@ from __future__ import annotations
 
 import re
 
+from megatron_mdm.data.answer_tags import CLOSING, OPENING
 from megatron_mdm.rl.rewards.function import Function
-from megatron_mdm.rl.rewards.tags import CLOSING, OPENING
 
 _BEGIN = "<reasoning>\n"
 _MIDDLE = "\n</reasoning>\n<answer>\n"

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import re
 
+from megatron_mdm.data.answer_tags import CLOSING, OPENING
 from megatron_mdm.evaluation.tasks.markup import boxed_content, plain
 from megatron_mdm.evaluation.tasks.numbers import parse_number
 from megatron_mdm.rl.rewards.function import Function
-from megatron_mdm.rl.rewards.tags import CLOSING, OPENING
 
 _LONGEST = 1000  # characters of an answer
 _NO_MEANING = re.compile(r"\\left|\\right|\\displaystyle|[\s$]")

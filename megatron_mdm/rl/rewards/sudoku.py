@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from megatron_mdm.data.answer_tags import tagged_answer
 from megatron_mdm.rl.rewards.function import Function
-from megatron_mdm.rl.rewards.tags import answer_of
 
 NUM_CELLS = 16
 _DIGIT = re.compile("[0-9]")
@@ -42,7 +42,7 @@ def _task(puzzle: Any, solution: Any) -> tuple[str, str]:
 
 
 def _digits(text: str, bare: bool) -> str:
-    answer = text if bare else answer_of(text) or ""
+    answer = text if bare else tagged_answer(text) or ""
     found = []
     for match in _DIGIT.finditer(answer):
         found.append(match[0])
