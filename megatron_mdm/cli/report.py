@@ -2,6 +2,8 @@
 
 mdm report run FOLDER        a page of a run, finished or not: run.png, and its content in run.json
 mdm report runs FOLDER…      many runs: mean, range, standard deviation over seeds per method, and a picture
+mdm report pair FIRST SECOND the scores of two evaluations on the same questions, and a paired test; --run adds the
+                             picture of the reinforcement learning that lies between them
 mdm report variance FOLDER   where its model's training noise comes from, and what each method leaves of it
 """
 
@@ -13,6 +15,7 @@ from typing import Any
 from megatron_mdm.config.errors import UserError
 from megatron_mdm.config.files import write_json
 from megatron_mdm.objectives import objective_of
+from megatron_mdm.reports.paired import read_pairs, rewards_figure
 from megatron_mdm.reports.plots import VARIANCES, save_figure
 from megatron_mdm.reports.run_facts import fact_lines
 from megatron_mdm.reports.run_page import page_figure
@@ -77,6 +80,17 @@ def report_runs(folders: list[Path], output: Path) -> None:
     print(f"picture: {output.with_suffix('.png')}")
 
 
+def report_pair(first: Path, second: Path, run: Path | None, output: Path) -> None:
+    """Print one line; write output.json and, of a run, output.png."""
+    pairs = read_pairs(first, second)
+    write_json(output.with_suffix(".json"), pairs.as_json())
+    print(pairs)
+    if run is not None:
+        records = read_run_folder(run).records
+        save_figure(rewards_figure(records, pairs), output.with_suffix(".png"), cut=False)
+        print(f"picture: {output.with_suffix('.png')}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -97,6 +111,12 @@ def main() -> None:
     command.add_argument("folders", type=Path, nargs="+", help="runs' folders, or folders that hold them")
     command.add_argument("--output", type=Path, default=Path("runs_report"), help="name of the PNG and JSON to write")
     command.set_defaults(report=lambda arguments: report_runs(arguments.folders, arguments.output))
+    command = commands.add_parser("pair", help="two evaluations on the same questions, and a paired test")
+    command.add_argument("first", type=Path, help="samples.jsonl, or the run it is in")
+    command.add_argument("second", type=Path)
+    command.add_argument("--run", type=Path, help="of reinforcement learning, whose rewards are drawn")
+    command.add_argument("--output", type=Path, default=Path("pair"), help="name of the JSON and PNG to write")
+    command.set_defaults(report=lambda given: report_pair(given.first, given.second, given.run, given.output))
     arguments = parser.parse_args()
     arguments.report(arguments)
 

@@ -13,13 +13,12 @@ from megatron_mdm.data.lengths import UNLIMITED, Room
 from megatron_mdm.data.prompts import EncodedPrompt
 from megatron_mdm.data.records import BadRecords, read_records
 from megatron_mdm.data.tokenizer import Tokenizer
+from megatron_mdm.evaluation.intervals import wilson_interval
 from megatron_mdm.evaluation.tasks import Task
 from megatron_mdm.generation.generate import Decoder, generate
 from megatron_mdm.generation.sampler import denoise
 from megatron_mdm.generation.settings import GenerationConfig, LogitsEngine, SpecialIds
 from megatron_mdm.parallel.groups import ParallelContext
-
-WILSON_Z = 1.96  # 95 % interval
 
 
 class Question(NamedTuple):
@@ -90,12 +89,3 @@ def evaluate_exact_match(
         "generation": config.model_dump(mode="json"),
         "samples": samples,
     }
-
-
-def wilson_interval(right: int, total: int) -> tuple[float, float]:
-    """95 % interval of a proportion (Wilson 1927)."""
-    share = right / total
-    z2 = WILSON_Z**2
-    centre = (share + z2 / (2 * total)) / (1 + z2 / total)
-    half = WILSON_Z / (1 + z2 / total) * (share * (1 - share) / total + z2 / (4 * total**2)) ** 0.5
-    return max(0.0, centre - half), min(1.0, centre + half)

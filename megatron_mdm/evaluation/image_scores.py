@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from megatron_mdm.evaluation.exact_match import wilson_interval
+from megatron_mdm.evaluation.intervals import wilson_interval
 from megatron_mdm.images.digits import HELD_OUT_PAIRS, Bytes, DigitJudge, Floats, read_caption
 
 

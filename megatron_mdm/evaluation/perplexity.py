@@ -16,7 +16,7 @@ from megatron_mdm.data.prompts import EncodedPrompt
 from megatron_mdm.data.records import BadRecords, read_records
 from megatron_mdm.data.sample import Sample
 from megatron_mdm.data.tokenizer import Tokenizer
-from megatron_mdm.evaluation.exact_match import wilson_interval
+from megatron_mdm.evaluation.intervals import wilson_interval
 from megatron_mdm.evaluation.likelihood import LikelihoodConfig, Scorer, Scoring, negative_log_likelihoods
 from megatron_mdm.generation.settings import SpecialIds
 from megatron_mdm.parallel.groups import ParallelContext

@@ -10,7 +10,7 @@ from megatron_mdm.config.schema import RunConfig
 from megatron_mdm.data.prompt_set import REFERENCE, PromptDataset
 from megatron_mdm.data.tokenizer import Tokenizer
 from megatron_mdm.engine.base import Engine, Forward
-from megatron_mdm.evaluation.exact_match import wilson_interval
+from megatron_mdm.evaluation.intervals import wilson_interval
 from megatron_mdm.evaluation.tasks import TASKS
 from megatron_mdm.generation.generate import generate
 from megatron_mdm.parallel.groups import ParallelContext

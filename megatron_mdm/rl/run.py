@@ -16,7 +16,7 @@ from megatron_mdm.rl.evaluate import GreedyAnswers
 from megatron_mdm.rl.metrics import SAMPLES, LogRollouts
 from megatron_mdm.rl.noise import RlNoise
 from megatron_mdm.rl.reference import reference_of
-from megatron_mdm.rl.rewards import Rewards
+from megatron_mdm.rl.rewards import Rewards, check_records
 from megatron_mdm.rl.rollouts import ROLLOUTS
 from megatron_mdm.rl.settings import Counts, checked
 from megatron_mdm.rl.source import RolloutSource
@@ -38,6 +38,8 @@ class Reinforced:
 
     def check_data(self, config: RunConfig, data: RunData) -> None:
         train = cast(PromptDataset, data.train)
+        held_out = cast(PromptDataset, data.validation).columns if data.validation is not None else ()
+        check_records(config.rl, [*train.columns, *held_out])
         needs = config.diffusion.t_sampler in CALIBRATED_SAMPLERS and not config.diffusion.calibration.artifact
         if needs and not train.num_eligible().any():
             raise UserError(

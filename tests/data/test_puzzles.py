@@ -15,7 +15,7 @@ from megatron_mdm.config.errors import UserError
 from megatron_mdm.config.schema import DataConfig, RlConfig
 from megatron_mdm.data import countdown, sudoku
 from megatron_mdm.data.columns import conversation
-from megatron_mdm.rl.rewards import Rewards, columns_of
+from megatron_mdm.rl.rewards import Rewards, check_records, columns_of
 from megatron_mdm.rl.rewards.arithmetic import value_of
 from tests.ranks import run_program_ranks
 
@@ -33,8 +33,9 @@ def grids() -> dict[str, list[dict[str, Any]]]:
 
 
 def rewards(name: str, records: list[dict[str, Any]]) -> np.ndarray[Any, Any]:
-    functions = Rewards.of(RlConfig.model_validate({"rewards": [{"name": name}]}))
-    functions.check(records)
+    rl = RlConfig.model_validate({"rewards": [{"name": name}]})
+    functions = Rewards.of(rl)
+    check_records(rl, records)
     prompts, responses = ([record[key] for record in records] for key in ("prompt", "response"))
     return functions(prompts, responses, columns_of(records))[:, 0]
 

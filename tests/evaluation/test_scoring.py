@@ -11,7 +11,7 @@ import torch
 from megatron_mdm.batch import ModelInputs
 from megatron_mdm.config.schema import DataConfig, RunConfig
 from megatron_mdm.data.templates import BEGIN, END_OF_TURN, HEADER, HEADER_END
-from megatron_mdm.evaluation.exact_match import wilson_interval
+from megatron_mdm.evaluation.intervals import wilson_interval
 from megatron_mdm.models.cache import Window
 from tests.data.test_tokenizer_files import byte_level
 from tests.ranks import run_ranks

@@ -12,7 +12,7 @@ import pytest
 
 from megatron_mdm.config.errors import UserError
 from megatron_mdm.config.schema import RlConfig
-from megatron_mdm.rl.rewards import Rewards
+from megatron_mdm.rl.rewards import Rewards, check_records
 
 FUNCTIONS = '''
 import math, os, sys, time
@@ -162,7 +162,10 @@ def test_a_reward_that_is_not_there_is_named(file: Path, tmp_path: Path, name: s
             {"name": "countdown", "args": {"bear": True}},
             r"countdown: unknown argument 'bear' in 'args'; it takes bare, wrong",
         ),
-        ({"name": "exact_match", "args": {"task": "gsm9k"}}, r"exact_match: no task 'gsm9k' .* one of gsm8k, hitab"),
+        (
+            {"name": "exact_match", "args": {"task": "gsm9k"}},
+            r"exact_match: no task 'gsm9k' .* one of gsm8k, gsm8k_tags",
+        ),
     ],
 )
 def test_arguments_are_checked_when_the_functions_are_loaded(file: Path, config: dict[str, Any], message: str) -> None:
@@ -190,22 +193,25 @@ def test_a_mistake_of_a_function_names_it_and_the_record(file: Path, name: str, 
     assert "\n" not in str(caught.value)
 
 
+def check(name: str, *records: dict[str, Any]) -> None:
+    check_records(RlConfig.model_validate({"rewards": [{"name": "/not/loaded.py:f"}, {"name": name}]}), records)
+
+
 def test_records_that_the_functions_of_our_own_cannot_use_are_found_at_the_start() -> None:
-    functions = rewards("exact_match")
     good = {"reference": "#### 5", "where": "q.jsonl, line 1"}
-    functions.check([good, good])
+    check("exact_match", good, good)
     with pytest.raises(UserError, match=r"exact_match: q\.jsonl, line 2: expected #### and a number"):
-        functions.check([good, {"reference": "five", "where": "q.jsonl, line 2"}])
+        check("exact_match", good, {"reference": "five", "where": "q.jsonl, line 2"})
     with pytest.raises(UserError, match=r"exact_match: q\.jsonl, line 2: the record has no response as text"):
-        functions.check([good, {"reference": None, "where": "q.jsonl, line 2"}])
+        check("exact_match", good, {"reference": None, "where": "q.jsonl, line 2"})
     with pytest.raises(UserError, match=r"sudoku4: needs the column 'puzzle'; the data have reference, where"):
-        rewards("sudoku4").check([good])
+        check("sudoku4", good)
     wrong = {"puzzle": 1030301402434020, "solution": "1" * 16, "where": "s.csv, row 1"}
     with pytest.raises(UserError, match=r"sudoku4: s\.csv, row 1: 'puzzle' must be a text of 16 digits 0-4"):
-        rewards("sudoku4").check([wrong])
+        check("sudoku4", wrong)
     wrong = {"numbers": ["3", 4], "target": 7, "where": "c.jsonl, line 1"}
     with pytest.raises(UserError, match=r"countdown: c\.jsonl, line 1: 'numbers' must be a list of integers"):
-        rewards("countdown").check([wrong])
+        check("countdown", wrong)
 
 
 def test_a_function_with_a_time_limit_runs_in_a_process_that_is_ended(file: Path) -> None:

@@ -24,7 +24,6 @@ class Rewards:
     the rank whose completions these are."""
 
     def __init__(self, rl: RlConfig) -> None:
-        self.rl = rl
         self.weights = np.array([reward.weight for reward in rl.rewards])
         self.names = _distinct([short_name(reward.name) for reward in rl.rewards])  # for metrics
         self.functions: list[Callable[[Batch], list[float]]] = [
@@ -36,14 +35,6 @@ class Rewards:
     def of(cls, rl: RlConfig) -> Rewards:
         """Find and load them. Raises UserError naming the function, and what is wrong."""
         return cls(rl)
-
-    def check(self, records: Sequence[Record]) -> None:
-        """Raise UserError naming the first record whose columns a function of our own cannot use: before anything is
-        trained, and not when the record's turn comes."""
-        batch = Batch([""] * len(records), [""] * len(records), columns_of(records), {})
-        for reward in self.rl.rewards:
-            if reward.name in REWARDS:
-                scores(reward.name, load(reward, self.rl.task), batch)
 
     def __call__(
         self,
@@ -79,6 +70,15 @@ class Rewards:
         for function in self.functions:
             if isinstance(function, Limited):
                 function.close()
+
+
+def check_records(rl: RlConfig, records: Sequence[Record]) -> None:
+    """Raise UserError naming the first record whose columns a function of our own cannot use: before anything is
+    trained, and not when the record's turn comes."""
+    batch = Batch([""] * len(records), [""] * len(records), columns_of(records), {})
+    for reward in rl.rewards:
+        if reward.name in REWARDS:
+            scores(reward.name, load(reward, rl.task), batch)
 
 
 def columns_of(records: Sequence[Record]) -> dict[str, list[Any]]:
