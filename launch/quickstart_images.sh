@@ -68,7 +68,7 @@ echo "pictures without guidance, and of an untrained model, to compare"
 mkdir -p "$run/untrained"
 quietly "$run/untrained/log.txt" train --overwrite ${overrides[@]+"${overrides[@]}"} \
     checkpoint.directory="$run/untrained/run" schedule.steps=1 schedule.warmup_steps=0 optimizer.lr=1e-12 diffusion.t_sampler=uniform \
-    evaluation.every=0
+    evaluation.every=0 image.preview=
 quietly "$run/untrained/log.txt" draw "$run/untrained/run" "$run/untrained/pictures" cfg_scale=2
 quietly "$run/untrained/log.txt" draw "$run" "$run/unguided" cfg_scale=0
 beside=("real pictures=$run/real.json" "reconstructions=$data/tokenizer/report.json")
