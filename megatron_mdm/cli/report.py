@@ -5,6 +5,7 @@ mdm report runs FOLDER…      many runs: mean, range, standard deviation over s
 mdm report pair FIRST SECOND the scores of two evaluations on the same questions, and a paired test; --run adds the
                              picture of the reinforcement learning that lies between them
 mdm report variance FOLDER   where its model's training noise comes from, and what each method leaves of it
+mdm report rl-variance FOLDER   noise and bias of an update's gradient, on a recorded rollout of reinforcement learning
 """
 
 import argparse
@@ -107,6 +108,19 @@ def main() -> None:
     command.add_argument("--output", type=Path, help="folder for variance.json and its picture; the run's if not given")
     command.add_argument("--overrides", nargs="*", default=[], metavar="section.key=value")
     command.set_defaults(report=_variance)
+    command = commands.add_parser("rl-variance", help="noise and bias of an update of reinforcement learning")
+    command.add_argument("folder", type=Path, help="a run with recorded rollouts (rl.record)")
+    command.add_argument("--checkpoint", default="newest", help="weights: newest, or a step")
+    command.add_argument("--old", default="", help="checkpoint of the weights that ratios are over; else they are 1")
+    command.add_argument("--rollout", type=Path, help="a recorded rollout; else the checkpoint's next, or the last")
+    command.add_argument("--groups", type=int, default=32, help="prompts, of those whose rewards differ")
+    command.add_argument("--draws", type=int, default=64, help="updates drawn of each design")
+    command.add_argument("--target-rows", type=int, default=32, help="rows of a draw of the exact gradient")
+    command.add_argument("--target-draws", type=int, default=16, help="draws of the exact gradient")
+    command.add_argument("--designs", default="", help="names, with ; between; else all")
+    command.add_argument("--output", type=Path, help="folder; FOLDER/rl_variance if not given")
+    command.add_argument("--overrides", nargs="*", default=[], metavar="section.key=value")
+    command.set_defaults(report=_rl_variance)
     command = commands.add_parser("runs", help="many runs, by method")
     command.add_argument("folders", type=Path, nargs="+", help="runs' folders, or folders that hold them")
     command.add_argument("--output", type=Path, default=Path("runs_report"), help="name of the PNG and JSON to write")
@@ -134,3 +148,12 @@ def _variance(arguments: argparse.Namespace) -> None:
     )
 
     report_variance(arguments)
+
+
+def _rl_variance(arguments: argparse.Namespace) -> None:
+    from megatron_mdm.parallel import platform
+
+    platform.quiet_libraries()
+    from megatron_mdm.cli.report_rl_variance import report_rl_variance  # as above
+
+    report_rl_variance(arguments)

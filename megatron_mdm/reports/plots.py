@@ -137,3 +137,31 @@ def variance_figure(record: dict[str, Any]) -> Figure:
         axes.legend(fontsize=8)
     figure.tight_layout()
     return figure
+
+
+def rl_variance_figure(record: dict[str, Any]) -> Figure:
+    """The picture of mdm report rl-variance: each design's noise, over the first one's, and its cosine and alignment
+    with the exact gradient."""
+    designs = record["designs"][::-1]
+    figure = Figure(figsize=(13, 1.5 + 0.3 * len(designs)))
+    places = np.arange(len(designs))
+    first_rows = record["designs"][0]["rows"]
+    axes = figure.add_subplot(1, 2, 1)
+    for offset, label, by_rows in ((0.2, "an update", False), (-0.2, "an update, times its rows", True)):
+        factor = np.array([[design["rows"] / first_rows if by_rows else 1.0] for design in designs])
+        bars = np.array([design["relative_noise"] for design in designs]) * factor
+        axes.barh(places + offset, bars[:, 0], 0.38, xerr=np.abs(bars[:, 1:] - bars[:, :1]).T, label=label)
+    axes.axvline(1.0, color="grey", linestyle="--", linewidth=0.8)
+    axes.set_yticks(places, [design["name"] for design in designs], fontsize=8)
+    axes.set_xscale("log")
+    axes.set(title=f"noise of the gradient / that of {record['designs'][0]['name']}")
+    axes.legend(fontsize=8)
+    axes = figure.add_subplot(1, 2, 2)
+    for offset, key in ((0.2, "cosine"), (-0.2, "alignment")):
+        bars = np.array([design[key] for design in designs])
+        axes.barh(places + offset, bars[:, 0], 0.38, xerr=np.abs(bars[:, 1:] - bars[:, :1]).T, label=key)
+    axes.set_yticks(places, [])
+    axes.set(title="with the exact gradient")
+    axes.legend(fontsize=8)
+    figure.tight_layout()
+    return figure

@@ -88,11 +88,19 @@ class Sketch:
 
     def take(self) -> tuple[float, NDArray[np.float32]]:
         """(‖G‖², sketch) of the gradients that backward left, which are cleared."""
+        flat = self.gradient()
+        return float(flat.double().square().sum()), self.of(flat)
+
+    def gradient(self) -> Tensor:
+        """[n] float32 on the host: the gradients that backward left, which are cleared."""
         flat = torch.cat([cast(Tensor, parameter.grad).float().reshape(-1).cpu() for parameter in self.parameters])
         for parameter in self.parameters:
             parameter.grad = None
-        buckets = torch.zeros(SKETCH_SIZE).index_add_(0, self.bucket, flat * self.sign)
-        return float(flat.double().square().sum()), buckets.numpy()
+        return flat
+
+    def of(self, flat: Tensor) -> NDArray[np.float32]:
+        """flat [n] → sketch [SKETCH_SIZE]."""
+        return torch.zeros(SKETCH_SIZE).index_add_(0, self.bucket, flat * self.sign).numpy()
 
 
 def draw_gradients(

@@ -1,0 +1,139 @@
+"""Noise and bias of an update's gradient: what its choice of rates and masks does, for fixed weights and completions.
+
+g is the gradient of the objective over B groups, as random as its rates and masks are. With g* the gradient that the
+bound of every completion gives, its exact policy gradient for this family of estimates,
+
+    noise = tr Var g / ‖E g‖²      cosine = ⟨E g, g*⟩ / (‖E g‖ ‖g*‖)      alignment = cosine / √(1 + noise)
+
+none of which depends on a gradient's scale. Alignment is a single update's mean inner product with g* over
+‖g*‖ √E‖g‖²: bias and noise in one number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_mdm.diffusion.mask_schedule import Floats
+
+NUM_RESAMPLES = 400
+INTERVAL = (0.05, 0.95)
+
+
+@dataclass(frozen=True)
+class Sums:
+    """Of R draws of an update's gradient. Sketches are inner products' sake: theirs are those of gradients on average
+    (reports/variance.py)."""
+
+    rows: int  # K, of each completion
+    draws: int  # R
+    mean: NDArray[np.float32]  # [B, S]: sketch of each group's mean gradient
+    covariance: Floats  # [B, B]: of groups' gradients, by sketches: Σ over r of centred inner products / (R − 1)
+    mean_square: float  # ‖ḡ‖² of the mean of all draws, exact
+    variance: float  # tr Var g, exact and unbiased
+    inner: float  # ⟨ḡ, ḡ*⟩, exact; with the target's own draws in place of g*'s, NaN
+    t: Floats  # [R, B]: rate of a group's first completion
+    squares: Floats  # [R, B]: ‖gradient of the group‖², exact
+
+    @property
+    def power(self) -> float:
+        """‖E g‖², unbiased."""
+        return self.mean_square - self.variance / self.draws
+
+    def arrays(self) -> dict[str, Any]:
+        return {part.name: getattr(self, part.name) for part in fields(self)}
+
+    @classmethod
+    def of(cls, arrays: Mapping[str, Any]) -> Sums:
+        """What arrays() gave, as a file holds it."""
+        return cls(**{part.name: _plain(arrays[part.name]) for part in fields(cls)})
+
+
+def _plain(array: Any) -> Any:
+    return array if np.ndim(array) else np.asarray(array).item()
+
+
+class Measured(NamedTuple):
+    """Each [estimate, lower, upper]: 90 % intervals over prompts."""
+
+    noise: Floats
+    relative_noise: Floats  # to the first estimator's
+    cosine: Floats
+    alignment: Floats
+
+
+def resamples(num_groups: int, seed: int = 0) -> Floats:
+    """[1 + NUM_RESAMPLES, B]: how often each group counts; once each in the first."""
+    generator = np.random.default_rng(seed)
+    drawn = generator.multinomial(num_groups, np.full(num_groups, 1 / num_groups), size=NUM_RESAMPLES)
+    return np.concatenate([np.ones((1, num_groups)), drawn.astype(float)])
+
+
+def measured(sums: Sums, first: Sums, target: Sums) -> Measured:
+    """Noise, bias and both of an estimator. Intervals are those of sketches, around exact estimates."""
+    multiplicity = resamples(len(sums.mean))
+    noises, firsts = _noise(sums, multiplicity), _noise(first, multiplicity)
+    cosines = _cosine(sums, target, multiplicity)
+    exact_noise, exact_first = sums.variance / sums.power, first.variance / first.power
+    exact_cosine = sums.inner / np.sqrt(max(sums.power * target.power, 1e-300))
+    return Measured(
+        _interval(exact_noise, noises),
+        _interval(exact_noise / exact_first, noises / firsts),
+        _interval(exact_cosine, cosines),
+        _interval(exact_cosine / np.sqrt(1 + exact_noise), cosines / np.sqrt(1 + noises)),
+    )
+
+
+def _interval(exact: float, sketched: Floats) -> Floats:
+    """sketched [1 + resamples]: the first is of all groups."""
+    return exact * np.array([1.0, *np.quantile(sketched[1:] / sketched[0], INTERVAL)])
+
+
+def of_resampled(products: Floats, multiplicity: Floats) -> Floats:
+    """Σ of products [B, B] over all pairs of resampled groups, [resamples].
+
+    A copy of a group is another group like it. What two copies of one have in common was not drawn (their rates are
+    strata, too; their means are not each other's), so pairs of different groups stand for all pairs.
+    """
+    number = multiplicity.sum(1)
+    own = np.diag(products)
+    squares = np.square(multiplicity)
+    pairs = np.einsum("rg,gh,rh->r", multiplicity, products, multiplicity) - squares @ own
+    return multiplicity @ own + pairs * number * (number - 1) / np.maximum(number**2 - squares.sum(1), 1e-300)
+
+
+def _noise(sums: Sums, multiplicity: Floats) -> Floats:
+    return of_resampled(sums.covariance, multiplicity) / _power(sums, multiplicity)
+
+
+def _power(sums: Sums, multiplicity: Floats) -> Floats:
+    """‖E g‖² of resampled groups, unbiased, but at least a thousandth of what it is for orthogonal groups: of groups
+    whose gradients cancel it may be estimated as 0 or less."""
+    products = _products(sums, sums)
+    estimate = of_resampled(products - sums.covariance / sums.draws, multiplicity)
+    return np.maximum(estimate, 1e-3 * multiplicity @ np.diag(products))
+
+
+def _cosine(sums: Sums, target: Sums, multiplicity: Floats) -> Floats:
+    inner = of_resampled(_products(sums, target), multiplicity)
+    return inner / np.sqrt(_power(sums, multiplicity) * _power(target, multiplicity))
+
+
+def _products(one: Sums, other: Sums) -> Floats:
+    """[B, B]: inner products of groups' mean gradients."""
+    return one.mean.astype(np.float64) @ other.mean.astype(np.float64).T
+
+
+def fitted_density(sums: Sums, num_cells: int = 8, floor: float = 0.1) -> Floats:
+    """[cells]: the density of rates that least varies these groups' squared gradients, p ∝ √E[‖g‖² | t], in equal cells
+    and mixed with the uniform one. From uniform rates."""
+    cell = np.minimum((sums.t * num_cells).astype(int), num_cells - 1).ravel()
+    squares = sums.squares.ravel()
+    counts = np.bincount(cell, minlength=num_cells)
+    mean = np.bincount(cell, squares, num_cells) / np.maximum(counts, 1)
+    density = np.sqrt(np.where(counts > 0, mean, squares.mean()))
+    return (1.0 - floor) * density / density.mean() + floor
