@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 
 import numpy as np
-from scipy.optimize import minimize
 
 from megatron_mdm.diffusion.mask_schedule import Floats
 from megatron_mdm.diffusion.randomness import Purpose, stream
@@ -49,6 +48,8 @@ def fit_epr(t: Floats, density: Floats, *, num_restarts: int, seed: int) -> EprF
 
     L-BFGS-B over softplus-transformed parameters from num_restarts seeded starting points; the best is kept.
     """
+    from scipy.optimize import minimize  # here, as it takes a third of a second of a program's start
+
     cell = _trapezoid_weights(t)
     target = density / (cell @ density)
     entropy_terms = cell * target * np.log(np.maximum(target, 1e-300))

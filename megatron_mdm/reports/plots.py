@@ -1,27 +1,37 @@
-"""Pictures of a run. Matplotlib figures; save_figure writes them as PNG."""
+"""Pictures of a run. Matplotlib figures; save_figure writes them as PNG.
+
+Matplotlib is imported where something is drawn: half a second of a program's start, and most ranks draw nothing.
+"""
 
 from __future__ import annotations
 
 import io
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import matplotlib
-
-matplotlib.use("Agg")
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from megatron_mdm.config.files import write_atomically
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 VARIANCES = {  # keys of metrics.jsonl → what is drawn of them
     "variance_of_loss": "loss under uniform t",
     "variance_of_term": "a sample's term in the batch's loss",
     "variance_of_estimator": "n · batch's loss",
 }
+
+
+def empty_figure(width: float, height: float) -> Figure:
+    """In inches."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    matplotlib.use("Agg")
+    return Figure(figsize=(width, height))
 
 
 def save_figure(figure: Figure, path: Path, *, cut: bool = True) -> None:
@@ -33,7 +43,7 @@ def save_figure(figure: Figure, path: Path, *, cut: bool = True) -> None:
 
 def calibration_figure(artifact: dict[str, Any]) -> Figure:
     """The optimum as calibrated and the density that is sampled, with its efficiency on held-out losses."""
-    figure = Figure(figsize=(7, 4.5))
+    figure = empty_figure(7, 4.5)
     axes = figure.add_subplot()
     points = artifact["points"]
     density = np.array(artifact["cell_density"])
@@ -55,7 +65,7 @@ def calibration_figure(artifact: dict[str, Any]) -> Figure:
 
 def training_figure(records: Sequence[dict[str, Any]]) -> Figure:
     """Loss, validation loss, variances and losses by t over the steps of metrics.jsonl."""
-    figure = Figure(figsize=(12, 8))
+    figure = empty_figure(12, 8)
     train = [record for record in records if "loss" in record]
     validated = [record for record in records if "validation_loss" in record]
     step = [record["step"] for record in train]
@@ -107,6 +117,8 @@ def _logarithmic(axes: Axes) -> None:
 def plain_ticks(axis: Any, ratio: float, logarithmic: bool) -> None:
     """Plain numbers at an axis's ticks: typesetting powers of ten is most of the drawing. ratio: of the greatest value
     on it to the least; of a logarithmic axis, it says how many ticks there are."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
     if logarithmic:
         axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if ratio < 300 else (1.0,)))
         axis.set_minor_locator(NullLocator())
@@ -116,7 +128,7 @@ def plain_ticks(axis: Any, ratio: float, logarithmic: bool) -> None:
 def variance_figure(record: dict[str, Any]) -> Figure:
     """The picture of tools/report.py variance: the decomposition, and each method's variances over the standard's."""
     methods = sorted(record["methods"], key=lambda method: -method["gradient"][0])
-    figure = Figure(figsize=(13, 1.5 + 0.3 * len(methods)))
+    figure = empty_figure(13, 1.5 + 0.3 * len(methods))
     axes = figure.add_subplot(1, 3, 1)
     names = {"masks": "A: masks", "rate": "B: rate t", "data": "C: data"}
     values = np.array([record["decomposition"][key] for key in names])

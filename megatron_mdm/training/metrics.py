@@ -7,12 +7,14 @@ import json
 import math
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from matplotlib.figure import Figure
 from PIL import Image
 from tqdm import tqdm
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 SHOWN = ("loss", "reward", "validation_loss", "exact_match", "lr", "grad_norm")
 _MEASURED = ("time_", "memory_", "tokens_per_second", "mfu", "slowest_rank")  # how such keys begin
