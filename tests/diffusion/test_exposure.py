@@ -8,7 +8,7 @@ import pytest
 from megatron_mdm.diffusion.exposure import SampleShapes, average_batch, exposure
 from megatron_mdm.diffusion.mask_schedule import LinearSchedule
 from megatron_mdm.diffusion.masking import MASKING_RULES, MaskDesign
-from megatron_mdm.diffusion.objective import NORMALIZATIONS
+from megatron_mdm.diffusion.objective import NORMALIZATIONS, GlobalBatch
 from tests.diffusion.toy import draw
 
 SCHEDULE = LinearSchedule(0.1)  # bounds the weights 1/q, so that means settle
@@ -19,13 +19,14 @@ TIMES = np.array([0.05, 0.4, 0.9])
 NUM_DRAWS = 1200
 
 
-def drawn_sums(design: MaskDesign, t: float, sample: int, generator: np.random.Generator) -> list[list[float]]:
+def drawn_sums(
+    design: MaskDesign, batch: GlobalBatch, t: float, sample: int, generator: np.random.Generator
+) -> list[list[float]]:
     """For each normalisation Σ w, Σ w², Σ_{i≠j} w w, each a mean over the rows, and Σ w w' over ordered pairs of
     different rows."""
     delimiters = np.arange(ELIGIBLE[sample]) < DELIMITERS[sample]
     masking = draw(design, generator, t, delimiters)
     eligible = np.full(len(delimiters), float(len(delimiters)))
-    batch = average_batch(design, SampleShapes.of(ELIGIBLE, DELIMITERS))
     result = []
     for normalization in NORMALIZATIONS.values():
         weights = masking.masked * normalization.token_weight(masking.probability, eligible, batch)
@@ -47,6 +48,6 @@ def test_exposure_agrees_with_drawn_masks(rule: str, complementary: bool) -> Non
     known = [exposure(design, shapes, normalization, batch, TIMES) for normalization in NORMALIZATIONS.values()]
     for index, t in enumerate(TIMES):
         # Each sample as often as the others, so that means over the draws are those over the data set.
-        draws = np.array([drawn_sums(design, t, place % len(ELIGIBLE), generator) for place in range(NUM_DRAWS)])
+        draws = np.array([drawn_sums(design, batch, t, place % len(ELIGIBLE), generator) for place in range(NUM_DRAWS)])
         expected = [[getattr(one, name)[index] for name in ("total", "squares", "pairs", "cross")] for one in known]
         assert (np.abs(draws.mean(0) - expected) <= 4.5 * draws.std(0) / NUM_DRAWS**0.5 + 1e-9).all()
