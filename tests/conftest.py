@@ -25,11 +25,20 @@ MARKERS = {
 LONGEST = (
     "training/test_layouts.py",
     "launch/test_two_nodes.py",
-    "training/test_resume.py",
     "launch/test_launchers.py",
-    "training/test_methods.py",
-    "test_unchanged.py",
+    "training/test_resume.py",
+    "diffusion/test_estimators.py",
+    "cuda/test_layouts.py",
+    "engine/test_memory.py",
     "training/test_faults.py",
+    "training/test_methods.py",
+    "training/test_lora.py",
+    "engine/test_precisions.py",
+    "engine/test_communication.py",
+    "cli/test_wheel.py",
+    "launch/test_pipeline.py",
+    "tools/test_benchmark.py",
+    "test_unchanged.py",
 )
 
 
