@@ -38,16 +38,20 @@ runpy.run_path("launch/train.py", run_name="__main__")
 """
 
 
-def launched(folder: Path, fault: str) -> tuple[int, str, float]:
-    """(exit code, all output, seconds) of a job of two ranks under launch/torchrun.py."""
+def write_job(folder: Path, fault: str) -> list[str]:
+    """The program, and its arguments."""
     write_ids(folder / "train.jsonl", 20)
     write_ids(folder / "other.jsonl", 20, seed=1)
     (folder / "config.yaml").write_text(dump_config(small_config(folder)), encoding="utf-8")
     (folder / "wrapper.py").write_text(WRAPPER, encoding="utf-8")
-    command = [sys.executable, "launch/torchrun.py", "--nproc-per-node", "2", str(folder / "wrapper.py"), fault]
+    return [str(folder / "wrapper.py"), fault.format(folder=folder), "--config", str(folder / "config.yaml")]
+
+
+def launched(folder: Path, fault: str) -> tuple[int, str, float]:
+    """(exit code, all output, seconds) of a job of two ranks under launch/torchrun.py."""
     began = time.monotonic()
     result = subprocess.run(
-        [*command, "--config", str(folder / "config.yaml")],
+        [sys.executable, "launch/torchrun.py", "--nproc-per-node", "2", *write_job(folder, fault)],
         capture_output=True,
         text=True,
         timeout=3 * SECONDS,
@@ -62,15 +66,23 @@ def launched(folder: Path, fault: str) -> tuple[int, str, float]:
     [
         ("dies", "rank 1 was ended by SIGKILL", TRY_AGAIN),
         ("optimizer.lr=0.5", f"rank 1 on {HOST} has optimizer.lr = 0.5, rank 0 on {HOST} has 0.003", 1),
-        ("data.train={folder}/other.jsonl", f"rank 1 on {HOST} has data.train = ", 1),
         ("data.train={folder}/absent.jsonl", "rank 1: error: ", 1),
     ],
 )
 def test_job_stops_and_names_the_cause(fault: str, cause: str, expected_code: int, tmp_path: Path) -> None:
-    code, output, seconds = launched(tmp_path, fault.format(folder=tmp_path))
+    code, output, seconds = launched(tmp_path, fault)
     assert code == expected_code
     assert cause in output, output
     assert seconds < SECONDS
+
+
+def test_ranks_stop_where_one_has_other_data(tmp_path: Path) -> None:
+    program, *arguments = write_job(tmp_path, "data.train={folder}/other.jsonl")
+    began = time.monotonic()
+    results = run_program_ranks(program, arguments, 2)
+    assert [result.exit_code for result in results] == [1, 1]
+    assert f"rank 1 on {HOST} has data.train = " in "".join(result.stderr for result in results)
+    assert time.monotonic() - began < SECONDS
 
 
 def test_same_path_with_other_contents_is_noticed(tmp_path: Path) -> None:
