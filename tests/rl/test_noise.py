@@ -131,12 +131,12 @@ def test_a_group_shares_masks_by_position_whatever_its_lengths(partner: str, mas
         make = noise(masking, multisample=2, partner=partner, share_noise=share_noise)
         first, second = (make.rows(0, 1, completion, Shape(2, 7, 7), rate, rate) for completion in (4, 7))
         other = make.rows(0, 1, 8, Shape(2, 7, 7), rate, rate)  # of the next group
-        shorter = make.rows(0, 1, 5, Shape(4, 5, 7), rate, rate)
+        shorter = make.rows(0, 1, 5, Shape(4, 5, 6), rate, rate)
         same = share_noise == "group_masks"
         assert np.array_equal(first.masked, second.masked) == same
         assert not np.array_equal(first.masked, other.masked)
         if same and (masking, partner) == ("bernoulli", "mirror"):
-            assert np.array_equal(shorter.masked[:, 4:], first.masked[:, 2:])
+            assert np.array_equal(shorter.masked[:, 4:], first.masked[:, 2:8])
         assert len(first.masked) == make.num_rows == 4
         assert first.parts == 2
 

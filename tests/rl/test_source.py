@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
+import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +13,7 @@ import numpy as np
 import pytest
 
 from megatron_mdm.checkpoint.store import read_state
+from megatron_mdm.config.errors import UserError
 from megatron_mdm.rl.rollouts import Rollout, recorded
 from tests.ranks import run_ranks
 from tests.rl.small import rl_config
@@ -45,7 +49,35 @@ def many_runs(folder: Path) -> dict[str, Any]:
     run_of(config_of(folder, "once", once, schedule={"steps": 1}), REINFORCED)
     lora = {**base, "lora": {"rank": 4, "alpha": 8.0}}
     run_of(config_of(folder, "lora", {**once, "beta": 0.5}, model=lora, schedule={"steps": 2}), REINFORCED)
-    return {"ratios": ratios_at_equal_weights(config_of(folder, "other", {"num_iterations": 2}))}
+    return {
+        "ratios": ratios_at_equal_weights(config_of(folder, "other", {"num_iterations": 2})),
+        "report": reports_of(folder / "whole"),
+    }
+
+
+def reports_of(run: Path) -> list[str]:
+    """What mdm report rl-variance says of a run, twice: the second time with a design more; and of what it refuses."""
+    from megatron_mdm.cli.report import main
+
+    def said(*arguments: str) -> str:
+        output = io.StringIO()
+        with redirect_stdout(output), pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "argv", ["mdm report", "rl-variance", str(run), *arguments])
+            try:
+                main()
+            except UserError as error:
+                return str(error)
+        return output.getvalue()
+
+    small = ["--groups", "2", "--draws", "3", "--target-rows", "4", "--target-draws", "2"]
+    designs = ["P-POTS, shared, strata", "P-POTS, shared, strata; espo"]
+    done = [said(*small, "--designs", each) for each in designs]
+    return [
+        *done,
+        said("--designs", "no such"),
+        said("--groups", "99"),
+        said("--rollout", str(run / "none/000000.npz")),
+    ]
 
 
 def ratios_at_equal_weights(config: Any) -> dict[str, tuple[float, float]]:
@@ -197,3 +229,18 @@ def test_arrays_give_the_rollout_back(found: dict[str, Any], folder: Path) -> No
     again = Rollout.of(rollout.arrays())
     assert again.arrays().keys() == rollout.arrays().keys()
     assert again.prompt_of(5).tolist() == rollout.prompt_of_group(1).tolist()
+
+
+def test_noise_of_a_recorded_rollouts_gradient_is_reported(found: dict[str, Any], folder: Path) -> None:
+    """mdm report rl-variance: designs that were drawn are read again; what is wrong is said in a line."""
+    first, second, *refused = found["report"]
+    record = json.loads((folder / "whole/rl_variance/rl_variance.json").read_text(encoding="utf-8"))
+    names = ["independent rates", "P-POTS, shared, strata", "espo"]
+    assert [design["name"] for design in record["designs"]] == names
+    assert [design["rows"] for design in record["designs"]] == [1, 1, 4]
+    assert (folder / "whole/rl_variance/rl_variance.png").stat().st_size > 10_000
+    lines = [[line for line in said.splitlines() if line.startswith(names[1])] for said in (first, second)]
+    assert lines[0] == lines[1] != []
+    assert [line.split(": ")[0] for line in refused[:1]] == ["--designs"]
+    assert "groups have rewards that differ" in refused[1]
+    assert "no such recorded rollout" in refused[2]
