@@ -5,9 +5,10 @@
 #   bash launch/quickstart.sh --resume   resume after an interruption
 #   bash launch/quickstart.sh lora       afterwards: the model learns further operators by adapters (quickstart_lora.sh)
 #   bash launch/quickstart.sh images     instead: text to image, from handwritten digits to pictures (quickstart_images.sh)
+#   bash launch/quickstart.sh rl         instead: reinforcement learning with exact match as the reward (quickstart_rl.sh)
 # Other arguments are overrides of configs/quickstart.yaml: bash launch/quickstart.sh seed=7 optimizer.lr=5e-4
 set -euo pipefail
-if [[ "${1:-}" == lora || "${1:-}" == images ]]; then
+if [[ "${1:-}" == lora || "${1:-}" == images || "${1:-}" == rl ]]; then
     exec bash "$(dirname "$0")/quickstart_$1.sh" "${@:2}"
 fi
 source "$(dirname "$0")/environment.sh"

@@ -52,6 +52,7 @@ GENERATED = (  # by the quickstarts, and by mdm prepare
     "quickstart.yaml",
     "quickstart_lora.yaml",
     "images/digits.yaml",
+    "rl/arithmetic_sft.yaml",
     "rl/countdown_sft.yaml",
     "rl/sudoku4_sft.yaml",
 )
