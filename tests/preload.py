@@ -30,6 +30,8 @@ for name in (
     "megatron_mdm.cli.main",
     "megatron_mdm.cli.train",
     "megatron_mdm.evaluation.exact_match",
+    "megatron_mdm.study.perform",
+    "megatron_mdm.study.report",
     "megatron_mdm.training.layout_check",
     "megatron_mdm.training.run",
     "tests.small",

@@ -22,6 +22,7 @@ ROWS = [  # lowest first; packages of one row do not import each other
     {"objectives", "reports"},
     {"training"},
     {"rl"},
+    {"study"},
     {"cli"},
 ]
 ROW_OF = {package: row for row, packages in enumerate(ROWS) for package in packages}

@@ -22,6 +22,7 @@ PROGRAMS = {  # each is the module of its name beside this file
     "convert": Program("Hugging Face checkpoints in and out; compare and inspect checkpoints"),
     "plan": Program("memory, communication, time and cost on a cluster; the best layouts"),
     "report": Program("a run's page, many runs, where the variance comes from"),
+    "study": Program("many methods, tasks and seeds as one resumable job; its tables, pictures and verdicts"),
     "prepare": Program("make data files: word problems, corpora, public data sets, pictures; inspect them"),
     "tokenizer": Program("train a sentencepiece tokenizer"),
     "image_tokenizer": Program("train a small image tokenizer"),

@@ -16,6 +16,8 @@ mdm prepare images DATA … --image-tokenizer FOLDER --resolution 512 --output c
     caption and image codes, which `task text-to-image` takes; interrupted, it resumes
 mdm prepare digits --output FOLDER [--seed 0]
     scikit-learn's handwritten digits, tinted and captioned ("a red seven"): train.parquet, test.parquet, captions.jsonl
+mdm prepare study --output FOLDER [--train 640 --validation 128 --test 1000 --texts 100000 --seed 0]
+    generates the small study's data: sets of three tasks, texts to pretrain on, and their tokenizer
 mdm prepare inspect --config FILE --output FOLDER [section.key=value …]
     shows samples as training sees them, their lengths, and what padding and packing cost
 """
@@ -106,6 +108,12 @@ def digits(arguments: argparse.Namespace) -> None:
     write_digits(arguments)
 
 
+def study(arguments: argparse.Namespace) -> None:
+    from megatron_mdm.cli.prepare_study import write_study
+
+    write_study(arguments)
+
+
 def inspect(arguments: argparse.Namespace) -> None:
     from megatron_mdm.parallel import platform
 
@@ -160,6 +168,14 @@ def main() -> None:
     command.add_argument("--output", type=Path, required=True)
     command.add_argument("--seed", type=int, default=0, help="of what is held out")
     command.set_defaults(run=digits)
+    command = commands.add_parser("study", help="the small study's data")
+    command.add_argument("--output", type=Path, required=True)
+    command.add_argument("--train", type=_POSITIVE, default=640, help="samples of each task")
+    command.add_argument("--validation", type=_POSITIVE, default=128)
+    command.add_argument("--test", type=_POSITIVE, default=1000)
+    command.add_argument("--texts", type=_POSITIVE, default=100_000, help="to pretrain on")
+    command.add_argument("--seed", type=_NATURAL, default=0)
+    command.set_defaults(run=study)
     command = commands.add_parser("inspect", help="samples, lengths, efficiency")
     command.add_argument("--config", required=True, help="YAML file, or the name of a packaged one")
     command.add_argument("--output", type=Path, required=True)

@@ -24,14 +24,17 @@ Model = TypeVar("Model", bound=BaseModel)
 Options = TypeVar("Options", bound=ObjectiveOptions)
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+def load_config(path: str | Path, overrides: Sequence[str] = (), further: Sequence[Path] = ()) -> RunConfig:
     """Read a configuration file and apply overrides such as `optimizer.lr=1e-5`.
 
     A file may begin with `defaults: [other.yaml, …]` (paths relative to itself); later files and the file's own
-    keys win, section by section. Raises UserError naming the file, the line and the key.
+    keys win, section by section. further: files whose keys win over the first one's. Raises UserError naming the file,
+    the line and the key.
     """
     origins: Origins = {}
     tree = _compose(Path(path), origins, ())
+    for other in further:
+        _merge(tree, _compose(other, origins, ()))
     _override(tree, overrides, RunConfig, origins)
     config = validated(RunConfig, tree, origins, str(path))
     config.objective.written_at({key: place for key, place in origins.items() if key[0] == "objective"})

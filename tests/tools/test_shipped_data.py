@@ -32,11 +32,16 @@ PUBLIC_FILES: dict[str, list[list[dict[str, Any]]]] = {  # what people download,
 }
 
 
+STUDIES = ("study/small.yaml", "study/paper_8b.yaml")
+
+
 @cache
 def shipped(form: str) -> dict[str, DataConfig]:
     """The data sections of all configurations that name data of this form."""
     found = {}
     for path in sorted(CONFIGS.rglob("*.yaml")):
+        if str(path.relative_to(CONFIGS)) in STUDIES:  # of many runs
+            continue
         try:
             data = load_config(path).data
         except UserError as error:
@@ -48,13 +53,15 @@ def shipped(form: str) -> dict[str, DataConfig]:
     return found
 
 
-GENERATED = (  # by the quickstarts, and by mdm prepare
+GENERATED = (  # by the quickstarts, mdm prepare, launch/study.sh
     "quickstart.yaml",
     "quickstart_lora.yaml",
     "images/digits.yaml",
     "rl/arithmetic_sft.yaml",
     "rl/countdown_sft.yaml",
     "rl/sudoku4_sft.yaml",
+    "study/base_images.yaml",
+    "study/sft_images.yaml",
 )
 GENERATED_PROMPTS = ("rl/arithmetic.yaml", "rl/countdown.yaml", "rl/sudoku4.yaml")
 OWN = ("sft/dream_7b_lora.yaml",)  # a reader's

@@ -1,0 +1,17 @@
+"""Imported once by the server that runs are forked from."""
+
+import gc
+import importlib
+import os
+
+os.environ.setdefault("TQDM_DISABLE", "1")  # runs write to files
+
+from megatron_mdm.parallel import platform
+
+platform.quiet_libraries()
+
+for name in ("matplotlib.figure", "scipy.optimize", "megatron_mdm.study.perform"):
+    importlib.import_module(name)
+
+gc.collect()
+gc.freeze()  # a full collection would look through these libraries' objects in every run
