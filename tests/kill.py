@@ -1,6 +1,7 @@
 """Kill training at random instants and see that it resumes as if nothing had been: python -m tests.kill [--cases 40]
 
-A random rank, or all of them, is ended by SIGKILL while it trains, saves, calibrates or validates, on several layouts.
+A random rank, or all of them, is ended by SIGKILL while it trains, saves, calibrates or validates, on several layouts;
+in reinforcement learning while it draws a rollout, judges it or measures its values.
 The resumed run must leave the same records and, bit for bit, the same last checkpoint as an undisturbed one; it must go
 on from the newest checkpoint there was, and have lost no more steps than lie between two saves (and, where a checkpoint
 was being written in the background, those done since that was begun). Exit code 1 where it is not so.
@@ -19,7 +20,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from megatron_mdm.config.load import dump_config
 from tests.ranks import run_program_ranks
+from tests.rl.small import rl_config
 from tests.training.test_resume import losses, write_config
 
 LAYOUTS: dict[str, tuple[dict[str, Any], str]] = {
@@ -28,9 +31,12 @@ LAYOUTS: dict[str, tuple[dict[str, Any], str]] = {
     "tp2": ({"tensor": 2, "zero": 1}, "fp32"),
     "pp2": ({"pipeline": 2, "zero": 1}, "fp32"),
     "adapters": ({"zero": 1}, "bf16"),
+    "rl": ({"zero": 1}, "fp32"),
 }
 ADAPTERS = ("adapters",)  # layouts whose runs train adapters beside another run's weights
+RL = ("rl",)  # layouts whose runs are of reinforcement learning
 PHASES = ("training", "saving", "calibration", "validation")
+RL_PHASES = ("training", "saving", "rollout", "reward", "old values")
 WHO = ((0,), (1,), (0, 1))
 SAVE_EVERY = 3
 WRAPPER = "tests/kill_wrapper.py"
@@ -63,32 +69,42 @@ class Outcome(NamedTuple):
     fault: str  # what is wrong; empty: nothing
 
 
-def arguments_of(config: Path, run: Path, asynchronous: bool, base: Path | None) -> list[str]:
+def arguments_of(config: Path, run: Path, layout: str, asynchronous: bool, base: Path | None) -> list[str]:
     """base: the run beside whose weights adapters are trained; None: everything is."""
     adapters = [f"model.init_from={base}", "model.lora.rank=64"] if base else []
+    validations = [] if layout in RL else ["evaluation.every=2"]
     return [
         *adapters,
+        *validations,
         "--config",
         str(config),
         f"checkpoint.directory={run}",
         f"checkpoint.save_every={SAVE_EVERY}",
         f"checkpoint.asynchronous={str(asynchronous).lower()}",
-        "evaluation.every=2",
         "model.hidden_size=192",  # so that a save takes a while
         "model.ffn_hidden_size=768",
     ]
 
 
+def write_rl_config(folder: Path, parallel: dict[str, Any], dtype: str) -> Path:
+    config = rl_config(folder, parallel=parallel, precision={"dtype": dtype}, schedule={"steps": 12})
+    path = folder / "config.yaml"
+    path.write_text(dump_config(config), encoding="utf-8")
+    return path
+
+
 def undisturbed(folder: Path, layout: str) -> Reference:
     folder.mkdir()
-    config = write_config(folder, *LAYOUTS[layout])
+    config = (write_rl_config if layout in RL else write_config)(folder, *LAYOUTS[layout])
     base = None
     if layout in ADAPTERS:
         base = folder / "base"
-        results = run_program_ranks("launch/train.py", [*arguments_of(config, base, True, None), "schedule.steps=4"], 2)
+        results = run_program_ranks(
+            "launch/train.py", [*arguments_of(config, base, layout, True, None), "schedule.steps=4"], 2
+        )
         assert [result.exit_code for result in results] == [0, 0], results[0].stderr
     plan = json.dumps({"phase": "", "log": str(folder)})
-    results = run_program_ranks(WRAPPER, [plan, *arguments_of(config, folder / "whole", True, base)], 2)
+    results = run_program_ranks(WRAPPER, [plan, *arguments_of(config, folder / "whole", layout, True, base)], 2)
     assert [result.exit_code for result in results] == [0, 0], results[0].stderr
     seconds = json.loads((folder / "seconds-0.json").read_text())
     return Reference(config, base, losses(folder / "whole"), last_manifest(folder / "whole"), seconds)
@@ -112,7 +128,7 @@ def kill(case: Case, reference: Reference, folder: Path) -> Outcome:
     """Run, die, resume, compare."""
     folder.mkdir()
     run = folder / "run"
-    arguments = arguments_of(reference.config, folder / "run", case.asynchronous, reference.base)
+    arguments = arguments_of(reference.config, folder / "run", case.layout, case.asynchronous, reference.base)
     plan = json.dumps({**case._asdict(), "log": str(folder)})
     killed = run_program_ranks(WRAPPER, [plan, *arguments], 2)  # a rank that hangs fails here
     codes = [result.exit_code for result in killed]
@@ -150,7 +166,8 @@ def run_cases(cases: int, seed: int, layouts: list[str]) -> Iterator[Outcome]:
         for number in range(cases):
             turn = number // len(PHASES)
             layout = layouts[(number + turn) % len(layouts)]
-            phase = PHASES[number % len(PHASES)]
+            phases = RL_PHASES if layout in RL else PHASES
+            phase = phases[number % len(phases)]
             asynchronous = (number + turn + turn // len(layouts)) % 2 == 1
             case = draw(generator, phase, references[layout], layout, asynchronous)
             yield kill(case, references[layout], Path(name, str(number)))

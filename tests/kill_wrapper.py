@@ -16,6 +16,9 @@ from typing import Any
 
 from megatron_mdm.checkpoint.store import CheckpointStore
 from megatron_mdm.evaluation.validation import FixedGridValidation
+from megatron_mdm.rl.completions import Completions
+from megatron_mdm.rl.judge import Judge
+from megatron_mdm.rl.source import RolloutSource
 from megatron_mdm.training.calibrate import Prepass
 from megatron_mdm.training.loop import Trainer
 
@@ -24,6 +27,9 @@ PHASES: dict[str, tuple[type, str]] = {
     "training": (Trainer, "train_step"),
     "saving": (CheckpointStore, "_write"),  # on a thread of its own
     "validation": (FixedGridValidation, "__call__"),
+    "rollout": (Completions, "_responses"),
+    "reward": (Judge, "_scores"),
+    "old values": (RolloutSource, "_measured"),
 }
 PLAN = json.loads(sys.argv.pop(1))
 RANK = int(os.environ["RANK"])
