@@ -10,6 +10,7 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
 
+from megatron_mdm.reports import rl_panels
 from megatron_mdm.reports.run_facts import fact_lines
 from megatron_mdm.reports.run_panels import (
     BLUE,
@@ -45,6 +46,7 @@ _STYLE: Any = {
     "legend.edgecolor": "none",
     "legend.fontsize": 8.5,
 }
+RL_PANELS = (TRAINING_PANELS[0], rl_panels.lengths, rl_panels.policy)
 _MOST_LINES = 40  # of one kind of event that are drawn through the loss; the rows below it show all
 _WIDTH = 52  # characters of a fact
 
@@ -60,7 +62,8 @@ def page_figure(page: Page) -> Figure:
         left, right = top.subfigures(1, 2, width_ratios=(2.05, 1))
         _losses(left, page)
         _facts(right, page["facts"])
-        for row, panels in zip(below, (TRAINING_PANELS, SPEED_PANELS)):
+        training = RL_PANELS if is_of_rollouts(page) else TRAINING_PANELS
+        for row, panels in zip(below, (training, SPEED_PANELS)):
             for axes, draw in zip(row.subplots(1, len(panels)), panels):
                 draw(axes, page)
         layout: Any = figure.get_layout_engine()
@@ -71,8 +74,6 @@ def page_figure(page: Page) -> Figure:
 def _losses(figure: SubFigure, page: Page) -> None:
     """The curves, and below them a row of marks for each kind of event that there is."""
     marks = page["marks"]
-    loss = page["curves"]["loss"]
-    validation = page["curves"]["validation"]
     rows = [
         (f"{name}: {len(steps)}", steps, style)
         for name, steps, style in (
@@ -85,6 +86,26 @@ def _losses(figure: SubFigure, page: Page) -> None:
     ]
     parts = figure.add_gridspec(1 + bool(rows), 1, height_ratios=(1, 0.05 + 0.05 * len(rows))[: 1 + bool(rows)])
     axes = figure.add_subplot(parts[0])
+    (rl_panels.rewards if is_of_rollouts(page) else _loss_curves)(axes, page)
+    for kind, colour in (("skipped", RED), ("spikes", ORANGE)):
+        for step in marks[kind] if len(marks[kind]) <= _MOST_LINES else []:
+            axes.axvline(step, color=colour, linewidth=0.8, alpha=0.4, zorder=0)
+    for mark in marks["rewinds"]:
+        axes.axvspan(mark["to_step"], mark["step"], color=PURPLE, alpha=0.15, linewidth=0, zorder=0)
+    if rows:
+        _event_rows(figure.add_subplot(parts[1], sharex=axes), rows, marks["rewinds"])
+        axes.tick_params(labelbottom=False)
+        axes.set_xlabel("")
+
+
+def is_of_rollouts(page: Page) -> bool:
+    """Whether the run is of reinforcement learning."""
+    return "reward" in page["curves"]
+
+
+def _loss_curves(axes: Axes, page: Page) -> None:
+    loss = page["curves"]["loss"]
+    validation = page["curves"]["validation"]
     if not has_values(loss["loss"]) and not validation["step"]:
         not_logged(axes, "loss per token")
     else:
@@ -101,15 +122,6 @@ def _losses(figure: SubFigure, page: Page) -> None:
         axes.set_title("loss per token, nats")
         axes.legend(loc="upper right", ncols=2)
         step_axis(axes, page)
-    for kind, colour in (("skipped", RED), ("spikes", ORANGE)):
-        for step in marks[kind] if len(marks[kind]) <= _MOST_LINES else []:
-            axes.axvline(step, color=colour, linewidth=0.8, alpha=0.4, zorder=0)
-    for mark in marks["rewinds"]:
-        axes.axvspan(mark["to_step"], mark["step"], color=PURPLE, alpha=0.15, linewidth=0, zorder=0)
-    if rows:
-        _event_rows(figure.add_subplot(parts[1], sharex=axes), rows, marks["rewinds"])
-        axes.tick_params(labelbottom=False)
-        axes.set_xlabel("")
 
 
 def _event_rows(axes: Axes, rows: list[tuple[str, list[int], dict[str, Any]]], rewinds: list[Page]) -> None:

@@ -24,6 +24,7 @@ GREY = "#7f8790"
 _PALE_BLUE = "#8fb4de"
 _PALE_GREY = "#c9ced4"
 _TIME_COLOURS = dict(zip(PHASES, (PURPLE, BLUE, _PALE_BLUE, ORANGE, GREEN, _PALE_GREY)))
+_OTHER_COLOURS = ("#2b7a78", "#c9a227", "#8c564b", "#bc80bd", "#b3de69")  # of phases that few runs have
 _VARIANCE_COLOURS = dict(zip(VARIANCES, (ORANGE, _PALE_BLUE, BLUE)))
 _LOG_FROM = 3.0  # greatest / least value from which an axis is logarithmic
 _PEAK = 1.5  # times the median: step times above it (the first steps') may leave the picture
@@ -112,10 +113,13 @@ def _step_time(axes: Axes, page: Page) -> None:
     title = "time of a step, rank 0"
     if not curve["step"]:
         return not_logged(axes, title)
-    parts = {part: np.nan_to_num(array(curve[f"time_{part}"])) for part in PHASES}
-    parts = {part: values for part, values in parts.items() if part != "pipeline" or values.any()}
+    names = [key.removeprefix("time_") for key in curve if key.startswith("time_") and key != "time_step"]
+    parts = {part: np.nan_to_num(array(curve[f"time_{part}"])) for part in names}
+    always = set(PHASES) - {"pipeline"}
+    parts = {part: values for part, values in parts.items() if part in always or values.any()}
     factor, unit = _seconds_unit(np.median(sum(parts.values())))
-    colours = [_TIME_COLOURS[part] for part in parts]
+    others = iter(_OTHER_COLOURS)
+    colours = [_TIME_COLOURS.get(part) or next(others) for part in parts]
     layers = [factor * values for values in parts.values()]
     steps = curve["step"]
     if len(steps) == 1:  # no area without a second

@@ -20,6 +20,7 @@ from megatron_mdm.config.load import load_config
 from megatron_mdm.config.schema import RunConfig
 from megatron_mdm.engine.clock import PHASES
 from megatron_mdm.models.parameters import num_parameters
+from megatron_mdm.reports.rl_panels import RL_CURVES, RL_PHASES
 
 Record = dict[str, Any]
 
@@ -115,6 +116,9 @@ def run_page(run: RunFolder, method: Method) -> Record:
         smoothed = {f"{key}_smoothed": _smoothed(curves[name][key], window) for key in keys}
         curves[name] |= {**smoothed, "smoothing_window": window}
     curves["loss_by_t"] = _loss_by_t(run.records)
+    if run.config.rl.is_used:
+        curves |= {name: _curve(run.records, keys) for name, keys in RL_CURVES.items()}
+        curves["step_time"] = _curve(run.records, (*_CURVES["step_time"], *(f"time_{part}" for part in RL_PHASES)))
     ranks = _ranks(run.records)
     marks = {
         "checkpoints": run.checkpoints,
