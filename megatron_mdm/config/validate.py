@@ -255,9 +255,10 @@ def _check_data(config: RunConfig) -> None:
                 raise UserError(f"'data.tokenizer' is empty, so 'data.{name}' must be a token id")
     if config.evaluation.every and not data.validation and not data.validation_fraction:
         raise UserError("'evaluation.every' is set, but neither 'data.validation' nor 'data.validation_fraction' is")
-    if config.evaluation.patience and not config.evaluation.every:
+    is_validated = config.evaluation.every or (config.rl.is_used and config.rl.evaluate_every)
+    if config.evaluation.patience and not is_validated:
         raise UserError("'evaluation.patience' needs 'evaluation.every'")
-    if config.checkpoint.keep_best is True and not config.evaluation.every:
+    if config.checkpoint.keep_best is True and not is_validated:
         raise UserError("'checkpoint.keep_best' judges by validation loss; set 'evaluation.every'")
     if data.validation and data.validation_fraction:
         raise UserError("set either 'data.validation' or 'data.validation_fraction', not both")

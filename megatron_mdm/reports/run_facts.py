@@ -20,6 +20,8 @@ def fact_lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
         ("last loss", "not logged" if facts["last_loss"] is None else f"{facts['last_loss']:.4f} (smoothed)"),
         ("best validation", "no validation" if best is None else _best(best)),
     ]
+    if "rollouts" in facts:  # of reinforcement learning
+        lines.append(("rollouts", facts["rollouts"]))
     if calibration:
         efficiency = calibration["efficiency"]
         uniform = calibration["efficiency_of_uniform"]

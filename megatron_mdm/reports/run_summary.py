@@ -166,6 +166,7 @@ def _facts(run: RunFolder, method: Method, curves: Record, marks: Record, ranks:
                 for key in ("t_sampler", "views", "multisample", "strata", "masking", "normalization")
             },
         },
+        **({"rollouts": _rollouts(config)} if config.rl.is_used else {}),
         "last_loss": next((loss for loss in reversed(curves["loss"]["loss_smoothed"]) if loss is not None), None),
         "best_validation": _best_validation(run, curves["validation"]),
         "calibration": calibration if run.calibration else None,
@@ -175,6 +176,14 @@ def _facts(run: RunFolder, method: Method, curves: Record, marks: Record, ranks:
         "straggler_reports": len(marks["stragglers"]),
         "newest_checkpoint": f"step-{run.checkpoints[-1]:08d}" if run.checkpoints else None,
     }
+
+
+def _rollouts(config: RunConfig) -> str:
+    rl = config.rl
+    return (
+        f"{rl.prompts_per_rollout} prompts × {rl.num_generations} completions, {rl.num_iterations} updates of each; "
+        f"estimator {rl.estimator}, ratios of a {rl.importance_sampling_level}, beta {rl.beta:g}"
+    )
 
 
 def _status(run: RunFolder) -> tuple[str, str]:

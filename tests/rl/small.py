@@ -27,15 +27,16 @@ def rl_config(folder: Path, rl: dict[str, Any] | None = None, **sections: Any) -
     """4 prompts × 4 completions of 8 tokens, 2 minibatches, 2 iterations: 4 steps a rollout."""
     if not (folder / "train.jsonl").exists():
         write_ids(folder / "train.jsonl", 10, length=(8, 16))
-    generation = {"gen_length": GEN_LENGTH, "block_length": 4, "steps": 4, "batch_size": 3}
+    rl = dict(rl or {})
+    decoding = {"gen_length": GEN_LENGTH, "block_length": 4, "steps": 4, "batch_size": 3}
     values: dict[str, Any] = {
         "rewards": [{"name": f"{__name__}:low_ids"}],
         "num_generations": 4,
         "prompts_per_rollout": 4,
         "num_iterations": 2,
-        "generation": generation,
+        "generation": {**decoding, **rl.pop("generation", {})},
         "evaluate_every": 0,
-        **(rl or {}),
+        **rl,
     }
     defaults: dict[str, dict[str, Any]] = {
         "model": small_model(num_kv_heads=4, init_std=0.2).model_dump(),

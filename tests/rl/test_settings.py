@@ -40,7 +40,7 @@ BAD: list[tuple[dict[str, Any], dict[str, Any], str]] = [  # changes of rl, of o
     ({"generation": {"cache": "prefix"}}, {}, "'rl.generation.cache' prefix"),
     ({"generation": {"seed": 3}}, {}, "'rl.generation.seed'"),
     ({"generation": {"gen_lenght": 8}}, {}, "unknown key 'gen_lenght' (did you mean 'gen_length'?)"),
-    ({"generation": {"gen_length": 10, "block_length": 4}}, {}, "multiple of block_length"),
+    ({"generation": {"gen_length": 10}}, {}, "multiple of block_length"),
     ({"task": "chess"}, {}, "'rl.task' must be one of gsm8k"),
     ({"beta": 0.1}, {}, "'model.init_from'"),
     ({"sync_ref_model": True}, {}, "'rl.sync_ref_model'"),

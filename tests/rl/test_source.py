@@ -184,6 +184,24 @@ def test_what_is_logged(found: dict[str, Any], folder: Path) -> None:
     assert all(record["validation_loss"] == -record["validation_reward"] for record in validations)
 
 
+def test_the_page_of_a_run_shows_rewards_lengths_and_the_policy(found: dict[str, Any], folder: Path) -> None:
+    from megatron_mdm.config.load import load_config
+    from megatron_mdm.objectives import objective_of
+    from megatron_mdm.reports.run_facts import fact_lines
+    from megatron_mdm.reports.run_page import page_figure
+    from megatron_mdm.reports.run_summary import read_run_folder, run_page
+
+    method = objective_of(load_config(folder / "whole/config.yaml")).description
+    page = run_page(read_run_folder(folder / "whole"), method)
+    assert page["curves"]["reward"]["step"] == [1, 5]
+    assert page["curves"]["policy"]["step"] == [1, 2, 3, 4, 5]
+    assert page["curves"]["answers"]["step"] == [4, 5]
+    assert page["curves"]["step_time"]["time_rollout"][0] > 0.0
+    assert dict(fact_lines(page["facts"]))["rollouts"].startswith("4 prompts × 4 completions, 2 updates of each")
+    titles = [axes.get_title("left") for axes in page_figure(page).axes]
+    assert {"reward of completions", "length of completions", "divergence, clipped ratios"} <= set(titles)
+
+
 def test_one_update_a_rollout_needs_no_pass_before_it(found: dict[str, Any], folder: Path) -> None:
     (record,) = [record for record in records_of(folder / "once") if "loss" in record]
     assert record["time_weights"] < record["time_rollout"]
