@@ -38,7 +38,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any], int]] = {  # name: (ranks, paralle
     "tp2_sp_zero3": (2, {"tensor": 2, "sequence": True, "zero": 3}, 4),
     "tp2_sp_recompute": (2, {"tensor": 2, "sequence": True, "recompute": "full"}, 4),
     "dp2_zero3_recompute": (2, {"zero": 3, "recompute": "full", "recompute_interval": 2}, 2),
-    "dp2_selective": (2, {"zero": 1, "recompute": "selective"}, 2),
+    "dp2_selective": (2, {"zero": 1, "recompute": "selective"}, 1),
     "dp2_offload": (2, {"zero": 1, "offload": "optimizer"}, 2),
     "dp2_zero3_offload": (2, {"zero": 3, "offload": "all"}, 2),
     "pp2_zero0": (2, {"pipeline": 2, "zero": 0}, 2),
@@ -52,7 +52,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any], int]] = {  # name: (ranks, paralle
     "tp2_pp2_zero0": (4, {"tensor": 2, "pipeline": 2, "zero": 0}, 4),
     "tp2_pp2_sp": (4, {"tensor": 2, "pipeline": 2, "sequence": True, "zero": 1}, 2),
     "tp2_pp2_sp_recompute": (4, {"tensor": 2, "pipeline": 2, "sequence": True, "recompute": "full"}, 2),
-    "tp4": (4, {"tensor": 4, "zero": 1}, 2),
+    "tp4": (4, {"tensor": 4, "zero": 1}, 4),
 }
 
 
