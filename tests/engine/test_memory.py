@@ -239,7 +239,7 @@ def case(request: Any, tmp_path_factory: Any) -> list[tuple[RunConfig, Counted, 
         parallel=parallel,
         precision=precision,
         deepspeed={"zero_optimization": {"reduce_bucket_size": BUCKET, "stage3_prefetch_bucket_size": BUCKET}},
-        **{"batch": {"global_size": 16, "micro_size": 4}, **SECTIONS.get(request.param, {})},
+        **{"batch": {"global_size": 24, "micro_size": 4}, **SECTIONS.get(request.param, {})},
     )
     layout = Layout.of(num_ranks, config.parallel)
     results = []
