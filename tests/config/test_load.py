@@ -12,6 +12,7 @@ from megatron_mdm.config.errors import UserError
 from megatron_mdm.config.load import dump_config, load_config, load_section
 from megatron_mdm.generation.settings import GenerationConfig
 from megatron_mdm.objectives import check_run
+from megatron_mdm.rl.run import parts_of
 from tests.small import small_config, small_model
 
 CONFIGS = Path(__file__).parent.parent.parent / "configs"
@@ -281,7 +282,9 @@ METHODS_OF_RL = ("coupled_grpo", "diffu_grpo", "espo", "gdpo", "unigrpo", "unigr
 def test_every_method_of_reinforcement_learning_fits_its_quickstart(name: str, tmp_path: Path) -> None:
     top = tmp_path / "top.yaml"
     top.write_text(f"defaults: [{CONFIGS}/rl/arithmetic.yaml, {CONFIGS}/rl/{name}.yaml]\n", encoding="utf-8")
-    check_run(load_config(top), 2)
+    config = load_config(top)
+    check_run(config, 2)
+    parts_of(config).checked(config, 2)
 
 
 @pytest.mark.parametrize("path", sorted((CONFIGS / "rl").glob("*.yaml")), ids=lambda path: path.stem)
@@ -289,5 +292,7 @@ def test_every_run_of_reinforcement_learning_fits_its_ranks(path: Path) -> None:
     if path.stem in (*METHODS_OF_RL, "method", "llada_8b_gsm8k"):  # parts of others
         return
     config = load_config(path)
-    check_run(config, 8 if "8b" in path.stem else 2)
+    ranks = 8 if "8b" in path.stem else 2
+    check_run(config, ranks)
+    parts_of(config).checked(config, ranks)
     assert config.rl.is_used == (config.data.format == "prompts")
