@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # After launch/quickstart.sh: its model learns operators that it has never seen, max and min, by adapters beside its frozen
 # weights, and answers as before without them. About 3 minutes on two CPU cores.
-#   bash launch/quickstart.sh lora
+#   bash launch/quickstart.sh lora            start from scratch
+#   bash launch/quickstart.sh lora --resume   resume after an interruption
 # Other arguments are overrides of configs/quickstart_lora.yaml: bash launch/quickstart.sh lora model.lora.rank=8
 set -euo pipefail
 source "$(dirname "$0")/environment.sh"
