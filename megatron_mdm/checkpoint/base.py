@@ -1,4 +1,5 @@
-"""The frozen weights of a run with adapters: it holds them in no checkpoint, but knows which they were.
+"""The frozen weights of a run with adapters, or those that a policy is held to: the run holds them in no checkpoint,
+but knows which they were.
 
 They are those of `model.init_from`. A run's folder notes their fingerprint (inputs.json); whoever reads the run later,
 to resume it or for the merged weights, checks that the folder still holds the same.
@@ -29,10 +30,10 @@ _SAMPLE = 1024  # elements at each end of a tensor that are read for a fingerpri
 
 
 def pinned(config: RunConfig, resumes: bool) -> RunConfig:
-    """The configuration with the very checkpoint in model.init_from where that is a run's folder and the model has
-    adapters: the run there may go on. A run that resumes keeps to the one that it began with."""
+    """The configuration with the very checkpoint in model.init_from where that is a run's folder and its weights are
+    needed throughout: the run there may go on. A run that resumes keeps to the one that it began with."""
     path = Path(config.model.init_from)
-    if not config.model.lora.rank or not config.model.init_from or is_checkpoint(path) or not path.is_dir():
+    if not needs_base(config) or is_checkpoint(path) or not path.is_dir():
         return config
     folder, named = located(path)
     noted = noted_base(Path(config.checkpoint.directory)) if resumes else ""
@@ -43,6 +44,11 @@ def pinned(config: RunConfig, resumes: bool) -> RunConfig:
         path = NativeCheckpoint.open(path).path
     model = config.model.model_copy(update={"init_from": str(path)})
     return config.model_copy(update={"model": model})
+
+
+def needs_base(config: RunConfig) -> bool:
+    """Whether a run that resumes reads model.init_from again: for what adapters stand beside, or as the reference."""
+    return bool(config.model.init_from) and (config.model.lora.rank > 0 or (config.rl.is_used and config.rl.beta > 0))
 
 
 def fingerprint(path: Path) -> str:

@@ -23,6 +23,7 @@ PATH_KEYS = (
     ("model", "lora", "init_from"),
     ("diffusion", "calibration", "artifact"),
     ("image", "tokenizer"),
+    ("rl", "replay"),
     ("image", "preview"),
 )
 

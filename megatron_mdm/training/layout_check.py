@@ -30,6 +30,8 @@ def check_layout(config: RunConfig, data: RunData, context: ParallelContext) -> 
     Both use every rank of the job; the smallest splits the model as little as memory allows. Raises UserError where
     losses differ by more than rounding explains.
     """
+    if config.rl.is_used:
+        raise UserError("--layout-check trains on given answers; for 'rl', compare runs with the same 'rl.replay'")
     reference_config = smallest_layout(config, context.layout.world_size)
     artifact, chosen = _losses(config, data, context, None)
     gc.collect()

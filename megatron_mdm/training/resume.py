@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_mdm.checkpoint.base import BASE, INPUTS, fingerprint
+from megatron_mdm.checkpoint.base import BASE, INPUTS, fingerprint, needs_base
 from megatron_mdm.checkpoint.native import RUN_CONFIG
 from megatron_mdm.config.errors import UserError
 from megatron_mdm.config.load import flatten, load_config
@@ -59,14 +59,14 @@ def as_the_run_began(config: RunConfig) -> RunConfig:
 
 
 def contents(config: RunConfig, data: RunData) -> dict[str, str]:
-    """Fingerprints of a run's data, tokenizer and, where it has adapters, of the weights beside them, wherever they
-    lie, by the key that names them."""
+    """Fingerprints of a run's data, tokenizer and, where it reads them again, of the weights that it began with,
+    wherever they lie, by the key that names them."""
     found = {
         "data.train": data.train.fingerprint,
         "data.validation": data.validation.fingerprint if data.validation else "",
         "data.tokenizer": tokenizer_contents(config, data),
     }
-    if config.model.lora.rank and config.model.init_from:
+    if needs_base(config):
         found[BASE] = fingerprint(Path(config.model.init_from))
     return found
 

@@ -64,6 +64,8 @@ def replay_and_watch(config: RunConfig, folder: Path, context: Any) -> dict[str,
     source = REINFORCED.source(Run(config, data, context, engine, None, MetricsLog(folder, False, False, 0)))
     source.prepare(0)
     assert source.rollout is not None
+    gradients = [each for of_micro in source.prepare(1).content.gradients for each in of_micro]
+    assert all(each.measures.ratio_min == each.measures.ratio_max == 1.0 for each in gradients), "weights are equal yet"
     source.rollout = source.rollout.with_values(
         *(moved(values) for values in (source.rollout.old, source.rollout.reference))
     )

@@ -211,6 +211,13 @@ def test_one_update_a_rollout_needs_no_pass_before_it(found: dict[str, Any], fol
     assert (record["ratio/min"], record["ratio/max"]) == (1.0, 1.0)
 
 
+def test_the_reference_is_pinned(found: dict[str, Any], folder: Path) -> None:
+    from megatron_mdm.config.load import load_config
+
+    assert load_config(folder / "held/config.yaml").model.init_from.endswith(f"whole/checkpoints/step-{STEPS:08d}")
+    assert load_config(folder / "constant/config.yaml").model.init_from.endswith("whole")  # needed once only
+
+
 def test_adapters_are_held_to_the_weights_beside_them(found: dict[str, Any], folder: Path) -> None:
     first, second = [record for record in records_of(folder / "lora") if "loss" in record]
     assert first["kl"] == 0.0
