@@ -155,7 +155,7 @@ def rl_variance_figure(record: dict[str, Any]) -> Figure:
     """The picture of mdm report rl-variance: each design's noise, over the first one's, and its cosine and alignment
     with the exact gradient."""
     designs = record["designs"][::-1]
-    figure = Figure(figsize=(13, 1.5 + 0.3 * len(designs)))
+    figure = empty_figure(13, 1.5 + 0.3 * len(designs))
     places = np.arange(len(designs))
     first_rows = record["designs"][0]["rows"]
     axes = figure.add_subplot(1, 2, 1)

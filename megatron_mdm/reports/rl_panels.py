@@ -19,15 +19,6 @@ from megatron_mdm.reports.run_panels import (
     step_axis,
 )
 
-RL_PHASES = ("rollout", "reward", "old", "reference", "weights")  # of a step, besides those of every run
-# curve → the keys of metrics.jsonl that it is made of
-RL_CURVES = {
-    "reward": ("reward", "best_of_group", "frac_reward_zero_std"),
-    "answers": ("exact_match", "exact_match_low", "exact_match_high", "validation_reward"),
-    "lengths": ("completions/mean_length", "completions/max_length", "completions/clipped_ratio"),
-    "policy": ("kl", "clip_ratio/region_mean", "entropy"),
-}
-
 
 def rewards(axes: Axes, page: Page) -> None:
     """Of rollouts, and of greedy answers to held-out prompts."""

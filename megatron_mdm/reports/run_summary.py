@@ -20,7 +20,6 @@ from megatron_mdm.config.load import load_config
 from megatron_mdm.config.schema import RunConfig
 from megatron_mdm.engine.clock import PHASES
 from megatron_mdm.models.parameters import num_parameters
-from megatron_mdm.reports.rl_panels import RL_CURVES, RL_PHASES
 
 Record = dict[str, Any]
 
@@ -31,6 +30,14 @@ _CURVES = {
     "variance": ("variance_of_loss", "variance_of_term", "variance_of_estimator"),
     "throughput": ("tokens_per_second", "mfu"),
     "step_time": ("time_step", *(f"time_{part}" for part in PHASES)),
+}
+_RL_PHASES = ("rollout", "reward", "old", "reference", "weights")  # of a step, besides those of every run
+# likewise, of runs of reinforcement learning
+_RL_CURVES = {
+    "reward": ("reward", "best_of_group", "frac_reward_zero_std"),
+    "answers": ("exact_match", "exact_match_low", "exact_match_high", "validation_reward"),
+    "lengths": ("completions/mean_length", "completions/max_length", "completions/clipped_ratio"),
+    "policy": ("kl", "clip_ratio/region_mean", "entropy"),
 }
 # list over ranks → its key in metrics.jsonl
 _BY_RANK = {
@@ -117,8 +124,8 @@ def run_page(run: RunFolder, method: Method) -> Record:
         curves[name] |= {**smoothed, "smoothing_window": window}
     curves["loss_by_t"] = _loss_by_t(run.records)
     if run.config.rl.is_used:
-        curves |= {name: _curve(run.records, keys) for name, keys in RL_CURVES.items()}
-        curves["step_time"] = _curve(run.records, (*_CURVES["step_time"], *(f"time_{part}" for part in RL_PHASES)))
+        curves |= {name: _curve(run.records, keys) for name, keys in _RL_CURVES.items()}
+        curves["step_time"] = _curve(run.records, (*_CURVES["step_time"], *(f"time_{part}" for part in _RL_PHASES)))
     ranks = _ranks(run.records)
     marks = {
         "checkpoints": run.checkpoints,
