@@ -3,6 +3,7 @@
 mdm study CONFIG [--workers N]          run what is not done yet; killed anywhere, the same command goes on
 mdm study CONFIG --shard 0/4            as one of four such jobs on one folder (Slurm's array index is taken by itself)
 mdm study CONFIG --dry-run              runs, hours and disk
+mdm study CONFIG --plan CLUSTER         hours by method on a cluster (h100-80gb, …, or a YAML file)
 mdm study --tables FOLDER               tables and pictures from FOLDER/study.json alone
 """
 
@@ -22,6 +23,7 @@ from megatron_mdm.cli.numbers import whole  # noqa: E402
 from megatron_mdm.config.errors import UserError  # noqa: E402
 from megatron_mdm.config.files import write_json  # noqa: E402
 from megatron_mdm.parallel import environment  # noqa: E402
+from megatron_mdm.study.cluster_plan import plan_table, planned_rows, total_lines  # noqa: E402
 from megatron_mdm.study.cost import estimate_lines  # noqa: E402
 from megatron_mdm.study.gradients import gradient_recipes, measured  # noqa: E402
 from megatron_mdm.study.pool import Machine, Pool, own_share_first  # noqa: E402
@@ -29,6 +31,8 @@ from megatron_mdm.study.report import write_report  # noqa: E402
 from megatron_mdm.study.results import STUDY, collect, read_collected  # noqa: E402
 from megatron_mdm.study.runs import Study, check_recipes  # noqa: E402
 from megatron_mdm.study.settings import read_study  # noqa: E402
+from megatron_mdm.study.tables import as_markdown  # noqa: E402
+from megatron_mdm.training.plan.cluster import PRESETS, Cluster, read_cluster  # noqa: E402
 
 
 def main() -> None:
@@ -38,6 +42,8 @@ def main() -> None:
     parser.add_argument("--shard", type=_shard, default=None, metavar="I/N", help="which of several jobs this one is")
     parser.add_argument("--dry-run", action="store_true", help="print runs, hours and disk, and exit")
     parser.add_argument("--only", type=_words, default=(), metavar="PART,…", help="parts of the study by name")
+    parser.add_argument("--plan", default="", metavar="CLUSTER", help=f"{', '.join(PRESETS)}, or a YAML file")
+    parser.add_argument("--nodes", type=whole(1, 1_000_000), default=0, help="of the plan, in place of the cluster's")
     parser.add_argument("--tables", type=Path, metavar="FOLDER", help="of a study.json: write tables and pictures")
     arguments = parser.parse_args()
     if arguments.tables:
@@ -51,6 +57,9 @@ def main() -> None:
         raise UserError(f"--only: the parts are {', '.join(part.name for part in settings.parts)}")
     study = Study(settings.model_copy(update={"parts": parts}), config_path)
     check_recipes(study)
+    if arguments.plan:
+        _print_plan(study, read_cluster(arguments.plan, arguments.nodes))
+        return
     machine = _machine(arguments.workers, settings.ranks)
     if arguments.dry_run:
         print("\n".join(estimate_lines(study, machine)))
@@ -71,6 +80,11 @@ def _run(study: Study, machine: Machine, shard: tuple[int, int]) -> None:
         sys.exit(1)
     if outcome.stopped:
         print("stopped; the same command goes on", flush=True)
+
+
+def _print_plan(study: Study, cluster: Cluster) -> None:
+    rows = planned_rows(study, cluster)
+    print("\n".join([as_markdown(plan_table(rows)), *total_lines(study, rows, cluster)]))
 
 
 def _report(folder: Path) -> None:

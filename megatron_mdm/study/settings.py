@@ -18,6 +18,15 @@ Find = Callable[[str], Path]  # a configuration's name or path → its file
 FIRST_BASE = "first"
 
 
+class PlanSettings(Section):
+    """What a plan is told of a task's data, of which it reads none."""
+
+    samples: int = Field(default=0, ge=0)  # of the training set
+    mean_length: float = Field(default=0.0, ge=0)  # tokens of a row, eos padding included; 0: data.max_length
+    eligible: float = Field(default=0.0, ge=0)  # share of the tokens that is learnt; 0: of images, else all
+    hours: dict[str, float] = Field(default_factory=dict)  # published, by method: shown beside the plan's
+
+
 class TaskSettings(Section):
     title: str = ""  # in tables; empty: the task's name
     config: str = ""  # the runs' configuration, where it is another than the study's
@@ -33,6 +42,7 @@ class TaskSettings(Section):
     scale: float = Field(default=100.0, gt=0)  # what it is multiplied by in tables
     without: tuple[str, ...] = ()  # methods that have no meaning here
     methods: dict[str, Overrides] = Field(default_factory=dict)  # overrides of single methods on this task
+    plan: PlanSettings = PlanSettings()
     response_tokens: float = Field(default=0.0, ge=0)  # of a usual response, for the claim on long ones; 0: unknown
 
     @field_validator("measure")

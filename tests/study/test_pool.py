@@ -24,7 +24,7 @@ def tables(folder: Path) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a study that nothing has disturbed, with one run that cannot be."""
+    """The folder of a study that nothing has disturbed."""
     folder = tmp_path_factory.mktemp("whole")
     path = write_study(folder, "study")
     (result,) = run_program_ranks(PROGRAM, [str(path), "--workers", "2"])
@@ -72,8 +72,8 @@ def test_a_run_that_fails_costs_itself_and_the_exit_code(whole: Path, tmp_path: 
 
 
 def test_other_settings_in_the_folder_are_refused(whole: Path, tmp_path: Path) -> None:
-    path = write_study(tmp_path, "study", folder=str(whole))
-    text = path.read_text(encoding="utf-8").replace("num_repeats=2", "num_repeats=3")
+    path = tmp_path / "study.yaml"
+    text = whole.with_suffix(".yaml").read_text(encoding="utf-8").replace("num_repeats=2", "num_repeats=3")
     path.write_text(text, encoding="utf-8")
     (result,) = run_program_ranks(PROGRAM, [str(path), "--dry-run"])
     assert result.exit_code == 1
