@@ -59,7 +59,10 @@ def report_rl_variance(options: argparse.Namespace) -> None:
     study = Study(weights, config, rollout, output, identity)
     wanted = study.target(options.target_rows, options.target_draws)
     found = {name: study.sums(name, DESIGNS[name], options.draws) for name in names}
-    rows = {name: measured(sums, found[FIRST], wanted) for name, sums in found.items()}
+    rows = {
+        name: measured(sums, DESIGNS[name].kind, found[FIRST], DESIGNS[FIRST].kind, wanted)
+        for name, sums in found.items()
+    }
     record = {
         "run": str(folder),
         **identity,
@@ -102,9 +105,8 @@ class Study:
         """From its file if that is of the same weights, completions and design, else drawn and kept."""
         sampler, density = self._sampler(design, num_draws)
         path = self.folder / f"{''.join(letter if letter.isalnum() else '_' for letter in name)}.npz"
-        stamp = json.dumps(
-            [self.identity, design._asdict(), num_draws, seed, density, self._target_stamp(name)], sort_keys=True
-        )
+        drawn = {key: value for key, value in design._asdict().items() if key != "exact"}
+        stamp = json.dumps([self.identity, drawn, num_draws, seed, density, self._target_stamp(name)], sort_keys=True)
         if path.exists():
             with np.load(path, allow_pickle=False) as file:
                 if str(file["stamp"]) == stamp:
@@ -154,7 +156,7 @@ def _rollout_of(folder: Path, checkpoint: str, config: RunConfig) -> Path:
 
 def _print_table(rows: dict[str, Measured], sums: dict[str, Sums]) -> None:
     print(
-        f"{'design':44s} rows    noise  relative (90 %)            at equal rows   cosine (90 %)          alignment",
+        f"{'design':44s} rows    noise  relative (90 %)           at equal rows   cosine (90 %)            alignment",
         flush=True,
     )
     first_rows = sums[FIRST].rows

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from megatron_mdm.config.schema import BatchConfig, DiffusionConfig, RlConfig, RunConfig
+from megatron_mdm.rl.variance import Kind
 
 
 class Design(NamedTuple):
@@ -12,6 +13,12 @@ class Design(NamedTuple):
     diffusion: dict[str, Any]
     ppots: bool = False  # rates from the density fitted to the gradients of DENSITY_FROM
     by_group: bool = False  # strata within each group in place of over groups
+    exact: bool = True  # its mean is g*, the gradient of the bound
+
+    @property
+    def kind(self) -> Kind:
+        over_groups = self.rl.get("times", "stratified") == "stratified" and self.rl.get("estimator") != "one_step"
+        return Kind(self.exact, self.by_group or not over_groups)
 
 
 _INDEPENDENT = {"share_noise": "none", "times": "iid_sorted"}
@@ -26,10 +33,12 @@ DESIGNS: dict[str, Design] = {
     "strata within groups": Design({"share_noise": "none"}, _COUNTS, by_group=True),
     DENSITY_FROM: Design({"times": "iid_sorted"}, _COUNTS),
     "rate shared, strata over groups": Design({}, _COUNTS),
-    "rate shared, strata, Bernoulli": Design({}, {}),
+    "rate shared, strata, Bernoulli": Design({}, {}, exact=False),
     "rate and masks shared, strata": Design({"share_noise": "group_masks"}, _COUNTS),
     "P-POTS, independent rates": Design(_INDEPENDENT, _COUNTS, ppots=True),
-    "P-POTS, no weight, independent rates": Design({**_INDEPENDENT, "importance_weight": False}, _COUNTS, ppots=True),
+    "P-POTS, no weight, independent rates": Design(
+        {**_INDEPENDENT, "importance_weight": False}, _COUNTS, ppots=True, exact=False
+    ),
     "P-POTS, shared, strata": Design({}, _COUNTS, ppots=True),
     "two masks, independent rates": Design(_INDEPENDENT, {**_COUNTS, "multisample": 2}),
     "MIRROR, independent rates": Design(_INDEPENDENT, {**_COUNTS, "views": 2}),
@@ -39,16 +48,18 @@ DESIGNS: dict[str, Design] = {
     "complement (elbo weights), shared, strata": Design(
         {"partner": "complement", "normalize": "elbo"}, {**_COUNTS, "views": 2}
     ),
-    "diffu_grpo": Design({"estimator": "one_step", "mask_prompt": 0.15}, {}),
-    "unigrpo (printed rates)": Design({"times": "paper", "importance_weight": False}, {}),
+    "diffu_grpo": Design({"estimator": "one_step", "mask_prompt": 0.15}, {}, exact=False),
+    "unigrpo (printed rates)": Design({"times": "paper", "importance_weight": False}, {}, exact=False),
     "coupled_grpo": Design(
-        {"estimator": "coupled", "full_pass": True, "pair_weight": "rate", "rate_range": (0.2, 0.8)}, {"views": 2}
+        {"estimator": "coupled", "full_pass": True, "pair_weight": "rate", "rate_range": (0.2, 0.8)},
+        {"views": 2},
+        exact=False,
     ),
     "espo": Design(
         {**_SEQUENCE, "share_noise": "none", "partner": "complement"}, {**_COUNTS, "views": 2, "multisample": 2}
     ),
     "espo, shared, strata": Design({**_SEQUENCE, "partner": "complement"}, {**_COUNTS, "views": 2, "multisample": 2}),
-    "gdpo": Design({**_SEQUENCE, "times": "quadrature"}, {**_COUNTS, "multisample": 2}),
+    "gdpo": Design({**_SEQUENCE, "times": "quadrature"}, {**_COUNTS, "multisample": 2}, exact=False),
 }
 
 

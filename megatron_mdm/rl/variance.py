@@ -3,15 +3,16 @@
 g is the gradient of the objective over B groups, as random as its rates and masks are. With g* the gradient that the
 bound of every completion gives, its exact policy gradient for this family of estimates,
 
-    noise = tr Var g / ‖E g‖²      cosine = ⟨E g, g*⟩ / (‖E g‖ ‖g*‖)      alignment = cosine / √(1 + noise)
+    scale = ⟨E g, g*⟩ / ‖g*‖²                       cosine = ⟨E g, g*⟩ / (‖E g‖ ‖g*‖)
+    noise = tr Var g / (scale² ‖g*‖²)               alignment = ⟨E g, g*⟩ / (‖g*‖ √E‖g‖²)
 
-none of which depends on a gradient's scale. Alignment is a single update's mean inner product with g* over
-‖g*‖ √E‖g‖²: bias and noise in one number.
+none of which but the first depends on a gradient's scale. Alignment is 1/√(1 + noise) where E g is along g*, and less
+where it is not: bias and noise in one number.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
@@ -57,13 +58,21 @@ def _plain(array: Any) -> Any:
     return array if np.ndim(array) else np.asarray(array).item()
 
 
+class Kind(NamedTuple):
+    """What is known of a design without any draw."""
+
+    exact: bool  # E g = g*
+    independent: bool  # groups have noise of their own: none of them in common, and no strata over them
+
+
 class Measured(NamedTuple):
     """Each [estimate, lower, upper]: 90 % intervals over prompts."""
 
     noise: Floats
-    relative_noise: Floats  # to the first estimator's
+    relative_noise: Floats  # to the first design's
     cosine: Floats
     alignment: Floats
+    scale: Floats  # as measured: 1 for exact designs, but for its error
 
 
 def resamples(num_groups: int, seed: int = 0) -> Floats:
@@ -73,24 +82,57 @@ def resamples(num_groups: int, seed: int = 0) -> Floats:
     return np.concatenate([np.ones((1, num_groups)), drawn.astype(float)])
 
 
-def measured(sums: Sums, first: Sums, target: Sums) -> Measured:
-    """Noise, bias and both of an estimator. Intervals are those of sketches, around exact estimates."""
+def measured(sums: Sums, kind: Kind, first: Sums, of_first: Kind, target: Sums) -> Measured:
+    """Noise, bias and both of a design. first: one whose mean is g*. Estimates are of whole gradients, intervals of
+    sketches.
+
+    What is known is used, since ‖E g‖² is hard to tell from noisy draws: exact designs have scale and cosine 1, and
+    independent groups no covariance. The measured scale is told all the same.
+    """
     multiplicity = resamples(len(sums.mean))
-    noises, firsts = _noise(sums, multiplicity), _noise(first, multiplicity)
-    cosines = _cosine(sums, target, multiplicity)
-    exact_noise, exact_first = sums.variance / sums.power, first.variance / first.power
-    exact_cosine = sums.inner / np.sqrt(max(sums.power * target.power, 1e-300))
+    variance = _Estimates(_own(sums).sum() if kind.independent else sums.variance, _variance(sums, kind, multiplicity))
+    base = _Estimates(
+        _own(first).sum() if of_first.independent else first.variance, _variance(first, of_first, multiplicity)
+    )
+    wanted = _Estimates(target.power, _power(target, multiplicity))
+    along = _Estimates(sums.inner / wanted.exact, of_resampled(_products(sums, target), multiplicity) / wanted.sketched)
+    if kind.exact:
+        scale, power = _Estimates(1.0, np.ones(len(multiplicity))), wanted
+    else:
+        scale, power = along, _Estimates(sums.power, _power(sums, multiplicity))
+
+    def of(formula: Callable[[Any, Any, Any, Any, Any], Any]) -> Floats:
+        return _interval(*(formula(*each) for each in zip(variance, base, wanted, scale, power)))
+
     return Measured(
-        _interval(exact_noise, noises),
-        _interval(exact_noise / exact_first, noises / firsts),
-        _interval(exact_cosine, cosines),
-        _interval(exact_cosine / np.sqrt(1 + exact_noise), cosines / np.sqrt(1 + noises)),
+        noise=of(lambda v, b, w, s, p: v / (s**2 * w)),
+        relative_noise=of(lambda v, b, w, s, p: v / (s**2 * b)),
+        cosine=of(lambda v, b, w, s, p: s * np.sqrt(w / p)),
+        alignment=of(lambda v, b, w, s, p: s * np.sqrt(w / (p + v))),
+        scale=_interval(*along),
     )
 
 
 def _interval(exact: float, sketched: Floats) -> Floats:
-    """sketched [1 + resamples]: the first is of all groups."""
     return exact * np.array([1.0, *np.quantile(sketched[1:] / sketched[0], INTERVAL)])
+
+
+class _Estimates(NamedTuple):
+    exact: float
+    sketched: Floats  # [1 + resamples]: the first is of all groups
+
+
+def _own(sums: Sums) -> Floats:
+    """[B]: tr Var of each group's gradient; squares are exact, and the sketched means that are taken off small."""
+    mean = np.square(sums.mean, dtype=np.float64).sum(1)
+    return (sums.squares.sum(0) - sums.draws * mean) / (sums.draws - 1)
+
+
+def _variance(sums: Sums, kind: Kind, multiplicity: Floats) -> Floats:
+    covariance = np.diag(_own(sums))
+    if not kind.independent:
+        covariance = covariance + sums.covariance - np.diag(np.diag(sums.covariance))
+    return of_resampled(covariance, multiplicity)
 
 
 def of_resampled(products: Floats, multiplicity: Floats) -> Floats:
@@ -106,21 +148,12 @@ def of_resampled(products: Floats, multiplicity: Floats) -> Floats:
     return multiplicity @ own + pairs * number * (number - 1) / np.maximum(number**2 - squares.sum(1), 1e-300)
 
 
-def _noise(sums: Sums, multiplicity: Floats) -> Floats:
-    return of_resampled(sums.covariance, multiplicity) / _power(sums, multiplicity)
-
-
 def _power(sums: Sums, multiplicity: Floats) -> Floats:
     """‖E g‖² of resampled groups, unbiased, but at least a thousandth of what it is for orthogonal groups: of groups
     whose gradients cancel it may be estimated as 0 or less."""
     products = _products(sums, sums)
     estimate = of_resampled(products - sums.covariance / sums.draws, multiplicity)
     return np.maximum(estimate, 1e-3 * multiplicity @ np.diag(products))
-
-
-def _cosine(sums: Sums, target: Sums, multiplicity: Floats) -> Floats:
-    inner = of_resampled(_products(sums, target), multiplicity)
-    return inner / np.sqrt(_power(sums, multiplicity) * _power(target, multiplicity))
 
 
 def _products(one: Sums, other: Sums) -> Floats:

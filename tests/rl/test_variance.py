@@ -11,7 +11,7 @@ from megatron_mdm.diffusion.mask_schedule import Floats
 from megatron_mdm.diffusion.t_samplers import UniformSampler
 from megatron_mdm.rl.designs import DENSITY_FROM, DESIGNS, config_of, target
 from megatron_mdm.rl.rollouts import Rollout, nothing
-from megatron_mdm.rl.variance import Sums, fitted_density, measured, of_resampled, resamples
+from megatron_mdm.rl.variance import Kind, Sums, fitted_density, measured, of_resampled, resamples
 from tests.ranks import run_ranks
 from tests.small import EOS, MASK, PAD, small_config, small_model
 
@@ -47,27 +47,34 @@ def drawn(generator: np.random.Generator, means: Floats, spread: float, common: 
 
 def test_estimates_are_those_of_known_gradients() -> None:
     generator = np.random.default_rng(0)
-    means = generator.standard_normal((GROUPS, SIZE))
+    common = generator.standard_normal(SIZE)
+    means = common + generator.standard_normal((GROUPS, SIZE))
     bias = 0.8 * generator.standard_normal((GROUPS, SIZE))
     total, biased = means.sum(0), (means + bias).sum(0)
     exact = drawn(generator, means, 0.3, 0.0, 4000)
     wanted = sums_of(exact)
-    first = sums_of(drawn(generator, means, 1.0, 0.0, 4000), exact.sum(1).mean(0))
-    other = sums_of(drawn(generator, means + bias, 0.5, 0.2, 4000), exact.sum(1).mean(0))
-    power = np.square(biased).sum()
-    of_first, of_other = measured(first, first, wanted), measured(other, first, wanted)
-    noise = SIZE * GROUPS / np.square(total).sum()
+    exact_mean = exact.sum(1).mean(0)
+    first = sums_of(drawn(generator, means, 1.0, 0.0, 4000), exact_mean)
+    other = sums_of(drawn(generator, means + bias, 0.5, 0.2, 4000), exact_mean)
+    known = Kind(exact=True, independent=True)
+    of_first = measured(first, known, first, known, wanted)
+    of_other = measured(other, Kind(exact=False, independent=False), first, known, wanted)
+    power, other_power = np.square(total).sum(), np.square(biased).sum()
+    noise = SIZE * GROUPS / power
     assert of_first.noise[0] == pytest.approx(noise, rel=0.05)
-    assert of_first.cosine[0] == pytest.approx(1.0, abs=0.01)
-    assert of_first.relative_noise.tolist() == [1.0, 1.0, 1.0]
-    other_noise = SIZE * (GROUPS * 0.25 + GROUPS**2 * 0.04) / power
-    cosine = biased @ total / np.sqrt(power * np.square(total).sum())
-    assert of_other.noise[0] == pytest.approx(other_noise, rel=0.05)
-    assert of_other.relative_noise[0] == pytest.approx(other_noise / noise, rel=0.07)
-    assert of_other.cosine[0] == pytest.approx(cosine, abs=0.01)
-    assert of_other.alignment[0] == pytest.approx(cosine / np.sqrt(1 + other_noise), abs=0.01)
+    assert of_first.scale[0] == pytest.approx(1.0, abs=0.01)
+    assert of_first.cosine.tolist() == of_first.relative_noise.tolist() == [1.0, 1.0, 1.0]
+    assert of_first.alignment[0] == pytest.approx(1 / np.sqrt(1 + noise), abs=0.01)
+    scale, variance = biased @ total / power, SIZE * (GROUPS * 0.25 + GROUPS**2 * 0.04)
+    assert of_other.scale[0] == pytest.approx(scale, rel=0.02)
+    assert of_other.noise[0] == pytest.approx(variance / scale**2 / power, rel=0.05)
+    assert of_other.relative_noise[0] == pytest.approx(variance / scale**2 / (SIZE * GROUPS), rel=0.05)
+    assert of_other.cosine[0] == pytest.approx(biased @ total / np.sqrt(power * other_power), abs=0.01)
+    assert of_other.alignment[0] == pytest.approx(biased @ total / np.sqrt(power * (other_power + variance)), abs=0.01)
     for estimate, low, high in of_other:
         assert low < estimate < high
+    alone = measured(other, Kind(exact=False, independent=True), first, known, wanted)  # without what groups share
+    assert alone.noise[0] == pytest.approx(of_other.noise[0] * GROUPS * 0.29 / (variance / SIZE), rel=0.05)
 
 
 def test_few_draws_do_not_bias_the_measures() -> None:
