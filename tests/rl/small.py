@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,13 @@ def low_ids(prompts: list[str], completions: list[str], tokens: Sequence[Sequenc
 
 def constant(prompts: list[str], completions: list[str], **_: Any) -> list[float]:
     return [1.0] * len(prompts)
+
+
+def fails_once(prompts: list[str], completions: list[str], tokens: Sequence[Sequence[int]], **_: Any) -> list[float]:
+    """Of the ranks of a test, the last one's fault only."""
+    if os.environ["RANK"] == str(int(os.environ["WORLD_SIZE"]) - 1):
+        raise ZeroDivisionError("a reward's own fault")
+    return [0.0] * len(prompts)
 
 
 def rl_config(folder: Path, rl: dict[str, Any] | None = None, **sections: Any) -> RunConfig:

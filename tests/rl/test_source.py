@@ -224,6 +224,25 @@ def test_adapters_are_held_to_the_weights_beside_them(found: dict[str, Any], fol
     assert second["kl"] > 0.0
 
 
+def fault_of(config: Any) -> str:
+    from megatron_mdm.config.errors import UserError
+
+    try:
+        one_rollout(config)
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+def test_a_reward_that_fails_on_one_rank_is_an_error_on_all(found: dict[str, Any], folder: Path) -> None:
+    failing = {"rewards": [{"name": "tests.rl.small:fails_once"}]}
+    faults = run_ranks(fault_of, 2, config_of(folder, "failing", failing, parallel={"tensor": 1, "zero": 1}))
+    assert faults[0] == faults[1]
+    assert "fails_once" in faults[0]
+    assert "a reward's own fault" in faults[0]
+    assert "\n" not in faults[0]
+
+
 @pytest.mark.parametrize("num_ranks", [2, 4])
 def test_any_data_ranks_draw_the_same_tokens(num_ranks: int, found: dict[str, Any], folder: Path) -> None:
     name = f"dp{num_ranks}"

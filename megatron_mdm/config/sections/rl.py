@@ -84,7 +84,7 @@ class RlConfig(Section):
     ref_model_mixup_alpha: float = Field(default=0.6, gt=0, le=1)
     evaluate_every: int = Field(default=10, ge=0)  # rollouts between exact-match validations, greedy; 0: none
     num_eval_prompts: int = Field(default=256, gt=0)  # the first N of data.validation
-    log_completions: int = Field(default=8, ge=0)  # of each rollout, in samples.jsonl
+    log_completions: int = Field(default=8, ge=0)  # of each rollout, in rollouts/samples.jsonl
     record: bool = False  # keep every rollout in the run's folder (rollouts/)
     replay: str = ""  # a folder of recorded rollouts to train on in place of new ones
 
