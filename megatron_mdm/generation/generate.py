@@ -21,10 +21,12 @@ def generate(
     special: SpecialIds,
     context: ParallelContext,
     decode: Decoder = denoise,
+    shows_progress: bool = True,
 ) -> list[Response]:
     """Responses of at most gen_length token ids, one per prompt, in order, on every rank. Collective."""
     everyone: dict[int, Response] = {}
-    for share in generate_by_turns(engine, prompts, range(len(prompts)), config, special, context, decode):
+    ids = range(len(prompts))
+    for share in generate_by_turns(engine, prompts, ids, config, special, context, decode, shows_progress):
         everyone.update(share)
     return [everyone[index] for index in range(len(prompts))]
 

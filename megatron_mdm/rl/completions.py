@@ -101,7 +101,7 @@ class Completions:
         decode = partial(denoise, purpose=Purpose.ROLLOUT)
         found: dict[int, Response] = {}
         for share in generate_by_turns(
-            self.engine, by_id, list(by_id), self.decoding, self.special, self.context, decode
+            self.engine, by_id, list(by_id), self.decoding, self.special, self.context, decode, shows_progress=False
         ):
             found.update(share)
         return [found[completion] for completion in by_id]

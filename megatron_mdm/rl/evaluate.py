@@ -45,7 +45,10 @@ class GreedyAnswers:
     def __call__(self, engine: Forward) -> float:
         """What is to become less: the share that is wrong, or, without references, the mean reward's negative.
         Collective."""
-        responses = generate(cast(Engine, engine), self.prompts, self.decoding, self.judge.special, self.context)
+        special = self.judge.special
+        responses = generate(
+            cast(Engine, engine), self.prompts, self.decoding, special, self.context, shows_progress=False
+        )
         rewards = self.judge.rewards.total(self.judge(self.rows, responses, 1))
         self.record = {"validation_reward": float(rewards.mean())}
         if not self.answers:

@@ -248,7 +248,8 @@ class RolloutSource:
                     num_scored=noised.rows.scored.sum(),
                 )
                 table[place_of[noised.completion]] = [*sums, *found.measures]
-        table = fill_from_data_ranks(table, self.context)
+        if len(table):
+            table = fill_from_data_ranks(table, self.context)
         return _Exchanged(_Sums(*table[:, : len(_Sums._fields)].T), table[:, len(_Sums._fields) :])
 
     def _metrics(self, step: int, place: Place, kept: Ints, found: _Exchanged) -> dict[str, float]:
