@@ -252,3 +252,14 @@ def test_a_function_with_a_time_limit_runs_in_a_process_that_is_ended(file: Path
 def test_a_module_with_a_time_limit_that_cannot_be_loaded_is_named(file: Path) -> None:
     with pytest.raises(UserError, match=r"mine\.py has no function 'lenght'"):
         rewards({"name": f"{file}:lenght", "timeout": 5})
+
+
+def test_the_controls_rewards_are_exact_matches_at_other_places() -> None:
+    path = Path(__file__).parent / "shuffled.py"
+    texts = [f"#### {number % 3}" for number in range(64)]
+    columns = {"reference": ["#### 1"] * len(texts)}
+    right = rewards("exact_match")([""] * len(texts), texts, columns)
+    shuffled = rewards(f"{path}:exact_match")([""] * len(texts), texts, columns)
+    assert right.sum() == shuffled.sum() == 21
+    assert (right != shuffled).any()
+    np.testing.assert_array_equal(shuffled, rewards(f"{path}:exact_match")([""] * len(texts), texts, columns))
