@@ -78,6 +78,8 @@ def _run(study: Study, machine: Machine, shard: tuple[int, int]) -> None:
     if outcome.failed:
         print(f"{len(outcome.failed)} runs have failed: {', '.join(outcome.failed)}", file=sys.stderr)
         sys.exit(1)
+    if outcome.elsewhere:
+        print(f"{len(outcome.elsewhere)} runs are left to others, who do them; the last to end writes all tables")
     if outcome.stopped:
         print("stopped; the same command goes on", flush=True)
 

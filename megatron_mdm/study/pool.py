@@ -6,6 +6,7 @@ run. Killed anywhere, the same command goes on: runs that are done are skipped, 
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -19,7 +20,7 @@ from types import FrameType
 from typing import Any
 
 from megatron_mdm.config.errors import UserError
-from megatron_mdm.study.claims import Claim, claim
+from megatron_mdm.study.claims import STALE_SECONDS, Claim, claim
 from megatron_mdm.study.pace import step_factor
 from megatron_mdm.study.results import failure, result, write_failure
 from megatron_mdm.study.runs import Recipe, Study
@@ -54,6 +55,7 @@ class Outcome:
     done: list[str] = field(default_factory=list)  # by this pool
     failed: dict[str, str] = field(default_factory=dict)  # name → why
     stopped: bool = False  # by a signal
+    elsewhere: list[str] = field(default_factory=list)  # left to processes that are doing them, or what they wait for
 
 
 @dataclass
@@ -68,8 +70,18 @@ class _Running:
 class Pool:
     """Does runs until none is left."""
 
-    def __init__(self, study: Study, recipes: Sequence[Recipe], machine: Machine, say: Callable[[str], None]) -> None:
-        """say: gets a line when a run begins or ends."""
+    def __init__(
+        self,
+        study: Study,
+        recipes: Sequence[Recipe],
+        machine: Machine,
+        say: Callable[[str], None],
+        patience: float = STALE_SECONDS,
+    ) -> None:
+        """say: gets a line when a run begins or ends. patience: seconds without anything to do, after which what others
+        have claimed is left to them: by then they are known to live."""
+        self.patience = patience
+        self.idle_since = math.inf
         self.study = study
         self.waiting = {recipe.name: recipe for recipe in recipes}
         self.machine = machine
@@ -83,12 +95,16 @@ class Pool:
             self.context.set_forkserver_preload(PRELOAD)
 
     def run(self) -> Outcome:
-        """Until every run is done, here or elsewhere, or has failed; or until a signal asks to stop: then those that
-        train save and end, and the same command goes on. Raises UserError where a result belongs to another study."""
+        """Until every run is done, here or elsewhere, has failed, or is left to others; or until a signal asks to stop:
+        then those that train save and end, and the same command goes on. Raises UserError where a result belongs to
+        another study."""
         before = {number: signal.signal(number, self._stop) for number in _STOPS}
         try:
             while self.running or (self.waiting and not self.outcome.stopped):
                 self._start_some()
+                if self._is_idle():
+                    self.outcome.elsewhere = list(self.waiting)
+                    break
                 self._wait()
                 self._end_some()
         finally:
@@ -148,6 +164,14 @@ class Pool:
             processes.append(process)
         self.running.append(_Running(recipe, mine, slot, processes, time.monotonic()))
         del self.waiting[recipe.name]
+
+    def _is_idle(self) -> bool:
+        """Whether there has been nothing to do for so long that there will not be anything."""
+        if self.running:
+            self.idle_since = math.inf
+            return False
+        self.idle_since = min(self.idle_since, time.monotonic())
+        return bool(self.waiting) and time.monotonic() - self.idle_since >= self.patience
 
     def _wait(self) -> None:
         sentinels = [process.sentinel for running in self.running for process in running.processes]

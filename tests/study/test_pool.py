@@ -9,6 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from megatron_mdm.cli.configs import config_path
+from megatron_mdm.study.claims import claim
+from megatron_mdm.study.pool import Machine, Pool
+from megatron_mdm.study.runs import Study
+from megatron_mdm.study.settings import read_study
 from tests.ranks import ProgramRanks, run_program_ranks
 from tests.study.small import reached, write_study
 
@@ -69,6 +74,15 @@ def test_a_run_that_fails_costs_itself_and_the_exit_code(whole: Path, tmp_path: 
     record = json.loads((tmp_path / "study" / "study.json").read_text(encoding="utf-8"))
     assert [run["method"] for run in record["runs"]] == ["standard"]
     assert [run["method"] for run in record["failed"]] == ["strata"]
+
+
+def test_what_others_have_claimed_is_left_to_them(tmp_path: Path) -> None:
+    study = Study(read_study(write_study(tmp_path, "study")), config_path)
+    for recipe in study.recipes():
+        assert claim(study.folder, recipe.name)
+    outcome = Pool(study, study.recipes(), Machine(1, 1), print, patience=0.0).run()
+    assert outcome.elsewhere == [recipe.name for recipe in study.recipes()]
+    assert not outcome.done
 
 
 def test_other_settings_in_the_folder_are_refused(whole: Path, tmp_path: Path) -> None:
