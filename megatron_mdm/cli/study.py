@@ -4,6 +4,7 @@ mdm study CONFIG [--workers N]          run what is not done yet; killed anywher
 mdm study CONFIG --shard 0/4            as one of four such jobs on one folder (Slurm's array index is taken by itself)
 mdm study CONFIG --dry-run              runs, hours and disk
 mdm study CONFIG --plan CLUSTER         hours by method on a cluster (h100-80gb, …, or a YAML file)
+mdm study CONFIG --collect              study.json, tables and pictures of what is done, while others still run
 mdm study --tables FOLDER               tables and pictures from FOLDER/study.json alone
 """
 
@@ -41,6 +42,7 @@ def main() -> None:
     parser.add_argument("--workers", type=whole(1, 4096), default=0, help="runs at a time; else by the cores or GPUs")
     parser.add_argument("--shard", type=_shard, default=None, metavar="I/N", help="which of several jobs this one is")
     parser.add_argument("--dry-run", action="store_true", help="print runs, hours and disk, and exit")
+    parser.add_argument("--collect", action="store_true", help="write tables of what is done, and exit")
     parser.add_argument("--only", type=_words, default=(), metavar="PART,…", help="parts of the study by name")
     parser.add_argument("--plan", default="", metavar="CLUSTER", help=f"{', '.join(PRESETS)}, or a YAML file")
     parser.add_argument("--nodes", type=whole(1, 1_000_000), default=0, help="of the plan, in place of the cluster's")
@@ -64,17 +66,17 @@ def main() -> None:
     if arguments.dry_run:
         print("\n".join(estimate_lines(study, machine)))
         return
+    if arguments.collect:
+        _collect(study)
+        return
     _run(study, machine, arguments.shard or _of_slurm())
 
 
 def _run(study: Study, machine: Machine, shard: tuple[int, int]) -> None:
-    gradients = gradient_recipes(study)
-    runs = study.recipes()
-    recipes = own_share_first([*gradients, *runs], *shard)
+    recipes = own_share_first([*gradient_recipes(study), *study.recipes()], *shard)
     print(f"{len(recipes)} runs, {machine.workers} at a time, to {study.folder}", flush=True)
     outcome = Pool(study, recipes, machine, lambda line: print(line, flush=True)).run()
-    write_json(study.folder / STUDY, collect(study, measured(gradients)))
-    _report(study.folder)
+    _collect(study)
     if outcome.failed:
         print(f"{len(outcome.failed)} runs have failed: {', '.join(outcome.failed)}", file=sys.stderr)
         sys.exit(1)
@@ -87,6 +89,11 @@ def _run(study: Study, machine: Machine, shard: tuple[int, int]) -> None:
 def _print_plan(study: Study, cluster: Cluster) -> None:
     rows = planned_rows(study, cluster)
     print("\n".join([as_markdown(plan_table(rows)), *total_lines(study, rows, cluster)]))
+
+
+def _collect(study: Study) -> None:
+    write_json(study.folder / STUDY, collect(study, measured(gradient_recipes(study))))
+    _report(study.folder)
 
 
 def _report(folder: Path) -> None:

@@ -76,6 +76,17 @@ def test_a_run_that_fails_costs_itself_and_the_exit_code(whole: Path, tmp_path: 
     assert [run["method"] for run in record["failed"]] == ["strata"]
 
 
+def test_a_dry_run_tells_what_is_left(whole: Path, tmp_path: Path) -> None:
+    done = whole.with_suffix(".yaml")
+    fresh = write_study(tmp_path, "study")
+    for path, line in ((done, "4 runs, 4 of them done; 2 at a time"), (fresh, "4 runs, 0 of them done; 2 at a time")):
+        (result,) = run_program_ranks(PROGRAM, [str(path), "--dry-run", "--workers", "2"])
+        assert result.exit_code == 0, result.stderr
+        assert line in result.stdout
+        assert "first: 4 runs" in result.stdout
+    assert not (tmp_path / "study").exists()
+
+
 def test_what_others_have_claimed_is_left_to_them(tmp_path: Path) -> None:
     study = Study(read_study(write_study(tmp_path, "study")), config_path)
     for recipe in study.recipes():
