@@ -109,7 +109,7 @@ class Study:
         stamp = json.dumps([self.identity, drawn, num_draws, seed, density, self._target_stamp(name)], sort_keys=True)
         if path.exists():
             with np.load(path, allow_pickle=False) as file:
-                if str(file["stamp"]) == stamp:
+                if str(file["stamp"]) == stamp and set(Sums.names()) <= set(file.files):
                     return Sums.of(file), file["mean_gradient"]
         config = config_of(self.config, design, self.rollout.num_groups)
         wanted = None if self._target is None else self._target[1]

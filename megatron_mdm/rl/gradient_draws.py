@@ -97,7 +97,7 @@ def draw(
         rows=noise.num_rows,
         draws=num_draws,
         mean=of_groups,
-        covariance=np.einsum("rgs,rhs->gh", centred, centred, optimize=True) / (num_draws - 1),
+        products=centred @ centred.transpose(0, 2, 1),
         mean_square=mean_square,
         variance=(total_squares - num_draws * mean_square) / (num_draws - 1),
         inner=float("nan") if target is None else float(mean.numpy() @ target),

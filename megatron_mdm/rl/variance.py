@@ -33,7 +33,7 @@ class Sums:
     rows: int  # K, of each completion
     draws: int  # R
     mean: NDArray[np.float32]  # [B, S]: sketch of each group's mean gradient
-    covariance: Floats  # [B, B]: of groups' gradients, by sketches: Σ over r of centred inner products / (R − 1)
+    products: Floats  # [R, B, B]: of groups' gradients less their mean, inner products in each draw, by sketches
     mean_square: float  # ‖ḡ‖² of the mean of all draws, exact
     variance: float  # tr Var g, exact and unbiased
     inner: float  # ⟨ḡ, ḡ*⟩, exact; with the target's own draws in place of g*'s, NaN
@@ -45,13 +45,23 @@ class Sums:
         """‖E g‖², unbiased."""
         return self.mean_square - self.variance / self.draws
 
+    @property
+    def covariance(self) -> Floats:
+        """[B, B]: of groups' gradients, by sketches."""
+        return self.products.sum(0) / (self.draws - 1)
+
+    @classmethod
+    def names(cls) -> list[str]:
+        """Of arrays()."""
+        return [part.name for part in fields(cls)]
+
     def arrays(self) -> dict[str, Any]:
-        return {part.name: getattr(self, part.name) for part in fields(self)}
+        return {name: getattr(self, name) for name in self.names()}
 
     @classmethod
     def of(cls, arrays: Mapping[str, Any]) -> Sums:
         """What arrays() gave, as a file holds it."""
-        return cls(**{part.name: _plain(arrays[part.name]) for part in fields(cls)})
+        return cls(**{name: _plain(arrays[name]) for name in cls.names()})
 
 
 def _plain(array: Any) -> Any:
@@ -66,7 +76,7 @@ class Kind(NamedTuple):
 
 
 class Measured(NamedTuple):
-    """Each [estimate, lower, upper]: 90 % intervals over prompts."""
+    """Each [estimate, lower, upper]: 90 % intervals over prompts and draws."""
 
     noise: Floats
     relative_noise: Floats  # to the first design's
@@ -75,11 +85,11 @@ class Measured(NamedTuple):
     scale: Floats  # as measured: 1 for exact designs, but for its error
 
 
-def resamples(num_groups: int, seed: int = 0) -> Floats:
-    """[1 + NUM_RESAMPLES, B]: how often each group counts; once each in the first."""
+def resamples(number: int, seed: int = 0) -> Floats:
+    """[1 + NUM_RESAMPLES, number]: how often each group, or each draw, counts; once each in the first."""
     generator = np.random.default_rng(seed)
-    drawn = generator.multinomial(num_groups, np.full(num_groups, 1 / num_groups), size=NUM_RESAMPLES)
-    return np.concatenate([np.ones((1, num_groups)), drawn.astype(float)])
+    drawn = generator.multinomial(number, np.full(number, 1 / number), size=NUM_RESAMPLES)
+    return np.concatenate([np.ones((1, number)), drawn.astype(float)])
 
 
 def measured(sums: Sums, kind: Kind, first: Sums, of_first: Kind, target: Sums) -> Measured:
@@ -129,23 +139,26 @@ def _own(sums: Sums) -> Floats:
 
 
 def _variance(sums: Sums, kind: Kind, multiplicity: Floats) -> Floats:
-    covariance = np.diag(_own(sums))
-    if not kind.independent:
-        covariance = covariance + sums.covariance - np.diag(np.diag(sums.covariance))
+    """[1 + resamples]: of resampled draws, too. What groups have in common is an average over draws alone."""
+    products = sums.products
+    if kind.independent:
+        products = products * np.eye(products.shape[1])
+    covariance = np.tensordot(resamples(sums.draws, seed=1), products, 1) / (sums.draws - 1)
     return of_resampled(covariance, multiplicity)
 
 
 def of_resampled(products: Floats, multiplicity: Floats) -> Floats:
-    """Σ of products [B, B] over all pairs of resampled groups, [resamples].
+    """Σ of products [B, B], or [resamples, B, B], over all pairs of resampled groups, [resamples].
 
     A copy of a group is another group like it. What two copies of one have in common was not drawn (their rates are
     strata, too; their means are not each other's), so pairs of different groups stand for all pairs.
     """
     number = multiplicity.sum(1)
-    own = np.diag(products)
+    own = np.diagonal(products, axis1=-2, axis2=-1)
     squares = np.square(multiplicity)
-    pairs = np.einsum("rg,gh,rh->r", multiplicity, products, multiplicity) - squares @ own
-    return multiplicity @ own + pairs * number * (number - 1) / np.maximum(number**2 - squares.sum(1), 1e-300)
+    left = np.einsum("rg,rgh->rh", multiplicity, products) if products.ndim == 3 else multiplicity @ products
+    pairs = (left * multiplicity).sum(1) - (squares * own).sum(1)
+    return (multiplicity * own).sum(1) + pairs * number * (number - 1) / np.maximum(number**2 - squares.sum(1), 1e-300)
 
 
 def _power(sums: Sums, multiplicity: Floats) -> Floats:

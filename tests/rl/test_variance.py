@@ -29,7 +29,7 @@ def sums_of(gradients: Floats, wanted: Floats | None = None, rows: int = 1) -> S
         rows=rows,
         draws=draws,
         mean=mean.astype(np.float32),
-        covariance=np.einsum("rgs,rhs->gh", centred, centred) / (draws - 1),
+        products=centred @ centred.transpose(0, 2, 1),
         mean_square=float(np.square(whole.mean(0)).sum()),
         variance=float(whole.var(0, ddof=1).sum()),
         inner=float("nan") if wanted is None else float(whole.mean(0) @ wanted),
