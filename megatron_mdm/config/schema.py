@@ -267,3 +267,8 @@ class RunConfig(Section):
     rl: RlConfig = RlConfig()
     seed: int = Field(default=42, ge=0)
     deepspeed: dict[str, Any] = Field(default_factory=dict)  # further keys of its own; those the stack owns are refused
+
+    @property
+    def rows_per_sample(self) -> int:
+        """Rows of the model that a sample, or a completion of reinforcement learning, takes in a step."""
+        return self.diffusion.rows_per_sample + self.rl.full_pass

@@ -74,7 +74,7 @@ def accumulation_steps(config: RunConfig, world_size: int) -> int:
     """Micro-batches per optimizer step on each data-parallel rank; with a token budget, at most (they vary by step)."""
     samples = -(-config.batch.global_size // data_parallel_size(config, world_size))
     if config.batch.micro_tokens:
-        per_batch = max(1, config.batch.micro_tokens // (config.diffusion.rows_per_sample * config.data.max_length))
+        per_batch = max(1, config.batch.micro_tokens // (config.rows_per_sample * config.data.max_length))
         return -(-samples // per_batch)
     return samples // config.batch.micro_size
 
@@ -178,12 +178,12 @@ def _check_four_bit(config: RunConfig) -> None:
 def _check_batch(config: RunConfig, world_size: int) -> None:
     batch = config.batch
     ranks = data_parallel_size(config, world_size)
-    longest = config.diffusion.rows_per_sample * config.data.max_length
+    longest = config.rows_per_sample * config.data.max_length
     if batch.micro_tokens and batch.mode == "padded":
         raise UserError("'batch.micro_tokens' needs 'batch.mode' bucketed or packed")
     if 0 < batch.micro_tokens < longest:
         raise UserError(
-            f"'batch.micro_tokens' {batch.micro_tokens} cannot hold one sample: {config.diffusion.rows_per_sample} "
+            f"'batch.micro_tokens' {batch.micro_tokens} cannot hold one sample: {config.rows_per_sample} "
             f"rows a sample × {config.data.max_length} 'data.max_length' = {longest} tokens; raise it"
         )
     if not batch.micro_tokens and batch.global_size % (batch.micro_size * ranks):

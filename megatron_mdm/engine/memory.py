@@ -56,7 +56,7 @@ class RankMemory:
 
 def longest_micro_batch(config: RunConfig) -> MicroBatchShape:
     """The greatest micro-batch that the configuration allows: every row of full length, every position masked."""
-    rows = config.batch.micro_size * config.diffusion.rows_per_sample
+    rows = config.batch.micro_size * config.rows_per_sample
     tokens = config.batch.micro_tokens or rows * config.data.max_length
     if config.batch.mode == "packed" or config.batch.micro_tokens:
         return MicroBatchShape(1, tokens, tokens)

@@ -48,6 +48,7 @@ def denoise(
             num_drawn = logits.shape[1] if config.temperature else 0
             drawn = noise.at(counter, masked, num_drawn, logits.device) if config.draws else NO_NOISE
             candidates, ranking = _ranked(logits, masked, drawn, config, special)
+            del logits, drawn  # or they would be there in the next forward pass, too
             canvas.commit(places, select(ranking, amount), candidates)
             canvas.steps += masked.any(1)
             if watch:

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
 from megatron_mdm.batch import IdRange, ModelInputs
-from megatron_mdm.config.errors import UserError
-from megatron_mdm.config.schema import ModelConfig, Section
+from megatron_mdm.config.load import validated
+from megatron_mdm.config.schema import ModelConfig, RunConfig, Section
 from megatron_mdm.data.lengths import Room
 from megatron_mdm.data.tokenizer import Tokenizer
 from megatron_mdm.generation.remask import COMMIT_SCHEDULES, REMASKING, by_chance
 from megatron_mdm.models.cache import Window
+
+# Settings of completions of reinforcement learning that differ from the defaults
+ROLLOUTS: dict[str, Any] = {"temperature": 1.0, "stop_at_eos": True, "noise": "device"}
 
 
 class LogitsEngine(Protocol):
@@ -70,6 +73,13 @@ class GenerationConfig(Section):
     batch_size: int = Field(default=16, gt=0)  # prompts per forward pass and data-parallel rank
     seed: int = 0
 
+    @classmethod
+    def of_rollouts(cls, config: RunConfig, **changes: Any) -> GenerationConfig:
+        """How completions of reinforcement learning are drawn: `rl.generation`, whose defaults are ROLLOUTS', with the
+        run's seed. Raises UserError."""
+        tree = {**ROLLOUTS, **config.rl.generation, "seed": config.seed, **changes}
+        return validated(cls, tree, {}, "'rl.generation'")
+
     @model_validator(mode="after")
     def _consistent(self) -> GenerationConfig:
         if self.gen_length % self.block_length:
@@ -105,15 +115,6 @@ class GenerationConfig(Section):
     @property
     def steps_per_block(self) -> int:
         return self.steps // self.num_blocks
-
-
-def check_without_windows(config: GenerationConfig, where: str) -> None:
-    """Raises UserError where settings need windows of a cache, which engines that train do not take. where: of the
-    settings, for the message."""
-    if config.cache != "none":
-        raise UserError(
-            f"'{where}.cache' {config.cache}: the engine that trains keeps no keys and values between passes; use none"
-        )
 
 
 class SpecialIds(NamedTuple):

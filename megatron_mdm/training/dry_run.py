@@ -59,7 +59,7 @@ def _layout_line(config: RunConfig, layout: Layout) -> str:
 
 def _batch_line(config: RunConfig, layout: Layout, length: str) -> str:
     batch = config.batch
-    rows = config.diffusion.rows_per_sample
+    rows = config.rows_per_sample
     accumulation = accumulation_steps(config, layout.world_size)
     cut = f"{batch.micro_size} × {layout.data} ranks × {accumulation} micro-batches"
     if batch.micro_tokens:

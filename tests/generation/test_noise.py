@@ -15,12 +15,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from megatron_mdm.config.errors import UserError
 from megatron_mdm.diffusion.hashing import DISTANCE, mixed, uniforms
 from megatron_mdm.diffusion.randomness import Purpose
 from megatron_mdm.generation.candidates import _ELEMENTS, draw, gumbel_noise
 from megatron_mdm.generation.noise import NOISES, DeviceNoise, StepNoise
-from megatron_mdm.generation.settings import GenerationConfig, Response, check_without_windows
+from megatron_mdm.generation.settings import GenerationConfig, Response
 from tests.generation.test_sampler import SPECIAL, built_engine
 from tests.ranks import run_ranks
 
@@ -183,9 +182,3 @@ def test_rollouts_are_drawn_by_their_numbers() -> None:
     some = {number: prompt for number, prompt in prompts.items() if number % 2}
     (alone,) = run_ranks(by_number, 1, "device", some)
     assert alone[0] == {number: rollouts[number] for number in some}
-
-
-def test_engines_that_train_keep_no_cache() -> None:
-    check_without_windows(GenerationConfig(), "rl.generation")
-    with pytest.raises(UserError, match=r"^'rl.generation.cache' prefix: the engine that trains keeps .*; use none$"):
-        check_without_windows(GenerationConfig(cache="prefix"), "rl.generation")

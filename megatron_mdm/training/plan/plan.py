@@ -127,7 +127,7 @@ def make_plan(config: RunConfig, cluster: Cluster, samples: Samples) -> Plan:
     usual, usual_number = _usual(config, layout, samples)
     step = step_time(config, layout, cluster, usual, usual_number)
     num_steps = _num_steps(config, samples)
-    rows = config.diffusion.rows_per_sample
+    rows = config.rows_per_sample
     volumes = [
         step_communication(config, layout, rank, [_whole(usual)] * usual_number) for rank in range(layout.pipeline)
     ]
@@ -170,7 +170,7 @@ def _recomputing(config: RunConfig, choice: str) -> RunConfig:
 def _usual(config: RunConfig, layout: Layout, samples: Samples) -> tuple[MicroBatchShape, int]:
     """(a micro-batch of mean length, how many of them a data-parallel rank works on per step)."""
     length = round(min(samples.mean_length or config.data.max_length, config.data.max_length))
-    views = config.diffusion.rows_per_sample
+    views = config.rows_per_sample
     share = math.ceil(config.batch.global_size / layout.data)
     per_batch = config.batch.micro_size
     if config.batch.micro_tokens:

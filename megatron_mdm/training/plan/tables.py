@@ -34,7 +34,7 @@ def plan_text(plan: Plan) -> str:
         f"step: {step.total:.2f} s ({shares}); {plan.tokens_per_step / step.total:,.0f} tokens/s; "
         f"{plan.flops_per_step:.2e} FLOPs; MFU {plan.mfu:.1%}; bubble {plan.bubble:.1%}",
     ]
-    rows = plan.config.diffusion.rows_per_sample
+    rows = plan.config.rows_per_sample
     if rows > 1:
         lines.append(f"{rows} rows a sample: a step takes {plan.views_factor:.2f} times one with a single row")
     if plan.calibration[1]:
