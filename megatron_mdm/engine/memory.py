@@ -1,7 +1,8 @@
 """How much memory a rank fills, by kind, from the layout alone: what DeepSpeed 0.19 and the model's stages allocate.
 
 tests/engine/test_memory.py counts the real allocations. The peak is reached either where the last forward pass in
-flight meets its backward pass, or, without any activations, in the optimizer's step.
+flight meets its backward pass, or, without any activations, in the optimizer's step; or, in reinforcement learning, in
+passes without gradients.
 """
 
 from __future__ import annotations
@@ -42,6 +43,9 @@ class RankMemory:
     communicators: float  # NCCL's own buffers
     step: float  # what exists only behind the backward passes: copies for the optimizer, a pipeline's second bucket
     host: float  # offloaded states
+    kept_gradients: float  # the part of the gradients that stays between steps
+    reference: float = 0.0  # initial weights that reinforcement learning is held to
+    rollout: float = 0.0  # the greatest of its passes without gradients: completions, and losses of tokens
 
     @property
     def states(self) -> float:
@@ -51,16 +55,22 @@ class RankMemory:
     def total(self) -> float:
         """The peak on the device. Logits and a block's temporary tensors do not exist at the same time."""
         passing = self.activations + max(self.logits, self.workspace)
-        return self.states + self.buffers + self.communicators + max(passing, self.step)
+        training = self.gradients + max(passing, self.step)
+        always = self.weights + self.optimizer + self.buffers + self.communicators + self.reference
+        return always + max(training, self.kept_gradients + self.rollout)
 
 
 def longest_micro_batch(config: RunConfig) -> MicroBatchShape:
-    """The greatest micro-batch that the configuration allows: every row of full length, every position masked."""
+    """The greatest micro-batch that the configuration allows: every row of full length, every position masked; of
+    reinforcement learning, every one of a completion."""
     rows = config.batch.micro_size * config.rows_per_sample
     tokens = config.batch.micro_tokens or rows * config.data.max_length
+    selected = tokens
+    if config.rl.is_used and not config.batch.micro_tokens:
+        selected = min(tokens, rows * config.rl.gen_length)
     if config.batch.mode == "packed" or config.batch.micro_tokens:
-        return MicroBatchShape(1, tokens, tokens)
-    return MicroBatchShape(rows, config.data.max_length, tokens)
+        return MicroBatchShape(1, tokens, selected)
+    return MicroBatchShape(rows, config.data.max_length, selected)
 
 
 def fullest_stage(config: RunConfig, layout: Layout, kernels: Kernels) -> RankMemory:
@@ -113,6 +123,52 @@ def rank_memory(
     )
 
 
+def token_losses_bytes(
+    config: RunConfig, layout: Layout, pipeline_rank: int, micro_batch: MicroBatchShape, kernels: Kernels
+) -> float:
+    """Bytes that Forward.token_losses fills at its peak, beside the weights."""
+    stage = stages(config)[pipeline_rank]
+    size = ELEMENT_BYTES[config.precision.dtype]
+    hidden = config.model.hidden_size * size
+    head = 0.0
+    if stage.head:
+        vocabulary = padded_vocab_size(config.model, layout.tensor) // layout.tensor
+        rows = min(micro_batch.selected, CHUNKS[kernels].rows(micro_batch.selected, vocabulary))
+        product = size if kernels == "cpu" and size < 4 else 0  # which a CPU rounds before it is in float32
+        head = micro_batch.rows * micro_batch.length * hidden + micro_batch.selected * (hidden + 8 + 12)
+        head += rows * vocabulary * (4 + product)
+        head += vocabulary * hidden * ("head" in targets_of(config.model))  # the matrix with its adapter
+    return passing_bytes(config, layout, pipeline_rank, micro_batch, kernels, head)
+
+
+def passing_bytes(
+    config: RunConfig,
+    layout: Layout,
+    pipeline_rank: int,
+    micro_batch: MicroBatchShape,
+    kernels: Kernels,
+    answer: float,
+) -> float:
+    """Bytes of a pass without gradients at its peak: a block's tensors, or what the answer takes behind the last one;
+    beside the inputs (tokens, labels, what is selected)."""
+    stage = stages(config)[pipeline_rank]
+    saved = SAVED[kernels]
+    block = saved.passing(config, micro_batch) + saved.rotary(config, micro_batch) if stage.num_blocks else 0.0
+    inputs = 21 * micro_batch.rows * micro_batch.length
+    message = 0.0
+    if layout.pipeline > 1:  # which is received, or sent
+        message = micro_batch.rows * micro_batch.length * config.model.hidden_size
+        message *= ELEMENT_BYTES[config.precision.dtype] / (layout.tensor if config.parallel.sequence else 1)
+    return inputs + message + max(block, answer)
+
+
+def weights_bytes(config: RunConfig, layout: Layout, pipeline_rank: int) -> float:
+    """Bytes of a stage's weights on a tensor-parallel rank, in the type that is computed in, whole."""
+    held = stages(config)[pipeline_rank].held(config.model, layout.tensor)
+    size = ELEMENT_BYTES[config.precision.dtype]
+    return size * (held.total - held.four_bit) + FOUR_BIT_BYTES * held.four_bit
+
+
 def _states(config: RunConfig, layout: Layout, parameters: Held) -> tuple[dict[str, float], float]:
     """(bytes by kind, bytes on the host) of a tensor-parallel rank's parameters. What is frozen is weights only."""
     number = parameters.trained
@@ -123,7 +179,7 @@ def _states(config: RunConfig, layout: Layout, parameters: Held) -> tuple[dict[s
     accumulated = 4 if config.precision.gradients == "fp32" else size
     if zero == 0:  # in fp32, where torch's own optimizer updates the model's weights
         states = {"weights": weights, "gradients": size * number, "optimizer": MOMENTS * number}
-        return {**states, "step": 0.0}, 0.0
+        return {**states, "step": 0.0, "kept_gradients": 0.0}, 0.0
     weights /= data if zero == 3 else 1
     # ZeRO 1 sums whole gradients over the micro-batches; in fp32 beside those of the current one, unless DeepSpeed's
     # BF16_Optimizer adds each as soon as it is there and steps on the sum itself.
@@ -143,7 +199,10 @@ def _states(config: RunConfig, layout: Layout, parameters: Held) -> tuple[dict[s
     if config.parallel.offload == "all":
         host = host + weights
         weights = 0.0
-    return {"weights": weights, "gradients": gradients, "optimizer": optimizer, "step": step}, host
+    # Only ZeRO 3 and BF16_Optimizer keep their memory; the others free gradients behind the optimizer's step.
+    kept = gradients if zero == 3 or at_once else 0.0
+    states = {"weights": weights, "gradients": gradients, "optimizer": optimizer, "step": step, "kept_gradients": kept}
+    return states, host
 
 
 def _head(config: RunConfig, layout: Layout, micro_batch: MicroBatchShape, kernels: Kernels) -> tuple[float, float]:

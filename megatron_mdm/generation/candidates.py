@@ -11,7 +11,7 @@ from torch import Tensor
 from megatron_mdm.generation.noise import TokenUniforms
 
 # Numbers of a table [N, V] that are worked on at a time, in float64: on a CPU what its caches hold
-_ELEMENTS = {"cpu": 1 << 16, "cuda": 1 << 21}
+ELEMENTS = {"cpu": 1 << 16, "cuda": 1 << 21}
 
 
 class Candidates(NamedTuple):
@@ -62,7 +62,7 @@ def _best(drawn_from: Tensor, uniforms: Tensor | None, mask_id: int | None) -> t
 
 def parts(logits: Tensor) -> Iterator[slice]:
     """Slices of the rows of [N, V], at least one, so that what is made of a part takes little memory."""
-    size = max(_ELEMENTS[logits.device.type] // logits.shape[1], 1)
+    size = max(ELEMENTS[logits.device.type] // logits.shape[1], 1)
     for start in range(0, max(len(logits), 1), size):
         yield slice(start, start + size)
 

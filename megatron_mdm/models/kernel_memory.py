@@ -75,6 +75,21 @@ class SavedTensors:
             matrix = max(sum(map(math.prod, parts)) for parts in shapes) / config.parallel.tensor
         return (self._positions(config, shape) * width + matrix) * _size(config)
 
+    def passing(self, config: RunConfig, shape: Shape) -> float:
+        """The most bytes that a block has at a time in a pass without gradients: its input, what it makes of that, and
+        the gated unit's or attention's tensors."""
+        model = config.model
+        sequence = config.parallel.sequence
+        hidden = self._positions(config, shape, split=sequence) + self._positions(config, shape)
+        query = model.num_heads * model.kv_channels
+        key = model.num_kv_heads * model.kv_channels
+        attention = 2 * (query + 2 * key) + query  # [q, k, v], turned and scaled ones, and contexts
+        if self._is_explicit(config, shape):
+            attention += model.num_heads * min(shape.length, config.data.max_length)
+        mlp = 4 * model.ffn_hidden_size  # [gate; up], the gate's function and a product
+        shard = self._positions(config, shape) / config.parallel.tensor
+        return (hidden * model.hidden_size + shard * max(attention, mlp)) * _size(config)
+
     def _attention(self, config: RunConfig, shape: Shape, again: bool) -> float:
         """Bytes that attention keeps per position, all heads together."""
         model = config.model

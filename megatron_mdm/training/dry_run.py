@@ -6,10 +6,11 @@ from megatron_mdm.config.schema import RunConfig
 from megatron_mdm.config.validate import accumulation_steps
 from megatron_mdm.engine.communication import Stage
 from megatron_mdm.engine.deepspeed_config import zero_text
-from megatron_mdm.engine.memory import RankMemory, fullest_stage
+from megatron_mdm.engine.memory import RankMemory
 from megatron_mdm.objectives import objective_of
 from megatron_mdm.parallel import platform
 from megatron_mdm.parallel.layout import Layout
+from megatron_mdm.training.plan.memory import run_memory
 
 GIB = 2**30
 KINDS = ("weights", "gradients", "optimizer", "activations", "logits", "buffers")
@@ -17,7 +18,8 @@ KINDS = ("weights", "gradients", "optimizer", "activations", "logits", "buffers"
 
 def memory_estimate(config: RunConfig, layout: Layout) -> RankMemory:
     """The memory of a rank of the fullest stage, on the device of this process, at the longest micro-batches."""
-    return fullest_stage(config, layout, "cuda" if platform.is_cuda() else "cpu")
+    memory = run_memory(config, layout, "cuda" if platform.is_cuda() else "cpu")
+    return max(memory, key=lambda stage: stage.total)
 
 
 def describe(config: RunConfig, world_size: int, num_steps: int) -> str:
@@ -25,7 +27,8 @@ def describe(config: RunConfig, world_size: int, num_steps: int) -> str:
     memory = memory_estimate(config, layout)
     model = config.model
     number = Stage(model.num_layers, embedding=True, head=True).num_parameters(model, 1)
-    parts = ", ".join(f"{kind} {getattr(memory, kind) / GIB:.2f}" for kind in KINDS)
+    kinds = (*KINDS, *(("reference", "rollout") if config.rl.is_used else ()))
+    parts = ", ".join(f"{kind} {getattr(memory, kind) / GIB:.2f}" for kind in kinds)
     return "\n".join(
         [
             _layout_line(config, layout),

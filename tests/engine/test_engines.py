@@ -79,9 +79,10 @@ def inference_engine(config: RunConfig, context: Any) -> Any:
 
     parallel = config.parallel.model_copy(update={"sequence": False})  # which inference does without
     arguments = config.model, parallel, context, config.seed
+    dtype = config.precision.dtype
     if config.parallel.pipeline > 1:
-        return PipelinedInferenceEngine(build_stage(*arguments, 11), config.model, "fp32", context)
-    return InferenceEngine(build_model(*arguments), "fp32")
+        return PipelinedInferenceEngine(build_stage(*arguments, 11), config.model, dtype, context)
+    return InferenceEngine(build_model(*arguments), dtype)
 
 
 def row_losses(losses: torch.Tensor, inputs: Any) -> torch.Tensor:

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 from megatron_mdm.diffusion.hashing import DISTANCE, mixed, uniforms
 from megatron_mdm.diffusion.randomness import Purpose
-from megatron_mdm.generation.candidates import _ELEMENTS, draw, gumbel_noise
+from megatron_mdm.generation.candidates import ELEMENTS, draw, gumbel_noise
 from megatron_mdm.generation.noise import NOISES, DeviceNoise, StepNoise
 from megatron_mdm.generation.settings import GenerationConfig, Response
 from tests.generation.test_sampler import SPECIAL, built_engine
@@ -120,7 +120,7 @@ def test_large_vocabularies_are_drawn_part_by_part(kind: str, mask_id: int | Non
     vocab = 30_000
     masked = torch.ones(2, 4, dtype=torch.bool)
     logits = torch.randn(8, vocab, generator=torch.Generator().manual_seed(0))
-    assert 8 * vocab > 3 * _ELEMENTS["cpu"]
+    assert 8 * vocab > 3 * ELEMENTS["cpu"]
     drawn = of(kind, [3, 4], 0, masked, vocab)
     found = draw(logits.clone(), 0.7, 1.0, 0, mask_id, drawn.tokens)
     noisy = logits.double() / 0.7 + gumbel_noise(drawn.tokens(slice(None)))

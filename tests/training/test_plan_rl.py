@@ -1,0 +1,140 @@
+"""Plans of reinforcement learning: predicted bytes against real allocations, phase by phase."""
+
+from __future__ import annotations
+
+import gc
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_mdm.batch import ModelInputs
+from megatron_mdm.config.schema import RunConfig
+from megatron_mdm.engine.communication import MicroBatchShape
+from megatron_mdm.engine.memory import rank_memory, token_losses_bytes, weights_bytes
+from megatron_mdm.generation.memory import logits_bytes
+from megatron_mdm.generation.sampler import denoise
+from megatron_mdm.generation.settings import GenerationConfig, SpecialIds
+from megatron_mdm.models.cache import Window
+from megatron_mdm.parallel.layout import Layout
+from megatron_mdm.training.plan.memory import with_rollouts
+from tests.engine.test_memory import BUCKET, LiveBytes
+from tests.ranks import run_ranks
+from tests.small import EOS, MASK, PAD, small_config, small_model
+
+LENGTH = 64
+GEN_LENGTH = 48
+ROWS = 8  # of a micro-batch: 4 completions, 2 views
+NUM_MICRO_BATCHES = 2
+VOCAB = 4000
+SPECIAL = SpecialIds(MASK, PAD, EOS)
+LAYOUTS: dict[str, tuple[int, dict[str, Any], str]] = {
+    "dp2_zero1": (2, {"zero": 1}, "bf16"),
+    "dp2_zero3": (2, {"zero": 3}, "bf16"),
+    "tp2_sp": (2, {"tensor": 2, "sequence": True, "zero": 1}, "bf16"),
+    "pp2": (2, {"pipeline": 2, "zero": 0}, "fp32"),
+}
+
+
+def config_of(folder: Path, parallel: dict[str, Any], dtype: str) -> RunConfig:
+    sizes = {"num_layers": 4, "num_kv_heads": 4, "hidden_size": 128, "ffn_hidden_size": 256, "vocab_size": VOCAB}
+    decoding = {"gen_length": GEN_LENGTH, "block_length": 16, "steps": 6, "batch_size": 16, "stop_at_eos": False}
+    return small_config(
+        folder,
+        model=small_model(**sizes).model_dump(),
+        data={"max_length": LENGTH},
+        batch={"global_size": 16, "micro_size": ROWS // 2},
+        diffusion={"views": 2},
+        parallel=parallel,
+        precision={"dtype": dtype},
+        rl={"rewards": [{"name": "exact_match"}], "beta": 0.1, "generation": decoding},
+        deepspeed={"zero_optimization": {"reduce_bucket_size": BUCKET, "stage3_prefetch_bucket_size": BUCKET}},
+    )
+
+
+def peaks(config: RunConfig) -> dict[str, int]:
+    """On a rank: bytes of the reference, and the most bytes while there is a rollout, a sweep of the weights that
+    train, one of the reference, and an optimizer step."""
+    from megatron_mdm.batch import Full
+    from megatron_mdm.checkpoint.load import restored_engine
+    from megatron_mdm.generation.generate import generate
+    from megatron_mdm.parallel.groups import initialize
+    from tests.engine.test_engines import inference_engine
+
+    context = initialize(config.parallel)
+    generation = GenerationConfig.of_rollouts(config)
+    tokens = torch.randint(2, 50, (ROWS, LENGTH), generator=torch.Generator().manual_seed(0))
+    selected = torch.arange(LENGTH).expand(ROWS, -1) >= LENGTH - GEN_LENGTH
+    weights = torch.where(selected, -0.1, 0.0)
+    micro_batches = [ModelInputs(tokens, Full(), selected, tokens, weights, torch.ones(ROWS))] * NUM_MICRO_BATCHES
+    prompts = [[5] * (LENGTH - GEN_LENGTH)] * generation.batch_size * context.layout.data
+    with LiveBytes() as live:
+        engine = restored_engine(None, config, context, 0)
+        engine.train_batch(micro_batches, 1e-3)
+        gc.collect()
+        before = live.now
+        reference = inference_engine(config, context)
+        gc.collect()
+        found = {"reference": live.now - before}
+        for name, phase in {
+            "rollout": lambda: generate(engine, prompts, generation, SPECIAL, context),
+            "sweep": lambda: engine.token_losses(micro_batches),
+            "sweep of the reference": lambda: reference.token_losses(micro_batches),
+            "step": lambda: engine.train_batch(micro_batches, 1e-3),
+        }.items():
+            gc.collect()
+            live.peak = live.now
+            phase()
+            found[name] = live.peak
+    return {**found, "stage": context.pipeline_rank}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_predicted_memory_is_that_of_real_phases(name: str, tmp_path: Path) -> None:
+    num_ranks, parallel, dtype = LAYOUTS[name]
+    config = config_of(tmp_path, parallel, dtype)
+    layout = Layout.of(num_ranks, config.parallel)
+    shape = MicroBatchShape(ROWS, LENGTH, ROWS * GEN_LENGTH)
+    for counted in run_ranks(peaks, num_ranks, config):
+        stage = counted["stage"]
+        memory = rank_memory(config, layout, stage, shape, NUM_MICRO_BATCHES, "cpu")
+        whole = with_rollouts(memory, config, layout, stage, shape, "cpu")
+        assert counted["reference"] == pytest.approx(weights_bytes(config, layout, stage), rel=0.03)
+        between = whole.weights + whole.optimizer + whole.kept_gradients + whole.buffers + whole.reference
+        assert between + whole.rollout == pytest.approx(counted["rollout"], rel=0.15)  # these logits are the most
+        losses = between + token_losses_bytes(config, layout, stage, shape, "cpu")
+        for phase in ("sweep", "sweep of the reference"):
+            assert losses == pytest.approx(counted[phase], rel=0.15)
+        assert whole.total == pytest.approx(max(counted[phase] for phase in ("rollout", "step")), rel=0.15)
+
+
+class Logits:
+    """An engine that makes logits of nothing."""
+
+    def logits(self, inputs: ModelInputs, window: Window | None = None) -> torch.Tensor:
+        return torch.randn(int(inputs.selected.sum()), VOCAB)
+
+
+SETTINGS: list[dict[str, Any]] = [
+    {},
+    {"noise": "host"},
+    {"temperature": 0.0},
+    {"top_p": 0.9},
+    {"top_k": 5},
+    {"temperature": 0.0, "top_p": 0.9},
+    {"cfg_scale": 1.0},
+    {"eos": "last"},
+    {"remasking": "entropy"},
+    {"remasking": "topk_margin"},
+    {"remasking": "maskgit_plus", "temperature": 0.0},
+]
+
+
+@pytest.mark.parametrize("changes", SETTINGS, ids=str)
+def test_what_a_denoising_step_takes_by_its_settings(changes: dict[str, Any]) -> None:
+    common = {"gen_length": 32, "block_length": 32, "steps": 1, "temperature": 1.0, "noise": "device", "batch_size": 8}
+    config = GenerationConfig(**{**common, **changes})
+    with LiveBytes() as live:
+        denoise(Logits(), [[5, 6]] * 8, range(8), config, SPECIAL)
+    assert live.peak == pytest.approx(logits_bytes(config, VOCAB, 4, 1, "cpu"), rel=0.15)
