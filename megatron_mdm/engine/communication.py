@@ -99,6 +99,39 @@ def step_communication(
     return +volume
 
 
+def passing_communication(
+    config: RunConfig, layout: Layout, pipeline_rank: int, micro_batch: MicroBatchShape, width: int
+) -> Volume:
+    """Bytes by (axis, collective) of one rank of a pipeline stage in a pass without gradients. width: of the logits
+    that are asked for, V or fewer; 0: losses of tokens are."""
+    stage = stages(config)[pipeline_rank]
+    hidden = _hidden_bytes(config, micro_batch)
+    size = ELEMENT_BYTES[config.precision.dtype]
+    selected = micro_batch.selected
+    volume = Counter[tuple[str, str]]()
+    if layout.data > 1 and zero_stage(config) == 3:
+        whole = stage.held(config.model, layout.tensor).total
+        volume["data", "all_gather"] += size * whole
+    if layout.tensor > 1:
+        reductions = hidden * (2 * stage.num_blocks + stage.embedding)
+        if config.parallel.sequence:
+            volume["tensor", "all_gather"] += hidden * (2 * stage.num_blocks + stage.head)
+            volume["tensor", "reduce_scatter"] += reductions
+        else:
+            volume["tensor", "all_reduce"] += reductions
+        volume.update(_of_adapters(config, stage, micro_batch, 0, has_backward=False))
+        if stage.head and width:
+            volume["tensor", "all_gather"] += selected * width * size
+        elif stage.head:
+            volume["tensor", "all_reduce"] += selected * 12
+    if layout.pipeline > 1:
+        shared = layout.tensor if config.parallel.sequence else 1
+        volume["pipeline", "send"] += (not stage.head) * hidden // shared
+        answer = selected * width * size if width else 4 * micro_batch.rows * micro_batch.length
+        volume["pipeline", "broadcast"] += answer
+    return +volume
+
+
 def _data_parallel(config: RunConfig, stage: Stage, num_micro_batches: int) -> Volume:
     """Gradients and parameters over the data-parallel ranks, as DeepSpeed 0.19 exchanges them."""
     parameters = stage.held(config.model, config.parallel.tensor)
@@ -151,7 +184,9 @@ def _tensor_parallel(config: RunConfig, stage: Stage, micro_batch: MicroBatchSha
     return volume
 
 
-def _of_adapters(config: RunConfig, stage: Stage, micro_batch: MicroBatchShape, recomputed: int) -> Volume:
+def _of_adapters(
+    config: RunConfig, stage: Stage, micro_batch: MicroBatchShape, recomputed: int, has_backward: bool = True
+) -> Volume:
     """What travels for adapters: A·x, and its gradient."""
     volume: Volume = Counter()
     targets = targets_of(config.model)
@@ -162,6 +197,8 @@ def _of_adapters(config: RunConfig, stage: Stage, micro_batch: MicroBatchShape, 
     forward["by_columns"] = num_columns * (stage.num_blocks + recomputed) + (stage.embedding and "embedding" in targets)
     backward = {"by_rows": num_rows * stage.num_blocks}
     backward["by_columns"] = num_columns * stage.num_blocks + (stage.embedding and "embedding" in targets)
+    if not has_backward:
+        backward = dict.fromkeys(backward, 0)
     if config.parallel.sequence:
         volume["tensor", "all_gather"] += low * (forward["by_rows"] + backward["by_columns"])
         volume["tensor", "reduce_scatter"] += low * (forward["by_columns"] + backward["by_rows"])

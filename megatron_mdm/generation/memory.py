@@ -32,7 +32,7 @@ def logits_bytes(config: GenerationConfig, vocab_size: int, size: int, tensor: i
         copies * size * (2 + 1 / tensor if tensor > 1 else 1),  # in the head
         copies * (4 + (size if size < 4 else 0)),  # brought to float32
         16 if copies == 2 else 0,  # the copies' logits, their difference, and that with a factor
-        4 + wide + 3 * drawn + 8 if config.top_p < 1.0 else 0,  # sorted ones, their places, probabilities, sums of these
+        4 + wide + 3 * drawn + 8 if config.top_p < 1.0 else 0,  # sorted, with places, and two sums
         4 + wide + drawn + 1 if config.top_k else 0,
         2 * tables if config.eos == "last" else 0,
         tables + _CONFIDENCE.get(config.remasking, 0) + 8 * (config.remasking in _CONFIDENCE and not wide),

@@ -109,6 +109,11 @@ class GenerationConfig(Section):
         return bool(self.temperature or self.alg_temp or REMASKING[self.remasking].is_chance)
 
     @property
+    def most_passes(self) -> int:
+        """Forward passes of a response, at most."""
+        return self.gen_length if self.threshold else self.steps
+
+    @property
     def num_blocks(self) -> int:
         return self.gen_length // self.block_length
 

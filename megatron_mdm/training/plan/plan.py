@@ -10,12 +10,14 @@ from typing import Any
 from megatron_mdm.config.errors import UserError
 from megatron_mdm.config.schema import RunConfig
 from megatron_mdm.config.validate import accumulation_steps
-from megatron_mdm.engine.communication import MicroBatchShape, stages, step_communication
+from megatron_mdm.engine.communication import MicroBatchShape, Volume, stages, step_communication
 from megatron_mdm.engine.memory import RankMemory, longest_micro_batch, rank_memory
 from megatron_mdm.models.parameters import checkpoint_bytes
 from megatron_mdm.objectives import check_run, objective_of
 from megatron_mdm.parallel.layout import Layout
 from megatron_mdm.training.plan.cluster import GIB, Cluster
+from megatron_mdm.training.plan.memory import run_memory
+from megatron_mdm.training.plan.rollouts import RolloutTime, rollout_time
 from megatron_mdm.training.plan.timing import ASSUMPTIONS, StepTime, forward_flops, step_flops, step_time
 
 SECONDS_PER_DAY = 86400.0
@@ -51,6 +53,12 @@ class Plan:
     validation: float  # seconds of all validations
     saving: float  # seconds that training waits for checkpoints in all
     num_steps: int  # 0: unknown
+    rollout: RolloutTime | None  # of reinforcement learning
+
+    @property
+    def seconds_per_step(self) -> float:
+        """Of an optimizer step, with its share of a rollout."""
+        return self.rollout.total / self.rollout.num_updates if self.rollout else self.step.total
 
     @property
     def fullest(self) -> RankMemory:
@@ -95,11 +103,11 @@ class Plan:
         if not self.num_steps:
             return math.nan
         extra = self.calibration[1] + self.validation + self.saving
-        return (self.num_steps * self.step.total + extra) / SECONDS_PER_DAY
+        return (self.num_steps * self.seconds_per_step + extra) / SECONDS_PER_DAY
 
     def as_json(self) -> dict[str, Any]:
         derived = ("is_feasible", "obstacle", "mfu", "bubble", "host_bytes")
-        left_out = ("config", "cluster", "layout", "memory", "step")
+        left_out = ("config", "cluster", "layout", "memory", "step", "rollout")
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         result = {name: value for name, value in values.items() if name not in left_out}
         result |= {name: getattr(self, name) for name in derived}
@@ -108,6 +116,10 @@ class Plan:
             dataclasses.asdict(memory) | {"total": memory.total} for memory in self.memory
         ]
         result["step_seconds"] = dataclasses.asdict(self.step) | {"total": self.step.total}
+        if self.rollout:
+            of_rollout = dataclasses.asdict(self.rollout) | {"total": self.rollout.total}
+            of_rollout["communication"] = by_name(self.rollout.communication)
+            result["rollout_seconds"] = of_rollout
         result["days"] = None if math.isnan(self.days) else self.days
         result["cluster"] = self.cluster.model_dump()
         result["batch"] = self.config.batch.model_dump()
@@ -122,7 +134,7 @@ def make_plan(config: RunConfig, cluster: Cluster, samples: Samples) -> Plan:
     layout = Layout.of(cluster.world_size, config.parallel)
     longest = longest_micro_batch(config)
     number = accumulation_steps(config, cluster.world_size)
-    memory = [rank_memory(config, layout, rank, longest, number, "cuda") for rank in range(layout.pipeline)]
+    memory = run_memory(config, layout, "cuda")
     fullest = max(range(layout.pipeline), key=lambda rank: memory[rank].total)
     usual, usual_number = _usual(config, layout, samples)
     step = step_time(config, layout, cluster, usual, usual_number)
@@ -140,7 +152,7 @@ def make_plan(config: RunConfig, cluster: Cluster, samples: Samples) -> Plan:
             choice: rank_memory(_recomputing(config, choice), layout, fullest, longest, number, "cuda").activations
             for choice in RECOMPUTE
         },
-        communication=[{" ".join(key): int(size) for key, size in sorted(volume.items())} for volume in volumes],
+        communication=[by_name(volume) for volume in volumes],
         num_parameters=sum(stage.num_parameters(config.model, 1) for stage in stages(config)),
         num_micro_batches=usual_number,
         tokens_per_step=config.batch.global_size * rows * usual.length,
@@ -151,7 +163,13 @@ def make_plan(config: RunConfig, cluster: Cluster, samples: Samples) -> Plan:
         validation=_validation_seconds(config, layout, cluster, usual, num_steps),
         saving=_saving_seconds(config, cluster, num_steps, step.total),
         num_steps=num_steps,
+        rollout=rollout_time(config, layout, cluster, usual, usual_number, step) if config.rl.is_used else None,
     )
+
+
+def by_name(volume: Volume) -> dict[str, int]:
+    """Bytes by "axis collective"."""
+    return {" ".join(key): int(size) for key, size in sorted(volume.items())}
 
 
 def prepared(config: RunConfig) -> RunConfig:
@@ -176,7 +194,8 @@ def _usual(config: RunConfig, layout: Layout, samples: Samples) -> tuple[MicroBa
     if config.batch.micro_tokens:
         per_batch = min(share, max(1, config.batch.micro_tokens // (views * length)))
     rows = views * per_batch
-    eligible = length * samples.eligible or config.image.num_tokens or length
+    of_completion = min(config.rl.gen_length, length) * config.rl.is_used
+    eligible = length * samples.eligible or config.image.num_tokens or of_completion or length
     scored = rows * eligible * objective_of(config).scored_share
     return MicroBatchShape(rows, length, round(scored)), math.ceil(share / per_batch)
 
@@ -195,6 +214,9 @@ def _views_factor(config: RunConfig, layout: Layout, cluster: Cluster, samples: 
 def _num_steps(config: RunConfig, samples: Samples) -> int:
     if config.schedule.steps:
         return config.schedule.steps
+    if config.rl.is_used:
+        num_updates = config.rl.num_completions // config.batch.global_size * config.rl.num_iterations
+        return math.ceil(config.schedule.epochs * samples.number / config.rl.prompts_per_rollout) * num_updates
     return math.ceil(config.schedule.epochs * samples.number / config.batch.global_size)
 
 

@@ -30,8 +30,8 @@ def search(config: RunConfig, cluster: Cluster, samples: Samples, limit: int) ->
     if not feasible:
         reason = f"the nearest, {describe_layout(nearest)}: {nearest.obstacle}" if nearest else "none can be split so"
         raise UserError(f"no layout of {cluster.world_size} ranks fits; {reason}; use more nodes or a smaller batch")
-    fastest = min(plan.step.total for plan in feasible)
-    feasible.sort(key=lambda plan: (round(plan.step.total / fastest, 2), plan.fullest.total))
+    fastest = min(plan.seconds_per_step for plan in feasible)
+    feasible.sort(key=lambda plan: (round(plan.seconds_per_step / fastest, 2), plan.fullest.total))
     return feasible[:limit]
 
 

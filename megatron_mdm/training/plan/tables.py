@@ -7,8 +7,10 @@ import math
 from collections.abc import Sequence
 
 from megatron_mdm.engine.deepspeed_config import zero_text
+from megatron_mdm.generation.settings import GenerationConfig
 from megatron_mdm.training.plan.cluster import GIB
-from megatron_mdm.training.plan.plan import Plan
+from megatron_mdm.training.plan.plan import Plan, by_name
+from megatron_mdm.training.plan.rollouts import RolloutTime
 from megatron_mdm.training.plan.search import describe_layout
 from megatron_mdm.training.plan.timing import ASSUMPTIONS
 
@@ -41,6 +43,8 @@ def plan_text(plan: Plan) -> str:
         least, most = plan.calibration
         share = f", at most {most / plan.step.total:.0f} steps' worth"
         lines.append(f"calibration: {least:.0f} to {most:.0f} s, depending on when it is good enough{share}")
+    if plan.rollout:
+        lines += _rollout_lines(plan, plan.rollout)
     return "\n".join([*lines, _duration(plan), "", "assumed:", *(f"  - {line}" for line in ASSUMPTIONS)])
 
 
@@ -70,15 +74,38 @@ def _search_row(plan: Plan) -> tuple[str, ...]:
         parallel.recompute,
         str(plan.config.batch.micro_tokens or plan.config.batch.micro_size),
         f"{plan.fullest.total / GIB:.1f}",
-        f"{plan.step.total:.2f}",
-        f"{plan.tokens_per_step / plan.step.total:,.0f}",
+        f"{plan.seconds_per_step:.2f}",
+        f"{plan.tokens_per_step / plan.seconds_per_step:,.0f}",
         f"{plan.mfu:.1%}",
         f"{plan.bubble:.1%}",
     )
 
 
+def _rollout_lines(plan: Plan, rollout: RolloutTime) -> list[str]:
+    generation = GenerationConfig.of_rollouts(plan.config)
+    parts = {
+        "completions": rollout.generation,
+        "old values": rollout.old,
+        "the reference's": rollout.reference,
+        "weights": rollout.weights,
+        "updates": rollout.updates,
+        "validations": rollout.validation,
+    }
+    shares = ", ".join(f"{name} {seconds:.1f}" for name, seconds in parts.items() if seconds)
+    sent = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in by_name(rollout.communication).items())
+    return [
+        f"rollout: {rollout.num_completions} completions, a rank's in {rollout.num_turns} × {generation.batch_size} of "
+        f"at most {rollout.num_passes} passes; {rollout.num_updates} updates; {rollout.total:.1f} s beside rewards "
+        f"({shares})",
+        f"communication of a rollout's passes without gradients, GB: {sent or 'none'}",
+    ]
+
+
 def _memory_lines(plan: Plan) -> list[str]:
-    kinds = [field.name for field in dataclasses.fields(plan.memory[0]) if field.name not in ("recomputed", "host")]
+    left_out = ["recomputed", "host", "kept_gradients"]
+    if not plan.rollout:
+        left_out += ["reference", "rollout"]
+    kinds = [field.name for field in dataclasses.fields(plan.memory[0]) if field.name not in left_out]
     rows = [("stage", *kinds, "total")]
     for number, memory in enumerate(plan.memory):
         rows.append((str(number), *(f"{getattr(memory, kind) / GIB:.2f}" for kind in (*kinds, "total"))))

@@ -8,7 +8,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_mdm.config.schema import RunConfig
-from megatron_mdm.engine.communication import MicroBatchShape, Stage, Volume, stages, step_communication
+from megatron_mdm.engine.communication import (
+    MicroBatchShape,
+    Stage,
+    Volume,
+    passing_communication,
+    stages,
+    step_communication,
+)
 from megatron_mdm.engine.deepspeed_config import zero_stage
 from megatron_mdm.models.costs import layer_costs, training_costs
 from megatron_mdm.parallel.layout import Layout
@@ -23,6 +30,7 @@ ASSUMPTIONS = (
     "half of the eligible positions are masked; of autoregressive runs, all are scored",
     "samples have the mean length given, and micro-batches are cut without waste",
     "data loading, validation's decoding and the host's own work cost nothing",
+    "of reinforcement learning, completions are of full length, none ends early, and rewards are not counted",
 )
 # Bytes that a ring moves over a link, per byte of the whole tensor, in a group of n.
 _RING = {
@@ -30,7 +38,12 @@ _RING = {
     "all_gather": lambda n: (n - 1) / n,
     "reduce_scatter": lambda n: (n - 1) / n,
     "send": lambda n: 1.0,
+    "broadcast": lambda n: 1.0,
 }
+
+
+AXES = ("tensor", "data", "pipeline")  # that communicate
+FORWARD_SHARE = 1 / 3  # of a host's time to start the kernels of a layer, forward and backward
 
 
 @dataclass(frozen=True)
@@ -79,10 +92,36 @@ def recomputed_flops(config: RunConfig, stage: Stage, micro_batch: MicroBatchSha
     return 0.0
 
 
+def stage_flops_per_s(config: RunConfig, layout: Layout, cluster: Cluster) -> float:
+    """FLOP/s that the tensor-parallel ranks of a stage sustain together."""
+    return cluster.flops_per_s() * layout.tensor * (cluster.fp32_share if config.precision.dtype == "fp32" else 1.0)
+
+
+def passing_seconds(
+    config: RunConfig,
+    layout: Layout,
+    cluster: Cluster,
+    micro_batch: MicroBatchShape,
+    num_micro_batches: int,
+    width: int = 0,
+) -> float:
+    """Seconds of passes without gradients. width: of the logits that are asked for; 0: losses of tokens are."""
+    rate = stage_flops_per_s(config, layout, cluster)
+    slowest = 0.0
+    for rank, stage in enumerate(stages(config)):
+        volume = passing_communication(config, layout, rank, micro_batch, width)
+        seconds = max(
+            forward_flops(config, stage, micro_batch) / rate, stage.num_blocks * cluster.layer_ms * FORWARD_SHARE / 1e3
+        )
+        seconds += sum(communication_seconds(volume, axis, layout, cluster) for axis in AXES)
+        slowest = max(slowest, seconds)
+    return slowest * (num_micro_batches + layout.pipeline - 1)
+
+
 def step_time(
     config: RunConfig, layout: Layout, cluster: Cluster, micro_batch: MicroBatchShape, num_micro_batches: int
 ) -> StepTime:
-    rate = cluster.flops_per_s() * layout.tensor * (cluster.fp32_share if config.precision.dtype == "fp32" else 1.0)
+    rate = stage_flops_per_s(config, layout, cluster)
     shapes = [micro_batch] * num_micro_batches
     compute = 0.0
     tensor = 0.0
@@ -92,9 +131,7 @@ def step_time(
     for rank, stage in enumerate(stages(config)):
         passes = passes_flops(config, stage, micro_batch) + recomputed_flops(config, stage, micro_batch)
         volume = step_communication(config, layout, rank, shapes)
-        seconds = {
-            axis: communication_seconds(volume, axis, layout, cluster) for axis in ("tensor", "data", "pipeline")
-        }
+        seconds = {axis: communication_seconds(volume, axis, layout, cluster) for axis in AXES}
         busy = num_micro_batches * max(passes / rate, stage.num_blocks * cluster.layer_ms / 1e3)
         if busy + seconds["tensor"] > compute + tensor:
             compute = busy
@@ -104,9 +141,6 @@ def step_time(
         optimizer = max(optimizer, _optimizer_seconds(config, stage, layout, cluster))
     waits = (layout.pipeline - 1) / num_micro_batches
     return StepTime(compute, tensor, pipeline, (compute + tensor + pipeline) * waits, data, optimizer)
-
-
-_AXES = ("tensor", "data", "pipeline")  # that communicate
 
 
 def communication_seconds(volume: Volume, axis: str, layout: Layout, cluster: Cluster) -> float:
