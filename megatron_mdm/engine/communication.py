@@ -111,7 +111,8 @@ def passing_communication(
     volume = Counter[tuple[str, str]]()
     if layout.data > 1 and zero_stage(config) == 3:
         whole = stage.held(config.model, layout.tensor).total
-        volume["data", "all_gather"] += size * whole
+        # A smaller stage, once gathered, stays so until the weights change: passes one after another gather nothing.
+        volume["data", "all_gather"] += size * whole * (whole >= ZERO3_REUSE_DISTANCE)
     if layout.tensor > 1:
         reductions = hidden * (2 * stage.num_blocks + stage.embedding)
         if config.parallel.sequence:

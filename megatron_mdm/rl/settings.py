@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from megatron_mdm.config.errors import UserError
-from megatron_mdm.config.load import validated
 from megatron_mdm.config.schema import RunConfig
 from megatron_mdm.evaluation.tasks import TASKS
 from megatron_mdm.generation.sampler import denoise
@@ -48,10 +47,8 @@ class Counts(NamedTuple):
 
 
 def decoding(config: RunConfig, **changes: Any) -> GenerationConfig:
-    """How completions are drawn: `rl.generation` with other defaults than generation's own. Raises UserError."""
-    defaults: dict[str, Any] = {"temperature": 1.0, "stop_at_eos": True, "noise": "device"}
-    tree = {**defaults, **config.rl.generation, "seed": config.seed, **changes}
-    return validated(GenerationConfig, tree, {}, "'rl.generation'")
+    """How completions are drawn. Raises UserError."""
+    return GenerationConfig.of_rollouts(config, **changes)
 
 
 def greedy(config: RunConfig) -> GenerationConfig:

@@ -34,7 +34,7 @@ def describe(config: RunConfig, world_size: int, num_steps: int) -> str:
             _layout_line(config, layout),
             f"model: {number / 1e6:.2f} M parameters, vocabulary {config.model.vocab_size}",
             _batch_line(config, layout, f"{num_steps} steps"),
-            f"method: {objective_of(config).description.text}",
+            *_method_lines(config),
             f"memory per rank, GiB (estimate): {memory.total / GIB:.2f} = {parts}{_too_much(memory)}",
         ]
     )
@@ -51,9 +51,21 @@ def describe_without_data(config: RunConfig, world_size: int) -> str:
             _layout_line(config, layout),
             f"model: {model.num_layers} layers × {model.hidden_size}, vocabulary {model.vocab_size}",
             _batch_line(config, layout, length),
-            f"method: {objective_of(config).description.text}",
+            *_method_lines(config),
         ]
     )
+
+
+def _method_lines(config: RunConfig) -> list[str]:
+    lines = [f"method: {objective_of(config).description.text}"]
+    rl = config.rl
+    if rl.is_used:
+        num_steps = rl.num_completions // config.batch.global_size * rl.num_iterations
+        lines.append(
+            f"rollouts: {rl.prompts_per_rollout} prompts × {rl.num_generations} completions of at most {rl.gen_length} "
+            f"tokens; {num_steps} step{'s' * (num_steps > 1)} with each"
+        )
+    return lines
 
 
 def _layout_line(config: RunConfig, layout: Layout) -> str:

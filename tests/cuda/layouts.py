@@ -146,7 +146,29 @@ def _train(config: RunConfig, folder: Path) -> dict[str, Any]:
         "equal segments": len(executor("equal segments", "cuda", torch.bfloat16).shapes) - planned,
         "synchronisations": dict(synchronisations),
         "unpinned": dict(unpinned),
+        "of signed weights": _signed(engine, trainer.source.prepare(NUM_STEPS).micro_batches, config.optimizer.lr),
     }
+
+
+def _signed(engine: Any, micro_batches: list[Any], lr: float) -> dict[str, Any]:
+    """A step as reinforcement learning takes it, with weights of either sign that follow from the tokens' losses: waits
+    of the two passes, and the rows' losses in both."""
+    from tests.cuda import record
+
+    record.reset()
+    losses = engine.token_losses(micro_batches)
+    waits = [dict(record.synchronisations)]
+    weights = [torch.where(each > each.mean(), -0.1, 0.1) * (each > 0) for each in losses]
+    signed = [
+        of._replace(token_weight=each.pin_memory(), dropout_keys=None)
+        for of, each in zip(micro_batches, weights, strict=True)
+    ]
+    record.reset()
+    rows = engine.train_batch(signed, lr).statistics
+    waits.append(dict(record.synchronisations))
+    expected = [(each * weight).sum(1).numpy() for each, weight in zip(losses, weights)]
+    found = [each.loss.numpy() for each in rows]
+    return {"waits": waits, "expected": np.concatenate(expected), "found": np.concatenate(found)}
 
 
 def _overlaps(engine: Any) -> bool:
@@ -156,6 +178,9 @@ def _overlaps(engine: Any) -> bool:
     if stream is None:
         return getattr(optimizer, "overlap_comm", False)
     return stream is not torch.cuda.default_stream()
+
+
+HASHED = {"temperature": 0.7, "noise": "device"}  # by numbers of the device's own
 
 
 def generate_all(pretend: bool) -> list[list[int]]:
@@ -175,7 +200,7 @@ def generate_all(pretend: bool) -> list[list[int]]:
     context = initialize()
     engine = InferenceEngine(build_model(small_model(init_std=0.3), ParallelConfig(), context, 3), "fp32")
     answers = []
-    for changes in ({}, {"cache": "dual", "temperature": 0.7}, {"cfg_scale": 1.5, "remasking": "entropy"}):
+    for changes in ({}, {"cache": "dual", "temperature": 0.7}, {"cfg_scale": 1.5, "remasking": "entropy"}, HASHED):
         settings = GenerationConfig(**{"gen_length": 8, "block_length": 4, "steps": 8, "batch_size": 2, **changes})
         prompts = [[5, 6, 7], [8, 9], [10, 11, 12, 13, 14]]
         responses = generate(engine, prompts, settings, SpecialIds(MASK, PAD, EOS), context, denoise)

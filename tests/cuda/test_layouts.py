@@ -113,6 +113,19 @@ def test_a_step_waits_for_the_device_once(name: str, trained: Any) -> None:
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
+def test_signed_weights_from_tokens_losses(name: str, trained: Any) -> None:
+    """The pass that measures losses waits for them, once; the one that trains on their weights waits as any other."""
+    allowed = [1, OF_THE_NORM + OF_DEEPSPEED.get(name, 0)]
+    for found in trained[name]:
+        step = found["of signed weights"]
+        for counted, most in zip(step["waits"], allowed, strict=True):
+            listed = "\n".join(f"{number:4d} {site}" for site, number in counted.items())
+            assert sum(counted.values()) <= most, f"{name}:\n{listed}"
+        rounding = SAME_LOSS[LAYOUTS[name].precision]
+        np.testing.assert_allclose(step["found"], step["expected"], rtol=rounding, atol=rounding)
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
 def test_batches_are_copied_from_pinned_memory(name: str, trained: Any) -> None:
     for found in trained[name]:
         assert not found["unpinned"]

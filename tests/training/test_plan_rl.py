@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import gc
+import json
+from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +13,22 @@ import pytest
 import torch
 
 from megatron_mdm.batch import ModelInputs
-from megatron_mdm.config.schema import RunConfig
-from megatron_mdm.engine.communication import MicroBatchShape
+from megatron_mdm.config.load import load_config
+from megatron_mdm.config.schema import RlConfig, RunConfig
+from megatron_mdm.engine.communication import MicroBatchShape, passing_communication
 from megatron_mdm.engine.memory import rank_memory, token_losses_bytes, weights_bytes
 from megatron_mdm.generation.memory import logits_bytes
 from megatron_mdm.generation.sampler import denoise
 from megatron_mdm.generation.settings import GenerationConfig, SpecialIds
 from megatron_mdm.models.cache import Window
+from megatron_mdm.models.parameters import padded_vocab_size
 from megatron_mdm.parallel.layout import Layout
+from megatron_mdm.training.dry_run import describe, memory_estimate
+from megatron_mdm.training.plan.cluster import read_cluster
 from megatron_mdm.training.plan.memory import with_rollouts
+from megatron_mdm.training.plan.plan import Samples, make_plan
+from megatron_mdm.training.plan.tables import plan_text
+from tests.engine.test_communication import CountBytes
 from tests.engine.test_memory import BUCKET, LiveBytes
 from tests.ranks import run_ranks
 from tests.small import EOS, MASK, PAD, small_config, small_model
@@ -53,11 +63,12 @@ def config_of(folder: Path, parallel: dict[str, Any], dtype: str) -> RunConfig:
     )
 
 
-def peaks(config: RunConfig) -> dict[str, int]:
+def peaks(config: RunConfig) -> dict[str, Any]:
     """On a rank: bytes of the reference, and the most bytes while there is a rollout, a sweep of the weights that
     train, one of the reference, and an optimizer step."""
     from megatron_mdm.batch import Full
     from megatron_mdm.checkpoint.load import restored_engine
+    from megatron_mdm.engine.inputs import logits_inputs
     from megatron_mdm.generation.generate import generate
     from megatron_mdm.parallel.groups import initialize
     from tests.engine.test_engines import inference_engine
@@ -77,6 +88,12 @@ def peaks(config: RunConfig) -> dict[str, int]:
         reference = inference_engine(config, context)
         gc.collect()
         found = {"reference": live.now - before}
+        with CountBytes() as sent:
+            engine.logits(logits_inputs(tokens, Full(), selected))
+            of_logits = dict(sent.bytes)
+            engine.token_losses(micro_batches)
+        found["sent for logits"] = by_collective(of_logits)
+        found["sent"] = by_collective(sent.bytes)
         for name, phase in {
             "rollout": lambda: generate(engine, prompts, generation, SPECIAL, context),
             "sweep": lambda: engine.token_losses(micro_batches),
@@ -88,6 +105,14 @@ def peaks(config: RunConfig) -> dict[str, int]:
             phase()
             found[name] = live.peak
     return {**found, "stage": context.pipeline_rank}
+
+
+def by_collective(counted: Mapping[tuple[tuple[int, ...], str], int]) -> dict[str, int]:
+    """All groups' bytes together; groups of one rank send nothing."""
+    sums: Counter[str] = Counter()
+    for (ranks, name), size in counted.items():
+        sums[name] += size * (len(ranks) > 1)
+    return dict(+sums)
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
@@ -106,6 +131,9 @@ def test_predicted_memory_is_that_of_real_phases(name: str, tmp_path: Path) -> N
         losses = between + token_losses_bytes(config, layout, stage, shape, "cpu")
         for phase in ("sweep", "sweep of the reference"):
             assert losses == pytest.approx(counted[phase], rel=0.15)
+        asked = passing_communication(config, layout, stage, shape, padded_vocab_size(config.model, layout.tensor))
+        losses_asked = passing_communication(config, layout, stage, shape, 0)
+        print(name, stage, counted, asked, losses_asked)
         assert whole.total == pytest.approx(max(counted[phase] for phase in ("rollout", "step")), rel=0.15)
 
 
@@ -138,3 +166,66 @@ def test_what_a_denoising_step_takes_by_its_settings(changes: dict[str, Any]) ->
     with LiveBytes() as live:
         denoise(Logits(), [[5, 6]] * 8, range(8), config, SPECIAL)
     assert live.peak == pytest.approx(logits_bytes(config, VOCAB, 4, 1, "cpu"), rel=0.15)
+
+
+CONFIGS = sorted(Path(__file__).parents[2].glob("configs/rl/llada_8b_gsm8k_*.yaml"))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("cluster", ["a100-80gb", "h100-80gb"])
+def test_8b_parameters_fit_eight_gpus(path: Path, cluster: str) -> None:
+    plan = make_plan(load_config(path), read_cluster(cluster), Samples(7473))
+    assert plan.is_feasible, plan.obstacle
+    assert plan.layout.world_size == 8
+    rollout = plan.rollout
+    assert rollout is not None
+    counts = plan.config.rl.num_iterations * rollout.num_completions // plan.config.batch.global_size
+    assert rollout.num_updates == counts
+    assert plan.num_steps * rollout.total / counts / 86400 == pytest.approx(plan.days, rel=0.05)
+    text = plan_text(plan)
+    assert f"rollout: {rollout.num_completions} completions" in text
+    assert "reference  rollout" in text
+    assert json.loads(json.dumps(plan.as_json()))["rollout_seconds"]["total"] == rollout.total
+
+
+def test_what_a_reference_costs() -> None:
+    """Its weights, on the device or, between passes, on the host; a pass for each update; nothing beside adapters."""
+    plain, on_device, on_host, adapters = (
+        make_plan(load_config(CONFIGS[-1], changes), read_cluster("h100-80gb"), Samples(7473))
+        for changes in (
+            ["rl.beta=0"],
+            ["rl.beta=0.1"],
+            ["rl.beta=0.1", "rl.reference=host"],
+            ["rl.beta=0.1", "model.lora.rank=8"],
+        )
+    )
+    size = plain.memory[0].weights
+    assert plain.rollout is not None
+    assert on_device.rollout is not None
+    assert adapters.rollout is not None
+    assert [plan.memory[0].reference for plan in (plain, on_device, on_host, adapters)] == [0, size, 0, 0]
+    assert on_host.memory[0].host - plain.memory[0].host == size
+    assert on_host.memory[0].rollout >= size > plain.memory[0].rollout
+    assert on_device.fullest.total == plain.fullest.total + size
+    assert plain.rollout.reference == 0.0 < plain.rollout.old < plain.rollout.weights
+    assert on_device.rollout.reference == on_device.rollout.weights == plain.rollout.weights
+    assert adapters.rollout.reference > 0
+
+
+def test_one_update_of_a_rollout_needs_no_values() -> None:
+    changes = ["rl.num_iterations=1", "rl.beta=0", "batch.global_size=256", "rl.prompts_per_rollout=32"]
+    plan = make_plan(load_config(CONFIGS[-1], changes), read_cluster("h100-80gb"), Samples(7473))
+    assert plan.rollout is not None
+    assert plan.rollout.num_updates == 1
+    assert (plan.rollout.old, plan.rollout.weights, plan.rollout.reference) == (0, 0, 0)
+
+
+def test_dry_runs_count_rollouts(tmp_path: Path) -> None:
+    config = config_of(tmp_path, {"zero": 0}, "fp32")
+    text = describe(config, 1, 10)
+    assert "reference 0.01, rollout 0.01" in text
+    assert "rollouts: 32 prompts × 8 completions of at most 48 tokens; 64 steps with each" in text
+    supervised = config.model_copy(update={"rl": RlConfig()})
+    assert "rollout" not in describe(supervised, 1, 10)
+    whole, training = (memory_estimate(each, Layout.of(1, each.parallel)) for each in (config, supervised))
+    assert whole.total > training.total
