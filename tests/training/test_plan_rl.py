@@ -39,12 +39,14 @@ ROWS = 8  # of a micro-batch: 4 completions, 2 views
 NUM_MICRO_BATCHES = 2
 VOCAB = 4000
 SPECIAL = SpecialIds(MASK, PAD, EOS)
-LAYOUTS: dict[str, tuple[int, dict[str, Any], str]] = {
-    "dp2_zero1": (2, {"zero": 1}, "bf16"),
-    "dp2_zero3": (2, {"zero": 3}, "bf16"),
-    "tp2_sp": (2, {"tensor": 2, "sequence": True, "zero": 1}, "bf16"),
-    "pp2": (2, {"pipeline": 2, "zero": 0}, "fp32"),
+NUM_RANKS = 2
+LAYOUTS: dict[str, tuple[dict[str, Any], str]] = {
+    "dp2_zero1": ({"zero": 1}, "bf16"),
+    "dp2_zero3": ({"zero": 3}, "bf16"),
+    "tp2_sp": ({"tensor": 2, "sequence": True, "zero": 1}, "bf16"),
+    "pp2": ({"pipeline": 2, "zero": 0}, "fp32"),
 }
+SHAPE = MicroBatchShape(ROWS, LENGTH, ROWS * GEN_LENGTH)
 
 
 def config_of(folder: Path, parallel: dict[str, Any], dtype: str) -> RunConfig:
@@ -63,9 +65,14 @@ def config_of(folder: Path, parallel: dict[str, Any], dtype: str) -> RunConfig:
     )
 
 
-def peaks(config: RunConfig) -> dict[str, Any]:
+def in_turn(configs: dict[str, RunConfig]) -> dict[str, dict[str, Any]]:
+    """On a rank."""
+    return {name: counted(config) for name, config in configs.items()}
+
+
+def counted(config: RunConfig) -> dict[str, Any]:
     """On a rank: bytes of the reference, and the most bytes while there is a rollout, a sweep of the weights that
-    train, one of the reference, and an optimizer step."""
+    train, one of the reference, and an optimizer step; bytes sent for logits and for losses."""
     from megatron_mdm.batch import Full
     from megatron_mdm.checkpoint.load import restored_engine
     from megatron_mdm.engine.inputs import logits_inputs
@@ -87,13 +94,13 @@ def peaks(config: RunConfig) -> dict[str, Any]:
         before = live.now
         reference = inference_engine(config, context)
         gc.collect()
-        found = {"reference": live.now - before}
+        found: dict[str, Any] = {"reference": live.now - before}
         with CountBytes() as sent:
             engine.logits(logits_inputs(tokens, Full(), selected))
-            of_logits = dict(sent.bytes)
+        found["sent for logits"] = by_collective(sent.bytes)
+        with CountBytes() as sent:
             engine.token_losses(micro_batches)
-        found["sent for logits"] = by_collective(of_logits)
-        found["sent"] = by_collective(sent.bytes)
+        found["sent for losses"] = by_collective(sent.bytes)
         for name, phase in {
             "rollout": lambda: generate(engine, prompts, generation, SPECIAL, context),
             "sweep": lambda: engine.token_losses(micro_batches),
@@ -115,26 +122,45 @@ def by_collective(counted: Mapping[tuple[tuple[int, ...], str], int]) -> dict[st
     return dict(+sums)
 
 
+@pytest.fixture(scope="module")
+def phases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[RunConfig, list[dict[str, Any]]]]:
+    """Of each layout, by rank."""
+    folder = tmp_path_factory.mktemp("phases")
+    configs = {name: config_of(folder, parallel, dtype) for name, (parallel, dtype) in LAYOUTS.items()}
+    ranks = run_ranks(in_turn, NUM_RANKS, configs)
+    return {name: (config, [rank[name] for rank in ranks]) for name, config in configs.items()}
+
+
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_predicted_memory_is_that_of_real_phases(name: str, tmp_path: Path) -> None:
-    num_ranks, parallel, dtype = LAYOUTS[name]
-    config = config_of(tmp_path, parallel, dtype)
-    layout = Layout.of(num_ranks, config.parallel)
-    shape = MicroBatchShape(ROWS, LENGTH, ROWS * GEN_LENGTH)
-    for counted in run_ranks(peaks, num_ranks, config):
+def test_predicted_memory_is_that_of_real_phases(name: str, phases: Any) -> None:
+    config, ranks = phases[name]
+    layout = Layout.of(NUM_RANKS, config.parallel)
+    for counted in ranks:
         stage = counted["stage"]
-        memory = rank_memory(config, layout, stage, shape, NUM_MICRO_BATCHES, "cpu")
-        whole = with_rollouts(memory, config, layout, stage, shape, "cpu")
+        memory = rank_memory(config, layout, stage, SHAPE, NUM_MICRO_BATCHES, "cpu")
+        whole = with_rollouts(memory, config, layout, stage, SHAPE, "cpu")
         assert counted["reference"] == pytest.approx(weights_bytes(config, layout, stage), rel=0.03)
         between = whole.weights + whole.optimizer + whole.kept_gradients + whole.buffers + whole.reference
         assert between + whole.rollout == pytest.approx(counted["rollout"], rel=0.15)  # these logits are the most
-        losses = between + token_losses_bytes(config, layout, stage, shape, "cpu")
+        losses = between + token_losses_bytes(config, layout, stage, SHAPE, "cpu")
         for phase in ("sweep", "sweep of the reference"):
             assert losses == pytest.approx(counted[phase], rel=0.15)
-        asked = passing_communication(config, layout, stage, shape, padded_vocab_size(config.model, layout.tensor))
-        losses_asked = passing_communication(config, layout, stage, shape, 0)
-        print(name, stage, counted, asked, losses_asked)
         assert whole.total == pytest.approx(max(counted[phase] for phase in ("rollout", "step")), rel=0.15)
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_predicted_communication_is_that_of_real_passes(name: str, phases: Any) -> None:
+    """Logits, then losses of two micro-batches. What ZeRO 3 has gathered for a small model stays for the next pass."""
+    config, ranks = phases[name]
+    layout = Layout.of(NUM_RANKS, config.parallel)
+    width = padded_vocab_size(config.model, layout.tensor)
+    for counted in ranks:
+        of_logits = passing_communication(config, layout, counted["stage"], SHAPE, width)
+        of_losses = passing_communication(config, layout, counted["stage"], SHAPE, 0)
+        first = {("data", "all_gather"): weights_bytes(config, layout, 0)} if name == "dp2_zero3" else {}
+        assert counted["sent for logits"] == {name: size for (_, name), size in (of_logits | Counter(first)).items()}
+        sent = {name: NUM_MICRO_BATCHES * size for (_, name), size in of_losses.items()}
+        assert counted["sent for losses"] == sent
 
 
 class Logits:
