@@ -5,15 +5,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from scipy import stats
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from megatron_mdm.diffusion.hashing import DISTANCE, mixed, uniforms
 from megatron_mdm.diffusion.randomness import Purpose
@@ -129,29 +126,6 @@ def test_large_vocabularies_are_drawn_part_by_part(kind: str, mask_id: int | Non
     assert torch.equal(found.tokens, noisy.argmax(1))
     assert torch.equal(found.drawn_from, logits.double() / 0.7)
     assert torch.equal(found.logits, logits)
-
-
-class Recorder(TorchDispatchMode):
-    """Elements of the largest tensor that an operation makes, or is given."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.numel = 0
-
-    def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), named: Any = None) -> Any:
-        result = function(*arguments, **(named or {}))
-        tensors = (tensor for tensor in tree_leaves((arguments, named, result)) if isinstance(tensor, Tensor))
-        self.numel = max(self.numel, *(tensor.numel() for tensor in tensors), 0)
-        return result
-
-
-def test_a_device_makes_the_numbers_of_a_vocabulary() -> None:
-    """Before it is asked for them, nothing of N · V numbers exists."""
-    masked = torch.ones(2, 4, dtype=torch.bool)
-    with Recorder() as recorder:
-        drawn = of("device", [0, 1], 3, masked, 1000)
-    assert recorder.numel == 1000  # the tokens' numbers
-    assert drawn.tokens(slice(2, 4)).shape == (2, 1000)
 
 
 def by_number(noise: str, prompts: Mapping[int, Sequence[int]] | Sequence[Sequence[int]]) -> list[dict[int, Response]]:
