@@ -207,6 +207,7 @@ def test_8b_parameters_fit_eight_gpus(path: Path, cluster: str) -> None:
     assert rollout is not None
     counts = plan.config.rl.num_iterations * rollout.num_completions // plan.config.batch.global_size
     assert rollout.num_updates == counts
+    assert "would share the completions out evenly" not in plan_text(plan)
     assert plan.num_steps * rollout.total / counts / 86400 == pytest.approx(plan.days, rel=0.05)
     text = plan_text(plan)
     assert f"rollout: {rollout.num_completions} completions" in text
@@ -236,6 +237,12 @@ def test_what_a_reference_costs() -> None:
     assert plain.rollout.reference == 0.0 < plain.rollout.old < plain.rollout.weights
     assert on_device.rollout.reference == on_device.rollout.weights == plain.rollout.weights
     assert adapters.rollout.reference > 0
+
+
+def test_ranks_without_work_are_told_of() -> None:
+    changes = ["rl.generation.batch_size=48"]  # 6 batches of 256 completions for 4 ranks
+    plan = make_plan(load_config(CONFIGS[-1], changes), read_cluster("h100-80gb"), Samples(7473))
+    assert "; rl.generation.batch_size 32 would share the completions out evenly" in plan_text(plan)
 
 
 def test_one_update_of_a_rollout_needs_no_values() -> None:

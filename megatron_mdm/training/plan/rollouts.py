@@ -61,7 +61,7 @@ def rollout_time(
     num_reference = num_updates if rl.beta > 0 else 0
     sweep = passing_seconds(config, layout, cluster, usual, num_micro_batches)
     validation = 0.0
-    if rl.evaluate_every and config.data.validation:
+    if rl.evaluate_every and (config.data.validation or config.data.validation_fraction):
         validation = turn * _turns(rl.num_eval_prompts, generation, layout) / rl.evaluate_every
     communication: Volume = Counter()
     width = int(config.model.vocab_size)

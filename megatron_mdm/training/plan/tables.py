@@ -92,11 +92,15 @@ def _rollout_lines(plan: Plan, rollout: RolloutTime) -> list[str]:
         "validations": rollout.validation,
     }
     shares = ", ".join(f"{name} {seconds:.1f}" for name, seconds in parts.items() if seconds)
+    shared = math.ceil(rollout.num_completions / plan.layout.data / rollout.num_turns)
+    better = ""
+    if shared < generation.batch_size:
+        better = f"; rl.generation.batch_size {shared} would share the completions out evenly"
     sent = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in by_name(rollout.communication).items())
     return [
         f"rollout: {rollout.num_completions} completions, a rank's in {rollout.num_turns} × {generation.batch_size} of "
         f"at most {rollout.num_passes} passes; {rollout.num_updates} updates; {rollout.total:.1f} s beside rewards "
-        f"({shares})",
+        f"({shares}){better}",
         f"communication of a rollout's passes without gradients, GB: {sent or 'none'}",
     ]
 
