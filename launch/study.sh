@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The small study, end to end, on two CPU cores and without a download: data of four kinds of tasks → a masked and an
 # autoregressive base model of one size, on one mix of texts, side by side (40 minutes at most) → a base for text to image → all
-# runs, their tables, pictures and verdicts (some 4 hours). Interrupted anywhere, the same command goes on.
+# runs, their tables, pictures and verdicts (3 to 4 hours). Interrupted anywhere, the same command goes on.
 #   bash launch/study.sh            everything
 #   bash launch/study.sh bases      data and bases only
 #   bash launch/study.sh --dry-run  after the bases: runs, hours and disk; further arguments are those of `mdm study`

@@ -205,7 +205,7 @@ class Pool:
             left = len(self.waiting) + len(self.running)
             seconds = time.monotonic() - running.began
             self.say(f"{name}: {record['told']}, {seconds:.0f} s; {left} of {self.number} left")
-        elif code == 0 and self.outcome.stopped:
+        elif self.outcome.stopped and code in (0, -signal.SIGTERM):  # the latter before it could save
             self.say(f"{name}: stopped; the same command goes on with it")
         else:
             error = failure(recipe.folder, self.since) or _last_words(recipe.folder / LOG, code)

@@ -46,13 +46,18 @@ def test_every_run_is_done_and_told(whole: Path) -> None:
     assert "| mirror |" in (whole / "tables.md").read_text(encoding="utf-8")
 
 
-def test_killed_and_given_again_it_has_the_same_tables(whole: Path, tmp_path: Path) -> None:
+def test_stopped_and_killed_and_given_again_it_has_the_same_tables(whole: Path, tmp_path: Path) -> None:
     path = write_study(tmp_path, "study")
-    program = ProgramRanks(PROGRAM, [str(path), "--workers", "2"])
     folder = tmp_path / "study"
+    program = ProgramRanks(PROGRAM, [str(path), "--workers", "2"])
     while program.is_running() and not list(folder.glob("runs/*/checkpoints/step-*")):
         time.sleep(0.02)
-    time.sleep(random.uniform(0.0, 1.5))
+    program.processes[0].terminate()
+    (result,) = program.wait()
+    assert result.exit_code == 0, result.stdout + result.stderr
+    assert "stopped; the same command goes on" in result.stdout
+    program = ProgramRanks(PROGRAM, [str(path), "--workers", "2"])
+    time.sleep(random.uniform(0.5, 3.0))
     program.kill()
     (result,) = run_program_ranks(PROGRAM, [str(path), "--workers", "2"])
     assert result.exit_code == 0, result.stdout + result.stderr
