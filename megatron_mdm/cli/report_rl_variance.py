@@ -59,10 +59,10 @@ def report_rl_variance(options: argparse.Namespace) -> None:
     study = Study(weights, config, rollout, output, identity)
     wanted = study.target(options.target_rows, options.target_draws)
     found = {name: study.sums(name, DESIGNS[name], options.draws) for name in names}
-    rows = {
-        name: measured(sums, DESIGNS[name].kind, found[FIRST], DESIGNS[FIRST].kind, wanted)
-        for name, sums in found.items()
-    }
+    kinds = {name: DESIGNS[name].kind for name in found}
+    if old is not None:  # clipped ratios of tokens and of completions have means of their own
+        kinds = {name: kind._replace(exact=False) for name, kind in kinds.items()}
+    rows = {name: measured(sums, kinds[name], found[FIRST], kinds[FIRST], wanted) for name, sums in found.items()}
     record = {
         "run": str(folder),
         **identity,

@@ -71,7 +71,7 @@ def _plain(array: Any) -> Any:
 class Kind(NamedTuple):
     """What is known of a design without any draw."""
 
-    exact: bool  # E g = g*
+    exact: bool  # E g = g*, where θ is θ_old
     independent: bool  # groups have noise of their own: none of them in common, and no strata over them
 
 
@@ -93,32 +93,27 @@ def resamples(number: int, seed: int = 0) -> Floats:
 
 
 def measured(sums: Sums, kind: Kind, first: Sums, of_first: Kind, target: Sums) -> Measured:
-    """Noise, bias and both of a design. first: one whose mean is g*. Estimates are of whole gradients, intervals of
-    sketches.
+    """Noise, bias and both of a design. Estimates are of whole gradients, intervals of sketches.
 
     What is known is used, since ‖E g‖² is hard to tell from noisy draws: exact designs have scale and cosine 1, and
     independent groups no covariance. The measured scale is told all the same.
     """
     multiplicity = resamples(len(sums.mean))
-    variance = _Estimates(_own(sums).sum() if kind.independent else sums.variance, _variance(sums, kind, multiplicity))
-    base = _Estimates(
-        _own(first).sum() if of_first.independent else first.variance, _variance(first, of_first, multiplicity)
-    )
     wanted = _Estimates(target.power, _power(target, multiplicity))
-    along = _Estimates(sums.inner / wanted.exact, of_resampled(_products(sums, target), multiplicity) / wanted.sketched)
-    if kind.exact:
-        scale, power = _Estimates(1.0, np.ones(len(multiplicity))), wanted
-    else:
-        scale, power = along, _Estimates(sums.power, _power(sums, multiplicity))
+    variance, along = _variance(sums, kind, multiplicity), _along(sums, target, wanted, multiplicity)
+    base, base_along = _variance(first, of_first, multiplicity), _along(first, target, wanted, multiplicity)
+    one = _Estimates(1.0, np.ones(len(multiplicity)))
+    scale, base_scale = (one if each.exact else found for each, found in ((kind, along), (of_first, base_along)))
+    power = wanted if kind.exact else _Estimates(sums.power, _power(sums, multiplicity))
 
-    def of(formula: Callable[[Any, Any, Any, Any, Any], Any]) -> Floats:
-        return _interval(*(formula(*each) for each in zip(variance, base, wanted, scale, power)))
+    def of(formula: Callable[..., Any]) -> Floats:
+        return _interval(*(formula(*each) for each in zip(variance, base, base_scale, wanted, scale, power)))
 
     return Measured(
-        noise=of(lambda v, b, w, s, p: v / (s**2 * w)),
-        relative_noise=of(lambda v, b, w, s, p: v / (s**2 * b)),
-        cosine=of(lambda v, b, w, s, p: s * np.sqrt(w / p)),
-        alignment=of(lambda v, b, w, s, p: s * np.sqrt(w / (p + v))),
+        noise=of(lambda v, b, bs, w, s, p: v / (s**2 * w)),
+        relative_noise=of(lambda v, b, bs, w, s, p: v / s**2 / (b / bs**2)),
+        cosine=of(lambda v, b, bs, w, s, p: s * np.sqrt(w / p)),
+        alignment=of(lambda v, b, bs, w, s, p: s * np.sqrt(w / (p + v))),
         scale=_interval(*along),
     )
 
@@ -138,13 +133,20 @@ def _own(sums: Sums) -> Floats:
     return (sums.squares.sum(0) - sums.draws * mean) / (sums.draws - 1)
 
 
-def _variance(sums: Sums, kind: Kind, multiplicity: Floats) -> Floats:
-    """[1 + resamples]: of resampled draws, too. What groups have in common is an average over draws alone."""
+def _variance(sums: Sums, kind: Kind, multiplicity: Floats) -> _Estimates:
+    """Sketched: of resampled draws, too. What groups have in common is an average over draws alone."""
     products = sums.products
     if kind.independent:
         products = products * np.eye(products.shape[1])
     covariance = np.tensordot(resamples(sums.draws, seed=1), products, 1) / (sums.draws - 1)
-    return of_resampled(covariance, multiplicity)
+    exact = float(_own(sums).sum()) if kind.independent else sums.variance
+    return _Estimates(exact, of_resampled(covariance, multiplicity))
+
+
+def _along(sums: Sums, target: Sums, wanted: _Estimates, multiplicity: Floats) -> _Estimates:
+    """The component of E g along g*, whose square is `wanted`."""
+    sketched = of_resampled(_products(sums, target), multiplicity) / wanted.sketched
+    return _Estimates(sums.inner / wanted.exact, sketched)
 
 
 def of_resampled(products: Floats, multiplicity: Floats) -> Floats:

@@ -73,6 +73,8 @@ def test_estimates_are_those_of_known_gradients() -> None:
     assert of_other.alignment[0] == pytest.approx(biased @ total / np.sqrt(power * (other_power + variance)), abs=0.01)
     for estimate, low, high in of_other:
         assert low < estimate < high
+    estimated = measured(other, Kind(exact=False, independent=False), first, known._replace(exact=False), wanted)
+    assert estimated.relative_noise[0] == pytest.approx(of_other.relative_noise[0] * of_first.scale[0] ** 2)
     alone = measured(other, Kind(exact=False, independent=True), first, known, wanted)  # without what groups share
     assert alone.noise[0] == pytest.approx(of_other.noise[0] * GROUPS * 0.29 / (variance / SIZE), rel=0.05)
 
