@@ -54,7 +54,7 @@ def report_rl_variance(options: argparse.Namespace) -> None:
         "old": checkpoint_identity(folder, old.source) if isinstance(old, InferenceEngine) else {},
         "rollout (sha256)": sha256(path),
         "groups": options.groups,
-        "settings": config.rl.model_dump(mode="json", include={"scope", "tail", "epsilon", "epsilon_high"}),
+        "settings": config.rl.model_dump(mode="json", include={"scope", "tail", "epsilon", "epsilon_high", "delta"}),
     }
     study = Study(weights, config, rollout, output, identity)
     wanted = study.target(options.target_rows, options.target_draws)

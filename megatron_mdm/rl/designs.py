@@ -70,7 +70,9 @@ def target(rows: int) -> Design:
 
 def config_of(config: RunConfig, design: Design, num_groups: int) -> RunConfig:
     """A run's configuration with a design: one update with all groups, no divergence."""
-    kept = config.rl.model_dump(include={"num_generations", "scope", "tail", "epsilon", "epsilon_high", "rewards"})
+    kept = config.rl.model_dump(
+        include={"num_generations", "scope", "tail", "epsilon", "epsilon_high", "delta", "rewards"}
+    )
     rl = RlConfig(**{**kept, "prompts_per_rollout": num_groups, "num_iterations": 1, **design.rl})
     diffusion = config.diffusion.model_dump(include={"epsilon", "mask_schedule"})
     size = rl.num_generations

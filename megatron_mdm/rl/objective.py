@@ -57,7 +57,8 @@ def gradient(
     ratio = np.exp(log_ratio)
     low, high = rl.clip_range
     clipped_low = (ratio < low) & (advantage < 0)  # strictly: at ratio 1 nothing is clipped, whatever epsilon
-    clipped_high = (ratio > high) & (advantage > 0)
+    high = high if advantage > 0 else rl.delta or np.inf
+    clipped_high = (ratio > high) & (advantage != 0)
     bounded = np.where(clipped_low, low, np.where(clipped_high, high, ratio))
     objective = bounded * advantage
     slope = np.where(clipped_low | clipped_high, 0.0, ratio * advantage)  # of the objective, times d

@@ -54,7 +54,8 @@ def written_out(rl: RlConfig, rows: Rows, now: Tensor, old: Tensor, reference: T
 
     def surrogate(log_ratio: Tensor) -> Tensor:
         ratio = log_ratio.exp()
-        return torch.minimum(ratio * advantage, ratio.clamp(low, high) * advantage)
+        most = ratio.clamp(max=rl.delta) if rl.delta else ratio
+        return torch.minimum(most * advantage, ratio.clamp(low, high) * advantage)
 
     def divergence(difference: Tensor, length: float) -> Tensor:
         scaled = difference / length
@@ -120,7 +121,7 @@ def drawn(rl: RlConfig, masking: str, seed: int) -> tuple[Rows, Floats, Floats, 
 def test_weights_are_the_gradient_of_the_objective(rl: dict[str, Any]) -> None:
     clipped = set()
     for seed, advantage, masking in itertools.product(range(3), (0.8, -1.3, 0.0), ("bernoulli", "exact_count")):
-        config = settings(**rl, epsilon=0.2, epsilon_high=0.3, beta=BETA)[0]
+        config = settings(**rl, epsilon=0.2, epsilon_high=0.3, delta=(0.0, 1.5, 4.0)[seed], beta=BETA)[0]
         rows, now, old, reference = drawn(config, masking, seed)
         constants = coefficients(config, rows, TOTALS)
         got = gradient(config, constants, now, values(constants, old), values(constants, reference), advantage)

@@ -40,6 +40,7 @@ def test_what_a_run_writes_is_what_it_reads(estimator: str) -> None:
         ({"mask_prompt": 0.1}, "mask_prompt"),
         ({"full_pass": True}, "full_pass"),
         ({"rate_range": (0.8, 0.2)}, "ascending"),
+        ({"epsilon_high": 0.5, "delta": 1.5}, "delta 1.5 must be more than 1 \\+ epsilon_high, 1.5, or 0"),
     ],
 )
 def test_rules_of_the_section(rl: dict[str, Any], said: str) -> None:
@@ -62,8 +63,9 @@ def test_rules_of_the_section(rl: dict[str, Any], said: str) -> None:
     ],
 )
 def test_rules_across_sections(rl: dict[str, Any], diffusion: dict[str, Any], said: str, tmp_path: Path) -> None:
-    rl = {"num_generations": 4, "prompts_per_rollout": 8, **rl}
+    generation = {"gen_length": 16, "block_length": 8, "steps": 16}
+    rl = {"num_generations": 4, "prompts_per_rollout": 8, "evaluate_every": 0, "generation": generation, **rl}
     sections = {"diffusion": diffusion, "batch": {"global_size": 16, "micro_size": 4}}
     check_rl(small_config(tmp_path, rl=rl, **sections))  # without rewards there is nothing to check
     with pytest.raises(UserError, match=said):
-        check_rl(small_config(tmp_path, rl={**rl, **REWARDED}, **sections))
+        check_rl(small_config(tmp_path, rl={**rl, **REWARDED}, data={"format": "prompts"}, **sections))

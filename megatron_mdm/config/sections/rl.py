@@ -52,6 +52,8 @@ class RlConfig(Section):
     mask_truncated_completions: bool = False  # completions without an end count neither in losses nor in their number
     epsilon: float = Field(default=0.2, ge=0)  # the ratio is clipped at 1 − epsilon …
     epsilon_high: float = Field(default=0.0, ge=0)  # … and 1 + epsilon_high; 0: epsilon, too
+    # Two-sided clipping: the ratio of what is to become less likely counts as delta at most; 0: without bound
+    delta: float = Field(default=0.0, ge=0)
     beta: float = Field(default=0.0, ge=0)  # weight of the divergence from the initial weights; 0: these are not needed
     kl: Literal["k2", "k2_split", "k3"] = "k3"  # its estimate
     # Mask rates of the updates. stratified: of each prompt over its updates, and of each update over its prompts;
@@ -133,6 +135,8 @@ class RlConfig(Section):
             raise ValueError(f"importance_sampling_level sequence needs estimator masked or elbo, not {self.estimator}")
         if self.importance_sampling_level == "token" and self.estimator == "elbo":
             raise ValueError("estimator elbo is of whole completions: set importance_sampling_level to sequence")
+        if self.delta and self.delta <= self.clip_range[1]:
+            raise ValueError(f"delta {self.delta} must be more than 1 + epsilon_high, {self.clip_range[1]:g}, or 0")
         if self.mask_prompt and self.estimator != "one_step":
             raise ValueError(f"mask_prompt is for estimator one_step, not {self.estimator}")
         for name, unset in (("full_pass", False), ("pair_weight", "none")):
