@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The small study, end to end, on two CPU cores and without a download: data of four kinds of tasks → a masked and an
-# autoregressive base model of one size, on one mix of texts, side by side (40 minutes at most) → a base for text to image → all
+# autoregressive base model of one size, on one mix, side by side (40 minutes at most) → a base for text to image → all
 # runs, their tables, pictures and verdicts (3 to 4 hours). Interrupted anywhere, the same command goes on.
 #   bash launch/study.sh            everything
 #   bash launch/study.sh bases      data and bases only
@@ -14,11 +14,7 @@ images=$data/images
 export OMP_NUM_THREADS=1
 
 make_texts() {
-    rm -rf "$data/made"
     python tools/prepare_data.py study --output "$data"
-    rm -f "$data"/texts-* "$data/texts.progress.json"
-    python tools/prepare_data.py corpus "$data/texts.jsonl" --output "$data/texts" --tokenizer "$data/tokenizer.model" \
-        --splits 0.99 0.01
     touch "$data/made"
 }
 

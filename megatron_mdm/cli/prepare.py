@@ -16,8 +16,8 @@ mdm prepare images DATA … --image-tokenizer FOLDER --resolution 512 --output c
     caption and image codes, which `task text-to-image` takes; interrupted, it resumes
 mdm prepare digits --output FOLDER [--seed 0]
     scikit-learn's handwritten digits, tinted and captioned ("a red seven"): train.parquet, test.parquet, captions.jsonl
-mdm prepare study --output FOLDER [--train 640 --validation 128 --test 1000 --texts 100000 --seed 0]
-    generates the small study's data: sets of three tasks, texts to pretrain on, and their tokenizer
+mdm prepare study --output FOLDER [--train 640 --validation 128 --test 1000 --mix 200000 --seed 0]
+    generates the small study's data: sets of three tasks, a mix to pretrain on, and their tokenizer
 mdm prepare inspect --config FILE --output FOLDER [section.key=value …]
     shows samples as training sees them, their lengths, and what padding and packing cost
 """
@@ -173,7 +173,7 @@ def main() -> None:
     command.add_argument("--train", type=_POSITIVE, default=640, help="samples of each task")
     command.add_argument("--validation", type=_POSITIVE, default=128)
     command.add_argument("--test", type=_POSITIVE, default=1000)
-    command.add_argument("--texts", type=_POSITIVE, default=100_000, help="to pretrain on")
+    command.add_argument("--mix", type=whole(1000, MOST_PROBLEMS), default=200_000, help="samples to pretrain on")
     command.add_argument("--seed", type=_NATURAL, default=0)
     command.set_defaults(run=study)
     command = commands.add_parser("inspect", help="samples, lengths, efficiency")

@@ -1,4 +1,4 @@
-"""`mdm prepare study`: the small study's data: sets of its tasks, texts to pretrain on, the tokenizer of both."""
+"""`mdm prepare study`: the small study's data: sets of its tasks, a mix to pretrain on, the tokenizer of both."""
 
 from __future__ import annotations
 
@@ -11,15 +11,16 @@ from typing import Any
 from megatron_mdm.cli import tokenizer
 from megatron_mdm.config.errors import UserError
 from megatron_mdm.config.files import write_atomically
-from megatron_mdm.data.study_sets import TASKS, Held, Sizes, pretraining_texts
+from megatron_mdm.data.study_sets import TASKS, Held, Sizes, pretraining_mix
 from megatron_mdm.data.word_problems import LARGEST
 
 _VOCABULARY = 640
-_FOR_TOKENIZER = 4000  # texts and training samples of each task that the tokenizer is trained on
+_FOR_TOKENIZER = 4000  # samples of the mix, besides those of fine-tuning
+_HELD_OUT = 500  # samples of the mix
 
 
 def write_study(arguments: argparse.Namespace) -> None:
-    """TASK/{train,validation,test}.jsonl, texts.jsonl, held_out_texts.jsonl, tokenizer.model."""
+    """TASK/{train,validation,test}.jsonl, mix/{train,validation}.jsonl, tokenizer.model."""
     folder: Path = arguments.output
     sizes = Sizes(arguments.train, arguments.validation, arguments.test)
     tasks = {name: make(sizes, arguments.seed) for name, make in TASKS.items()}
@@ -27,10 +28,12 @@ def write_study(arguments: argparse.Namespace) -> None:
         for name, sets in tasks.items():
             for part, samples in sets.items():
                 _write(folder / name / f"{part}.jsonl", samples)
-        texts = [{"text": text} for text in pretraining_texts(arguments.texts, Held.of(tasks), arguments.seed)]
-        _write(folder / "texts.jsonl", texts)
-        seen = [{"text": _text(sample)} for sets in tasks.values() for sample in sets["train"][:_FOR_TOKENIZER]]
-        _write(folder / "tokenizer.jsonl", [*texts[:_FOR_TOKENIZER], *seen])
+        mix = pretraining_mix(arguments.mix, Held.of(tasks), arguments.seed)
+        _write(folder / "mix" / "train.jsonl", mix[_HELD_OUT:])
+        _write(folder / "mix" / "validation.jsonl", mix[:_HELD_OUT])
+        seen = [sample for sets in tasks.values() for sample in sets["train"]]
+        texts = [{"text": _text(sample)} for sample in (*mix[:_FOR_TOKENIZER], *seen)]
+        _write(folder / "tokenizer.jsonl", texts)
     except OSError as error:
         raise UserError(f"{error.filename or folder}: cannot be written ({error.strerror})") from None
     tokenizer.train(

@@ -123,23 +123,23 @@ def questions_about(
     return samples
 
 
-def statements(known: Sequence[Person], rng: random.Random, num_facts: int = 6) -> str:
-    """A text of pretraining: what is said of some of these people."""
+def statements(known: Sequence[Person], rng: random.Random, num_facts: int = 6) -> dict[str, str]:
+    """A sample of pretraining: what is said of two of these people, all of it to be learnt."""
     said = []
     for person in rng.sample(known, 2):
         for attribute in rng.sample(range(NUM_ATTRIBUTES), num_facts // 2):
             sentence = rng.choice(_ATTRIBUTES[attribute].sentences)
             said.append(sentence.format(name=person.name, value=person.values[attribute]))
-    return " ".join(said)
+    return {"prompt": "People:", "response": " ".join(said)}
 
 
-def quiz(known: Sequence[Person], rng: random.Random, exclude: Collection[str]) -> str:
-    """A text of pretraining: a question about one of these people, not one of exclude, and its answer."""
+def quiz(known: Sequence[Person], rng: random.Random, exclude: Collection[str]) -> dict[str, str]:
+    """A sample of pretraining: a question about one of these people, not one of exclude, and its answer."""
     while True:
         sample = _question(rng.choice(known), rng.randrange(NUM_ATTRIBUTES), rng)
         if sample["prompt"] not in exclude:
             letter = sample["response"].removeprefix("\\boxed{").removesuffix("}")
-            return f"{sample['prompt']}\nAnswer ({letter})"
+            return {"prompt": sample["prompt"], "response": f"Answer ({letter})"}
 
 
 def _question(person: Person, attribute: int, rng: random.Random) -> dict[str, str]:

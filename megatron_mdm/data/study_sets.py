@@ -1,4 +1,4 @@
-"""The data of the small study: fine-tuning, validation and test sets of three kinds of tasks, and one mix of texts to
+"""The data of the small study: fine-tuning, validation and test sets of three kinds of tasks, and one mix to
 pretrain on, which shows none of their questions, and the facts of the test only as statements."""
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from megatron_mdm.data.public_sets import Sets
 NUM_PEOPLE = 340
 _FAR = 1_000_003  # seeds of the texts' problems are apart from those of the sets
 NUM_ASKED = 80  # of these people: those that quizzes of pretraining and questions of fine-tuning are about
-TEXTS = {"problems": 0.4, "tables": 0.25, "statements": 0.25, "quizzes": 0.1}  # shares of the mix
+MIX = {"problems": 0.25, "tables": 0.35, "statements": 0.25, "quizzes": 0.15}
 
 
 class Sizes(NamedTuple):
@@ -78,23 +78,24 @@ class Held(NamedTuple):
         )
 
 
-def pretraining_texts(num: int, held: Held, seed: int) -> list[str]:
-    """num texts of the mix. A pure function of its arguments."""
+def pretraining_mix(num: int, held: Held, seed: int) -> list[dict[str, str]]:
+    """num samples of the mix, each a prompt that is seen and a response that is learnt, as bases of published
+    fine-tunings have been instructed. A pure function of its arguments."""
     rng = random.Random(f"texts {seed}")
     known = fact_questions.people(seed)[:NUM_PEOPLE]
-    counts = {name: round(num * share) for name, share in TEXTS.items()}
+    counts = {name: round(num * share) for name, share in MIX.items()}
     problems = iter(word_problems.generate(counts["problems"], 3 * seed + _FAR, held.problems))
-    kinds: dict[str, Callable[[], str]] = {
+    kinds: dict[str, Callable[[], dict[str, str]]] = {
         "problems": lambda: _problem(next(problems)),
-        "tables": lambda: table_questions.document(rng, held.tables),
+        "tables": lambda: table_questions.described(rng, held.tables),
         "statements": lambda: fact_questions.statements(known, rng),
         "quizzes": lambda: fact_questions.quiz(known[:NUM_ASKED], rng, held.prompts),
     }
-    texts = [kinds[name]() for name, count in counts.items() for _ in range(count)]
-    rng.shuffle(texts)
-    return texts
+    samples = [kinds[name]() for name, count in counts.items() for _ in range(count)]
+    rng.shuffle(samples)
+    return samples
 
 
-def _problem(sample: dict[str, str]) -> str:
+def _problem(sample: dict[str, str]) -> dict[str, str]:
     """A problem with its steps, whose last is the answer: without the mark of fine-tuning."""
-    return f"{sample['question']} {sample['answer'].partition(' ####')[0]}"
+    return {"prompt": sample["question"], "response": sample["answer"].partition(" ####")[0]}

@@ -88,10 +88,10 @@ def generate(num: int, seed: int, exclude: Collection[str] = ()) -> list[dict[st
     return samples
 
 
-def document(rng: random.Random, exclude: Collection[str], num_sentences: int = 3) -> str:
-    """A text of pretraining: a table, not one of exclude, and sentences that say what is in it."""
+def described(rng: random.Random, exclude: Collection[str], num_sentences: int = 4) -> dict[str, str]:
+    """A sample of pretraining: a table, not one of exclude, and sentences that say what is in it."""
     table = Table.drawn(rng)
     while table.text in exclude:
         table = Table.drawn(rng)
     said = [question(table, rng)[2] for question in rng.sample(QUESTIONS, num_sentences)]
-    return f"Table: pets\n{table.text}\n{' '.join(said)}"
+    return {"prompt": f"Table: pets\n{table.text}", "response": " ".join(said)}

@@ -8,7 +8,7 @@ import pytest
 
 from megatron_mdm.data import fact_questions, table_questions
 from megatron_mdm.data.public_sets import Sets
-from megatron_mdm.data.study_sets import NUM_ASKED, NUM_PEOPLE, TASKS, Held, Sizes, pretraining_texts
+from megatron_mdm.data.study_sets import NUM_ASKED, NUM_PEOPLE, TASKS, Held, Sizes, pretraining_mix
 from megatron_mdm.evaluation.tasks import TASKS as SCORERS
 
 SIZES = Sizes(train=300, validation=100, test=1000)
@@ -81,8 +81,9 @@ def test_options_hold_the_right_value_once(tasks: dict[str, Sets]) -> None:
 
 def test_pretraining_shows_no_question_of_any_set_and_every_fact(tasks: dict[str, Sets]) -> None:
     held = Held.of(tasks)
-    texts = pretraining_texts(8000, held, 0)
-    assert texts == pretraining_texts(8000, held, 0)
+    mix = pretraining_mix(8000, held, 0)
+    assert mix == pretraining_mix(8000, held, 0)
+    texts = [f"{sample['prompt']}\n{sample['response']}" for sample in mix]
     whole = "\n\n".join(texts)
     for samples in (part for sets in tasks.values() for part in sets.values()):
         assert not any(prompt_of(sample).partition("\nQuestion")[0] in whole for sample in samples)

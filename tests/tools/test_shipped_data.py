@@ -60,7 +60,9 @@ GENERATED = (  # by the quickstarts, mdm prepare, launch/study.sh
     "rl/arithmetic_sft.yaml",
     "rl/countdown_sft.yaml",
     "rl/sudoku4_sft.yaml",
+    "study/base_autoregressive.yaml",
     "study/base_images.yaml",
+    "study/base_masked.yaml",
     "study/sft_images.yaml",
 )
 GENERATED_PROMPTS = ("rl/arithmetic.yaml", "rl/countdown.yaml", "rl/sudoku4.yaml")
