@@ -153,6 +153,7 @@ def _train(config: RunConfig, folder: Path) -> dict[str, Any]:
 def _signed(engine: Any, micro_batches: list[Any], lr: float) -> dict[str, Any]:
     """A step as reinforcement learning takes it, with weights of either sign that follow from the tokens' losses: waits
     of the two passes, and the rows' losses in both."""
+    from megatron_mdm.parallel import platform
     from tests.cuda import record
 
     record.reset()
@@ -160,7 +161,7 @@ def _signed(engine: Any, micro_batches: list[Any], lr: float) -> dict[str, Any]:
     waits = [dict(record.synchronisations)]
     weights = [torch.where(each > each.mean(), -0.1, 0.1) * (each > 0) for each in losses]
     signed = [
-        of._replace(token_weight=each.pin_memory(), dropout_keys=None)
+        of._replace(token_weight=each.pin_memory() if platform.is_cuda() else each, dropout_keys=None)
         for of, each in zip(micro_batches, weights, strict=True)
     ]
     record.reset()
