@@ -12,19 +12,15 @@ prepare_environment ""
 data=runs/quickstart_rl_data
 start=runs/quickstart_rl_start
 run=runs/quickstart_rl
-mode=--overwrite
-overrides=()
+given=()
 for argument in "$@"; do
-    case "$argument" in
-        --resume) mode=--resume ;;
-        --control)
-            run=runs/quickstart_rl_control
-            overrides+=("rl.rewards=[{name: tests/rl/shuffled.py:exact_match}]" "checkpoint.directory=$run")
-            ;;
-        checkpoint.directory=*) run=${argument#*=} && overrides+=("$argument") ;;
-        *) overrides+=("$argument") ;;
-    esac
+    if [ "$argument" = --control ]; then
+        given+=("rl.rewards=[{name: tests/rl/shuffled.py:exact_match}]" checkpoint.directory=runs/quickstart_rl_control)
+    else
+        given+=("$argument")
+    fi
 done
+read_arguments ${given[@]+"${given[@]}"}
 launch=(python launch/torchrun.py --nproc-per-node 2)
 answer=(--task gsm8k gen_length=16 block_length=8 steps=16 batch_size=64)
 

@@ -51,6 +51,24 @@ class Callback:
         """Take back what state_dict gave."""
 
 
+class AtValidations(Callback):
+    """Does something after every so many steps, and at the end of a run that no signal stopped."""
+
+    def __init__(self, every: int) -> None:
+        self.every = every
+
+    def at_validation(self, state: TrainState) -> None:
+        raise NotImplementedError
+
+    def after_step(self, state: TrainState, _: StepResult) -> None:
+        if state.step % self.every == 0:
+            self.at_validation(state)
+
+    def after_run(self, state: TrainState) -> None:
+        if state.step % self.every and not state.interrupted:
+            self.at_validation(state)
+
+
 class Callbacks:
     """A run's callbacks in their order."""
 

@@ -24,8 +24,7 @@ from megatron_mdm.images.pixels import to_png
 from megatron_mdm.images.sheet import sheet
 from megatron_mdm.parallel.groups import ParallelContext
 from megatron_mdm.parallel.heartbeat import enter
-from megatron_mdm.training.callbacks.base import Callback, Order
-from megatron_mdm.training.loop import StepResult
+from megatron_mdm.training.callbacks.base import AtValidations, Order
 from megatron_mdm.training.metrics import MetricsLog
 from megatron_mdm.training.state import TrainState
 
@@ -33,7 +32,7 @@ NUM_PICTURES = 16  # at most, of captions evenly spaced through the file
 FOLDER = "samples"
 
 
-class Preview(Callback):
+class Preview(AtValidations):
     """Draws captions of `image.preview` every `evaluation.every` steps and at the end, by the default settings of
     generation: samples/step-NNNNNNNN.png in the run's folder, and a picture in tensorboard.
 
@@ -47,7 +46,7 @@ class Preview(Callback):
         self, config: RunConfig, tokenizer: Tokenizer, engine: Engine, context: ParallelContext, metrics: MetricsLog
     ) -> None:
         """Raises UserError where captions or image tokenizer cannot be read, or do not go with the run."""
-        self.every = config.evaluation.every
+        super().__init__(config.evaluation.every)
         self.folder = Path(config.checkpoint.directory) / FOLDER
         self.special = SpecialIds.of(tokenizer)
         self.image = ImageTokens.of(config, self.special)
@@ -61,19 +60,10 @@ class Preview(Callback):
         self.engine = engine
         self.context = context
         self.metrics = metrics
-        self.last_step = -1
 
-    def after_step(self, state: TrainState, _: StepResult) -> None:
-        if state.step % self.every == 0:
-            self._draw(state.step)
-
-    def after_run(self, state: TrainState) -> None:
-        if self.last_step != state.step and state.step % self.every and not state.interrupted:
-            self._draw(state.step)
-
-    def _draw(self, step: int) -> None:
+    def at_validation(self, state: TrainState) -> None:
+        step = state.step
         enter(f"the pictures after step {step}")
-        self.last_step = step
         decode = partial(denoise_images, image=self.image)
         ids = [caption.ids for caption in self.captions]
         responses = generate(self.engine, ids, self.sampling, self.special, self.context, decode)

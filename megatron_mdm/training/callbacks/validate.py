@@ -6,13 +6,13 @@ from collections.abc import Callable, Mapping
 
 from megatron_mdm.evaluation.validation import Validation
 from megatron_mdm.parallel.heartbeat import enter
-from megatron_mdm.training.callbacks.base import Callback, Order, State
-from megatron_mdm.training.loop import StepResult, Trainer
+from megatron_mdm.training.callbacks.base import AtValidations, Order, State
+from megatron_mdm.training.loop import Trainer
 from megatron_mdm.training.metrics import MetricsLog
 from megatron_mdm.training.state import TrainState
 
 
-class Validate(Callback):
+class Validate(AtValidations):
     """Validation loss every so many steps and at the end; stops a run that no longer improves."""
 
     name = "validate"
@@ -29,13 +29,12 @@ class Validate(Callback):
     ) -> None:
         """every: steps. patience: validations without a new best; 0: it never stops a run. found: what else there is to
         log of the last validation."""
-        self.every = every
+        super().__init__(every)
         self.patience = patience
         self.validation = validation
         self.found = found
         self.trainer = trainer
         self.metrics = metrics
-        self.last_step = -1
         self.validations_without_best = 0
 
     def state_dict(self) -> State:
@@ -44,18 +43,9 @@ class Validate(Callback):
     def load_state_dict(self, saved: State) -> None:
         self.validations_without_best = saved["validations_without_best"]
 
-    def after_step(self, state: TrainState, _: StepResult) -> None:
-        if state.step % self.every == 0:
-            self._validate(state)
-
-    def after_run(self, state: TrainState) -> None:
-        if self.last_step != state.step and state.step % self.every and not state.interrupted:
-            self._validate(state)
-
-    def _validate(self, state: TrainState) -> None:
+    def at_validation(self, state: TrainState) -> None:
         enter(f"the validation after step {state.step}")
         loss = self.validation(self.trainer.engine)
-        self.last_step = state.step
         state.validated_step = state.step
         state.validation_loss = loss
         if loss < state.best_validation:
