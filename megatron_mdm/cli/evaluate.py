@@ -1,7 +1,7 @@
 """Score a run: mdm evaluate [--nproc RANKS] --run-dir DIR --data test.jsonl --task gsm8k [gen_length=128 …]
-Tasks: answers that are exactly right (gsm8k, gsm8k_tags, hitab, openscience), perplexity, multiple_choice; images that
-are drawn of captions: clip_score, image_scores (of tinted digits); or --harness with names of tasks of EleutherAI's
-lm-eval."""
+Tasks: answers that are exactly right (gsm8k, gsm8k_tags, hitab, openscience, countdown, sudoku), perplexity,
+multiple_choice; images that are drawn of captions: clip_score, image_scores (of tinted digits); or --harness with names
+of tasks of EleutherAI's lm-eval."""
 
 import argparse
 

@@ -15,6 +15,7 @@ from typing import Any
 
 from megatron_mdm.config.errors import UserError
 from megatron_mdm.config.files import write_json
+from megatron_mdm.config.schema import RunConfig
 from megatron_mdm.objectives import objective_of
 from megatron_mdm.reports.paired import read_pairs, rewards_figure
 from megatron_mdm.reports.plots import VARIANCES, save_figure
@@ -22,6 +23,7 @@ from megatron_mdm.reports.run_facts import fact_lines
 from megatron_mdm.reports.run_page import page_figure
 from megatron_mdm.reports.run_summary import read_run_folder, run_page
 from megatron_mdm.reports.runs import as_json, read_runs, spread_figure, spreads, table, unequal_settings
+from megatron_mdm.rl import label as rl_label
 
 
 def report_run(folder: Path, output: Path) -> None:
@@ -71,7 +73,7 @@ def _print_answers(result: dict[str, Any]) -> None:
 
 def report_runs(folders: list[Path], output: Path) -> None:
     """Print the table; write output.png and output.json."""
-    found = read_runs(folders, lambda config: objective_of(config).description.label)
+    found = read_runs(folders, _label)
     over_seeds = spreads(found)
     print(table(over_seeds))
     for line in unequal_settings(found):
@@ -79,6 +81,10 @@ def report_runs(folders: list[Path], output: Path) -> None:
     write_json(output.with_suffix(".json"), as_json(found, over_seeds))
     save_figure(spread_figure(over_seeds), output.with_suffix(".png"))
     print(f"picture: {output.with_suffix('.png')}")
+
+
+def _label(config: RunConfig) -> str:
+    return rl_label.label(config) if config.rl.is_used else objective_of(config).description.label
 
 
 def report_pair(first: Path, second: Path, run: Path | None, output: Path) -> None:

@@ -15,8 +15,8 @@ from megatron_mdm.config.errors import UserError
 from megatron_mdm.config.schema import DataConfig, RlConfig
 from megatron_mdm.data import countdown, sudoku
 from megatron_mdm.data.columns import conversation
+from megatron_mdm.evaluation.tasks.expressions import value_of
 from megatron_mdm.rl.rewards import Rewards, check_records, columns_of
-from megatron_mdm.rl.rewards.arithmetic import value_of
 from tests.ranks import run_program_ranks
 
 SIZES = {"train": 3000, "validation": 100, "test": 500}

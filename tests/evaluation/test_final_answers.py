@@ -224,7 +224,67 @@ def test_answers_between_tags_are_numbers_and_nothing_else(tmp_path: Path) -> No
     file = tmp_path / "test.jsonl"
     file.write_text(json.dumps(official) + "\n")
     (asked,) = questions(str(file), "gsm8k_tags")
+    assert task.prepare is not None
     (prepared,) = task.prepare([str(file)] * 2, argparse.Namespace())["test"]
     file.write_text(json.dumps(prepared) + "\n")
     assert questions(str(file), "gsm8k_tags") == [asked] == [(prepared["prompt"], "18")]
     assert prepared["prompt"].endswith("</answer>\n\n9 + 9?")
+
+
+@pytest.mark.parametrize(
+    ("response", "right"),
+    [
+        ("3 * 7 = 21. <answer>3 * 7 + 4</answer>", True),
+        ("<answer>4 + 7*3</answer> or <answer>(3*7)+4</answer>", True),
+        ("<answer>4 * 7 - 3</answer>", True),
+        ("<answer>3 * 7 + 4 = 25</answer>", False),
+        ("<answer>3 * 7</answer>", False),
+        ("<answer>3 * 7 + 4 + 0</answer>", False),
+        ("<answer>7 + 3 + 4</answer>", False),
+        ("<answer>7 / (3 - 3) + 4</answer>", False),
+        ("<answer>(3 * 7 + 4</answer>", False),
+        ("<answer></answer>", False),
+        ("<answer>" + "(" * 10_000 + "3 * 7 + 4</answer>", False),
+        ("3 * 7 + 4", False),
+    ],
+)
+def test_countdown_takes_any_expression_of_the_same_numbers_and_value(response: str, right: bool) -> None:
+    task = TASKS["countdown"]
+    answer = task.extract(response)
+    reference = task.reference("4 * 7 = 28. 28 - 3 = 25. <answer>4 * 7 - 3</answer>")
+    assert (answer is not None and task.same(answer, reference)) == right
+
+
+def test_numbers_with_a_point_are_not_made_of_others() -> None:
+    assert not TASKS["countdown"].same("3.5 * 24", "(24 + 3 + 5 - 5) * 3 + 3")
+    assert not TASKS["countdown"].same("3.5 * 24", "3 * 5 * 24")
+    assert not TASKS["countdown"].same("2.0 * 3", "6 * 2 / 2")
+
+
+@pytest.mark.parametrize(
+    ("response", "answer"),
+    [
+        ("<answer>1 2 3 4 3 4 1 2 2 1 4 3 4 3 2 1</answer>", "1234341221434321"),
+        ("<answer>1234\n3412\n2143\n4321 done</answer>", "1234341221434321"),
+        ("<answer>12</answer>", "12" + "0" * 14),
+        ("1 2 3 4", None),
+    ],
+)
+def test_sudoku_is_its_sixteen_digits(response: str, answer: str | None) -> None:
+    assert TASKS["sudoku"].extract(response) == answer
+
+
+@pytest.mark.parametrize("name", ["countdown", "sudoku"])
+def test_generated_puzzles_are_questions(name: str, tmp_path: Path) -> None:
+    from megatron_mdm.cli.prepare_puzzles import PUZZLES
+
+    records = PUZZLES[name]({"train": 1, "validation": 1, "test": 20}, 3)["test"]
+    task = TASKS[name]
+    for record, (prompt, answer) in zip(records, questions(write(tmp_path / "test.jsonl", records), name), strict=True):
+        predicted = task.extract(str(record["response"]))
+        assert prompt == record["prompt"]
+        assert predicted is not None
+        assert task.same(predicted, answer)
+    (tmp_path / "test.jsonl").write_text(json.dumps({"prompt": "Numbers 1 2 3:", "response": "1 + 2 + 3"}) + "\n")
+    with pytest.raises(UserError, match=r"test\.jsonl, line 1.*<answer>"):
+        questions(str(tmp_path / "test.jsonl"), name)

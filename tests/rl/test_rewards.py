@@ -9,7 +9,7 @@ import pytest
 
 from megatron_mdm.config.schema import RewardConfig
 from megatron_mdm.evaluation.tasks import TASKS
-from megatron_mdm.rl.rewards.arithmetic import MAX_DEPTH, value_of
+from megatron_mdm.evaluation.tasks.expressions import MAX_DEPTH, value_of
 from megatron_mdm.rl.rewards.function import Batch, scores
 from megatron_mdm.rl.rewards.load import load
 from megatron_mdm.rl.rewards.table import REWARDS
@@ -223,6 +223,7 @@ def test_countdown_without_tags_and_with_another_value_of_wrong_answers() -> Non
     assert reward("countdown", "3*7+4", {"bare": True}) == 1
     assert reward("countdown", "3*7", {"bare": True, "wrong": 0.0}) == 0
     assert reward("countdown", "<answer>1/3*6</answer>", numbers=[1, 3, 6], target=2) == 1  # exactly
+    assert reward("countdown", "<answer>3.5*24</answer>", numbers=[3, 5, 24], target=84) == 0.1  # 3.5 is not 3 and 5
 
 
 @pytest.mark.parametrize(

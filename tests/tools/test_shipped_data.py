@@ -65,10 +65,10 @@ GENERATED = (  # by the quickstarts, mdm prepare, launch/study.sh
     "study/base_masked.yaml",
     "study/sft_images.yaml",
 )
-GENERATED_PROMPTS = ("rl/arithmetic.yaml", "rl/countdown.yaml", "rl/sudoku4.yaml")
+GENERATED_PROMPTS = ("rl/arithmetic.yaml", "rl/countdown.yaml", "rl/sudoku4.yaml", "rl/compare/")
 OWN = ("sft/dream_7b_lora.yaml",)  # a reader's
 SFT = {name: data for name, data in shipped("sft").items() if name not in (*GENERATED, *OWN)}
-PROMPTS = {name: data for name, data in shipped("prompts").items() if name not in GENERATED_PROMPTS}
+PROMPTS = {name: data for name, data in shipped("prompts").items() if not name.startswith(GENERATED_PROMPTS)}
 
 
 @pytest.fixture(scope="module")

@@ -10,13 +10,13 @@ from typing import NamedTuple
 from megatron_mdm.data import text_to_image
 from megatron_mdm.data.public_sets import Sets
 from megatron_mdm.data.records import Record
-from megatron_mdm.evaluation.tasks import gsm8k, hitab, openscience
+from megatron_mdm.evaluation.tasks import countdown, gsm8k, hitab, openscience, sudoku
 
 Preparer = Callable[[Sequence[str], argparse.Namespace], Sets]  # (paths as given, options) → what is written, by name
 
 
 class Task(NamedTuple):
-    prepare: Preparer
+    prepare: Preparer | None  # None: its data is generated (mdm prepare NAME)
     # (record in the data set's own form, where it is, folder of its file) → (prompt, reference response), as
     # prepare has them; None for a record that was prepared already
     question: Callable[[Record, str, Path], tuple[str, str] | None]
@@ -32,8 +32,10 @@ TASKS: dict[str, Task] = {
     "openscience": Task(
         openscience.prepare, openscience.question, openscience.extract_answer, openscience.reference_answer
     ),
+    "countdown": Task(None, countdown.question, countdown.extract_answer, countdown.reference_answer, countdown.same),
+    "sudoku": Task(None, sudoku.question, sudoku.extract_answer, sudoku.reference_answer),
 }
 PREPARERS: dict[str, Preparer] = {
-    **{name: task.prepare for name, task in TASKS.items()},
+    **{name: task.prepare for name, task in TASKS.items() if task.prepare},
     "text-to-image": text_to_image.prepare,
 }

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 from megatron_mdm.data.answer_tags import tagged_answer
-from megatron_mdm.rl.rewards.arithmetic import MAX_LENGTH, value_of
+from megatron_mdm.evaluation.tasks.countdown import solves
 from megatron_mdm.rl.rewards.function import Function
 
 RIGHT = 1.0
 WRONG = 0.1  # an answer of any kind, in its tags
-_INTEGER = re.compile("[0-9]+")
 
 
 def countdown(bare: bool = False, wrong: float = WRONG) -> Function:
@@ -41,9 +39,4 @@ def _task(numbers: Any, target: Any) -> tuple[list[int], int]:
 def _reward(answer: str | None, numbers: list[int], target: int, wrong: float) -> float:
     if not answer:
         return 0.0 if answer is None else wrong
-    if len(answer) > MAX_LENGTH or sorted(map(int, _INTEGER.findall(answer))) != numbers:
-        return wrong
-    try:
-        return RIGHT if value_of(answer) == target else wrong
-    except ValueError:
-        return wrong
+    return RIGHT if solves(answer, numbers, target) else wrong

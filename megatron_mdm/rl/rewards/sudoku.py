@@ -6,10 +6,8 @@ import re
 from typing import Any
 
 from megatron_mdm.data.answer_tags import tagged_answer
+from megatron_mdm.evaluation.tasks.sudoku import NUM_CELLS, digits_of
 from megatron_mdm.rl.rewards.function import Function
-
-NUM_CELLS = 16
-_DIGIT = re.compile("[0-9]")
 
 
 def sudoku4(bare: bool = False) -> Function:
@@ -42,13 +40,7 @@ def _task(puzzle: Any, solution: Any) -> tuple[str, str]:
 
 
 def _digits(text: str, bare: bool) -> str:
-    answer = text if bare else tagged_answer(text) or ""
-    found = []
-    for match in _DIGIT.finditer(answer):
-        found.append(match[0])
-        if len(found) == NUM_CELLS:
-            break
-    return "".join(found).ljust(NUM_CELLS, "0")
+    return digits_of(text if bare else tagged_answer(text) or "")
 
 
 def _share(digits: str, puzzle: str, solution: str) -> float:
