@@ -51,17 +51,11 @@ def replay_config(folder: Path, parallel: dict[str, Any], micro_size: int) -> Ru
 def replay_and_watch(config: RunConfig, folder: Path, context: Any) -> dict[str, Any]:
     """A step at values of θ_old and of the reference that differ from θ's, and once more, from the weights that it
     gave; losses, gradient norms and measures. Weights and moments after the first go to the folder, by name."""
-    from megatron_mdm.checkpoint.load import restored_engine
     from megatron_mdm.checkpoint.tensors import Snapshot
-    from megatron_mdm.rl.run import REINFORCED
-    from megatron_mdm.training.inputs import resolve
     from megatron_mdm.training.loop import Trainer
-    from megatron_mdm.training.metrics import MetricsLog
-    from megatron_mdm.training.parts import Run
+    from tests.rl.runs import begun
 
-    config, data = resolve(config)
-    engine = restored_engine(None, config, context, 0)
-    source = REINFORCED.source(Run(config, data, context, engine, None, MetricsLog(folder, False, False, 0)))
+    config, _, engine, source = begun(config, context)
     source.prepare(0)
     assert source.rollout is not None
     gradients = [each for of_micro in source.prepare(1).content.gradients for each in of_micro]
@@ -100,21 +94,12 @@ def gradient_by_autograd(config: RunConfig) -> dict[str, np.ndarray]:
     import torch
 
     from megatron_mdm.checkpoint.initial import InitialWeights
-    from megatron_mdm.checkpoint.load import restored_engine
     from megatron_mdm.models.layers import build_model
     from megatron_mdm.models.naming import rows_of
-    from megatron_mdm.parallel.groups import initialize
     from megatron_mdm.rl.estimators import coefficients
-    from megatron_mdm.rl.run import REINFORCED
-    from megatron_mdm.training.inputs import resolve
-    from megatron_mdm.training.metrics import MetricsLog
-    from megatron_mdm.training.parts import Run
+    from tests.rl.runs import begun
 
-    config, data = resolve(config)
-    context = initialize(config.parallel)
-    engine = restored_engine(None, config, context, 0)
-    metrics = MetricsLog(Path(config.checkpoint.directory), False, False, 0)
-    source = REINFORCED.source(Run(config, data, context, engine, None, metrics))
+    config, context, _, source = begun(config)
     source.prepare(0)
     rollout = source.rollout
     assert rollout is not None

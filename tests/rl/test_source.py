@@ -83,18 +83,9 @@ def reports_of(run: Path) -> list[str]:
 def ratios_at_equal_weights(config: Any) -> dict[str, tuple[float, float]]:
     """(least, greatest) ratio of the second minibatch before any step: with the noise that measured θ_old's values, and
     with another seed's."""
-    from megatron_mdm.checkpoint.load import restored_engine
-    from megatron_mdm.parallel.groups import initialize
-    from megatron_mdm.rl.run import REINFORCED
-    from megatron_mdm.training.inputs import resolve
-    from megatron_mdm.training.metrics import MetricsLog
-    from megatron_mdm.training.parts import Run
+    from tests.rl.runs import begun
 
-    config, data = resolve(config)
-    context = initialize(config.parallel)
-    engine = restored_engine(None, config, context, 0)
-    metrics = MetricsLog(Path(config.checkpoint.directory), False, False, 0)
-    source = REINFORCED.source(Run(config, data, context, engine, None, metrics))
+    config, _, _, source = begun(config)
     source.prepare(0)
     found = {}
     for name, seed in (("same", config.seed), ("another", config.seed + 1)):

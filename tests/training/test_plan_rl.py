@@ -46,28 +46,52 @@ LAYOUTS: dict[str, tuple[dict[str, Any], str]] = {
     "tp2_sp": ({"tensor": 2, "sequence": True, "zero": 1}, "bf16"),
     "pp2": ({"pipeline": 2, "zero": 0}, "fp32"),
 }
+COUNTS = {"prompts_per_rollout": 4, "num_iterations": 2}  # 32 completions: 4 steps with each
 SHAPE = MicroBatchShape(ROWS, LENGTH, ROWS * GEN_LENGTH)
 
 
-def config_of(folder: Path, parallel: dict[str, Any], dtype: str) -> RunConfig:
+def write_base(folder: Path) -> None:
+    """On a rank: a run that the others begin with."""
+    from megatron_mdm.rl.run import REINFORCED
+    from tests.rl.runs import run_of
+
+    config = config_of(folder, {}, "fp32", base="")
+    changes = {"beta": 0.0, "evaluate_every": 0}
+    schedule = config.schedule.model_copy(update={"steps": 1})
+    run_of(config.model_copy(update={"rl": config.rl.model_copy(update=changes), "schedule": schedule}), REINFORCED)
+
+
+def config_of(folder: Path, parallel: dict[str, Any], dtype: str, base: str = "run") -> RunConfig:
     sizes = {"num_layers": 4, "num_kv_heads": 4, "hidden_size": 128, "ffn_hidden_size": 256, "vocab_size": VOCAB}
     decoding = {"gen_length": GEN_LENGTH, "block_length": 16, "steps": 6, "batch_size": 16, "stop_at_eos": False}
     return small_config(
         folder,
-        model=small_model(**sizes).model_dump(),
-        data={"max_length": LENGTH},
+        model={**small_model(**sizes).model_dump(), "init_from": base and str(folder / base)},
+        data={"max_length": LENGTH, "format": "prompts"},
         batch={"global_size": 16, "micro_size": ROWS // 2},
         diffusion={"views": 2},
         parallel=parallel,
         precision={"dtype": dtype},
-        rl={"rewards": [{"name": "exact_match"}], "beta": 0.1, "generation": decoding},
+        rl={"rewards": [{"name": "tests.rl.small:low_ids"}], "beta": 0.1, "generation": decoding, **COUNTS},
         deepspeed={"zero_optimization": {"reduce_bucket_size": BUCKET, "stage3_prefetch_bucket_size": BUCKET}},
     )
 
 
 def in_turn(configs: dict[str, RunConfig]) -> dict[str, dict[str, Any]]:
     """On a rank."""
-    return {name: counted(config) for name, config in configs.items()}
+    return {name: {**counted(config), "run": most_of_a_run(config)} for name, config in configs.items()}
+
+
+def most_of_a_run(config: RunConfig) -> int:
+    """On a rank: the most bytes in two steps of a run: rollout, rewards, values of θ_old and of the reference, and
+    updates."""
+    from tests.rl.runs import begun
+
+    with LiveBytes() as live:
+        _, _, engine, source = begun(config)
+        for step in range(2):
+            engine.train_batch(source.prepare(step).micro_batches, 1e-3)
+    return live.peak
 
 
 def counted(config: RunConfig) -> dict[str, Any]:
@@ -126,6 +150,10 @@ def by_collective(counted: Mapping[tuple[tuple[int, ...], str], int]) -> dict[st
 def phases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[RunConfig, list[dict[str, Any]]]]:
     """Of each layout, by rank."""
     folder = tmp_path_factory.mktemp("phases")
+    prompt = LENGTH - GEN_LENGTH
+    samples = [{"input_ids": [*range(2, 2 + LENGTH)], "prompt_length": prompt}] * COUNTS["prompts_per_rollout"]
+    (folder / "train.jsonl").write_text("".join(json.dumps(sample) + "\n" for sample in samples))
+    run_ranks(write_base, 1, folder)
     configs = {name: config_of(folder, parallel, dtype) for name, (parallel, dtype) in LAYOUTS.items()}
     ranks = run_ranks(in_turn, NUM_RANKS, configs)
     return {name: (config, [rank[name] for rank in ranks]) for name, config in configs.items()}
@@ -146,6 +174,7 @@ def test_predicted_memory_is_that_of_real_phases(name: str, phases: Any) -> None
         for phase in ("sweep", "sweep of the reference"):
             assert losses == pytest.approx(counted[phase], rel=0.15)
         assert whole.total == pytest.approx(max(counted[phase] for phase in ("rollout", "step")), rel=0.15)
+        assert whole.total == pytest.approx(counted["run"], rel=0.15)
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
@@ -257,7 +286,7 @@ def test_dry_runs_count_rollouts(tmp_path: Path) -> None:
     config = config_of(tmp_path, {"zero": 0}, "fp32")
     text = describe(config, 1, 10)
     assert "reference 0.01, rollout 0.01" in text
-    assert "rollouts: 32 prompts × 8 completions of at most 48 tokens; 64 steps with each" in text
+    assert "rollouts: 4 prompts × 8 completions of at most 48 tokens; 4 steps with each" in text
     supervised = config.model_copy(update={"rl": RlConfig()})
     assert "rollout" not in describe(supervised, 1, 10)
     whole, training = (memory_estimate(each, Layout.of(1, each.parallel)) for each in (config, supervised))
