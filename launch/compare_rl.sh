@@ -37,5 +37,5 @@ export runs start data
 
 for seed in 42 731 20231; do
     printf "%s $seed\n" "${names[@]}"
-done | xargs -P "$(nproc)" -L 1 bash -c 'one "$@"' _
+done | xargs -P "$(getconf _NPROCESSORS_ONLN)" -L 1 bash -c 'one "$@"' _
 python tools/report.py runs "$runs" --output "$runs/scores"
