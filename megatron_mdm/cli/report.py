@@ -1,7 +1,7 @@
 """Look at runs.
 
 mdm report run FOLDER        a page of a run, finished or not: run.png, and its content in run.json
-mdm report runs FOLDER…      many runs: mean, range, standard deviation over seeds per method, and a picture
+mdm report runs FOLDER…      many runs: mean, interval, range and standard deviation over seeds by method, a picture
 mdm report pair FIRST SECOND the scores of two evaluations on the same questions, and a paired test; --run adds the
                              picture of the reinforcement learning that lies between them
 mdm report variance FOLDER   where its model's training noise comes from, and what each method leaves of it

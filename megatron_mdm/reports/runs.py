@@ -1,4 +1,4 @@
-"""Many runs → per method the mean, range and standard deviation over seeds of what they reached; table and picture."""
+"""Many runs → mean, its interval, range and standard deviation over the seeds of each method; table and picture."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from megatron_mdm.config.errors import UserError
 from megatron_mdm.config.load import flatten, load_config
 from megatron_mdm.config.schema import RunConfig
+from megatron_mdm.evaluation.intervals import Interval, mean_interval
 
 # (title, file in the run's folder, key)
 METRICS = (
@@ -57,6 +58,11 @@ class Spread:
     @property
     def mean(self) -> float:
         return float(np.mean(self.values))
+
+    @property
+    def interval(self) -> Interval:
+        """The mean with its 95 % interval over runs (Student's t): wide, where they are few."""
+        return mean_interval(self.values)
 
     @property
     def range(self) -> tuple[float, float]:
@@ -112,12 +118,14 @@ def unequal_settings(runs: Sequence[Run]) -> list[str]:
 
 def table(found: Sequence[Spread]) -> str:
     """A line per method and metric, in columns."""
-    rows = [("metric", "method", "runs", "mean", "range", "standard deviation")]
+    rows = [("metric", "method", "runs", "mean", "95 % interval", "range", "standard deviation")]
     for spread in found:
         low, high = spread.range
         deviation = "–" if np.isnan(spread.standard_deviation) else f"{spread.standard_deviation:.4f}"
         span = f"{low:.4f} to {high:.4f}"
-        rows.append((spread.metric, spread.method, str(len(spread.values)), f"{spread.mean:.4f}", span, deviation))
+        around = f"± {spread.interval.half_width:.4f}" if len(spread.values) > 1 else "–"
+        number = str(len(spread.values))
+        rows.append((spread.metric, spread.method, number, f"{spread.mean:.4f}", around, span, deviation))
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows)
 
@@ -133,6 +141,7 @@ def as_json(runs: Sequence[Run], found: Sequence[Spread]) -> dict[str, Any]:
                 "method": spread.method,
                 "num_runs": len(spread.values),
                 "mean": spread.mean,
+                "interval": spread.interval[1:] if len(spread.values) > 1 else None,
                 "range": list(spread.range),
                 "standard_deviation": spread.standard_deviation if len(spread.values) > 1 else None,
             }

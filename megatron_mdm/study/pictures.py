@@ -9,8 +9,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from megatron_mdm.evaluation.intervals import mean_interval
 from megatron_mdm.study.scores import BUDGETS, Scores
-from megatron_mdm.study.statistics import mean_interval
 from megatron_mdm.study.verdicts import rankings
 
 _WIDTH = 4.6  # inches of a panel

@@ -4,38 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import numpy as np
 from scipy import stats
 
-LEVEL = 0.95
+from megatron_mdm.evaluation.intervals import LEVEL, Interval, student_quantile
+
 NUM_RESAMPLES = 4000
-
-
-class Interval(NamedTuple):
-    """An estimate with its 95 % interval; bounds are infinite where the runs are too few to give any."""
-
-    estimate: float
-    lower: float
-    upper: float
-
-    @property
-    def half_width(self) -> float:
-        return (self.upper - self.lower) / 2
-
-    def apart_from(self, other: Interval) -> bool:
-        """Whether the two intervals do not overlap."""
-        return self.lower > other.upper or self.upper < other.lower
-
-
-def mean_interval(values: Sequence[float]) -> Interval:
-    """Student's t interval of the mean that the values are drawn around."""
-    mean = float(np.mean(values))
-    if len(values) < 2:
-        return Interval(mean, -math.inf, math.inf)
-    half = _quantile(len(values) - 1) * float(np.std(values, ddof=1)) / math.sqrt(len(values))
-    return Interval(mean, mean - half, mean + half)
 
 
 def contrast(groups: Sequence[Sequence[float]], coefficients: Sequence[float]) -> Interval:
@@ -49,7 +24,7 @@ def contrast(groups: Sequence[Sequence[float]], coefficients: Sequence[float]) -
     if variance == 0.0:
         return Interval(estimate, estimate, estimate)
     freedom = variance**2 / sum(part**2 / (len(group) - 1) for part, group in zip(parts, groups))
-    half = _quantile(freedom) * math.sqrt(variance)
+    half = student_quantile(freedom) * math.sqrt(variance)
     return Interval(estimate, estimate - half, estimate + half)
 
 
@@ -101,7 +76,3 @@ def proportion_error(share: float, number: int) -> float:
     and 100 % have one, too."""
     adjusted = (share * number + 2) / (number + 4)
     return math.sqrt(adjusted * (1 - adjusted) / (number + 4))
-
-
-def _quantile(freedom: float) -> float:
-    return float(stats.t.ppf(0.5 + LEVEL / 2, freedom))

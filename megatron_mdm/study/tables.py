@@ -8,8 +8,8 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+from megatron_mdm.evaluation.intervals import Interval, mean_interval
 from megatron_mdm.study.scores import BUDGETS, Scores
-from megatron_mdm.study.statistics import Interval, mean_interval
 from megatron_mdm.study.verdicts import rankings, verdicts
 
 NONE = "–"

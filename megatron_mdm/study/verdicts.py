@@ -6,11 +6,10 @@ import math
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
+from megatron_mdm.evaluation.intervals import Interval, mean_interval
 from megatron_mdm.study.scores import Scores
 from megatron_mdm.study.statistics import (
-    Interval,
     contrast,
-    mean_interval,
     rank_correlation,
     spread_ratio,
     worst_over_best,

@@ -46,6 +46,7 @@ def test_spread_over_seeds(folder: Path) -> None:
     assert standard.mean == pytest.approx(0.6)
     assert standard.range == (0.5, 0.7)
     assert standard.standard_deviation == pytest.approx(0.1)
+    assert standard.interval.half_width == pytest.approx(4.302653 * 0.1 / 3**0.5)
     assert found["exact match", "t_sampler ppots, views 2"].standard_deviation == pytest.approx(0.0)
     assert found["exact match", "autoregressive"].values == [0.9]
     assert found["variance of loss", "standard"].mean == pytest.approx(1.2)

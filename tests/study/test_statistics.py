@@ -7,10 +7,9 @@ import math
 import numpy as np
 import pytest
 
+from megatron_mdm.evaluation.intervals import Interval, mean_interval
 from megatron_mdm.study.statistics import (
-    Interval,
     contrast,
-    mean_interval,
     proportion_error,
     rank_correlation,
     spread_ratio,

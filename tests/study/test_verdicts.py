@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
+from megatron_mdm.evaluation.intervals import Interval
 from megatron_mdm.study.report import write_report
 from megatron_mdm.study.scores import Scores
-from megatron_mdm.study.statistics import Interval
 from megatron_mdm.study.tables import Table, all_tables, as_csv, as_latex, as_markdown
 from megatron_mdm.study.verdicts import FAILS, HOLDS, UNKNOWN, above, below, rankings, verdicts
 
