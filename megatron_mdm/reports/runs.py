@@ -105,7 +105,7 @@ def unequal_settings(runs: Sequence[Run]) -> list[str]:
     """A line for each method whose runs differ in more than seeds and layouts, with the settings and values."""
     lines = []
     for method in dict.fromkeys(run.method for run in runs):
-        trees = [dict(flatten(run.config.model_dump(mode="json"))) for run in runs if run.method == method]
+        trees = [_settings(run.config) for run in runs if run.method == method]
         different = []
         for key in sorted(set().union(*trees)):
             values = {json.dumps(tree.get(key)) for tree in trees}
@@ -114,6 +114,13 @@ def unequal_settings(runs: Sequence[Run]) -> list[str]:
         if different:
             lines.append(f"{method}: runs differ in {', '.join(different)}")
     return lines
+
+
+def _settings(config: RunConfig) -> dict[str, Any]:
+    """By dotted key; what lies in the run's own folder, such as its tokenizer, by its place there."""
+    own = f"{config.checkpoint.directory}/"
+    tree = dict(flatten(config.model_dump(mode="json")))
+    return {key: value.removeprefix(own) if isinstance(value, str) else value for key, value in tree.items()}
 
 
 def table(found: Sequence[Spread]) -> str:

@@ -69,6 +69,18 @@ def test_runs_that_differ_in_more_than_their_seeds_are_named(folder: Path) -> No
     assert line == "standard: runs differ in optimizer.lr (0.003, 0.5)"
 
 
+def test_a_tokenizer_in_each_runs_own_folder_is_no_difference(tmp_path: Path) -> None:
+    for seed in (1, 2):
+        run = str(tmp_path / f"run_{seed}")
+        tokenizer = {"tokenizer": f"{run}/tokenizer/tokenizer.model"}
+        write_run(Path(run), 0.5, seed=seed, checkpoint={"directory": run}, data=tokenizer)
+    assert unequal_settings(read_runs([tmp_path], method_of)) == []
+    other = {"directory": str(tmp_path / "run_3")}
+    write_run(tmp_path / "run_3", 0.5, seed=3, checkpoint=other, data={"tokenizer": "other.model"})
+    (line,) = unequal_settings(read_runs([tmp_path], method_of))
+    assert "data.tokenizer" in line
+
+
 def test_folders_without_runs(folder: Path) -> None:
     empty = folder / "empty"
     empty.mkdir()
