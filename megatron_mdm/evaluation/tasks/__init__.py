@@ -25,15 +25,19 @@ class Task(NamedTuple):
     same: Callable[[str, str], bool] = operator.eq  # (predicted, reference) final answers
 
 
+def _as_prepared(record: Record, where: str, folder: Path) -> None:
+    """A Task.question: official or generated records are as they are prepared."""
+
+
 TASKS: dict[str, Task] = {
-    "gsm8k": Task(gsm8k.prepare, gsm8k.question, gsm8k.extract_answer, gsm8k.reference_answer),
+    "gsm8k": Task(gsm8k.prepare, _as_prepared, gsm8k.extract_answer, gsm8k.reference_answer),
     "gsm8k_tags": Task(gsm8k.prepare_tagged, gsm8k.tagged_question, gsm8k.extract_tagged, gsm8k.reference_answer),
     "hitab": Task(hitab.prepare, hitab.question, hitab.extract_answer, hitab.reference_answer, hitab.same),
     "openscience": Task(
         openscience.prepare, openscience.question, openscience.extract_answer, openscience.reference_answer
     ),
-    "countdown": Task(None, countdown.question, countdown.extract_answer, countdown.reference_answer, countdown.same),
-    "sudoku": Task(None, sudoku.question, sudoku.extract_answer, sudoku.reference_answer),
+    "countdown": Task(None, _as_prepared, countdown.extract_answer, countdown.reference_answer, countdown.same),
+    "sudoku": Task(None, _as_prepared, sudoku.extract_answer, sudoku.reference_answer),
 }
 PREPARERS: dict[str, Preparer] = {
     **{name: task.prepare for name, task in TASKS.items() if task.prepare},

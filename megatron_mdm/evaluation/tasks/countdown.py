@@ -4,18 +4,13 @@ A solved response says both: its expression's numbers are the given ones, and it
 """
 
 import re
-from pathlib import Path
+from fractions import Fraction
 
 from megatron_mdm.data.answer_tags import tagged_answer
-from megatron_mdm.data.records import Record
 from megatron_mdm.evaluation.tasks.expressions import MAX_LENGTH, value_of
 
 _INTEGER = re.compile("[0-9]+")
 _FRACTION = re.compile(r"\.[0-9]")
-
-
-def question(record: Record, where: str, folder: Path) -> None:
-    """None: records are as they are generated."""
 
 
 def extract_answer(response: str) -> str | None:
@@ -42,7 +37,7 @@ def numbers_of(expression: str) -> list[int]:
     return sorted(map(int, _INTEGER.findall(expression)))
 
 
-def solves(expression: str, numbers: list[int], target: int) -> bool:
+def solves(expression: str, numbers: list[int], target: int | Fraction) -> bool:
     """Whether it has the numbers (ascending), each once and no other, and the target as its value."""
     try:
         return numbers_of(expression) == numbers and value_of(expression) == target
@@ -53,6 +48,6 @@ def solves(expression: str, numbers: list[int], target: int) -> bool:
 def same(predicted: str, reference: str) -> bool:
     """Whether an expression solves what the reference solves."""
     try:
-        return numbers_of(predicted) == numbers_of(reference) and value_of(predicted) == value_of(reference)
+        return solves(predicted, numbers_of(reference), value_of(reference))
     except ValueError:
         return False

@@ -34,10 +34,6 @@ def prepare(paths: Sequence[str], arguments: argparse.Namespace) -> Sets:
     return {name: _questions(path) for name, path in zip(("train", "test"), paths)}
 
 
-def question(record: Record, where: str, folder: Path) -> None:
-    """None: the official records, question and answer, are as they are prepared."""
-
-
 def prepare_tagged(paths: Sequence[str], arguments: argparse.Namespace) -> Sets:
     """The same with prompts that ask for tags; responses stay as they are."""
     return {

@@ -1,17 +1,11 @@
 """4×4 sudoku (data/sudoku.py): 16 digits, row by row, all of which must be right."""
 
 import re
-from pathlib import Path
 
 from megatron_mdm.data.answer_tags import tagged_answer
-from megatron_mdm.data.records import Record
 
 NUM_CELLS = 16
 _DIGIT = re.compile("[0-9]")
-
-
-def question(record: Record, where: str, folder: Path) -> None:
-    """None: records are as they are generated."""
 
 
 def extract_answer(response: str) -> str | None:
