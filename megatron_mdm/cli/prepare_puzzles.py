@@ -12,19 +12,29 @@ from megatron_mdm.data import countdown, sudoku
 from megatron_mdm.data.puzzles import SPLITS, STYLES
 
 PUZZLES = {"countdown": countdown.generate, "sudoku": sudoku.generate}
+COUNTDOWN = ("operators", "largest")  # options of countdown alone
 SIZES = {"train": 15_000, "validation": 500, "test": 2_000}
 
 
 def write_puzzles(arguments: argparse.Namespace) -> None:
     """train.jsonl, validation.jsonl and test.jsonl: prompts with solved responses and what rewards are judged by."""
     sizes = {name: getattr(arguments, name) for name in SPLITS}
+    further = {name: getattr(arguments, name) for name in COUNTDOWN if hasattr(arguments, name)}
     try:
-        for name, records in PUZZLES[arguments.command](sizes, arguments.seed, arguments.style).items():
+        for name, records in PUZZLES[arguments.command](sizes, arguments.seed, arguments.style, **further).items():
             path = arguments.output / f"{name}.jsonl"
             write_atomically(path, "".join(json.dumps(record) + "\n" for record in records))
             print(f"{path}: {len(records):,} puzzles")
     except OSError as error:
         raise UserError(f"{error.filename or arguments.output}: cannot be written ({error.strerror})") from None
+
+
+def add_countdown(command: argparse.ArgumentParser) -> None:
+    add_puzzles(command)
+    command.add_argument(
+        "--operators", default=countdown.OPERATORS, help="that a solution needs: --operators=+- for an easier task"
+    )
+    command.add_argument("--largest", type=int, default=countdown.LARGEST, help="of the given numbers")
 
 
 def add_puzzles(command: argparse.ArgumentParser) -> None:

@@ -13,10 +13,12 @@ from collections.abc import Iterator, Mapping
 from itertools import combinations_with_replacement
 from typing import NamedTuple
 
+from megatron_mdm.config.errors import UserError
 from megatron_mdm.data.json_files import Record
 from megatron_mdm.data.puzzles import SPLITS, Puzzle, check_sizes, record_of
 
-LARGEST = 24  # of the given numbers
+LARGEST = 24  # of the given numbers, unless a caller says another
+OPERATORS = "+-*/"
 LARGEST_VALUE = 99  # of targets and steps
 # Of the sets of three numbers: no set is in two splits, so that none is known from another target
 _SHARES = {"train": 0.8, "validation": 0.05, "test": 0.15}
@@ -29,21 +31,33 @@ class Solution(NamedTuple):
     expression: str
 
 
-def generate(sizes: Mapping[str, int], seed: int, style: str = "short") -> dict[str, list[Record]]:
-    """Problems by split, no two alike. A pure function of its arguments. Raises UserError for sizes there is no room
-    for."""
+def generate(
+    sizes: Mapping[str, int], seed: int, style: str = "short", operators: str = OPERATORS, largest: int = LARGEST
+) -> dict[str, list[Record]]:
+    """Problems by split, no two alike, with numbers from 1 to largest and a solution that needs no operators but these.
+    A pure function of its arguments. Raises UserError for sizes there is no room for, operators and numbers that there
+    are not."""
+    _check(operators, largest)
     rng = random.Random(seed)
-    sets = list(combinations_with_replacement(range(1, LARGEST + 1), 3))
+    sets = list(combinations_with_replacement(range(1, largest + 1), 3))
     rng.shuffle(sets)
     splits: dict[str, list[tuple[Numbers, int, list[Solution]]]] = {}
     first = 0
     for name in SPLITS:
         end = first + round(_SHARES[name] * len(sets)) if name != SPLITS[-1] else len(sets)
-        splits[name] = [(numbers, *solved) for numbers in sets[first:end] for solved in _problems(numbers).items()]
+        solved = ((numbers, _problems(numbers, operators)) for numbers in sets[first:end])
+        splits[name] = [(numbers, *problem) for numbers, problems in solved for problem in problems.items()]
         rng.shuffle(splits[name])
         first = end
     check_sizes(sizes, {name: len(problems) for name, problems in splits.items()}, "problems")
     return {name: [_record(rng, *problem, style) for problem in splits[name][:size]] for name, size in sizes.items()}
+
+
+def _check(operators: str, largest: int) -> None:
+    if not operators or not set(operators) <= set(OPERATORS):
+        raise UserError(f"--operators {operators!r}: give one or more of {OPERATORS}, as in --operators=+-")
+    if not 3 <= largest <= LARGEST_VALUE:
+        raise UserError(f"--largest {largest}: give the largest number of a problem, 3 to {LARGEST_VALUE}")
 
 
 def _record(rng: random.Random, numbers: Numbers, target: int, solutions: list[Solution], style: str) -> Record:
@@ -63,23 +77,23 @@ def _record(rng: random.Random, numbers: Numbers, target: int, solutions: list[S
     return record_of(puzzle, style)
 
 
-def _problems(numbers: Numbers) -> dict[int, list[Solution]]:
-    """Every target that the numbers can make, with the solutions."""
+def _problems(numbers: Numbers, operators: str) -> dict[int, list[Solution]]:
+    """Every target that the numbers can make by these operators, with the solutions."""
     found: dict[int, dict[Solution, None]] = {}
     for place in range(3):
         last = numbers[place]
         first, second = sorted(numbers[:place] + numbers[place + 1 :], reverse=True)
-        for middle, operator in _values(first, second):
+        for middle, operator in _values(first, second, operators):
             step = f"{first} {operator} {second}"
-            for target, solution in _second(middle, operator, step, last):
+            for target, solution in _second(middle, operator, step, last, operators):
                 found.setdefault(target, {})[solution] = None
     return {target: list(solutions) for target, solutions in sorted(found.items())}
 
 
-def _second(middle: int, operator: str, step: str, last: int) -> Iterator[tuple[int, Solution]]:
+def _second(middle: int, operator: str, step: str, last: int, operators: str) -> Iterator[tuple[int, Solution]]:
     """Targets of a first step's value and the number that is left."""
     is_sum = operator in "+-"
-    for target, then in _values(max(middle, last), min(middle, last)):
+    for target, then in _values(max(middle, last), min(middle, last), operators):
         is_first = middle >= last
         needs = (is_sum and then in "*/") or (not is_first and then in "-/")
         inner = f"({step})" if needs else step
@@ -88,11 +102,11 @@ def _second(middle: int, operator: str, step: str, last: int) -> Iterator[tuple[
         yield target, Solution(f"{step} = {middle}. {pair} = {target}.", expression)
 
 
-def _values(larger: int, smaller: int) -> Iterator[tuple[int, str]]:
-    """What two numbers make, as (value, operator); the larger stands first."""
+def _values(larger: int, smaller: int, operators: str) -> Iterator[tuple[int, str]]:
+    """What two numbers make by these operators, as (value, operator); the larger stands first."""
     candidates = [(larger + smaller, "+"), (larger - smaller, "-"), (larger * smaller, "*")]
     if larger % smaller == 0:
         candidates.append((larger // smaller, "/"))
     for value, operator in candidates:
-        if 1 <= value <= LARGEST_VALUE:
+        if operator in operators and 1 <= value <= LARGEST_VALUE:
             yield value, operator

@@ -71,6 +71,21 @@ def test_countdown_depends_on_the_seed_alone(problems: dict[str, list[dict[str, 
         countdown.generate({**SIZES, "train": 50_000}, seed=0)
 
 
+def test_countdown_with_fewer_operators_and_larger_numbers() -> None:
+    problems = countdown.generate(SIZES, seed=0, operators="+-", largest=32)
+    for split in problems.values():
+        assert (rewards("countdown", split) == 1.0).all()
+        assert not any(set(record["response"].partition("<answer>")[2][:-9]) & set("*/") for record in split)
+    assert max(max(record["numbers"]) for record in problems["train"]) == 32
+
+
+def test_countdown_refuses_operators_and_numbers_it_does_not_have() -> None:
+    with pytest.raises(UserError, match=r"--operators '\+\^': give one or more of"):
+        countdown.generate(SIZES, seed=0, operators="+^")
+    with pytest.raises(UserError, match=r"--largest 100: give the largest number of a problem, 3 to 99"):
+        countdown.generate(SIZES, seed=0, largest=100)
+
+
 def solutions(puzzle: str) -> list[str]:
     """Every way to fill a grid, by trying."""
     if "0" not in puzzle:
