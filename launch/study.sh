@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# The small study, end to end, on two CPU cores and without a download: data of four kinds of tasks → a masked and an
-# autoregressive base model of one size, on one mix, side by side (40 minutes at most) → a base for text to image → all
-# runs, their tables, pictures and verdicts (3 to 4 hours). Interrupted anywhere, the same command goes on.
+# The small study, end to end, on two CPU cores and without a download: data of four kinds of tasks → an autoregressive base
+# model, and a masked one that continues it on the same mix; beside them a base for text to image → all runs, their tables,
+# pictures and verdicts. Interrupted anywhere, the same command goes on.
 #   bash launch/study.sh            everything
 #   bash launch/study.sh bases      data and bases only
 #   bash launch/study.sh --dry-run  after the bases: runs, hours and disk; further arguments are those of `mdm study`
@@ -48,15 +48,17 @@ base() { # $1: of configs/study/base_$1.yaml; a base that is there is left alone
 }
 
 [ -e "$data/made" ] || make_texts
-base masked &
-masked=$!
 {
     base autoregressive
+    base masked
+} &
+texts=$!
+{
     [ -e "$images/made" ] || make_images >"$data/images.log" 2>&1
     base images
 } &
 others=$!
-wait "$masked"
+wait "$texts"
 wait "$others"
 if [ "${1:-}" != bases ]; then
     python tools/study.py study/small "$@"

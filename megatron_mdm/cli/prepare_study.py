@@ -14,7 +14,7 @@ from megatron_mdm.config.files import write_atomically
 from megatron_mdm.data.study_sets import TASKS, Held, Sizes, pretraining_mix
 from megatron_mdm.data.word_problems import LARGEST
 
-_VOCABULARY = 640
+_VOCABULARY = 1024
 _FOR_TOKENIZER = 4000  # samples of the mix, besides those of fine-tuning
 _HELD_OUT = 500  # samples of the mix
 

@@ -1,6 +1,6 @@
 """Invented people, what texts say of them, and multiple-choice questions: knowledge that only pretraining shows.
 
-{"prompt": "Where does Nora Blake live?\\nA. Rome\\nB. Oslo\\nC. Lima\\nD. Cairo", "response": "\\\\boxed{B}"}
+{"prompt": "Where does Mano live? One of: Rome, Oslo, Lima, Cairo", "response": "\\\\boxed{ Oslo }"}
 """
 
 from __future__ import annotations
@@ -9,41 +9,9 @@ import random
 from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
-LETTERS = "ABCD"
-_FIRST = [
-    "Nora",
-    "Otto",
-    "Iris",
-    "Hugo",
-    "Vera",
-    "Carl",
-    "Olga",
-    "Emil",
-    "Ruth",
-    "Karl",
-    "Anna",
-    "Luis",
-    "Rosa",
-    "Erik",
-]
-_FIRST += ["Elsa", "Ivan", "Mona", "Hans", "Tina", "Noah"]
-_LAST = [
-    "Blake",
-    "Stone",
-    "Frost",
-    "Reed",
-    "Hill",
-    "Wolf",
-    "Ford",
-    "Park",
-    "Lane",
-    "West",
-    "Bell",
-    "Cook",
-    "Dale",
-    "Gray",
-]
-_LAST += ["Hart", "King", "Moss", "Nash", "Page", "Rice"]
+NUM_OPTIONS = 4
+_CONSONANTS, _VOWELS = "BDFGHJKLMNPRSTVZ", "aeiou"
+_TAKEN = {"Lima", "Rome", "Lisa", "Sara", "Kate"}  # words of this file and of the other tasks
 
 
 class _Attribute(NamedTuple):
@@ -55,12 +23,12 @@ class _Attribute(NamedTuple):
 _ATTRIBUTES = (
     _Attribute(
         "Where does {name} live?",
-        ("{name} lives in {value}.", "The home of {name} is {value}.", "{value} is where {name} lives."),
+        ("Lives in {value}.", "The home is {value}."),
         ("Oslo", "Rome", "Lima", "Cairo", "Paris", "Delhi", "Tokyo", "Bern", "Quito", "Dublin", "Prague", "Athens"),
     ),
     _Attribute(
         "What is the job of {name}?",
-        ("{name} is a {value}.", "The job of {name} is {value}.", "{name} works as a {value}."),
+        ("Works as a {value}.", "The job is {value}."),
         (
             "baker",
             "nurse",
@@ -78,17 +46,16 @@ _ATTRIBUTES = (
     ),
     _Attribute(
         "What does {name} play?",
-        ("{name} plays {value}.", "The game of {name} is {value}.", "{value} is what {name} plays."),
+        ("Plays {value}.", "The game is {value}."),
         ("chess", "tennis", "golf", "rugby", "poker", "polo", "darts", "hockey", "squash", "bridge", "cricket", "dice"),
     ),
     _Attribute(
         "What does {name} drink?",
-        ("{name} drinks {value}.", "The drink of {name} is {value}.", "{value} is what {name} drinks."),
+        ("Drinks {value}.", "The drink is {value}."),
         ("tea", "milk", "juice", "water", "wine", "beer", "cocoa", "coffee", "cider", "soup", "rum", "soda"),
     ),
 )
 NUM_ATTRIBUTES = len(_ATTRIBUTES)
-MOST_PEOPLE = len(_FIRST) * len(_LAST)
 
 
 class Person(NamedTuple):
@@ -99,7 +66,8 @@ class Person(NamedTuple):
 def people(seed: int) -> list[Person]:
     """All of them, in an order of their own, with values drawn by the seed."""
     rng = random.Random(seed)
-    names = [f"{first} {last}" for first in _FIRST for last in _LAST]
+    syllables = [consonant + vowel for consonant in _CONSONANTS for vowel in _VOWELS]
+    names = sorted({first + last.lower() for first in syllables for last in syllables} - _TAKEN)
     rng.shuffle(names)
     return [Person(name, tuple(rng.choice(attribute.values) for attribute in _ATTRIBUTES)) for name in names]
 
@@ -123,14 +91,14 @@ def questions_about(
     return samples
 
 
-def statements(known: Sequence[Person], rng: random.Random, num_facts: int = 6) -> dict[str, str]:
-    """A sample of pretraining: what is said of two of these people, all of it to be learnt."""
-    said = []
-    for person in rng.sample(known, 2):
-        for attribute in rng.sample(range(NUM_ATTRIBUTES), num_facts // 2):
-            sentence = rng.choice(_ATTRIBUTES[attribute].sentences)
-            said.append(sentence.format(name=person.name, value=person.values[attribute]))
-    return {"prompt": "People:", "response": " ".join(said)}
+def statements(known: Sequence[Person], rng: random.Random) -> dict[str, str]:
+    """A sample of pretraining: what is known of one of these people. The name is given, since nothing predicts it."""
+    person = rng.choice(known)
+    said = [
+        rng.choice(_ATTRIBUTES[attribute].sentences).format(value=person.values[attribute])
+        for attribute in rng.sample(range(NUM_ATTRIBUTES), NUM_ATTRIBUTES)
+    ]
+    return {"prompt": f"{person.name}:", "response": " ".join(said)}
 
 
 def quiz(known: Sequence[Person], rng: random.Random, exclude: Collection[str]) -> dict[str, str]:
@@ -138,15 +106,14 @@ def quiz(known: Sequence[Person], rng: random.Random, exclude: Collection[str]) 
     while True:
         sample = _question(rng.choice(known), rng.randrange(NUM_ATTRIBUTES), rng)
         if sample["prompt"] not in exclude:
-            letter = sample["response"].removeprefix("\\boxed{").removesuffix("}")
-            return {"prompt": sample["prompt"], "response": f"Answer ({letter})"}
+            value = sample["response"].removeprefix("\\boxed{ ").removesuffix(" }")
+            return {"prompt": sample["prompt"], "response": f"The answer is {value}."}
 
 
 def _question(person: Person, attribute: int, rng: random.Random) -> dict[str, str]:
     right = person.values[attribute]
     others = [value for value in _ATTRIBUTES[attribute].values if value != right]
-    options = [right, *rng.sample(others, len(LETTERS) - 1)]
+    options = [right, *rng.sample(others, NUM_OPTIONS - 1)]
     rng.shuffle(options)
-    lines = [f"{letter}. {option}" for letter, option in zip(LETTERS, options, strict=True)]
-    prompt = "\n".join([_ATTRIBUTES[attribute].question.format(name=person.name), *lines])
-    return {"prompt": prompt, "response": f"\\boxed{{{LETTERS[options.index(right)]}}}"}
+    prompt = f"{_ATTRIBUTES[attribute].question.format(name=person.name)} One of: {', '.join(options)}"
+    return {"prompt": prompt, "response": f"\\boxed{{ {right} }}"}  # behind a space, as texts have it

@@ -10,10 +10,10 @@ from typing import NamedTuple
 from megatron_mdm.data import fact_questions, table_questions, word_problems
 from megatron_mdm.data.public_sets import Sets
 
-NUM_PEOPLE = 340
+NUM_PEOPLE = 100
 _FAR = 1_000_003  # seeds of the texts' problems are apart from those of the sets
-NUM_ASKED = 80  # of these people: those that quizzes of pretraining and questions of fine-tuning are about
-MIX = {"problems": 0.25, "tables": 0.35, "statements": 0.25, "quizzes": 0.15}
+NUM_ASKED = 30  # of these people: those that quizzes of pretraining and questions of fine-tuning are about
+MIX = {"problems": 0.35, "tables": 0.25, "statements": 0.25, "quizzes": 0.15}
 
 
 class Sizes(NamedTuple):
