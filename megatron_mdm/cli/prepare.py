@@ -28,7 +28,7 @@ import sys
 from pathlib import Path
 
 from megatron_mdm.cli.numbers import whole
-from megatron_mdm.cli.prepare_puzzles import add_countdown, add_puzzles
+from megatron_mdm.cli.prepare_puzzles import add_countdown, add_sudoku
 from megatron_mdm.config.errors import UserError
 from megatron_mdm.config.files import write_atomically
 from megatron_mdm.data.word_problems import PROBLEMS, generate
@@ -142,7 +142,7 @@ def main() -> None:
     command.set_defaults(run=arithmetic)
 
     add_countdown(commands.add_parser("countdown", help="generated: make a target of three numbers"))
-    add_puzzles(commands.add_parser("sudoku", help="generated: 4x4 grids with one solution"))
+    add_sudoku(commands.add_parser("sudoku", help="generated: 4x4 grids with one solution"))
     command = commands.add_parser("corpus", help="a pretraining corpus in Megatron's format")
     command.add_argument("input", nargs="+", help="files of one format, or names for `datasets`")
     command.add_argument("--output", required=True, help="PREFIX of the .bin and .idx files")

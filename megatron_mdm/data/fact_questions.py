@@ -84,10 +84,11 @@ def questions_about(
     samples = list[dict[str, str]]()
     while len(samples) < num:
         person, attribute = facts[len(samples) % len(facts)]
-        sample = _question(person, attribute, rng)
-        if sample["prompt"] not in seen:
-            seen.add(sample["prompt"])
-            samples.append(sample)
+        prompt, right = _question(person, attribute, rng)
+        if prompt not in seen:
+            seen.add(prompt)
+            # A value behind a space is the same token as in texts.
+            samples.append({"prompt": prompt, "response": f"\\boxed{{ {right} }}"})
     return samples
 
 
@@ -104,16 +105,15 @@ def statements(known: Sequence[Person], rng: random.Random) -> dict[str, str]:
 def quiz(known: Sequence[Person], rng: random.Random, exclude: Collection[str]) -> dict[str, str]:
     """A sample of pretraining: a question about one of these people, not one of exclude, and its answer."""
     while True:
-        sample = _question(rng.choice(known), rng.randrange(NUM_ATTRIBUTES), rng)
-        if sample["prompt"] not in exclude:
-            value = sample["response"].removeprefix("\\boxed{ ").removesuffix(" }")
-            return {"prompt": sample["prompt"], "response": f"The answer is {value}."}
+        prompt, right = _question(rng.choice(known), rng.randrange(NUM_ATTRIBUTES), rng)
+        if prompt not in exclude:
+            return {"prompt": prompt, "response": f"The answer is {right}."}
 
 
-def _question(person: Person, attribute: int, rng: random.Random) -> dict[str, str]:
+def _question(person: Person, attribute: int, rng: random.Random) -> tuple[str, str]:
+    """A prompt with its options, and the right one."""
     right = person.values[attribute]
     others = [value for value in _ATTRIBUTES[attribute].values if value != right]
     options = [right, *rng.sample(others, NUM_OPTIONS - 1)]
     rng.shuffle(options)
-    prompt = f"{_ATTRIBUTES[attribute].question.format(name=person.name)} One of: {', '.join(options)}"
-    return {"prompt": prompt, "response": f"\\boxed{{ {right} }}"}  # behind a space, as texts have it
+    return f"{_ATTRIBUTES[attribute].question.format(name=person.name)} One of: {', '.join(options)}", right
