@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from megatron_mdm.config.errors import UserError
+from megatron_mdm.data import countdown, sudoku
 from megatron_mdm.evaluation.tasks import TASKS, gsm8k, openscience
 from megatron_mdm.evaluation.tasks.numbers import parse_number, written
 from tests.evaluation.asked import questions
@@ -276,9 +277,8 @@ def test_sudoku_is_its_sixteen_digits(response: str, answer: str | None) -> None
 
 @pytest.mark.parametrize("name", ["countdown", "sudoku"])
 def test_generated_puzzles_are_questions(name: str, tmp_path: Path) -> None:
-    from megatron_mdm.cli.prepare_puzzles import PUZZLES
-
-    records = PUZZLES[name]({"train": 1, "validation": 1, "test": 20}, 3)["test"]
+    generate = {"countdown": countdown.generate, "sudoku": sudoku.generate}[name]
+    records = generate({"train": 1, "validation": 1, "test": 20}, 3)["test"]
     task = TASKS[name]
     for record, (prompt, answer) in zip(records, questions(write(tmp_path / "test.jsonl", records), name), strict=True):
         predicted = task.extract(str(record["response"]))
