@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -28,29 +29,36 @@ def all_pictures(scores: Scores) -> dict[str, Figure]:
 
 def _scores(scores: Scores) -> Figure | None:
     """Every run a dot; the mean with Student's interval, where there are runs enough; a row for each method."""
-    methods = [m for m in scores.settings.methods if any(m in scores.methods(budget) for budget in BUDGETS)]
 
     def panel(axes: Axes, task: str) -> bool:
-        for index, budget in enumerate(BUDGETS):
+        budgets = [budget for budget in BUDGETS if any(scores.scores(task, m, budget) for m in scores.methods(budget))]
+        methods = [m for m in scores.settings.methods if any(scores.scores(task, m, budget) for budget in budgets)]
+        shown: list[float] = []
+        for index, budget in enumerate(budgets):
+            axes.plot([], [], "o", color=_COLORS[index], markersize=3, label=BUDGETS[budget])
             for place, method in enumerate(methods):
                 values = scores.scores(task, method, budget)
-                if not values:
-                    continue
-                height = place + 0.25 * (index - 1)
-                axes.plot(values, [height] * len(values), "o", color=_COLORS[index], alpha=0.5, markersize=3)
-                mean = mean_interval(values)
-                if np.isfinite(mean.lower):
-                    axes.plot(mean[1:], [height] * 2, color=_COLORS[index], linewidth=1)
-                axes.plot(mean.estimate, height, "|", color=_COLORS[index], markersize=9)
+                shown += values
+                _dots(axes, values, place + 0.25 * (index - 1), _COLORS[index])
+        if shown:
+            margin = 0.05 * (max(shown) - min(shown)) or 1.0
+            axes.set_xlim(min(shown) - margin, max(shown) + margin)  # intervals of few runs may leave the panel
         axes.set_yticks(range(len(methods)), [scores.title(method) for method in methods], fontsize=8)
         axes.set_ylim(len(methods) - 0.5, -0.5)
-        axes.set_xlabel("score")
-        for index, title in enumerate(BUDGETS.values()):
-            axes.plot([], [], "o", color=_COLORS[index], markersize=3, label=title)
-        axes.legend(fontsize=7)
+        axes.set_xlabel("score; lines: Student's 95 % intervals of the means", fontsize=8)
         return bool(methods)
 
-    return _panels(scores, panel, height=1.5 + 0.32 * len(methods))
+    return _panels(scores, panel, height=1.2 + 0.22 * len(scores.settings.methods))
+
+
+def _dots(axes: Axes, values: Sequence[float], height: float, color: str) -> None:
+    if not values:
+        return
+    axes.plot(values, [height] * len(values), "o", color=color, alpha=0.5, markersize=3)
+    mean = mean_interval(values)
+    axes.plot(mean.estimate, height, "|", color=color, markersize=9)
+    if np.isfinite(mean.lower):
+        axes.plot(mean[1:], [height] * 2, color=color, linewidth=1)
 
 
 def _losses(scores: Scores) -> Figure | None:
@@ -158,20 +166,23 @@ PICTURES: dict[str, Callable[[Scores], Figure | None]] = {
 def _panels(
     scores: Scores, draw: Callable[[Axes, str], bool], height: float = 3.4, legend: bool = True
 ) -> Figure | None:
-    """A panel for each task; None, where none had anything to show. draw: whether it did."""
-    figure = Figure(figsize=(_WIDTH * max(1, len(scores.tasks)), height))
-    drawn = False
-    for number, task in enumerate(scores.tasks, 1):
-        axes = figure.add_subplot(1, len(scores.tasks), number)
+    """A panel for each task that has something to show, two in a row; None where none has. draw: whether it did."""
+    tasks = [task for task in scores.tasks if draw(Figure().add_subplot(), task)]
+    if not tasks:
+        return None
+    columns = min(2, len(tasks))
+    rows = math.ceil(len(tasks) / columns)
+    figure = Figure(figsize=(_WIDTH * columns, height * rows))
+    for number, task in enumerate(tasks, 1):
+        axes = figure.add_subplot(rows, columns, number)
+        draw(axes, task)
         axes.set_title(scores.task_title(task), fontsize=9)
-        here = draw(axes, task)
         axes.grid(alpha=0.3)
         axes.tick_params(labelsize=7)
-        if here and legend:
+        if legend:
             axes.legend(fontsize=6)
-        drawn |= here
     figure.tight_layout()
-    return figure if drawn else None
+    return figure
 
 
 def _band(axes: Axes, runs: Sequence[Record], curve: str, key: str, label: str) -> bool:
