@@ -30,7 +30,7 @@ from megatron_mdm.training.inputs import agreement, resolve
 from megatron_mdm.training.resume import as_the_run_began
 from megatron_mdm.training.run import train_run
 
-_LEFT_OUT = (CHECKPOINTS, "huggingface", "images", "tokenizer", "launch.json", "curves.png")  # of a run that is done
+_LEFT_OUT = (CHECKPOINTS, "huggingface", "images", "launch.json", "curves.png")  # of a run that is done
 
 
 def perform(recipe: Recipe, step_factor: float) -> None:
