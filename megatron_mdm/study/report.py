@@ -9,7 +9,7 @@ from megatron_mdm.config.files import write_atomically
 from megatron_mdm.reports.plots import save_figure
 from megatron_mdm.study.pictures import all_pictures
 from megatron_mdm.study.scores import Scores
-from megatron_mdm.study.tables import FORMS, all_tables, as_markdown
+from megatron_mdm.study.tables import FORMS, all_tables, as_csv, as_markdown, run_table
 
 TABLES = "tables"
 PICTURES = "pictures"
@@ -30,6 +30,9 @@ def write_report(record: dict[str, Any], folder: Path) -> list[Path]:
             path = folder / TABLES / f"{table.name}.{form}"
             write_atomically(path, write(table))
             written.append(path)
+    runs = folder / TABLES / "runs.csv"
+    write_atomically(runs, as_csv(run_table(scores)))
+    written.append(runs)
     for name, figure in all_pictures(scores).items():
         path = folder / PICTURES / f"{name}.png"
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -13,6 +13,8 @@ from megatron_mdm.study.scores import BUDGETS, Scores
 from megatron_mdm.study.verdicts import rankings, verdicts
 
 NONE = "–"
+_OF_RUNS = tuple("task method seed lr_factor batch_factor pace steps score standard_error best_validation_loss".split())
+_SECONDS = ("steps", "calibration", "evaluation")  # that a run is timed by
 
 
 class Table(NamedTuple):
@@ -116,6 +118,15 @@ def ranking_table(scores: Scores) -> Table:
         rows.append((scores.task_title(ranking.task), "rank correlation", correlation, "", ""))
     header = ("task", "method", "gradient variance at equal compute / Standard's", "score", "scored at")
     return Table("variance_ranks", "Gradient variance at the base checkpoint, and final score", header, rows)
+
+
+def run_table(scores: Scores) -> Table:
+    """Every run, a row; numbers as study.json has them."""
+    rows = [
+        (*(str(run[name]) for name in _OF_RUNS), *(f"{run['seconds'][part]:.1f}" for part in _SECONDS))
+        for run in scores.runs
+    ]
+    return Table("runs", "Runs", (*_OF_RUNS, *(f"seconds_{part}" for part in _SECONDS)), rows)
 
 
 def failed_table(scores: Scores) -> Table:

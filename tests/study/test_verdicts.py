@@ -27,6 +27,9 @@ def run(task: str, method: str, seed: int, score: float, part: str = "samples", 
         "seed": seed,
         "lr_factor": 1.0,
         "batch_factor": 1.0,
+        "pace": "",
+        "steps": 10,
+        "best_validation_loss": 0.5,
         "score": score,
         "standard_error": error,
         "parts": [part],
@@ -132,6 +135,8 @@ def test_everything_is_written_from_the_record_alone(tmp_path: Path) -> None:
     assert "4 of 5 runs are done, 1 have failed" in page
     assert "| s | 51.00 (50.00 to 52.00) ± 12.71 [2] |" in page
     assert "a ∣ b" in page
+    runs = (tmp_path / "tables" / "runs.csv").read_text(encoding="utf-8").splitlines()
+    assert runs[2] == "x,s,1,1.0,1.0,,10,0.52,0.01,0.5,10.0,1.0,1.0"
 
 
 def test_forms_of_a_table() -> None:
