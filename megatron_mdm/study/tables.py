@@ -13,7 +13,18 @@ from megatron_mdm.study.scores import BUDGETS, Scores
 from megatron_mdm.study.verdicts import rankings, verdicts
 
 NONE = "–"
-_OF_RUNS = tuple("task method seed lr_factor batch_factor pace steps score standard_error best_validation_loss".split())
+_OF_RUNS = (
+    "task",
+    "method",
+    "seed",
+    "lr_factor",
+    "batch_factor",
+    "pace",
+    "steps",
+    "score",
+    "standard_error",
+    "best_validation_loss",
+)
 _SECONDS = ("steps", "calibration", "evaluation")  # that a run is timed by
 
 
