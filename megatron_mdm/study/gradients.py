@@ -49,7 +49,7 @@ class GradientRecipe(Recipe):
 
     @cached_property
     def digest(self) -> str:
-        return "-".join([str(self.draws), *(recipe.digest[:16] for recipe in self.methods)])
+        return "-".join([str(self.draws), *(recipe.training_digest[:16] for recipe in self.methods)])
 
 
 def gradient_recipes(study: Study) -> list[GradientRecipe]:

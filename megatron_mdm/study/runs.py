@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from megatron_mdm.config.errors import UserError
 from megatron_mdm.config.load import load_config
@@ -76,9 +76,19 @@ class Recipe:
     def digest(self) -> str:
         """Of what the run's result depends on, but for the contents of its data, which resuming compares by itself."""
         task = self.task.model_dump(mode="json", include={"measure", "test", "settings", "clip", "limit", "score"})
-        config = self.load().model_dump(mode="json", exclude={"checkpoint", "logging", "parallel", "faults"})
-        values = {"config": config, "task": task, "pace": self.point.pace}
-        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+        return _digest({"config": self._trained_by(), "task": task, "pace": self.point.pace})
+
+    @cached_property
+    def training_digest(self) -> str:
+        """Of what training depends on; how its answers are scored is left out."""
+        return _digest(self._trained_by())
+
+    def _trained_by(self) -> dict[str, Any]:
+        return self.load().model_dump(mode="json", exclude={"checkpoint", "logging", "parallel", "faults"})
+
+
+def _digest(values: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 class Listed(NamedTuple):

@@ -9,6 +9,7 @@ import pytest
 from megatron_mdm.cli.configs import config_path
 from megatron_mdm.config.errors import UserError
 from megatron_mdm.study.cluster_plan import planned_rows
+from megatron_mdm.study.gradients import gradient_recipes
 from megatron_mdm.study.pool import own_share_first
 from megatron_mdm.study.runs import Point, Study, check_recipes
 from megatron_mdm.study.settings import read_study
@@ -48,6 +49,17 @@ def test_methods_that_have_no_meaning_on_a_task_are_left_out(small: Study) -> No
     assert "images" not in {run.point.task for run in small.runs() if run.point.method == "autoregressive"}
     base = small.recipe(Point("facts", "autoregressive", 42)).load().model.init_from
     assert base == "runs/study_base/autoregressive"
+
+
+def test_gradients_do_not_depend_on_how_answers_are_decoded(small: Study) -> None:
+    task = small.settings.tasks["arithmetic"].model_copy(update={"settings": ["gen_length=20"]})
+    tasks = {**small.settings.tasks, "arithmetic": task}
+    other = Study(small.settings.model_copy(update={"tasks": tasks}), config_path)
+    assert [recipe.digest for recipe in gradient_recipes(other)] == [
+        recipe.digest for recipe in gradient_recipes(small)
+    ]
+    run = Point("arithmetic", "standard", 42)
+    assert other.recipe(run).digest != small.recipe(run).digest
 
 
 def test_shards_begin_apart_and_have_all(small: Study) -> None:
