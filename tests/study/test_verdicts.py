@@ -109,6 +109,14 @@ def test_equal_compute_is_asked_of_its_own_runs() -> None:
     assert verdict_of(study(values), "o is better") == []
 
 
+def test_the_best_of_ours_is_one_of_those_with_the_most_runs() -> None:
+    found = study({"x": {"s": [0.50, 0.501], "o": [0.55, 0.551], "m": [0.9]}}, "compute")
+    claims = found.settings.claims.model_copy(update={"ours": ["m", "o"]})
+    found.settings = found.settings.model_copy(update={"claims": claims})
+    (verdict,) = (each for each in verdicts(found) if each.claim.startswith("the best of ours is above"))
+    assert (verdict.quantity, verdict.verdict) == ("o less Standard, bound to bound", HOLDS)
+
+
 def test_ranks_are_of_variance_times_passes() -> None:
     rows = [
         {"name": name, "passes": passes, "gradient": [ratio, ratio, ratio]}
