@@ -55,6 +55,10 @@ class Scores:
         scale = self.settings.tasks[task].scale
         return [scale * run["score"] for run in self.chosen(budget, lr_factor, task=task, method=method)]
 
+    def losses(self, task: str, method: str, budget: str = "samples") -> list[float]:
+        """Best validation losses, in nats."""
+        return [run["best_validation_loss"] for run in self.chosen(budget, task=task, method=method)]
+
     def errors(self, task: str, method: str, budget: str = "samples") -> list[float]:
         """Standard errors of the scores, over questions; 0 where they are not known."""
         scale = self.settings.tasks[task].scale

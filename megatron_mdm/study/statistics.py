@@ -11,6 +11,7 @@ from scipy import stats
 from megatron_mdm.evaluation.intervals import LEVEL, Interval, student_quantile
 
 NUM_RESAMPLES = 4000
+_NEARLY_ONE = 1.0 - 1e-12  # whose transform is finite
 
 
 def contrast(groups: Sequence[Sequence[float]], coefficients: Sequence[float]) -> Interval:
@@ -61,14 +62,20 @@ def worst_over_best(
 
 def rank_correlation(x: Sequence[float], y: Sequence[float]) -> Interval:
     """Spearman's ρ, with Fisher's transformation and the variance of Bonett and Wright (2000), (1 + ρ²/2)/(n − 3)."""
-    rho = float(stats.spearmanr(x, y).statistic)
-    if len(x) < 4 or math.isnan(rho):
-        return Interval(rho, -1.0, 1.0)
-    if abs(rho) >= 1.0:
-        rho = math.copysign(1.0 - 1e-12, rho)
-    half = float(stats.norm.ppf(0.5 + LEVEL / 2)) * math.sqrt((1 + rho**2 / 2) / (len(x) - 3))
-    centre = math.atanh(rho)
-    return Interval(rho, math.tanh(centre - half), math.tanh(centre + half))
+    return mean_rank_correlation([(x, y)])
+
+
+def mean_rank_correlation(pairs: Sequence[tuple[Sequence[float], Sequence[float]]]) -> Interval:
+    """Of several independent samples: the mean of Fisher's transforms of their ρ, weighted by n − 3, turned back."""
+    rhos = [float(stats.spearmanr(x, y).statistic) for x, y in pairs]
+    weights = [len(x) - 3 for x, _ in pairs]
+    if min(weights) < 1 or any(map(math.isnan, rhos)):
+        return Interval(float(np.mean(rhos)), -1.0, 1.0)
+    transforms = [math.atanh(max(-_NEARLY_ONE, min(_NEARLY_ONE, rho))) for rho in rhos]
+    centre = math.fsum(w * z for w, z in zip(weights, transforms)) / sum(weights)
+    variance = math.fsum(w * (1 + rho**2 / 2) for w, rho in zip(weights, rhos)) / sum(weights) ** 2
+    half = float(stats.norm.ppf(0.5 + LEVEL / 2)) * math.sqrt(variance)
+    return Interval(math.tanh(centre), math.tanh(centre - half), math.tanh(centre + half))
 
 
 def proportion_error(share: float, number: int) -> float:

@@ -38,8 +38,9 @@ class Table(NamedTuple):
 
 def all_tables(scores: Scores) -> list[Table]:
     """Those that have rows."""
-    tables = [*(score_table(scores, budget) for budget in BUDGETS), every_score(scores), variance_table(scores)]
-    tables += [rate_table(scores), claim_table(scores), ranking_table(scores), failed_table(scores)]
+    tables = [*(score_table(scores, budget) for budget in BUDGETS), every_score(scores)]
+    tables += [*(loss_table(scores, budget) for budget in BUDGETS), variance_table(scores), rate_table(scores)]
+    tables += [claim_table(scores), ranking_table(scores), failed_table(scores)]
     return [table for table in tables if table.rows]
 
 
@@ -53,6 +54,18 @@ def score_table(scores: Scores, budget: str) -> Table:
     header = ("method", *map(scores.task_title, scores.tasks))
     note = "Mean (worst to best seed) ± half of Student's 95 % interval of the mean; [n]: runs."
     return Table(f"scores_{budget}", f"Scores at {BUDGETS[budget]}", header, rows, note)
+
+
+def loss_table(scores: Scores, budget: str) -> Table:
+    """Validation losses, whose seeds differ less than answers do. Of autoregressive runs it is another loss."""
+    rows = []
+    for method in scores.methods(budget):
+        found = [scores.losses(task, method, budget) for task in scores.tasks]
+        if any(found):
+            rows.append((scores.title(method), *(_loss_cell(losses) for losses in found)))
+    header = ("method", *map(scores.task_title, scores.tasks))
+    note = "Best validation loss of a run, mean ± half of Student's 95 % interval; [n]: runs."
+    return Table(f"losses_{budget}", f"Validation losses at {BUDGETS[budget]}", header, rows, note)
 
 
 def every_score(scores: Scores) -> Table:
@@ -125,7 +138,7 @@ def ranking_table(scores: Scores) -> Table:
         for variance, method, score in ordered:
             cells = (_number(variance), _number(score), BUDGETS[ranking.budget])
             rows.append((scores.task_title(ranking.task), scores.title(method), *cells))
-        correlation = " in ".join(_bounds(ranking.correlation))
+        correlation = " in ".join(_bounds(ranking.correlation))  # also over tasks, among the claims
         rows.append((scores.task_title(ranking.task), "rank correlation", correlation, "", ""))
     header = ("task", "method", "gradient variance at equal compute / Standard's", "score", "scored at")
     return Table("variance_ranks", "Gradient variance at the base checkpoint, and final score", header, rows)
@@ -209,6 +222,13 @@ def _score_cell(values: Sequence[float]) -> str:
     if len(values) == 1:
         return f"{mean.estimate:.2f} [1]"
     return f"{mean.estimate:.2f} ({min(values):.2f} to {max(values):.2f}) ± {mean.half_width:.2f} [{len(values)}]"
+
+
+def _loss_cell(values: Sequence[float]) -> str:
+    if not values:
+        return NONE
+    mean = mean_interval(values)
+    return f"{mean.estimate:.4g} ± {mean.half_width:.2g} [{len(values)}]" if len(values) > 1 else f"{values[0]:.4g} [1]"
 
 
 def _mean_cell(values: Sequence[float]) -> str:

@@ -10,6 +10,7 @@ from megatron_mdm.evaluation.intervals import Interval, mean_interval
 from megatron_mdm.study.scores import Scores
 from megatron_mdm.study.statistics import (
     contrast,
+    mean_rank_correlation,
     rank_correlation,
     spread_ratio,
     worst_over_best,
@@ -108,16 +109,21 @@ def _best_of_ours(scores: Scores, task: str) -> Iterator[Verdict]:
     """A higher bar than a difference's interval: the two intervals do not overlap. The best is that of those with the
     most runs."""
     names = scores.settings.claims
-    standard = scores.scores(task, names.standard, "compute")
-    ours = {name: found for name in names.ours if (found := scores.scores(task, name, "compute"))}
-    if not standard or not ours:
-        return
-    most = max(len(found) for found in ours.values())
-    best = max((name for name in ours if len(ours[name]) == most), key=lambda name: mean_interval(ours[name]).estimate)
-    first, second = mean_interval(ours[best]), mean_interval(standard)
-    gap = Interval(first.estimate - second.estimate, first.lower - second.upper, first.upper - second.lower)
-    claim = "the best of ours is above Standard at equal compute, with 95 % intervals apart"
-    yield Verdict(claim, task, f"{scores.title(best)} less Standard, bound to bound", gap, above(gap))
+    for what, values in (("", scores.scores), (" in validation loss", scores.losses)):
+        sign = -1.0 if what else 1.0  # what is more is better
+        standard = [sign * value for value in values(task, names.standard, "compute")]
+        ours = {
+            name: [sign * value for value in found] for name in names.ours if (found := values(task, name, "compute"))
+        }
+        if not standard or not ours:
+            continue
+        most = max(map(len, ours.values()))
+        means = {name: mean_interval(found) for name, found in ours.items() if len(found) == most}
+        best = max(means, key=lambda name: means[name].estimate)
+        first, second = means[best], mean_interval(standard)
+        gap = Interval(first.estimate - second.estimate, first.lower - second.upper, first.upper - second.lower)
+        claim = f"the best of ours is better than Standard{what} at equal compute, with 95 % intervals apart"
+        yield Verdict(claim, task, f"gain of {scores.title(best)}, bound to bound", gap, above(gap))
 
 
 def _robust_curve(scores: Scores, task: str) -> Iterator[Verdict]:
@@ -170,10 +176,14 @@ def _long_responses(scores: Scores) -> Iterator[Verdict]:
 
 
 def _predicted(scores: Scores) -> Iterator[Verdict]:
-    for ranking in rankings(scores):
+    claim = "less gradient variance at equal compute at the base checkpoint, better final score"
+    found = rankings(scores)
+    for ranking in found:
         text = f"Spearman's correlation over {len(ranking.methods)} methods"
-        claim = "less gradient variance at equal compute at the base checkpoint, better final score"
         yield Verdict(claim, ranking.task, text, ranking.correlation, above(ranking.correlation))
+    if len(found) > 1:
+        over = mean_rank_correlation([([-value for value in each.variance], each.score) for each in found])
+        yield Verdict(claim, "", f"mean of the {len(found)} tasks' (Fisher's z)", over, above(over))
 
 
 class Ranking(NamedTuple):

@@ -10,6 +10,7 @@ import pytest
 from megatron_mdm.evaluation.intervals import Interval, mean_interval
 from megatron_mdm.study.statistics import (
     contrast,
+    mean_rank_correlation,
     proportion_error,
     rank_correlation,
     spread_ratio,
@@ -54,6 +55,18 @@ def test_ratio_of_spreads() -> None:
     assert interval.estimate == pytest.approx(2.0)
     assert interval.lower == pytest.approx(math.sqrt(4 / 39), rel=1e-6)
     assert interval.upper == pytest.approx(math.sqrt(4 * 39), rel=1e-6)
+
+
+def test_mean_of_rank_correlations() -> None:
+    """ρ = 0.9 of five (weight 2) and 1 − 6·4/(7·48) = 0.928571 of seven (weight 4), variances (1 + ρ²/2)/weight."""
+    five = ([1, 2, 3, 4, 5], [2, 1, 3, 4, 5])
+    seven = ([1, 2, 3, 4, 5, 6, 7], [2, 1, 4, 3, 5, 6, 7])
+    found = mean_rank_correlation([five, seven])
+    centre = (2 * math.atanh(0.9) + 4 * math.atanh(1 - 24 / 336)) / 6
+    error = math.sqrt(4 * 1.405 / 2 + 16 * (1 + (1 - 24 / 336) ** 2 / 2) / 4) / 6
+    assert found.estimate == pytest.approx(math.tanh(centre))
+    assert found.lower == pytest.approx(math.tanh(centre - 1.959964 * error), rel=1e-6)
+    assert mean_rank_correlation([five, ([1, 2], [2, 1])])[1:] == (-1.0, 1.0)
 
 
 def test_ranks() -> None:

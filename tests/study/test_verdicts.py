@@ -105,16 +105,26 @@ def test_equal_compute_is_asked_of_its_own_runs() -> None:
     found = study(values, "compute")
     assert verdict_of(found, "b is better than Standard at equal compute") == [FAILS]
     assert verdict_of(found, "o is better than Standard at equal compute") == [HOLDS]
-    assert verdict_of(found, "the best of ours is above") == [HOLDS]
+    assert verdict_of(found, "the best of ours is better than Standard at") == [HOLDS]
     assert verdict_of(study(values), "o is better") == []
+
+
+def test_a_lower_validation_loss_is_better() -> None:
+    """Losses of the runs made here are 1 less the score."""
+    found = study({"x": {"s": [0.50, 0.501], "o": [0.55, 0.551]}}, "compute")
+    for each in found.runs:
+        each["best_validation_loss"] = 1.0 - each["score"]
+    assert verdict_of(found, "the best of ours is better than Standard in validation loss") == [HOLDS]
 
 
 def test_the_best_of_ours_is_one_of_those_with_the_most_runs() -> None:
     found = study({"x": {"s": [0.50, 0.501], "o": [0.55, 0.551], "m": [0.9]}}, "compute")
     claims = found.settings.claims.model_copy(update={"ours": ["m", "o"]})
     found.settings = found.settings.model_copy(update={"claims": claims})
-    (verdict,) = (each for each in verdicts(found) if each.claim.startswith("the best of ours is above"))
-    assert (verdict.quantity, verdict.verdict) == ("o less Standard, bound to bound", HOLDS)
+    (verdict,) = (
+        each for each in verdicts(found) if each.claim.startswith("the best of ours is better than Standard at")
+    )
+    assert (verdict.quantity, verdict.verdict) == ("gain of o, bound to bound", HOLDS)
 
 
 def test_ranks_are_of_variance_times_passes() -> None:
