@@ -3,12 +3,16 @@
 import gc
 import importlib
 import os
+import threading
 
 os.environ.setdefault("TQDM_DISABLE", "1")  # runs write to files
+
+from tqdm import tqdm
 
 from megatron_mdm.parallel import platform
 
 platform.quiet_libraries()
+tqdm.set_lock(threading.RLock())  # its own is a semaphore, which a run that is ended would leave behind
 
 for name in ("matplotlib.figure", "scipy.optimize", "megatron_mdm.study.perform"):
     importlib.import_module(name)
