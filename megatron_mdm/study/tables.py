@@ -46,26 +46,27 @@ def all_tables(scores: Scores) -> list[Table]:
 
 def score_table(scores: Scores, budget: str) -> Table:
     """The paper's Table 1: methods by tasks."""
-    rows = []
-    for method in scores.methods(budget):
-        cells = [_score_cell(scores.scores(task, method, budget)) for task in scores.tasks]
-        if any(cell != NONE for cell in cells):
-            rows.append((scores.title(method), *cells))
-    header = ("method", *map(scores.task_title, scores.tasks))
     note = "Mean (worst to best seed) ± half of Student's 95 % interval of the mean; [n]: runs."
-    return Table(f"scores_{budget}", f"Scores at {BUDGETS[budget]}", header, rows, note)
+    return _by_method(scores, budget, ("scores", "Scores"), lambda *of: _score_cell(scores.scores(*of)), note)
 
 
 def loss_table(scores: Scores, budget: str) -> Table:
     """Validation losses, whose seeds differ less than answers do. Of autoregressive runs it is another loss."""
+    note = "Best validation loss of a run, mean ± half of Student's 95 % interval; [n]: runs."
+    return _by_method(scores, budget, ("losses", "Validation losses"), lambda *of: _loss_cell(scores.losses(*of)), note)
+
+
+def _by_method(
+    scores: Scores, budget: str, names: tuple[str, str], cell: Callable[[str, str, str], str], note: str
+) -> Table:
+    """A row for each method, a column for each task. names: of files, and of the title."""
     rows = []
     for method in scores.methods(budget):
-        found = [scores.losses(task, method, budget) for task in scores.tasks]
-        if any(found):
-            rows.append((scores.title(method), *(_loss_cell(losses) for losses in found)))
+        cells = [cell(task, method, budget) for task in scores.tasks]
+        if any(found != NONE for found in cells):
+            rows.append((scores.title(method), *cells))
     header = ("method", *map(scores.task_title, scores.tasks))
-    note = "Best validation loss of a run, mean ± half of Student's 95 % interval; [n]: runs."
-    return Table(f"losses_{budget}", f"Validation losses at {BUDGETS[budget]}", header, rows, note)
+    return Table(f"{names[0]}_{budget}", f"{names[1]} at {BUDGETS[budget]}", header, rows, note)
 
 
 def every_score(scores: Scores) -> Table:
@@ -138,7 +139,7 @@ def ranking_table(scores: Scores) -> Table:
         for variance, method, score in ordered:
             cells = (_number(variance), _number(score), BUDGETS[ranking.budget])
             rows.append((scores.task_title(ranking.task), scores.title(method), *cells))
-        correlation = " in ".join(_bounds(ranking.correlation))  # also over tasks, among the claims
+        correlation = " in ".join(_bounds(ranking.correlation))
         rows.append((scores.task_title(ranking.task), "rank correlation", correlation, "", ""))
     header = ("task", "method", "gradient variance at equal compute / Standard's", "score", "scored at")
     return Table("variance_ranks", "Gradient variance at the base checkpoint, and final score", header, rows)

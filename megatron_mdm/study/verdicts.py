@@ -108,22 +108,24 @@ def _equal_compute(scores: Scores, task: str) -> Iterator[Verdict]:
 def _best_of_ours(scores: Scores, task: str) -> Iterator[Verdict]:
     """A higher bar than a difference's interval: the two intervals do not overlap. The best is that of those with the
     most runs."""
+    yield from _apart(scores, task, scores.scores, "")
+    yield from _apart(scores, task, lambda *of: [-loss for loss in scores.losses(*of)], " in validation loss")
+
+
+def _apart(scores: Scores, task: str, values: Callable[[str, str, str], list[float]], what: str) -> Iterator[Verdict]:
+    """values: of which more is better, by task, method and budget."""
     names = scores.settings.claims
-    for what, values in (("", scores.scores), (" in validation loss", scores.losses)):
-        sign = -1.0 if what else 1.0  # what is more is better
-        standard = [sign * value for value in values(task, names.standard, "compute")]
-        ours = {
-            name: [sign * value for value in found] for name in names.ours if (found := values(task, name, "compute"))
-        }
-        if not standard or not ours:
-            continue
-        most = max(map(len, ours.values()))
-        means = {name: mean_interval(found) for name, found in ours.items() if len(found) == most}
-        best = max(means, key=lambda name: means[name].estimate)
-        first, second = means[best], mean_interval(standard)
-        gap = Interval(first.estimate - second.estimate, first.lower - second.upper, first.upper - second.lower)
-        claim = f"the best of ours is better than Standard{what} at equal compute, with 95 % intervals apart"
-        yield Verdict(claim, task, f"gain of {scores.title(best)}, bound to bound", gap, above(gap))
+    standard = values(task, names.standard, "compute")
+    ours = {name: found for name in names.ours if (found := values(task, name, "compute"))}
+    if not standard or not ours:
+        return
+    most = max(map(len, ours.values()))
+    means = {name: mean_interval(found) for name, found in ours.items() if len(found) == most}
+    best = max(means, key=lambda name: means[name].estimate)
+    first, second = means[best], mean_interval(standard)
+    gap = Interval(first.estimate - second.estimate, first.lower - second.upper, first.upper - second.lower)
+    claim = f"the best of ours is better than Standard{what} at equal compute, with 95 % intervals apart"
+    yield Verdict(claim, task, f"gain of {scores.title(best)}, bound to bound", gap, above(gap))
 
 
 def _robust_curve(scores: Scores, task: str) -> Iterator[Verdict]:
