@@ -3,13 +3,19 @@
 import gc
 import importlib
 import os
+import signal
 import threading
+
+from megatron_mdm.study.worker import STOPS
+
+# Slurm and `timeout` signal every process of a job. The server has to outlive its runs, whose exit codes it passes on.
+signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
 
 os.environ.setdefault("TQDM_DISABLE", "1")  # runs write to files
 
-from tqdm import tqdm
+from tqdm import tqdm  # noqa: E402
 
-from megatron_mdm.parallel import platform
+from megatron_mdm.parallel import platform  # noqa: E402
 
 platform.quiet_libraries()
 tqdm.set_lock(threading.RLock())  # its own is a semaphore, which a run that is ended would leave behind

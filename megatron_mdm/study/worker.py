@@ -25,6 +25,7 @@ LOG = "log.txt"
 LOCK = "lock"
 TRAINED = "trained.json"  # of a run that has been trained and is yet to be scored
 PRELOAD = ["megatron_mdm.study.preload"]  # what every such process would spend seconds on
+STOPS = (signal.SIGTERM, signal.SIGUSR1)  # at which a run saves and ends
 
 
 class Place(NamedTuple):
@@ -39,6 +40,7 @@ class Place(NamedTuple):
 
 def run_rank(recipe: Recipe, step_factor: float, place: Place) -> None:
     """The whole life of the process. Its exit code: 0, done or stopped by a signal; else it has failed."""
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)  # which the server that it is forked from has blocked
     _die_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to all; the study's own process passes it on
     ranks = {"RANK": place.rank, "LOCAL_RANK": place.rank, "WORLD_SIZE": place.size, "MASTER_PORT": place.port}

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import random
 import time
+from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import pytest
 
 from megatron_mdm.cli.configs import config_path
@@ -25,6 +27,14 @@ def tables(folder: Path) -> dict[str, str]:
     """All tables but those of seconds."""
     paths = sorted((folder / "tables").iterdir())
     return {path.name: path.read_text(encoding="utf-8") for path in paths if path.stem not in CLOCKED}
+
+
+def terminate_all(pid: int) -> None:
+    """SIGTERM to a process and all that descend from it, as Slurm and `timeout` send it."""
+    process = psutil.Process(pid)
+    for one in [process, *process.children(recursive=True)]:
+        with suppress(psutil.NoSuchProcess):
+            one.terminate()
 
 
 @pytest.fixture(scope="module")
@@ -52,10 +62,11 @@ def test_stopped_and_killed_and_given_again_it_has_the_same_tables(whole: Path, 
     program = ProgramRanks(PROGRAM, [str(path), "--workers", "2"])
     while program.is_running() and not list(folder.glob("runs/*/checkpoints/step-*")):
         time.sleep(0.02)
-    program.processes[0].terminate()
+    terminate_all(program.processes[0].pid)
     (result,) = program.wait()
     assert result.exit_code == 0, result.stdout + result.stderr
     assert "stopped; the same command goes on" in result.stdout
+    assert "FAILED" not in result.stdout
     program = ProgramRanks(PROGRAM, [str(path), "--workers", "2"])
     time.sleep(random.uniform(0.5, 3.0))
     program.kill()
