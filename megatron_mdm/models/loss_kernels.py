@@ -88,7 +88,7 @@ LOSS_KERNELS: dict[str, LossKernel] = {"torch": torch_losses, "triton": triton_l
 
 
 def resolve_loss_kernel(model: ModelConfig) -> str:
-    """The kernel that 'auto' stands for: torch's, as Triton's has not been run on a GPU. Raises UserError where the one
+    """The kernel that 'auto' stands for: torch's, as no training step has been timed with Triton's. Raises UserError where the one
     asked for cannot run."""
     if model.loss_kernel == "triton":
         missing = "" if importlib.util.find_spec("triton") else "it is not installed"

@@ -5,7 +5,7 @@ Between the passes, ranks that share the vocabulary compare and sum three number
 bytes a logit beside the logits' 4, one in float32 their place: the peak is torch_losses' (engine/memory.py, _head).
 What moves between memory and device is 10 bytes a logit, 12 in float32; torch's kernels move 22 or more.
 
-It needs CUDA; Triton's interpreter runs it on the CPU (TRITON_INTERPRET=1), which is how it has been tested.
+It needs CUDA; Triton's interpreter runs it on the CPU (TRITON_INTERPRET=1), which is how the tests run it.
 """
 
 from __future__ import annotations
