@@ -88,8 +88,8 @@ LOSS_KERNELS: dict[str, LossKernel] = {"torch": torch_losses, "triton": triton_l
 
 
 def resolve_loss_kernel(model: ModelConfig) -> str:
-    """The kernel that 'auto' stands for: torch's, as no training step has been timed with Triton's. Raises UserError where the one
-    asked for cannot run."""
+    """The kernel that 'auto' stands for: torch's, as no training step has been timed with Triton's. Raises UserError
+    where the one asked for cannot run."""
     if model.loss_kernel == "triton":
         missing = "" if importlib.util.find_spec("triton") else "it is not installed"
         missing = missing or "there is no CUDA device" * (not platform.is_cuda())

@@ -24,9 +24,9 @@ class Heads(NamedTuple):
 
     def draw(self, *shape: int, dtype: torch.dtype, device: str) -> list[Tensor]:
         """Query, key and value [*shape, heads, width], normal, which want gradients."""
-        generator = torch.Generator(device).manual_seed(0)
+        torch.manual_seed(0)
         shapes = [(*shape, heads, self.width) for heads in (self.query, self.key, self.key)]
-        return [_normal(one, generator).to(dtype).requires_grad_() for one in shapes]
+        return [_normal(one, device).to(dtype).requires_grad_() for one in shapes]
 
 
 def visibility(lengths: Sequence[int], causal: bool, pack: bool, device: str) -> Visibility:
@@ -41,14 +41,15 @@ def visibility(lengths: Sequence[int], causal: bool, pack: bool, device: str) ->
 def with_gradients(attend: Attend, inputs: Sequence[Tensor]) -> list[Tensor]:
     """The contexts, and the gradients of query, key and value for drawn gradients of the contexts."""
     context = attend(*inputs)
-    direction = _normal(context.shape, torch.Generator(context.device).manual_seed(1))
+    torch.manual_seed(1)
+    direction = _normal(context.shape, context.device)
     gradients = torch.autograd.grad(context, list(inputs), direction.to(context.dtype))
     return [context.detach(), *gradients]
 
 
-def _normal(shape: Sequence[int], generator: torch.Generator) -> Tensor:
-    """fp32, drawn on the generator's device: on the host, numbers for large heads take longer than their attention."""
-    return torch.randn(shape, generator=generator, device=generator.device)
+def _normal(shape: Sequence[int], device: torch.device | str) -> Tensor:
+    """fp32, drawn on the device: on the host, numbers for large heads take longer than their attention."""
+    return torch.randn(shape, device=device)
 
 
 def exact(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
