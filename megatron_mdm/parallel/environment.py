@@ -1,4 +1,5 @@
-"""What a launcher tells a rank by variables of the environment: read, checked, and named where something is amiss.
+"""What a launcher tells a rank: by signals, and by variables of the environment, which are read, checked, and named
+where something is amiss.
 
 A variable that is empty counts as one that is not set. Only the standard library is needed.
 """
@@ -6,12 +7,14 @@ A variable that is empty counts as one that is not set. Only the standard librar
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import threading
 import time
 
 from megatron_mdm.config.errors import UserError
 
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # a preemption; what Slurm can be asked to send before the time limit
 LAUNCH_ID = "MDM_LAUNCH_ID"  # the same for every try of one launch; the launch scripts set it
 _SECONDS_TO_RESOLVE = 15.0  # a name that is new may take so long to be known everywhere
 _SECONDS_TO_ANSWER = 10.0  # that one look-up may take beyond

@@ -20,14 +20,15 @@ from types import FrameType
 from typing import Any
 
 from megatron_mdm.config.errors import UserError
+from megatron_mdm.parallel.environment import STOP_SIGNALS
 from megatron_mdm.study.claims import STALE_SECONDS, Claim, claim
 from megatron_mdm.study.pace import step_factor
 from megatron_mdm.study.results import failure, result, write_failure
 from megatron_mdm.study.runs import Recipe, Study
-from megatron_mdm.study.worker import LOG, PRELOAD, STOPS, Place, run_rank
+from megatron_mdm.study.worker import LOG, PRELOAD, Place, run_rank
 
 _LOOK_SECONDS = 5.0  # between two looks at what others have done
-_STOPS = (*STOPS, signal.SIGINT)
+_STOPS = (*STOP_SIGNALS, signal.SIGINT)
 
 
 @dataclass(frozen=True)

@@ -6,10 +6,10 @@ import os
 import signal
 import threading
 
-from megatron_mdm.study.worker import STOPS
+from megatron_mdm.parallel.environment import STOP_SIGNALS
 
 # Slurm and `timeout` signal every process of a job. The server has to outlive its runs, whose exit codes it passes on.
-signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
+signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
 
 os.environ.setdefault("TQDM_DISABLE", "1")  # runs write to files
 

@@ -1,7 +1,7 @@
 """One run of a study, in a process (or several ranks) of its own: train or resume, score, write what it reached.
 
-Nothing but the standard library is imported before the process knows its place: which devices it sees is told by its
-environment.
+Nothing that needs more than the standard library is imported before the process knows its place: which devices it
+sees is told by its environment.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from megatron_mdm.parallel.environment import STOP_SIGNALS
+
 if TYPE_CHECKING:
     from megatron_mdm.study.runs import Recipe
 
@@ -25,7 +27,6 @@ LOG = "log.txt"
 LOCK = "lock"
 TRAINED = "trained.json"  # of a run that has been trained and is yet to be scored
 PRELOAD = ["megatron_mdm.study.preload"]  # what every such process would spend seconds on
-STOPS = (signal.SIGTERM, signal.SIGUSR1)  # at which a run saves and ends
 
 
 class Place(NamedTuple):
@@ -40,7 +41,7 @@ class Place(NamedTuple):
 
 def run_rank(recipe: Recipe, step_factor: float, place: Place) -> None:
     """The whole life of the process. Its exit code: 0, done or stopped by a signal; else it has failed."""
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)  # which the server that it is forked from has blocked
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)  # which the server that it is forked from has blocked
     _die_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to all; the study's own process passes it on
     ranks = {"RANK": place.rank, "LOCAL_RANK": place.rank, "WORLD_SIZE": place.size, "MASTER_PORT": place.port}

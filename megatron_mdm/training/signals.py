@@ -6,11 +6,10 @@ import signal
 from types import FrameType
 
 from megatron_mdm.parallel.collectives import largest
+from megatron_mdm.parallel.environment import STOP_SIGNALS
 from megatron_mdm.training.callbacks.base import Callback, Order
 from megatron_mdm.training.loop import StepResult
 from megatron_mdm.training.state import TrainState
-
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # a preemption; what Slurm can be asked to send before the time limit
 
 
 class StopOnSignal(Callback):
@@ -23,7 +22,7 @@ class StopOnSignal(Callback):
 
     def __init__(self) -> None:
         self.received = 0
-        for number in SIGNALS:
+        for number in STOP_SIGNALS:
             signal.signal(number, self._note)
 
     def after_step(self, state: TrainState, _: StepResult) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -41,10 +42,14 @@ def visibility(lengths: Sequence[int], causal: bool, pack: bool, device: str) ->
 def with_gradients(attend: Attend, inputs: Sequence[Tensor]) -> list[Tensor]:
     """The contexts, and the gradients of query, key and value for drawn gradients of the contexts."""
     context = attend(*inputs)
+    direction = _direction(context.shape, context.dtype, context.device)
+    return [context.detach(), *torch.autograd.grad(context, list(inputs), direction)]
+
+
+@lru_cache(maxsize=2)  # of a case and of what it is compared with: passes that are timed do not draw it
+def _direction(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
     torch.manual_seed(1)
-    direction = _normal(context.shape, context.device)
-    gradients = torch.autograd.grad(context, list(inputs), direction.to(context.dtype))
-    return [context.detach(), *gradients]
+    return _normal(shape, device).to(dtype)
 
 
 def _normal(shape: Sequence[int], device: torch.device | str) -> Tensor:
