@@ -55,9 +55,10 @@ def test_a_signal_during_calibration_keeps_the_calibration(tmp_path: Path) -> No
     whole = run_program_ranks("launch/train.py", arguments("whole"), 2)
     assert whole[0].exit_code == 0, whole[0].stderr
     ranks = ProgramRanks("launch/train.py", arguments("stopped"), 2)
-    while ranks.is_running() and not (tmp_path / "stopped/preflight.json").exists():
+    pid = ranks.processes[0].pid
+    while ranks.is_running() and not catches(pid, signal.SIGTERM):
         time.sleep(0.005)
-    os.kill(ranks.processes[0].pid, signal.SIGTERM)
+    os.kill(pid, signal.SIGTERM)
     results = ranks.wait()
     assert [result.exit_code for result in results] == [0, 0], results[0].stderr
     assert os.listdir(tmp_path / "stopped/checkpoints") == ["step-00000001"]
@@ -67,3 +68,10 @@ def test_a_signal_during_calibration_keeps_the_calibration(tmp_path: Path) -> No
     assert resumed[0].exit_code == 0, resumed[0].stderr
     assert losses(tmp_path / "stopped") == losses(tmp_path / "whole")
     assert (tmp_path / "stopped/calibration.json").read_bytes() == calibrated
+
+
+def catches(pid: int, number: signal.Signals) -> bool:
+    """Whether a process has a handler of the signal, by the kernel's own word."""
+    status = Path(f"/proc/{pid}/status").read_text(encoding="utf-8")
+    (caught,) = (line.split()[1] for line in status.splitlines() if line.startswith("SigCgt:"))
+    return bool(int(caught, 16) >> (number - 1) & 1)
