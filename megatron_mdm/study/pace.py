@@ -1,4 +1,4 @@
-"""Budgets of equal time: as many steps as take the seconds of another method's run, by what both have taken here.
+"""Budgets of equal time: as many steps as take the seconds of another method's runs, by what both have taken here.
 
 The number is settled once for a task and a method, by whichever process asks first, and kept in the study's folder, so
 that every seed, and every run that is resumed, has the same.
@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import json
 import os
+import statistics
 from pathlib import Path
 
 from megatron_mdm.config.errors import UserError
 from megatron_mdm.study.results import failure, result
-from megatron_mdm.study.runs import Point, Study
+from megatron_mdm.study.runs import Point, Recipe, Study
 
 PACE = "pace"
 
@@ -24,25 +25,27 @@ def step_factor(study: Study, point: Point, since: float) -> float | None:
         return 1.0
     path = study.folder / PACE / f"{point.task}-{point.method}-to-{point.pace}.json"
     if not path.exists():
-        seconds = []
-        for method in (point.pace, point.method):
-            found = _seconds(study, Point(point.task, method, point.seed), since)
-            if found is None:
-                return None
-            seconds.append(found)
-        _settle(path, round(seconds[0] / seconds[1], 2))
+        methods = (point.pace, point.method)
+        if not all(_is_done(study.recipe(Point(point.task, method, point.seed)), since) for method in methods):
+            return None
+        reference, own = (_median_seconds(study, point.task, method) for method in methods)
+        _settle(path, round(reference / own, 2))
     return float(json.loads(path.read_text(encoding="utf-8"))["step_factor"])
 
 
-def _seconds(study: Study, point: Point, since: float) -> float | None:
-    """Of training and calibration."""
-    recipe = study.recipe(point)
-    record = result(recipe)
-    if record is not None:
-        return float(record["seconds"]["steps"] + record["seconds"]["calibration"])
+def _is_done(recipe: Recipe, since: float) -> bool:
+    if result(recipe) is not None:
+        return True
     if error := failure(recipe.folder, since):
-        raise UserError(f"needs the seconds of {point.name}, which has failed: {error}")
-    return None
+        raise UserError(f"needs the seconds of {recipe.name}, which has failed: {error}")
+    return False
+
+
+def _median_seconds(study: Study, task: str, method: str) -> float:
+    """Of training and calibration, over the seeds that are done: one run may have had other programs beside it."""
+    points = (run.point for run in study.runs() if run.point == Point(task, method, run.point.seed))
+    records = [record for point in points if (record := result(study.recipe(point))) is not None]
+    return statistics.median(record["seconds"]["steps"] + record["seconds"]["calibration"] for record in records)
 
 
 def _settle(path: Path, factor: float) -> None:
