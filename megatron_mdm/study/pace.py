@@ -12,7 +12,7 @@ import statistics
 from pathlib import Path
 
 from megatron_mdm.config.errors import UserError
-from megatron_mdm.study.results import failure, result
+from megatron_mdm.study.results import failure, result, run_seconds
 from megatron_mdm.study.runs import Point, Recipe, Study
 
 PACE = "pace"
@@ -44,8 +44,8 @@ def _is_done(recipe: Recipe, since: float) -> bool:
 def _median_seconds(study: Study, task: str, method: str) -> float:
     """Of training and calibration, over the seeds that are done: one run may have had other programs beside it."""
     points = (run.point for run in study.runs() if run.point == Point(task, method, run.point.seed))
-    records = [record for point in points if (record := result(study.recipe(point))) is not None]
-    return statistics.median(record["seconds"]["steps"] + record["seconds"]["calibration"] for record in records)
+    records = (result(study.recipe(point)) for point in points)
+    return statistics.median(run_seconds(record) for record in records if record is not None)
 
 
 def _settle(path: Path, factor: float) -> None:

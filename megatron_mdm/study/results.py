@@ -99,6 +99,11 @@ def result(recipe: Recipe) -> Record | None:
     return record
 
 
+def run_seconds(record: Record) -> float:
+    """Of training and calibration: what a budget of equal time counts."""
+    return float(record["seconds"]["steps"] + record["seconds"]["calibration"])
+
+
 def collect(study: Study, variance: Sequence[Record] = ()) -> Record:
     """Everything that is done: the content of study.json."""
     settings = study.settings

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from megatron_mdm.evaluation.intervals import Interval, mean_interval
+from megatron_mdm.study.results import run_seconds
 from megatron_mdm.study.scores import BUDGETS, Scores
 from megatron_mdm.study.verdicts import rankings, verdicts
 
@@ -96,10 +97,10 @@ def variance_table(scores: Scores) -> Table:
     standard = scores.settings.claims.standard
     rows = []
     for task in scores.tasks:
-        reference = scores.means(task, standard, _seconds)
+        reference = scores.means(task, standard, run_seconds)
         for method in scores.methods("samples"):
             cells = [_mean_cell(scores.means(task, method, figure)) for figure in figures.values()]
-            seconds = scores.means(task, method, _seconds)
+            seconds = scores.means(task, method, run_seconds)
             if seconds:
                 ratio = _number(_mean(seconds) / _mean(reference)) if reference else NONE
                 rows.append((scores.task_title(task), scores.title(method), *cells, ratio))
@@ -260,7 +261,3 @@ def _deviation(values: Sequence[float]) -> float:
         return math.nan
     mean = _mean(values)
     return math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1))
-
-
-def _seconds(run: dict[str, Any]) -> float:
-    return float(run["seconds"]["steps"] + run["seconds"]["calibration"])

@@ -14,7 +14,7 @@ from megatron_mdm.checkpoint.tensors import TensorReader
 from megatron_mdm.config.load import flatten
 from megatron_mdm.config.schema import ImageConfig, ObjectiveConfig, RunConfig
 from tests.ranks import run_ranks
-from tests.rl.layouts import OPTIMIZER, gradient_by_autograd, record_base, replay_and_watch, replay_config
+from tests.rl.layouts import gradient_by_autograd, record_base, replay_and_watch, replay_config
 from tests.small import IMAGES, small_config, small_model, write_ids, write_images
 
 METHOD = {
@@ -124,7 +124,7 @@ def config_of(folder: Path, parallel: dict[str, Any], micro_size: int, **model: 
         model=small_model(num_layers=4, num_kv_heads=4, **model).model_dump(),
         diffusion=METHOD,
         parallel=parallel,
-        optimizer=OPTIMIZER,
+        optimizer={"lr": 1e-3},
         batch={"global_size": 8, "micro_size": micro_size},
     )
 
@@ -176,7 +176,8 @@ def assert_same_tensors(folder: Path, expected: Path, config: RunConfig) -> None
     for key, value in whole.items():
         name, kind = key.split("/")
         tensor = reader.read(name, kind, 0, 1)
-        # Adam divides by the root of a second moment: a gradient near zero enlarges rounding differences (OPTIMIZER).
+        # Adam divides by the root of a second moment: a gradient near zero enlarges rounding differences, up to a part
+        # of the rate. (A single step does so the most: see OPTIMIZER in tests/rl/layouts.py.)
         tolerance = 1e-2 * config.optimizer.lr if kind == "weight" else 1e-4 * float(value.abs().max())
         np.testing.assert_allclose(tensor.numpy(), value.numpy(), rtol=0, atol=tolerance, err_msg=key)
 
